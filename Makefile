@@ -1,0 +1,48 @@
+# Every target makes the environment that it needs, in .venv, and says what it runs.
+#
+#   make demo        train a LoRA for the embedded model on a CPU, in minutes
+#   make demo-long   the same for an hour
+#   make test        what CI runs: lint, format, types, tests
+#   make lint        lint, format and types alone
+#   make env         only the environment
+#   make clean       remove the environment and caches; runs/ stays
+#
+# PYTHON      the interpreter that makes .venv: make demo PYTHON=python3.12
+# TORCH_ARGS  further arguments of `pip install torch`. On Linux pip's own choice is the CUDA build, which also runs
+#             on a CPU but is large; the smaller CPU build is on PyTorch's CPU index, which its "Start locally" page
+#             names: make demo TORCH_ARGS="--index-url ..."
+
+PYTHON ?= python3
+TORCH_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo demo-long test lint env clean
+
+demo: $(STAMP)
+	$(BIN)/ngrpo train demo
+
+demo-long: $(STAMP)
+	$(BIN)/ngrpo train demo output_dir=runs/demo-long trainer.num_iterations=2400
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ngrpo-lora needs Python 3.11 or newer, got " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c requirements.lock $(TORCH_ARGS) torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find ngrpo_lora tests -name __pycache__ -prune -exec rm -rf {} +

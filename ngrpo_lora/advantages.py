@@ -1,0 +1,41 @@
+"""Group advantages: standardisation (Eq. 3) and quasi-norm reweighting (Eq. 11)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(rewards: Tensor, p: float = 2.0, valid: Tensor | None = None, min_spread: float = 0.0) -> Tensor:
+    """Centre rewards within each group and divide by their L_p quasi-norm: `sqrt(G) * A_i / (sum |A_k|^p)^(1/p)`.
+
+    Source: Neighbor GRPO, Eq. 11. The constant sqrt(G) makes p = 2 exactly Eq. 3 with the population
+    standard deviation; p < 2 mutes groups whose advantages are flat.
+
+    Args:
+        rewards: (P, G), any scale.
+        p: in (0, 2].
+        valid: (P, G) bool; a reward that failed is False, gets 0 and does not count in its group.
+        min_spread: a group whose rewards lie within this range carries no signal and gets 0.
+    Returns:
+        (P, G) float64; a group of equal rewards gives exactly 0.
+    Raises:
+        ValueError: not (P, G >= 2), a valid reward that is not finite, or p outside (0, 2].
+    """
+    valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
+    if rewards.ndim != 2 or rewards.shape[1] < 2 or not rewards[valid].isfinite().all():
+        raise ValueError(f"rewards must be finite and (P, G >= 2), got {rewards}")
+    if not 0 < p <= 2:
+        raise ValueError(f"p must be in (0, 2], got {p}")
+    rewards = rewards.double()
+    count = valid.sum(1, keepdim=True)  # (P, 1)
+    mean = rewards.where(valid, 0.0).sum(1, keepdim=True) / count.clamp(min=1)  # (P, 1)
+    centered = (rewards - mean).where(valid, 0.0)  # (P, G)
+    # Rounding leaves equal rewards a tiny non-zero deviation, so equality is read from the spread.
+    low = rewards.where(valid, torch.inf).amin(1, keepdim=True)
+    high = rewards.where(valid, -torch.inf).amax(1, keepdim=True)
+    informative = (count >= 2) & (high - low > min_spread)  # (P, 1)
+    largest = centered.abs().amax(1, keepdim=True).where(informative, 1.0)  # keeps the powers in range
+    scaled = centered / largest
+    norm = scaled.abs().pow(p).sum(1, keepdim=True).pow(1 / p)  # (P, 1)
+    return torch.where(informative, count.sqrt() * scaled / norm.where(informative, 1.0), 0.0)

@@ -1,0 +1,43 @@
+"""The contract between the trainer and an algorithm.
+
+The trainer knows no algorithm by name. It calls, in this order and for P groups of one iteration:
+`rollout` once a group, `advantages`, `updates`, and `loss` once a transition.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ngrpo_lora.solvers import VelocityFn
+from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
+
+
+class Algorithm(Protocol):
+    """Four decisions; shapes in `ngrpo_lora.types`."""
+
+    needs_reference: bool
+    """Whether `loss` reads the base model's velocity, which costs one more forward pass a transition."""
+
+    def rollout(self, velocity_fn: VelocityFn, sigmas: Tensor, latent_shape: tuple[int, ...], seed: int) -> Rollout:
+        """Draw one group: initial noises, which steps are stochastic, and how samples branch.
+
+        `velocity_fn(latents, sigma)` takes any number of samples. An algorithm that needs more than latents
+        later (its step noises, a tree) returns its own subclass of Rollout.
+        """
+        ...
+
+    def advantages(self, batch: RewardBatch) -> Tensor:
+        """(P, G) rewards -> (P, G), or (P, edges) for a tree: whatever `loss` reads."""
+        ...
+
+    def updates(self, num_groups: int, seed: int) -> list[list[Transition]]:
+        """The transitions of every optimizer update of this iteration, in order."""
+        ...
+
+    def loss(
+        self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
+    ) -> tuple[Tensor, Metrics]:
+        """Loss of one transition (a scalar to be minimised) and its `policy/...` metrics."""
+        ...

@@ -1,0 +1,63 @@
+"""Checkpoints: everything that a run needs to go on exactly as if it had never stopped.
+
+All randomness is a function of (seed, iteration, position), so there is no generator state to save.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ngrpo_lora.errors import UserError
+
+STATE_FILE = "state.pt"
+
+
+def checkpoint_dir(output_dir: Path, iteration: int) -> Path:
+    """`checkpoints/iteration-000050`: the state after 50 iterations."""
+    return output_dir / "checkpoints" / f"iteration-{iteration:06d}"
+
+
+def save(output_dir: Path, iteration: int, state: dict[str, Any], keep: int) -> Path:
+    """Write the state atomically, then delete all but the newest `keep` checkpoints."""
+    final = checkpoint_dir(output_dir, iteration)
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    torch.save(state, partial / STATE_FILE)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    for old in checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in (output_dir / "checkpoints").glob(f"iteration-*/{STATE_FILE}"))
+
+
+def load(resume: str, output_dir: Path, device: str) -> dict[str, Any]:
+    """The state of `latest`, or of the checkpoint folder given.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if resume == "latest":
+        found = checkpoints(output_dir)
+        if not found:
+            raise UserError(f"resume=latest needs a checkpoint in {str(output_dir / 'checkpoints')!r}; there is none")
+        path = found[-1]
+    else:
+        path = Path(resume)
+    try:
+        return torch.load(path / STATE_FILE if path.is_dir() else path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"checkpoint {str(path)!r} cannot be read ({error}); resume from an older one") from error
+    except Exception as error:  # pickle.UnpicklingError and what zipfile raises share no base but this
+        raise UserError(f"checkpoint {str(path)!r} is corrupt ({error}); resume from an older one") from error

@@ -1,0 +1,19 @@
+"""Errors that a user can act on: the command shows their message alone and exits with status 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["ConfigError", "UserError"]
+
+
+class UserError(Exception):
+    """Something outside the code is wrong (a file, a setting, a model); the message says what to do."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot run: one line per problem, each with rule, value and remedy."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))

@@ -1,0 +1,149 @@
+"""The adapter as one file that PEFT, diffusers and ComfyUI load alike, and that says how to sample with it.
+
+Layout: `transformer.<module>.lora_A.weight` / `.lora_B.weight`, alpha folded into lora_B (ComfyUI reads no
+alpha from the header), and a minimal `lora_adapter_metadata` naming every adapted layer in full. Under
+`ngrpo` the header holds the model, solver, steps, shift and guidance of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import get_peft_model_state_dict
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ngrpo_lora import lora
+from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.models._base import Family
+from ngrpo_lora.types import TextEmbeds
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter says of itself: the model it belongs to and how it was sampled in training."""
+
+    model: ModelConfig
+    rollout: RolloutConfig
+
+
+def save_adapter(path: Path, family: Family, config: RunConfig) -> None:
+    """Write the live adapter to `path`, atomically."""
+    scale = config.lora.resolved_alpha / config.lora.rank
+    tensors: dict[str, Tensor] = {}
+    for name, weight in get_peft_model_state_dict(family.transformer, adapter_name=lora.ADAPTER_NAME).items():
+        folded = weight * scale if ".lora_B." in name else weight
+        tensors[f"transformer.{name}"] = folded.detach().float().cpu().contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, describe_adapter(sorted(tensors), family, config))
+    os.replace(partial, path)
+
+
+def describe_adapter(keys: list[str], family: Family, config: RunConfig) -> dict[str, str]:
+    """Header metadata: for diffusers, for model managers (modelspec, kohya's ss_), and our own."""
+    layers = [key.removeprefix("transformer.").removesuffix(".lora_A.weight") for key in keys if ".lora_A." in key]
+    rank = config.lora.rank
+    peft = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": layers}
+    settings = family.settings
+    model = config.model.model_copy(
+        update={"guidance_scale": settings["guidance_scale"], "max_sequence_length": settings["max_sequence_length"]}
+    )
+    rollout = config.rollout.model_copy(update={"shift": config.rollout.shift or settings["shift"]})
+    own = {
+        "code_version": code_version(),
+        "model": model.model_dump(mode="json"),
+        "rollout": rollout.model_dump(mode="json"),
+        "rewards": [reward.model_dump(mode="json") for reward in config.rewards],
+        "config": config.model_dump(mode="json"),
+    }
+    return {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(peft, sort_keys=True),
+        "ngrpo": json.dumps(own, sort_keys=True),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{family.architecture}/lora",
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.title": f"Neighbor GRPO LoRA for {config.model.path}",
+        "modelspec.resolution": f"{config.model.width_px}x{config.model.height_px}",
+        "ss_base_model_version": family.kohya_version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "ss_output_name": Path(config.output_dir).name,
+    }
+
+
+def code_version() -> str:
+    """This package's version, `unknown` in a bare source tree."""
+    try:
+        return version("ngrpo-lora")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The header metadata of a safetensors file.
+
+    Raises:
+        UserError: no such file, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"adapter {str(path)!r} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"adapter {str(path)!r} is no readable safetensors file: {error}") from None
+
+
+def read_adapter(path: str | Path) -> AdapterInfo:
+    """What an adapter says of itself; defaults where it is of another trainer and says nothing.
+
+    Raises:
+        UserError: not a safetensors file, or our metadata in it cannot be understood.
+    """
+    metadata = read_metadata(path)
+    if "ngrpo" not in metadata:
+        return AdapterInfo(ModelConfig(), RolloutConfig())
+    try:
+        own: dict[str, Any] = json.loads(metadata["ngrpo"])
+        return AdapterInfo(ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"]))
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"adapter {str(path)!r} has ngrpo metadata that this version cannot read: {error}") from error
+
+
+@torch.no_grad()
+def check_export(path: Path, family: Family, fresh: Family, text: TextEmbeds, latents: Tensor) -> float:
+    """Load the file into a fresh pipeline and compare velocities with the live adapter's.
+
+    Returns:
+        Largest difference over the adapter's largest effect.
+    Raises:
+        UserError: the file does not do what the live adapter does.
+    """
+    live = family.velocity(latents, 0.5, text)
+    with lora.disabled(family.transformer):
+        effect = (live - family.velocity(latents, 0.5, text)).abs().max().item()
+    fresh.load_adapter(str(path), 1.0)
+    difference = (fresh.velocity(latents, 0.5, text) - live).abs().max().item()
+    # A 16-bit pipeline rounds the adapter to its own dtype on loading.
+    tolerance = 1e-3 if live.dtype == next(fresh.transformer.parameters()).dtype else 0.1
+    floor = 1e-5 * live.abs().max().item()
+    if not difference <= max(tolerance * effect, floor):
+        raise UserError(
+            f"the exported adapter {path} differs from the trained one by {difference:.3g} of {effect:.3g}; "
+            "the checkpoints hold the trained weights"
+        )
+    return difference / effect if effect else 0.0

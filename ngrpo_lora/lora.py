@@ -1,0 +1,65 @@
+"""LoRA on a frozen transformer, with PEFT: inject, list, disable for the reference pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig as PeftLoraConfig
+from torch import nn
+
+from ngrpo_lora.config import LoraConfig
+from ngrpo_lora.errors import UserError
+
+ADAPTER_NAME = "default"  # any other breaks PEFT's and diffusers' collation of adapter metadata
+
+
+def inject(transformer: Any, config: LoraConfig, suffixes: list[str], excluded: list[str], seed: int) -> None:
+    """Add a LoRA to every layer named by `suffixes`; its weights are float32 whatever the base is.
+
+    Raises:
+        UserError: no layer of this model has such a name.
+    """
+    peft_config = PeftLoraConfig(
+        r=config.rank, lora_alpha=config.resolved_alpha, target_modules=suffixes, exclude_modules=excluded or None
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            transformer.add_adapter(peft_config, adapter_name=ADAPTER_NAME)
+        except ValueError as error:
+            raise UserError(f"lora.targets fits no layer of {type(transformer).__name__}: {error}") from error
+    cast_training_params(transformer, torch.float32)
+
+
+def parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name: all that is ever trained."""
+    return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+
+
+@contextlib.contextmanager
+def disabled(transformer: Any) -> Iterator[None]:
+    """The base model exactly, for as long as the context lasts."""
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
+
+
+@contextlib.contextmanager
+def swapped(transformer: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The adapter with other weights (an average, say), put back afterwards bit for bit."""
+    live = parameters(transformer)
+    kept = {name: live[name].detach().clone() for name in weights}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            live[name].copy_(weight)
+        try:
+            yield
+        finally:
+            for name, weight in kept.items():
+                live[name].copy_(weight)

@@ -1,0 +1,42 @@
+"""Initial noises and their neighbourhood (Neighbor GRPO, Eq. 7). Pure functions of seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*labels: object) -> int:
+    """A 63-bit seed from labels, the same in every process (SHA-256, not `hash`)."""
+    digest = hashlib.sha256("\x1f".join(map(str, labels)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def gaussian_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Standard normal float32 noise drawn on the CPU with a generator of its own, as diffusers and ComfyUI do."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def neighbor_noise(base: Tensor, deltas: Tensor, perturbation_strength: float) -> Tensor:
+    """Perturb one noise into G neighbours: `noise_i = sqrt(1 - r^2) * base + r * delta_i` (Eq. 7).
+
+    Standard normal inputs give standard normal neighbours whose correlation is `1 - r^2`.
+
+    Args:
+        base: (...), the base noise epsilon*.
+        deltas: (G, ...), independent noises.
+        perturbation_strength: r in (0, 1], the paper's sigma.
+    Returns:
+        (G, ...).
+    Raises:
+        ValueError: r outside (0, 1], or shapes that do not agree.
+    """
+    if not 0 < perturbation_strength <= 1:
+        raise ValueError(f"perturbation_strength must be in (0, 1], got {perturbation_strength}")
+    if deltas.shape[1:] != base.shape:
+        raise ValueError(f"deltas must be (G, *base.shape), got {tuple(deltas.shape)} for base {tuple(base.shape)}")
+    return math.sqrt(1 - perturbation_strength**2) * base + perturbation_strength * deltas

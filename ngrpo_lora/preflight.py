@@ -1,0 +1,119 @@
+"""What can be found wrong with a run before its model loads: files, functions, packages, the output folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ngrpo_lora import registry
+from ngrpo_lora.config import RunConfig, changed_keys, load_config
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.prompts import BUILTIN_SOURCES, read_prompt_file
+
+__all__ = ["check_run"]
+
+# What a resumed run may change: where it runs, how long, what it reports; nothing that changes its updates.
+MAY_CHANGE = ("output_dir", "resume", "evaluation.", "trainer.", "model.device", "rollout.micro_batch_size")
+
+
+def check_run(config: RunConfig) -> None:
+    """Make sure that `config` can start here; makes the output folder when all else is well.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    problems = [*_prompts(config), *_functions(config), *_model(config), *_packages(config), *_output_dir(config)]
+    if not problems:
+        problems = list(_not_writable(Path(config.output_dir)))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _prompts(config: RunConfig) -> Iterator[str]:
+    for key, source in (("train", config.prompts.train), ("held_out", config.prompts.held_out)):
+        if source not in BUILTIN_SOURCES:
+            try:
+                read_prompt_file(source)
+            except ConfigError as error:
+                yield f"prompts.{key} {error}"
+
+
+def _functions(config: RunConfig) -> Iterator[str]:
+    trained = [(f"rewards.{i}.name", reward.name) for i, reward in enumerate(config.rewards)]
+    watched = [("evaluation.rewards", name) for name in config.evaluation.rewards]
+    strict = [] if config.evaluation.strict is None else [("evaluation.strict", config.evaluation.strict)]
+    for key, name in trained + watched + strict:
+        if ":" in name:
+            try:
+                registry.check_function(name)
+            except ConfigError as error:
+                yield f"{key} {error}"
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    path = Path(config.model.path)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            yield f"model.path must be a diffusers folder, but {str(path)!r} holds no model_index.json"
+    elif path.is_file():
+        yield f"model.path must be a folder, but {str(path)!r} is a file; give its diffusers folder"
+    elif config.model.path != "embedded" and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path):
+        yield f"model.path must be embedded, an existing folder or a Hub id (owner/name), got {config.model.path!r}"
+
+
+def _packages(config: RunConfig) -> Iterator[str]:
+    if config.optimizer.name.endswith("_8bit") and importlib.util.find_spec("bitsandbytes") is None:
+        name = config.optimizer.name
+        yield f"optimizer.name={name} needs bitsandbytes, which is not installed; pip install 'ngrpo-lora[8bit]'"
+
+
+def _output_dir(config: RunConfig) -> Iterator[str]:
+    output_dir = Path(config.output_dir)
+    holds_run = (output_dir / "config.yaml").exists()
+    if config.resume is None:
+        if holds_run:
+            yield (
+                f"output_dir must not hold another run, but {config.output_dir!r} does; "
+                "give resume=latest to go on with it, or another output_dir"
+            )
+        return
+    if config.resume == "latest":
+        run_dir = output_dir
+        checkpoints = output_dir / "checkpoints"
+        if not checkpoints.is_dir() or not any(p.name[0] not in "._" for p in checkpoints.iterdir()):
+            yield f"resume=latest needs a checkpoint, but {str(checkpoints)!r} holds none; drop resume to start anew"
+            return
+    else:
+        checkpoint = Path(config.resume)
+        if not checkpoint.exists():
+            yield f"resume must be latest or the path of a checkpoint, but {config.resume!r} does not exist"
+            return
+        run_dir = checkpoint.resolve().parent.parent
+        if holds_run and run_dir != output_dir.resolve():
+            yield f"output_dir must be the resumed run's ({str(run_dir)!r}) or a new one, got {config.output_dir!r}"
+    if (run_dir / "config.yaml").is_file():
+        yield from _changes(run_dir / "config.yaml", config)
+
+
+def _changes(path: Path, config: RunConfig) -> Iterator[str]:
+    """Differences to the run's own configuration that would make the resumed run another one."""
+    try:
+        old = load_config(path)
+    except ConfigError as error:
+        yield from (f"resume: {path}: {problem}" for problem in error.problems)
+        return
+    for change in changed_keys(old, config):
+        if not change.startswith(MAY_CHANGE):
+            yield f"a resumed run must keep its settings, but {change}; undo it, or start anew in another output_dir"
+
+
+def _not_writable(output_dir: Path) -> Iterator[str]:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        yield f"output_dir must be a writable folder, but {str(output_dir)!r} is not: {error.strerror}; choose another"

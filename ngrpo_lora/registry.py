@@ -1,0 +1,104 @@
+"""Name -> module or function: the file name is the registry, nothing is listed twice.
+
+A new algorithm, model family or reward is one new file; its imports load when it is chosen, and a missing
+dependency keeps its own error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ngrpo_lora.errors import ConfigError
+
+__all__ = ["check_function", "load", "names", "nearest", "resolve_function"]
+
+
+def names(package: ModuleType) -> list[str]:
+    """Names that `load` accepts for `package`: its modules without a leading underscore, nothing imported."""
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
+
+
+def nearest(name: str, choices: Sequence[str]) -> str:
+    """`; did you mean X?` where a choice resembles `name`, else an empty string."""
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def check_name(package: ModuleType, name: str) -> None:
+    """Raise ConfigError unless `name` is a module of `package`; dotted names are left to the import."""
+    if "." in name:
+        return
+    known = names(package)
+    if name not in known:
+        kind = package.__name__.rpartition(".")[2]
+        raise ConfigError(f"must be one of {', '.join(known)} (a file in {kind}/), got {name!r}{nearest(name, known)}")
+
+
+def load(package: ModuleType, name: str) -> ModuleType:
+    """Import the module `name`: a file in `package`, or a dotted module path elsewhere.
+
+    Raises:
+        ConfigError: no such file; the message lists the names and the nearest one.
+        ImportError: the module exists and one of its own imports fails, or the dotted path is wrong.
+    """
+    check_name(package, name)
+    return importlib.import_module(name if "." in name else f"{package.__name__}.{name}")
+
+
+def check_function(reference: str) -> None:
+    """Raise ConfigError when `reference` cannot lead to a function; imports no more than parent packages."""
+    target, _, function = reference.partition(":")
+    if not target or not function.isidentifier():
+        raise ConfigError(f"must look like package.module:function or file.py:function, got {reference!r}")
+    if target.endswith(".py"):
+        if not Path(target).is_file():
+            raise ConfigError(f"names the file {target!r}, which does not exist here; write file.py:function")
+        return
+    try:
+        found = importlib.util.find_spec(target) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise ConfigError(f"names the module {target!r}, which Python cannot find; install it or correct the name")
+
+
+def resolve_function(reference: str) -> Callable[..., Any]:
+    """The function behind `package.module:function` or `file.py:function`.
+
+    Raises:
+        ConfigError: malformed, no such file or module, no such function (the nearest one is named).
+    """
+    check_function(reference)
+    target, _, function = reference.partition(":")
+    module = _load_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
+    found = vars(module).get(function)
+    if not callable(found):
+        public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise ConfigError(f"names no function of {target}, got {function!r}{nearest(function, public)}")
+    return found
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Import a file under a name of its own, once per path, so that pickling and repeated look-ups work."""
+    name = f"ngrpo_user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

@@ -1,0 +1,20 @@
+"""Graded score of the embedded world's verifier, in [0, 1]: how nearly a picture keeps its caption's promise.
+
+Reads pixels, needs no model. A prompt that describes no scene of the world is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ngrpo_lora.world.scenes import parse
+from ngrpo_lora.world.verifier import verify
+
+
+def score(images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
+    """`Verdict.graded` of every image."""
+    return [verify(np.asarray(i), parse(p)).graded for i, p in zip(images, prompts, strict=True)]

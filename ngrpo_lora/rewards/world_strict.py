@@ -1,0 +1,17 @@
+"""Strict verdict of the embedded world's verifier: 1 for exactly what the caption promises, else 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ngrpo_lora.world.scenes import parse
+from ngrpo_lora.world.verifier import verify
+
+
+def score(images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
+    """`Verdict.strict` of every image."""
+    return [float(verify(np.asarray(i), parse(p)).strict) for i, p in zip(images, prompts, strict=True)]

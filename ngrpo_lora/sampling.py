@@ -1,0 +1,93 @@
+"""Draw images with the deterministic solver: evaluation, `ngrpo sample`, and anybody's script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from ngrpo_lora import models, registry
+from ngrpo_lora.config import ModelConfig, RolloutConfig
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.export import AdapterInfo, read_adapter
+from ngrpo_lora.models._base import Family
+from ngrpo_lora.noise import gaussian_noise
+from ngrpo_lora.solvers import SOLVERS, flow_sigmas
+from ngrpo_lora.types import TextEmbeds
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is a GPU where there is one.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"model.device={device} needs a GPU that PyTorch can use, and there is none; use cpu or auto")
+    return device
+
+
+def load_family(config: ModelConfig) -> Family:
+    """The model family of a configuration, on its device, loaded without the libraries' notes and bars."""
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    return registry.load(models, config.family).Family(config, resolve_device(config.device))
+
+
+@torch.no_grad()
+def draw(
+    family: Family,
+    text: TextEmbeds,
+    seeds: Sequence[int],
+    solver: str,
+    sigmas: Tensor,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Image.Image]:
+    """One image per row of `text`, each alone in its batch.
+
+    Kernels round differently for different batch sizes, so only this makes an image a function of weights,
+    prompt, seed and settings, to the bit.
+    """
+    images = []
+    for row, seed in enumerate(seeds):
+        one = text[[row]]
+        noise = gaussian_noise((1, *family.latent_shape), seed).to(sigmas.device)
+        latents = SOLVERS[solver](lambda x, sigma, one=one: family.velocity(x, sigma, one), noise, sigmas)[-1]
+        images += family.decode(latents)
+        progress()
+    return images
+
+
+def sample_images(
+    adapter: str | Path | None,
+    model: str | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    strength: float = 1.0,
+) -> list[Image.Image]:
+    """Draw every prompt with every seed (prompt-major), with the settings that the adapter was trained with.
+
+    Args:
+        adapter: LoRA file; None draws with the base model.
+        model: `embedded`, a diffusers folder or a Hub id; None: the base that the adapter names.
+        strength: scale of the adapter; 0 is the base model.
+    Raises:
+        UserError: no such model, or a file that is no adapter, or fits no layer of the model.
+    """
+    info = read_adapter(adapter) if adapter is not None else AdapterInfo(ModelConfig(), RolloutConfig())
+    config = info.model.model_copy(update={"device": "auto"} | ({"path": model} if model else {}))
+    family = load_family(config)
+    if adapter is not None:
+        family.load_adapter(str(adapter), strength)
+    shift = info.rollout.shift or family.settings["shift"]
+    sigmas = flow_sigmas(info.rollout.num_steps, shift).to(resolve_device("auto"))
+    rows = [prompt for prompt in prompts for _ in seeds]
+    return draw(family, family.encode(rows), [*seeds] * len(prompts), info.rollout.solver, sigmas)

@@ -1,0 +1,69 @@
+"""The surrogate leaping policy and its clipped objective (Neighbor GRPO, Eq. 8 to 10), without cancellation.
+
+A real latent has 262,144 dimensions and squared distances near 5e4, which float32 resolves to 3e-3: coarser
+than the clip range. So no two distances are ever subtracted; everything follows from the displacement of the
+anchor, taken from velocities, and is accumulated in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def leaping_logits(candidates: Tensor, anchor: Tensor, temperature: float) -> Tensor:
+    """`-||x_i - x_anchor||^2 / tau` (Eq. 8 before the softmax): (G, ...), (...) -> (G,) float64."""
+    offsets = (candidates - anchor).flatten(1)
+    return offsets.square().sum(1, dtype=torch.float64) / -temperature
+
+
+def leaping_log_ratio(candidates: Tensor, anchor_old: Tensor, displacement: Tensor, temperature: float) -> Tensor:
+    """Exact `log pi_theta(i) - log pi_old(i)` of the surrogate leaping policy (Eq. 8, 10).
+
+    With `d_i = x_i - x_old`, the new logit is the old one plus `(2 <u, d_i> - ||u||^2) / tau`; the last term is
+    common to all candidates and leaves the softmax. The normaliser's change is taken against the most probable
+    candidate a, `delta_a + log1p(sum_k p_k expm1(delta_k - delta_a))`, which is stable and exactly 0 at u = 0.
+
+    Args:
+        candidates: (G, ...) the group at the transition's end.
+        anchor_old: (...) the anchor's transition under the old weights, x_old.
+        displacement: (...) `u = x_theta - x_old = (sigma_next - sigma) * (v_theta - v_old)`, from velocities:
+            the difference of two latents has already lost it.
+        temperature: tau > 0.
+    Returns:
+        (G,) float64, differentiable in `displacement`.
+    Raises:
+        ValueError: shapes that do not agree, or a temperature that is not positive and finite.
+    """
+    if candidates.ndim < 2 or not candidates.shape[1:] == anchor_old.shape == displacement.shape:
+        shapes = [tuple(x.shape) for x in (candidates, anchor_old, displacement)]
+        raise ValueError(f"candidates must be (G, ...) of anchor_old's and displacement's shape (...), got {shapes}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    offsets = (candidates - anchor_old).flatten(1)  # (G, D)
+    delta = (offsets * displacement.flatten()).sum(1, dtype=torch.float64) * (2 / temperature)  # (G,)
+    old = torch.softmax(leaping_logits(candidates, anchor_old, temperature), 0)  # (G,)
+    relative = delta - delta[old.argmax()]
+    # Capped where exp overflows: there the ratio is beyond any clip range.
+    growth = torch.log1p((old * torch.expm1(relative.clamp(max=700.0))).sum())
+    return relative - growth
+
+
+def auto_temperature(candidates: Tensor) -> float:
+    """The mean squared distance between two candidates: (G, ...) -> tau, so that logits are of order 1."""
+    return 2 * candidates.flatten(1).double().var(0).sum().item()
+
+
+def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """`sum_i min(A_i rho_i, A_i clip(rho_i, 1 - eps, 1 + eps))` (Eq. 9).
+
+    Args:
+        log_ratio, advantages: (G,).
+    Returns:
+        The objective, to be maximised, and (G,) bool: the terms that the clip holds back (no gradient).
+    """
+    ratio = log_ratio.exp()
+    free, held = advantages * ratio, advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.minimum(free, held).sum(), held < free

@@ -1,0 +1,347 @@
+"""The training loop: Algorithm 1 of Neighbor GRPO, for any algorithm, family and reward.
+
+prompts -> text embeddings -> noises -> ODE rollout -> images -> rewards -> advantages -> loss -> LoRA step -> export
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ngrpo_lora import algorithms, checkpoint, lora, registry, report, rewards
+from ngrpo_lora.algorithms._base import Algorithm
+from ngrpo_lora.config import RunConfig, dump_config
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.export import FILE_NAME, check_export, save_adapter
+from ngrpo_lora.noise import derive_seed, gaussian_noise
+from ngrpo_lora.optimizers import learning_rate_factor, make_optimizer
+from ngrpo_lora.prompts import open_prompts
+from ngrpo_lora.sampling import draw, load_family
+from ngrpo_lora.solvers import flow_sigmas
+from ngrpo_lora.tracking import MetricsFile, progress_bar
+from ngrpo_lora.types import Metrics, RewardBatch, Rollout, TextEmbeds, Transition, Velocities, mean_metrics
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+def train(config: RunConfig) -> Metrics:
+    """Run a checked configuration to its end; returns the last evaluation.
+
+    Raises:
+        UserError: the model cannot be loaded, or the run cannot go on; all that was made is on disk.
+    """
+    return Trainer(config).run()
+
+
+class Trainer:
+    """One run. `run` is the loop; every other method is one arrow of the data flow."""
+
+    def __init__(self, config: RunConfig):
+        if config.trainer.num_threads is not None:
+            torch.set_num_threads(config.trainer.num_threads)
+        self.config, self.output_dir = config, Path(config.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.family = load_family(config.model)
+        transformer = self.family.transformer
+        suffixes, excluded = self.family.lora_targets(config.lora.targets)
+        lora.inject(transformer, config.lora, suffixes, excluded, derive_seed(config.seed, "lora"))
+        if config.trainer.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self.parameters = lora.parameters(transformer)
+        self.averaged = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.optimizer = make_optimizer(config.optimizer, self.parameters.values())
+        self.counter = EvaluationCounter(transformer)
+        self.device = next(iter(self.parameters.values())).device
+
+        module = registry.load(algorithms, config.algorithm.name)
+        self.algorithm: Algorithm = module.Algorithm(config.algorithm, config.rollout)
+        self.sigmas = flow_sigmas(config.rollout.num_steps, config.rollout.shift or self.family.settings["shift"])
+        self.prompts = open_prompts(config.prompts.train, derive_seed(config.seed, "prompts"))
+        held_out = open_prompts(config.prompts.held_out, config.evaluation.seed)
+        self.held_out = [held_out.prompt(i) for i in range(config.evaluation.num_prompts)]
+        self.weights = {reward.name: reward.weight for reward in config.rewards}
+        watched = [*config.evaluation.rewards, *([config.evaluation.strict] if config.evaluation.strict else [])]
+        self.rewards = {name: rewards.load(name) for name in dict.fromkeys([*self.weights, *watched])}
+        self.iteration = self.skipped_in_a_row = 0
+        if config.resume is not None:
+            self.restore(checkpoint.load(config.resume, self.output_dir, str(self.device)))
+
+    def run(self) -> Metrics:
+        """Algorithm 1: per iteration roll out P groups, score them, and move the anchors."""
+        config, total = self.config, self.config.trainer.num_iterations
+        (self.output_dir / "config.yaml").write_text(dump_config(config))
+        metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.iteration if config.resume else None)
+        with ExitStack() as stack:
+            bar = stack.enter_context(progress_bar())
+            task = bar.add_task("train", total=total, completed=self.iteration, status="evaluating the base model")
+            if self.iteration == 0:
+                metrics_file.write(0, self.evaluate())
+            evaluation: Metrics = {}
+            while self.iteration < total:
+                clock, nfe = Clock(), self.counter.start()
+                prompts = [self.prompts.prompt(i) for i in self.prompt_indices()]
+                text = self.family.encode(prompts)
+                with clock("rollout"):
+                    rollouts = [self.roll_out(text[[p]], p) for p in range(len(prompts))]
+                    images = [self.family.decode(rollout.latents[-1]) for rollout in rollouts]
+                with clock("reward"):
+                    batch = self.score(images, prompts, rollouts)
+                    advantages = self.algorithm.advantages(batch)
+                with clock("update"):
+                    policy = self.update(rollouts, advantages, text)
+                self.iteration += 1
+
+                metrics = self.describe(batch) | policy | clock.seconds | nfe.per_sample(batch.rewards.numel())
+                if self.iteration % config.evaluation.every == 0 or self.iteration == total:
+                    evaluation = self.evaluate()
+                    metrics |= evaluation
+                metrics_file.write(self.iteration, metrics)
+                if self.iteration % config.trainer.save_every == 0 or self.iteration == total:
+                    checkpoint.save(self.output_dir, self.iteration, self.state(), config.trainer.keep_checkpoints)
+                bar.update(task, completed=self.iteration, status=status_line(metrics))
+        self.export()
+        report.write_summary(self.output_dir)
+        return evaluation
+
+    def prompt_indices(self) -> range:
+        """Positions of this iteration's prompts in the source."""
+        count = self.config.rollout.prompts_per_iteration
+        return range(self.iteration * count, (self.iteration + 1) * count)
+
+    @torch.no_grad()
+    def roll_out(self, text: TextEmbeds, position: int) -> Rollout:
+        """One group under the old weights; forward passes of at most `rollout.micro_batch_size` samples."""
+
+        def velocity_fn(latents: Tensor, sigma: float) -> Tensor:
+            chunks = latents.split(self.config.rollout.micro_batch_size or len(latents))
+            moved = (chunk.to(self.device) for chunk in chunks)
+            return torch.cat([self.family.velocity(x, sigma, text[[0] * len(x)]).cpu() for x in moved])
+
+        seed = derive_seed(self.config.seed, "rollout", self.iteration, position)
+        return self.algorithm.rollout(velocity_fn, self.sigmas, self.family.latent_shape, seed)
+
+    def score(self, images: list[list[Image.Image]], prompts: list[str], rollouts: list[Rollout]) -> RewardBatch:
+        """All rewards of P groups of G images; a sample whose latents are not finite has no score."""
+        flat = [image for group in images for image in group]
+        repeated = [prompt for group, prompt in zip(images, prompts, strict=True) for _ in group]
+        finite = torch.stack([rollout.latents[-1].flatten(1).isfinite().all(1) for rollout in rollouts])  # (P, G)
+        scores = {}
+        for name in self.weights:
+            raw = rewards.call(name, self.rewards[name], flat, repeated).view(finite.shape)
+            scores[name] = raw.where(finite, torch.nan)
+        return rewards.combine(scores, self.weights)
+
+    def update(self, rollouts: list[Rollout], advantages: Tensor, text: TextEmbeds) -> Metrics:
+        """Every optimizer update of this iteration."""
+        updates = self.algorithm.updates(len(rollouts), derive_seed(self.config.seed, "updates", self.iteration))
+        factor = learning_rate_factor(self.config.optimizer, self.iteration, self.config.trainer.num_iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.learning_rate * factor
+        chunks = [chunked(update, self.config.trainer.micro_batch_size) for update in updates]
+        # The first update starts at the old weights; later ones need the old velocities before it moves them.
+        old: list[list[Tensor | None]] = [[None] * len(chunks[0])]
+        with torch.no_grad():
+            old += [[self.velocities(chunk, rollouts, text) for chunk in update] for update in chunks[1:]]
+        rows, norms, skipped = [], [], 0
+        for update, old_velocities in zip(chunks, old, strict=True):
+            size, finite = sum(map(len, update)), True
+            for chunk, old_velocity in zip(update, old_velocities, strict=True):
+                losses, metrics = self.losses(chunk, rollouts, advantages, text, old_velocity)
+                finite = finite and bool(losses.isfinite().all())
+                (losses.sum() / size).backward()
+                rows += metrics
+            norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
+            if finite and norm.isfinite():
+                self.optimizer.step()
+                self.average()
+                norms.append(norm.item())
+                self.skipped_in_a_row = 0
+            else:
+                skipped += 1
+                self.skipped_in_a_row += 1
+                log.warning("iteration %d: loss or gradient is not finite; update skipped", self.iteration + 1)
+            self.optimizer.zero_grad()
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite; lower "
+                f"optimizer.learning_rate ({self.config.optimizer.learning_rate}) and go on with resume=latest"
+            )
+        gradient = {"lora/grad_norm": sum(norms) / len(norms) if norms else float("nan")}
+        rate = {"lora/learning_rate": self.optimizer.param_groups[0]["lr"]}
+        return mean_metrics(rows) | gradient | rate | {"policy/skipped_updates": float(skipped)}
+
+    def velocities(self, chunk: list[Transition], rollouts: list[Rollout], text: TextEmbeds) -> Tensor:
+        """Velocities (M, C, H, W) at the starts of transitions, in one forward pass."""
+        latents = torch.stack([rollouts[t.group].latents[t.step, t.sample] for t in chunk]).to(self.device)
+        sigmas = torch.stack([rollouts[t.group].sigmas[t.step] for t in chunk]).to(self.device)
+        return self.family.velocity(latents, sigmas, text[[t.group for t in chunk]])
+
+    def losses(
+        self,
+        chunk: list[Transition],
+        rollouts: list[Rollout],
+        advantages: Tensor,
+        text: TextEmbeds,
+        old: Tensor | None,
+    ) -> tuple[Tensor, list[Metrics]]:
+        """Losses (M,) of a micro-batch, and each transition's metrics."""
+        reference: list[Tensor] | list[None] = [None] * len(chunk)
+        if self.algorithm.needs_reference:
+            with torch.no_grad(), lora.disabled(self.family.transformer):
+                reference = list(self.velocities(chunk, rollouts, text).cpu())
+        current = self.velocities(chunk, rollouts, text).cpu()
+        old = current.detach() if old is None else old.cpu()
+        terms = [
+            self.algorithm.loss(rollouts[t.group], advantages[t.group], t, Velocities(*velocities))
+            for t, *velocities in zip(chunk, current, old, reference, strict=True)
+        ]
+        return torch.stack([loss for loss, _ in terms]), [metrics for _, metrics in terms]
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averaged weights towards the live ones; without an average they are the live ones."""
+        decay = self.config.optimizer.ema_decay
+        for name, parameter in self.parameters.items():
+            self.averaged[name].lerp_(parameter, 1 - decay)
+
+    def evaluate(self) -> Metrics:
+        """Held-out prompts, fixed seeds, averaged weights: metrics and a picture grid."""
+        config = self.config.evaluation
+        seeds = [config.seed + i for i in range(len(self.held_out))]
+        with self.counter.paused(), lora.swapped(self.family.transformer, self.averaged):
+            text = self.family.encode(self.held_out)
+            images = draw(self.family, text, seeds, self.config.rollout.solver, self.sigmas.to(self.device))
+        means = {}
+        for name, reward in self.rewards.items():
+            means[name] = rewards.call(name, reward, images, self.held_out).nanmean().item()
+        metrics = {f"eval/{name}_mean": mean for name, mean in means.items()}
+        metrics["eval/reward_mean"] = sum(weight * means[name] for name, weight in self.weights.items())
+        if config.strict is not None:
+            metrics["eval/strict_accuracy"] = means[config.strict]
+        shown = slice(config.num_samples)
+        report.save_grid(self.output_dir / "samples" / f"{self.iteration:06d}.png", images[shown], self.held_out[shown])
+        return metrics
+
+    def describe(self, batch: RewardBatch) -> Metrics:
+        """Reward statistics over all valid samples; a group of equal rewards has zero spread."""
+        kept = batch.rewards.where(batch.valid, torch.nan)
+        spread = kept.nan_to_num(nan=-torch.inf).amax(1) - kept.nan_to_num(nan=torch.inf).amin(1)
+        raw = {f"rollout/{name}_mean": scores.nanmean().item() for name, scores in batch.scores.items()}
+        total = sum(weight * raw[f"rollout/{name}_mean"] for name, weight in self.weights.items())
+        return raw | {
+            "rollout/reward_mean": float(total),
+            "rollout/reward_std": (kept - kept.nanmean(1, keepdim=True)).square().nanmean().sqrt().item(),
+            "rollout/zero_spread_share": (spread <= 0).double().mean().item(),
+            "rollout/failed_share": (~batch.valid).double().mean().item(),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs; tensors and plain values only."""
+        return {
+            "iteration": self.iteration,
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "averaged": self.averaged,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint of the same adapter.
+
+        Raises:
+            UserError: the checkpoint's adapter has other layers or another rank.
+        """
+        shapes = {name: p.shape for name, p in self.parameters.items()}
+        if {name: p.shape for name, p in state["parameters"].items()} != shapes:
+            raise UserError(
+                "the checkpoint's adapter has other layers or another rank; resume with its own config.yaml"
+            )
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state["parameters"][name])
+            self.averaged[name].copy_(state["averaged"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration = state["iteration"]
+
+    def export(self) -> Path:
+        """Write `adapter/pytorch_lora_weights.safetensors` and prove it in a fresh pipeline."""
+        path = self.output_dir / "adapter" / FILE_NAME
+        with self.counter.paused(), lora.swapped(self.family.transformer, self.averaged):
+            save_adapter(path, self.family, self.config)
+            text = self.family.encode(self.held_out[:1])
+            latents = gaussian_noise((1, *self.family.latent_shape), 0).to(self.device)
+            check_export(path, self.family, load_family(self.config.model), text, latents)
+        return path
+
+
+class EvaluationCounter:
+    """Counts samples through a module, apart for passes with and without gradient: NFE_theta and NFE_old."""
+
+    def __init__(self, module: nn.Module):
+        self.old = self.theta = 0
+        self.active = True
+        module.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.active:
+            samples = len(kwargs["hidden_states"])
+            if torch.is_grad_enabled():
+                self.theta += samples
+            else:
+                self.old += samples
+
+    def start(self) -> EvaluationCounter:
+        """Count anew."""
+        self.old = self.theta = 0
+        return self
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count, for as long as the context lasts."""
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
+
+    def per_sample(self, samples: int) -> Metrics:
+        """NFE divided by the samples of the iteration."""
+        return {"nfe/old_per_sample": self.old / samples, "nfe/theta_per_sample": self.theta / samples}
+
+
+class Clock:
+    """Wall time of the stages of one iteration."""
+
+    def __init__(self) -> None:
+        self.seconds: Metrics = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[f"time/{stage}_s"] = time.perf_counter() - start
+
+
+def chunked(items: list[Transition], size: int) -> list[list[Transition]]:
+    """Consecutive pieces of at most `size`."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def status_line(metrics: Metrics) -> str:
+    """Reward, function evaluations and the last evaluation, for the progress bar."""
+    parts = [f"reward {metrics['rollout/reward_mean']:.3f}"]
+    parts.append(f"NFE {metrics['nfe/old_per_sample']:.1f} + {metrics['nfe/theta_per_sample']:.2f}")
+    if "eval/reward_mean" in metrics:
+        parts.append(f"held-out {metrics['eval/reward_mean']:.3f}")
+    return "  ".join(parts)

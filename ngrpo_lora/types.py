@@ -1,0 +1,81 @@
+"""What flows through the trainer: text embeddings, rollouts, reward batches and transitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextEmbeds:
+    """A family's conditioning by name, each tensor (B, ...); rows are prompts."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: Sequence[int]) -> TextEmbeds:
+        return TextEmbeds({name: tensor[list(rows)] for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One group of candidates under the old weights.
+
+    latents: (K + 1, G, C, H, W) float32, from noise to clean.
+    sigmas: (K + 1,) float32.
+    """
+
+    latents: Tensor
+    sigmas: Tensor
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """Scores of P groups.
+
+    rewards: (P, G) float64, what the advantages are made of.
+    valid: (P, G) bool, False where a reward failed.
+    scores: raw scores of each reward by name, (P, G), NaN where it failed.
+    """
+
+    rewards: Tensor
+    valid: Tensor
+    scores: dict[str, Tensor]
+
+
+class Transition(NamedTuple):
+    """One step of one sample of one group: the unit of a policy update."""
+
+    group: int
+    sample: int
+    step: int
+
+
+class Velocities(NamedTuple):
+    """Velocities (C, H, W) at the start of a transition.
+
+    current: under the weights being optimised, with gradient.
+    old: under the weights that made the rollout.
+    reference: under the base model; None unless the algorithm asks for it.
+    """
+
+    current: Tensor
+    old: Tensor
+    reference: Tensor | None = None
+
+
+Metrics = dict[str, float]
+
+
+def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
+    """Average by name, but take the maximum of what is called `max_...`."""
+    if not rows:
+        return {}
+    columns = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
+    return {name: (c.max() if "max_" in name else c.mean()).item() for name, c in columns.items()}

@@ -1,0 +1,5 @@
+"""The embedded world: captioned scenes of coloured shapes, their renderer and an exact verifier.
+
+It gives the embedded FLUX model something to draw and a reward that reads pixels, so that the whole
+trainer runs on any laptop and its progress is provable.
+"""

@@ -1,0 +1,323 @@
+"""Make the embedded model: `python -m ngrpo_lora.world.pretrain --work-dir runs/pretrain`.
+
+Five stages, each seeded and each leaving a file, so that a stopped run goes on where it was:
+
+    tokenizers   BPE (CLIP) and Unigram (T5) with the world's words
+    vae          AutoencoderKL, 64 px -> (16, 8, 8) latents, L1 + KL
+    encode       latents of rendered scenes, and the scale that gives them unit variance
+    flow         FluxTransformer2DModel + both text encoders, rectified-flow matching, EMA
+    distil       guidance distillation (arXiv 2210.03142), as FLUX.1-dev: one pass draws a guided sample
+
+Held-out scenes (`scenes.split_scenes`) are in none of them. About an hour and a half on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors import safe_open
+from safetensors.torch import load_model, save_file, save_model
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from ngrpo_lora.world.scenes import TASKS, TEMPLATES, Scene, render, sample_scene, split_scenes
+
+log = logging.getLogger(__name__)
+
+MAX_TOKENS = 16
+TRAIN_SCENES = {task: split_scenes(task)[0] for task in TASKS}
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """The scene's caption in a random template."""
+    return TEMPLATES[rng.integers(len(TEMPLATES))].format(scene.caption)
+
+
+def batch_of_images(n: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+    """(n, 3, 64, 64) in [-1, 1] and their captions."""
+    scenes = [sample_scene(rng, TRAIN_SCENES) for _ in range(n)]
+    pixels = np.stack([render(scene, rng) for scene in scenes])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images, [caption(scene, rng) for scene in scenes]
+
+
+def make_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """Two tokenizers that know every word of the world as one token and fall back to letters."""
+    scenes = [scene for task in TASKS for pool in split_scenes(task) for scene in pool]
+    corpus = [template.format(scene.caption) for scene in scenes for template in TEMPLATES]
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+
+    words = sorted({word for text in corpus for word in text.split()})
+    merges: list[tuple[str, str]] = []
+    vocab = [*letters, *(f"{letter}</w>" for letter in letters)]
+    for word in words:
+        *head, suffix = [*word[:-1], f"{word[-1]}</w>"]
+        for letter in reversed(head):  # grow each word from its last letter
+            if (letter, suffix) not in merges:
+                merges.append((letter, suffix))
+            suffix = letter + suffix
+            if suffix not in vocab:
+                vocab.append(suffix)
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    clip = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=merges)
+    clip.model_max_length = MAX_TOKENS
+
+    pieces = [(f"\u2581{word}", -2.0) for word in words] + [(piece, -10.0) for piece in ("\u2581", *letters)]
+    t5 = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces], extra_ids=0)
+    t5.model_max_length = MAX_TOKENS
+    return clip, t5
+
+
+def make_vae() -> AutoencoderKL:
+    """An eightfold VAE of 0.6 M parameters with FLUX's 16 latent channels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 48, 48),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=64,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0,
+    )
+
+
+def make_transformer() -> FluxTransformer2DModel:
+    """FLUX with width 256, one double and two single blocks: 4.9 M parameters."""
+    return FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(16, 56, 56),
+    )
+
+
+def make_text_encoders(clip_tokens: int, eos: int, t5_tokens: int) -> tuple[CLIPTextModel, T5EncoderModel]:
+    """Text encoders of width 64, trained with the flow."""
+    clip = CLIPTextConfig(
+        vocab_size=clip_tokens,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=64,
+        bos_token_id=eos - 1,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )
+    t5 = T5Config(vocab_size=t5_tokens, d_model=64, d_kv=32, d_ff=192, num_layers=2, num_heads=4, dropout_rate=0.0)
+    return CLIPTextModel(clip), T5EncoderModel(t5)
+
+
+class Flow(nn.Module):
+    """Transformer and text encoders as one trainable map (latents, sigma, caption) -> velocity."""
+
+    def __init__(self, tokenizers: tuple[CLIPTokenizer, T5TokenizerFast]):
+        super().__init__()
+        self.tokenizers = tokenizers
+        self.transformer = make_transformer()
+        clip, t5 = tokenizers
+        self.clip, self.t5 = make_text_encoders(len(clip), clip.eos_token_id, len(t5))
+        self.register_buffer("txt_ids", torch.zeros(MAX_TOKENS, 3), persistent=False)
+        self.register_buffer("img_ids", FluxPipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32), False)
+
+    def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """CLIP and T5 token ids, each (B, 16), padded as `FluxPipeline.encode_prompt` pads."""
+        kwargs = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
+        clip, t5 = self.tokenizers
+        return clip(captions, **kwargs).input_ids, t5(captions, **kwargs).input_ids
+
+    def forward(self, packed: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor, guidance: Tensor) -> Tensor:
+        """(B, 16, 64), (B,), (B, 16), (B, 16), (B,) -> velocity (B, 16, 64)."""
+        return self.transformer(
+            hidden_states=packed,
+            timestep=sigma,
+            guidance=guidance,
+            pooled_projections=self.clip(clip_ids).pooler_output,
+            encoder_hidden_states=self.t5(t5_ids)[0],
+            txt_ids=self.txt_ids,
+            img_ids=self.img_ids,
+            return_dict=False,
+        )[0]
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 200, decay_share: float = 0.5) -> float:
+    """Linear warm-up, constant, linear decay to zero over the last `decay_share`."""
+    return peak * min(1.0, (step + 1) / warmup, (steps - step) / (decay_share * steps))
+
+
+def optimise(module: nn.Module, steps: int, peak: float, name: str, loss_fn, ema: nn.Module | None = None) -> None:
+    """AdamW on `loss_fn()` under bf16 autocast with the schedule above; `ema` follows with decay 0.999."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-3, foreach=True)
+    start, mean_loss = time.perf_counter(), 0.0
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_fn()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema is not None:
+            decay = min(0.999, (1 + step) / (10 + step))
+            averaged = list(ema.parameters())
+            torch._foreach_lerp_(averaged, list(module.parameters()), 1 - decay)
+        mean_loss += (loss.item() - mean_loss) / min(step + 1, 100)
+        if (step + 1) % 200 == 0:
+            log.info("%s %d/%d loss %.4f %.0f s", name, step + 1, steps, mean_loss, time.perf_counter() - start)
+            if ema is not None and (step + 1) % 2000 == 0:
+                save_model(ema, f"{name}.partial.safetensors")  # to look at, not to resume from
+
+
+def train_vae(path: Path, steps: int) -> AutoencoderKL:
+    """L1 + 0.002 KL per latent dimension on rendered scenes."""
+    vae = make_vae()
+    if not path.exists():
+        rng = np.random.default_rng(1)
+        vae.to(memory_format=torch.channels_last)
+
+        def loss_fn() -> Tensor:
+            images, _ = batch_of_images(32, rng)
+            posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            decoded = vae.decode(mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)).sample.float()
+            kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+            return (decoded - images).abs().mean() + 0.5 * (decoded - images).square().mean() + 2e-3 * kl
+
+        optimise(vae, steps, 2e-3, "vae", loss_fn)
+        save_model(vae, path)
+    load_model(vae, path)
+    return vae.eval()
+
+
+@torch.no_grad()
+def encode_scenes(path: Path, vae: AutoencoderKL, n: int) -> tuple[Tensor, list[str], float]:
+    """Packed float16 latents (n, 16, 64) of unit variance, their captions, and the scale that made it so."""
+    if not path.exists():
+        rng, means, captions = np.random.default_rng(2), [], []
+        for _ in range(n // 250):
+            images, texts = batch_of_images(250, rng)
+            means.append(vae.encode(images).latent_dist.mean)
+            captions += texts
+        latents = torch.cat(means)
+        scale = 1 / latents.std().item()
+        packed = FluxPipeline._pack_latents(latents * scale, n, 16, 8, 8)
+        save_file({"packed": packed.half()}, path, {"scale": str(scale), "captions": "\n".join(captions)})
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+        return file.get_tensor("packed"), meta["captions"].split("\n"), float(meta["scale"])
+
+
+def train_flow(path: Path, flow: Flow, packed: Tensor, captions: list[str], steps: int, batch: int = 64) -> None:
+    """Flow matching with logit-normal times; one caption in ten is dropped. Leaves the EMA weights in `flow`."""
+    if not path.exists():
+        generator = torch.Generator().manual_seed(3)
+        clip_ids, t5_ids = flow.tokenize(captions)
+        empty = flow.tokenize([""])
+
+        def loss_fn() -> Tensor:
+            index = torch.randint(len(packed), (batch,), generator=generator)
+            clean = packed[index].float()
+            sigma = torch.sigmoid(torch.randn(batch, generator=generator))
+            noise = torch.randn(clean.shape, generator=generator)
+            dropped = torch.rand(batch, 1, generator=generator) < 0.1
+            clip, t5 = torch.where(dropped, empty[0], clip_ids[index]), torch.where(dropped, empty[1], t5_ids[index])
+            at = sigma[:, None, None]
+            velocity = flow((1 - at) * clean + at * noise, sigma, clip, t5, torch.ones(batch))
+            return F.mse_loss(velocity.float(), noise - clean)
+
+        ema = copy.deepcopy(flow).requires_grad_(False)
+        optimise(flow, steps, 1.5e-3, str(path.with_suffix("")), loss_fn, ema)
+        save_model(ema, path)
+    load_model(flow, path)
+
+
+def distil_guidance(path: Path, flow: Flow, packed: Tensor, captions: list[str], steps: int, batch: int = 64) -> None:
+    """Teach the guidance embedding what classifier-free guidance of scale 1 to 4 does, for one pass."""
+    if not path.exists():
+        generator = torch.Generator().manual_seed(4)
+        teacher = copy.deepcopy(flow).eval().requires_grad_(False)
+        flow.clip.requires_grad_(False)
+        flow.t5.requires_grad_(False)
+        clip_ids, t5_ids = flow.tokenize(captions)
+        empty = [ids.expand(batch, -1) for ids in flow.tokenize([""])]
+
+        def loss_fn() -> Tensor:
+            index = torch.randint(len(packed), (batch,), generator=generator)
+            clean = packed[index].float()
+            sigma = torch.sigmoid(torch.randn(batch, generator=generator))
+            scale = 1 + 3 * torch.rand(batch, generator=generator)
+            noise = torch.randn(clean.shape, generator=generator)
+            at = sigma[:, None, None]
+            latents, text = (1 - at) * clean + at * noise, (clip_ids[index], t5_ids[index])
+            with torch.no_grad():
+                conditional = teacher(latents, sigma, *text, torch.ones(batch)).float()
+                unconditional = teacher(latents, sigma, *empty, torch.ones(batch)).float()
+                target = unconditional + scale[:, None, None] * (conditional - unconditional)
+            return F.mse_loss(flow(latents, sigma, *text, scale).float(), target)
+
+        ema = copy.deepcopy(flow).requires_grad_(False)
+        optimise(flow, steps, 5e-4, str(path.with_suffix("")), loss_fn, ema)
+        save_model(ema, path)
+    load_model(flow, path)
+
+
+def assemble(flow: Flow, vae: AutoencoderKL, scale: float) -> FluxPipeline:
+    """The parts as a stock FluxPipeline in bfloat16."""
+    vae.register_to_config(scaling_factor=scale)
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=flow.clip,
+        tokenizer=flow.tokenizers[0],
+        text_encoder_2=flow.t5,
+        tokenizer_2=flow.tokenizers[1],
+        transformer=flow.transformer,
+    )
+    return pipeline.to(torch.bfloat16)
+
+
+def main() -> None:
+    """Run the stages that have not been run, then write the pipeline to `--output-dir`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/pretrain"), help="where the stages leave files")
+    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "model", help="the pipeline")
+    parser.add_argument("--vae-steps", type=int, default=1500)
+    parser.add_argument("--scenes", type=int, default=60_000, help="scenes to encode, a multiple of 250")
+    parser.add_argument("--flow-steps", type=int, default=13_000)
+    parser.add_argument("--distil-steps", type=int, default=2_500)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if args.scenes % 250 or min(args.vae_steps, args.scenes, args.flow_steps, args.distil_steps) <= 0:
+        parser.error(f"steps must be positive and --scenes a multiple of 250, got {vars(args)}")
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    vae = train_vae(args.work_dir / "vae.safetensors", args.vae_steps)
+    packed, captions, scale = encode_scenes(args.work_dir / "scenes.safetensors", vae, args.scenes)
+    torch.manual_seed(0)
+    flow = Flow(make_tokenizers())
+    train_flow(args.work_dir / "flow.safetensors", flow, packed, captions, args.flow_steps)
+    distil_guidance(args.work_dir / "distilled.safetensors", flow, packed, captions, args.distil_steps)
+    assemble(flow, vae, scale).save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

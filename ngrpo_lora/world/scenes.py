@@ -1,0 +1,217 @@
+"""Captioned scenes of coloured shapes: GenEval's six tasks (arXiv 2310.11513) in a world of 64 px.
+
+A `Scene` is what a caption promises; `place` chooses everything that the caption leaves open, `render`
+draws it. Every choice comes from the `numpy.random.Generator` in hand, so a seed is a picture.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+Task = Literal["single", "two", "count", "color", "position", "attribute"]
+Relation = Literal["left of", "right of", "above", "below"]
+
+TASKS: tuple[Task, ...] = ("single", "two", "count", "color", "position", "attribute")
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "orange": (245, 135, 20),
+    "yellow": (250, 210, 40),
+    "green": (50, 160, 70),
+    "blue": (40, 95, 205),
+    "purple": (140, 60, 175),
+}
+RELATIONS: tuple[Relation, ...] = ("left of", "right of", "above", "below")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a drawing of {}")
+
+SIZE_PX = 64
+SUPERSAMPLE = 4
+
+
+@dataclass(frozen=True)
+class Object:
+    """One object of a caption; `color` None means that any colour will do."""
+
+    shape: str
+    color: str | None = None
+
+    def __str__(self) -> str:
+        words = f"{self.color} {self.shape}" if self.color else self.shape
+        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption promises: the objects, all of them, and for two of them perhaps a relation."""
+
+    task: Task
+    objects: tuple[Object, ...]
+    relation: Relation | None = None
+
+    @property
+    def caption(self) -> str:
+        """The scene in words, without a template: `a red star`, `three hearts`, `a star above a cross`."""
+        if self.task == "count":
+            shape = self.objects[0].shape
+            return f"{NUMBERS[len(self.objects)]} {shape}{'es' if shape == 'cross' else 's'}"
+        joint = f" {self.relation} " if self.relation else " and "
+        return joint.join(map(str, self.objects))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An object on the canvas: centre and radius of its circumscribed circle in px, angle in radians."""
+
+    shape: str
+    color: str
+    x_px: float
+    y_px: float
+    radius_px: float
+    angle: float
+
+
+def all_scenes(task: Task) -> list[Scene]:
+    """Every scene of one task, in a fixed order."""
+    pairs = list(itertools.permutations(SHAPES, 2))
+    match task:
+        case "single":
+            return [Scene(task, (Object(shape),)) for shape in SHAPES]
+        case "two":
+            return [Scene(task, (Object(a), Object(b))) for a, b in pairs]
+        case "count":
+            return [Scene(task, (Object(shape),) * n) for shape in SHAPES for n in NUMBERS]
+        case "color":
+            return [Scene(task, (Object(shape, color),)) for shape in SHAPES for color in COLORS]
+        case "position":
+            return [Scene(task, (Object(a), Object(b)), r) for a, b in pairs for r in RELATIONS]
+        case "attribute":
+            colors = list(itertools.permutations(COLORS, 2))
+            return [Scene(task, (Object(a, c), Object(b, d))) for a, b in pairs for c, d in colors]
+
+
+def split_scenes(task: Task, held_out_share: float = 0.2) -> tuple[list[Scene], list[Scene]]:
+    """(train, held-out) scenes of a task: disjoint, and the same on every machine (by SHA-256)."""
+    ranked = sorted(all_scenes(task), key=lambda s: hashlib.sha256(s.caption.encode()).digest())
+    held_out = math.ceil(held_out_share * len(ranked))
+    return ranked[held_out:], ranked[:held_out]
+
+
+def parse(prompt: str) -> Scene:
+    """The scene that a prompt describes; case and surrounding white space do not matter.
+
+    Raises:
+        ValueError: the prompt is not one of the world's captions in one of `TEMPLATES`.
+    """
+    try:
+        return _scenes_by_prompt()[prompt.strip().lower()]
+    except KeyError:
+        raise ValueError(
+            f"a prompt must be a caption of the world, such as 'a photo of a red star', got {prompt!r}; "
+            "take one from all_scenes"
+        ) from None
+
+
+@functools.cache
+def _scenes_by_prompt() -> dict[str, Scene]:
+    scenes = [scene for task in TASKS for scene in all_scenes(task)]
+    return {template.format(scene.caption): scene for scene in scenes for template in TEMPLATES}
+
+
+def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
+    """Choose colour, size, angle and place of every object so that the caption is true and nothing touches."""
+    shared_color = rng.choice(list(COLORS))  # the objects of a count look alike
+    radius_low, radius_high = {1: (12, 18), 2: (10, 14), 3: (9, 12), 4: (8, 11)}[len(scene.objects)]
+    while True:
+        placed: list[Placed] = []
+        for obj in scene.objects:
+            radius = rng.uniform(radius_low, radius_high)
+            color = obj.color or (shared_color if scene.task == "count" else rng.choice(list(COLORS)))
+            x, y = rng.uniform(radius + 2, SIZE_PX - radius - 2, 2)
+            placed.append(Placed(obj.shape, str(color), x, y, radius, rng.uniform(-0.2, 0.2)))
+        apart = all(
+            math.hypot(a.x_px - b.x_px, a.y_px - b.y_px) >= a.radius_px + b.radius_px + 2
+            for a, b in itertools.combinations(placed, 2)
+        )
+        if apart and (scene.relation is None or holds(scene.relation, placed[0], placed[1])):
+            return placed
+
+
+def holds(relation: Relation, a: Placed, b: Placed) -> bool:
+    """Whether `a` is clearly left of (right of, above, below) `b`: that axis dominates the offset."""
+    dx, dy = a.x_px - b.x_px, a.y_px - b.y_px
+    along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
+    return along > 1.5 * abs(across)
+
+
+def draw(placed: list[Placed], rng: np.random.Generator) -> np.ndarray:
+    """Paint objects on a pale gradient. Returns (64, 64, 3) uint8."""
+    n = SIZE_PX * SUPERSAMPLE
+    hue, light = rng.uniform(0, 2 * math.pi), rng.uniform(225, 248)
+    tint = light + 7 * np.cos(hue + np.array([0, 2, 4]) * math.pi / 3)
+    shade = rng.uniform(4, 14) * np.linspace(0, 1, n)[:, None, None]
+    pixels = np.broadcast_to(np.clip(tint - shade, 0, 255), (n, n, 3)).round().astype(np.uint8)
+    image = Image.fromarray(pixels)
+    canvas = ImageDraw.Draw(image)
+    for obj in placed:
+        fill = tuple(int(np.clip(c * rng.uniform(0.94, 1.04), 0, 255)) for c in COLORS[obj.color])
+        canvas.polygon([(float(x), float(y)) for x, y in outline(obj) * SUPERSAMPLE], fill=fill)
+    return np.asarray(image.reduce(SUPERSAMPLE))
+
+
+def outline(obj: Placed) -> np.ndarray:
+    """The closed outline of an object in px: (N, 2) points (x, y)."""
+    points = unit_outline(obj.shape) * obj.radius_px
+    cos, sin = math.cos(obj.angle), math.sin(obj.angle)
+    return points @ np.array([[cos, sin], [-sin, cos]]) + (obj.x_px, obj.y_px)
+
+
+def unit_outline(shape: str) -> np.ndarray:
+    """The outline of a shape within the unit circle, y down: (N, 2)."""
+    if shape == "heart":
+        t = np.linspace(0, 2 * math.pi, 60, endpoint=False)
+        x = 16 * np.sin(t) ** 3
+        y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+        return np.stack([x, y - 2], 1) / 17
+    if shape == "cross":
+        a, b = 0.94, 0.32
+        corners = [
+            (b, a),
+            (b, b),
+            (a, b),
+            (a, -b),
+            (b, -b),
+            (b, -a),
+            (-b, -a),
+            (-b, -b),
+            (-a, -b),
+            (-a, b),
+            (-b, b),
+            (-b, a),
+        ]
+        return np.array(corners)
+    corners, inner = {"circle": (60, 1.0), "square": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.42)}[shape]
+    turn = math.pi / 4 if shape == "square" else -math.pi / 2
+    t = turn + 2 * math.pi * np.arange(corners) / corners
+    radii = np.where(np.arange(corners) % 2 == 0, 1.0, inner)
+    scale = {"circle": 0.88, "triangle": 1.0}.get(shape, 1.0)
+    return np.stack([np.cos(t), np.sin(t)], 1) * radii[:, None] * scale
+
+
+def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """One true picture of a scene: (64, 64, 3) uint8."""
+    return draw(place(scene, rng), rng)
+
+
+def sample_scene(rng: np.random.Generator, scenes: dict[Task, list[Scene]]) -> Scene:
+    """A scene of a uniformly chosen task."""
+    pool = scenes[TASKS[rng.integers(len(TASKS))]]
+    return pool[rng.integers(len(pool))]

@@ -1,0 +1,71 @@
+import hashlib
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from ngrpo_lora.world.scenes import TASKS, TEMPLATES, all_scenes, holds, parse, place, render, split_scenes
+
+COUNTS = {"single": 6, "two": 30, "count": 18, "color": 36, "position": 120, "attribute": 900}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_parse_inverts_every_caption_in_every_template(task):
+    for scene in all_scenes(task):
+        for template in TEMPLATES:
+            assert parse(template.format(scene.caption)) == scene
+
+
+def test_parse_ignores_case_and_outer_space():
+    assert parse("  A Photo of an Orange star\n") == parse("an orange star")
+
+
+@pytest.mark.parametrize("prompt", ["", "a cat", "a star and a star", "a  red star"])
+def test_parse_refuses_what_is_not_a_caption(prompt):
+    with pytest.raises(ValueError, match="must be a caption of the world"):
+        parse(prompt)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_are_disjoint_and_cover_the_task(task):
+    train, held_out = split_scenes(task)
+    assert not set(train) & set(held_out)
+    assert set(train) | set(held_out) == set(all_scenes(task))
+    assert len(train) + len(held_out) == COUNTS[task]
+    assert len(held_out) == math.ceil(0.2 * COUNTS[task])
+
+
+def test_held_out_scenes_never_change():
+    captions = [scene.caption for task in TASKS for scene in split_scenes(task)[1]]
+    assert (
+        hashlib.sha256("\n".join(captions).encode()).hexdigest()
+        == "e0d0581b82bd417025d45bed0e7cd160423655181ddfd135cd87ac6d3f3c5fce"
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_place_keeps_the_promise_and_nothing_touches(task):
+    rng = np.random.default_rng(0)
+    for scene in all_scenes(task)[:60]:
+        placed = place(scene, rng)
+        assert [obj.shape for obj in placed] == [obj.shape for obj in scene.objects]
+        assert all(obj.color in (None, seen.color) for obj, seen in zip(scene.objects, placed, strict=True))
+        if task == "count":
+            assert len({obj.color for obj in placed}) == 1
+        if scene.relation:
+            assert holds(scene.relation, *placed)
+        for obj in placed:
+            assert 2 <= min(obj.x_px, obj.y_px) - obj.radius_px
+            assert max(obj.x_px, obj.y_px) + obj.radius_px <= 62
+        for a, b in itertools.combinations(placed, 2):
+            assert math.dist((a.x_px, a.y_px), (b.x_px, b.y_px)) >= a.radius_px + b.radius_px + 2
+
+
+def test_a_seed_is_a_picture():
+    scene = parse("three hearts")
+    first, again, other = (render(scene, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first.shape == (64, 64, 3)
+    assert first.dtype == np.uint8
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
