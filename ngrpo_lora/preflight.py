@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ngrpo_lora import registry
+from ngrpo_lora.checkpoint import STATE_FILE, checkpoints
 from ngrpo_lora.config import RunConfig, changed_keys, load_config
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.prompts import BUILTIN_SOURCES, read_prompt_file
@@ -82,16 +83,17 @@ def _output_dir(config: RunConfig) -> Iterator[str]:
         return
     if config.resume == "latest":
         run_dir = output_dir
-        checkpoints = output_dir / "checkpoints"
-        if not checkpoints.is_dir() or not any(p.name[0] not in "._" for p in checkpoints.iterdir()):
-            yield f"resume=latest needs a checkpoint, but {str(checkpoints)!r} holds none; drop resume to start anew"
+        if not checkpoints(output_dir):
+            folder = str(output_dir / "checkpoints")
+            yield f"resume=latest needs a checkpoint, but {folder!r} holds none; drop resume to start anew"
             return
     else:
-        checkpoint = Path(config.resume)
-        if not checkpoint.exists():
-            yield f"resume must be latest or the path of a checkpoint, but {config.resume!r} does not exist"
+        checkpoint = Path(config.resume).resolve()
+        state = checkpoint / STATE_FILE if checkpoint.is_dir() else checkpoint
+        if not state.is_file():
+            yield f"resume must be latest or the path of a checkpoint, but {config.resume!r} is none"
             return
-        run_dir = checkpoint.resolve().parent.parent
+        run_dir = state.parents[2]
         if holds_run and run_dir != output_dir.resolve():
             yield f"output_dir must be the resumed run's ({str(run_dir)!r}) or a new one, got {config.output_dir!r}"
     if (run_dir / "config.yaml").is_file():

@@ -1,4 +1,4 @@
-"""What a run says while it runs: `metrics.jsonl`, one line a step, and a progress bar."""
+"""What a run says: `metrics.jsonl`, one line a step; on screen what will be done, a progress bar, what came of it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ngrpo_lora.config import RunConfig
 from ngrpo_lora.types import Metrics
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class MetricsFile:
@@ -47,6 +51,38 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def opening(config: RunConfig, trained: int, total: int) -> str:
+    """What the run will do, with the derived batch numbers."""
+    rollout, samples = config.rollout, config.rollout.prompts_per_iteration * config.rollout.group_size
+    names = " + ".join(f"{r.weight:g} x {r.name}" if r.weight != 1 else r.name for r in config.rewards)
+    return (
+        f"{config.algorithm.name} on {config.model.path}, {config.trainer.num_iterations} iterations into {config.output_dir}\n"
+        f"  an iteration: {rollout.prompts_per_iteration} prompts x {rollout.group_size} candidates = {samples} images, "
+        f"{rollout.num_steps} {rollout.solver} steps each, scored by {names}\n"
+        f"  trained: {trained / 1e6:.2f} M LoRA parameters (rank {config.lora.rank}) on a frozen {total / 1e6:.1f} M model\n"
+        f"  evaluated every {config.evaluation.every} iterations on {config.evaluation.num_prompts} held-out prompts"
+    )
+
+
+def closing(output_dir: Path, adapter: Path) -> str:
+    """Held-out figures before and after, and where everything is."""
+    rows = read_metrics(output_dir / "metrics.jsonl")
+    evaluations = [row for row in rows if row.get("eval/reward_mean") is not None]
+    lines = []
+    for key, name in (("eval/reward_mean", "reward"), ("eval/strict_accuracy", "strict accuracy")):
+        values = [row[key] for row in evaluations if row.get(key) is not None]
+        if values:
+            lines.append(
+                f"held-out {name:<16} before {values[0]:.3f}  after {values[-1]:.3f}  ({values[-1] - values[0]:+.3f})"
+            )
+    lines += [
+        f"pictures and curve        {output_dir / 'summary.png'}",
+        f"adapter                   {adapter}",
+        f"draw with it              ngrpo sample --adapter {adapter} --prompt '...' --seed 0",
+    ]
+    return "\n".join(lines)
+
+
 def progress_bar() -> Progress:
     """Iterations, time left, reward and evaluations."""
     return Progress(
@@ -57,4 +93,5 @@ def progress_bar() -> Progress:
         TextColumn("eta"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
+        console=console,
     )

@@ -26,7 +26,7 @@ from ngrpo_lora.optimizers import learning_rate_factor, make_optimizer
 from ngrpo_lora.prompts import open_prompts
 from ngrpo_lora.sampling import draw, load_family
 from ngrpo_lora.solvers import flow_sigmas
-from ngrpo_lora.tracking import MetricsFile, progress_bar
+from ngrpo_lora.tracking import MetricsFile, closing, console, opening, progress_bar
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, TextEmbeds, Transition, Velocities, mean_metrics
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class Trainer:
         """Algorithm 1: per iteration roll out P groups, score them, and move the anchors."""
         config, total = self.config, self.config.trainer.num_iterations
         (self.output_dir / "config.yaml").write_text(dump_config(config))
+        trained = sum(p.numel() for p in self.parameters.values())
+        console.print(opening(config, trained, sum(p.numel() for p in self.family.transformer.parameters()) - trained))
         metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.iteration if config.resume else None)
         with ExitStack() as stack:
             bar = stack.enter_context(progress_bar())
@@ -109,8 +111,9 @@ class Trainer:
                 if self.iteration % config.trainer.save_every == 0 or self.iteration == total:
                     checkpoint.save(self.output_dir, self.iteration, self.state(), config.trainer.keep_checkpoints)
                 bar.update(task, completed=self.iteration, status=status_line(metrics))
-        self.export()
+        adapter = self.export()
         report.write_summary(self.output_dir)
+        console.print(closing(self.output_dir, adapter))
         return evaluation
 
     def prompt_indices(self) -> range:

@@ -13,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import ngrpo_lora
+from ngrpo_lora.checkpoint import STATE_FILE
 from ngrpo_lora.cli import app
 from ngrpo_lora.config import RunConfig, dump_config, load_config
 
@@ -128,7 +129,8 @@ def test_train_hands_the_checked_config_to_the_trainer(trained: list[RunConfig],
         (["output_dir=blank.txt/run"], "output_dir must be a writable folder"),
         (["output_dir=held"], "resume=latest"),
         (["resume=latest"], "resume=latest needs a checkpoint"),
-        (["resume=runs/x/checkpoints/step_1"], "does not exist"),
+        (["resume=runs/x/checkpoints/iteration-000001"], "is none"),
+        (["resume=empty"], "is none"),
     ],
 )
 def test_train_refuses_bad_input_before_anything_loads(
@@ -152,20 +154,26 @@ def test_train_refuses_a_folder_without_write_permission(tmp_path: Path):
     assert "output_dir must be a writable folder" in refuse("train", f"output_dir={tmp_path / 'locked'}")
 
 
+RESUMES = ["latest", "run/checkpoints/iteration-000010", "run/checkpoints/iteration-000010/state.pt"]
+
+
 def make_run(folder: Path) -> None:
-    (folder / "checkpoints" / "step_000010").mkdir(parents=True)
+    (folder / "checkpoints" / "iteration-000010").mkdir(parents=True)
+    (folder / "checkpoints" / "iteration-000010" / STATE_FILE).touch()
     (folder / "config.yaml").write_text(dump_config(load_config(None, [f"output_dir={folder}"])))
 
 
-def test_resume_refuses_other_settings_and_names_them(tmp_path: Path):
+@pytest.mark.parametrize("resume", RESUMES)
+def test_resume_refuses_other_settings_and_names_them(resume: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     make_run(tmp_path / "run")
-    text = refuse("train", f"output_dir={tmp_path / 'run'}", "resume=latest", "lora.rank=8", "seed=1")
+    monkeypatch.chdir(tmp_path)
+    text = refuse("train", f"output_dir={tmp_path / 'run'}", f"resume={resume}", "lora.rank=8", "seed=1")
     assert "lora.rank: 16 -> 8" in text
     assert "seed: 0 -> 1" in text
     assert len(text.splitlines()) == 2
 
 
-@pytest.mark.parametrize("resume", ["latest", "run/checkpoints/step_000010"])
+@pytest.mark.parametrize("resume", RESUMES)
 def test_resume_may_change_length_and_evaluation(
     resume: str, trained: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
