@@ -53,15 +53,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def opening(config: RunConfig, trained: int, total: int) -> str:
     """What the run will do, with the derived batch numbers."""
-    rollout, samples = config.rollout, config.rollout.prompts_per_iteration * config.rollout.group_size
+    rollout, length = config.rollout, config.trainer.num_iterations
+    samples = rollout.prompts_per_iteration * rollout.group_size
     names = " + ".join(f"{r.weight:g} x {r.name}" if r.weight != 1 else r.name for r in config.rewards)
-    return (
-        f"{config.algorithm.name} on {config.model.path}, {config.trainer.num_iterations} iterations into {config.output_dir}\n"
-        f"  an iteration: {rollout.prompts_per_iteration} prompts x {rollout.group_size} candidates = {samples} images, "
-        f"{rollout.num_steps} {rollout.solver} steps each, scored by {names}\n"
-        f"  trained: {trained / 1e6:.2f} M LoRA parameters (rank {config.lora.rank}) on a frozen {total / 1e6:.1f} M model\n"
-        f"  evaluated every {config.evaluation.every} iterations on {config.evaluation.num_prompts} held-out prompts"
-    )
+    lines = [
+        f"{config.algorithm.name} on {config.model.path}: {length} iterations into {config.output_dir}",
+        f"  an iteration: {rollout.prompts_per_iteration} prompts x {rollout.group_size} candidates = {samples} images",
+        f"  an image: {rollout.num_steps} {rollout.solver} steps, scored by {names}",
+        f"  trained: {trained / 1e6:.2f} M LoRA parameters of rank {config.lora.rank} on a frozen {total / 1e6:.1f} M",
+        f"  evaluated on {config.evaluation.num_prompts} held-out prompts every {config.evaluation.every} iterations",
+    ]
+    return "\n".join(lines)
 
 
 def closing(output_dir: Path, adapter: Path) -> str:

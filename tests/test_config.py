@@ -132,7 +132,7 @@ def test_changed_keys_names_what_differs():
         ("algorithm.num_train_steps=9", ["algorithm.num_train_steps", "rollout.num_steps", "9"]),
         ("algorithm=naighbor", ["algorithm.name must be one of", "'naighbor'", "did you mean neighbor?"]),
         ("algorithm=[1]", ["algorithm must be a name or a mapping", "[1]"]),
-        ("model.height_px=100", ["model.height_px must be a multiple of 16, got 100", "96 and 112"]),
+        ("model.height_px=104", ["model.height_px must be a multiple of 16, got 104", "96 and 112"]),
         ("model.width_px=0", ["model.width_px must be at least 16, got 0"]),
         ("model.family=fluxx", ["model.family must be one of", "did you mean flux?"]),
         ("model.dtype=float8", ["model.dtype must be 'float32', 'bfloat16' or 'float16'", "got 'float8'"]),

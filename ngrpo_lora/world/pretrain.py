@@ -1,12 +1,11 @@
 """Make the embedded model: `python -m ngrpo_lora.world.pretrain --work-dir runs/pretrain`.
 
-Five stages, each seeded and each leaving a file, so that a stopped run goes on where it was:
+Four stages, each seeded and each leaving a file, so that a stopped run goes on where it was:
 
     tokenizers   BPE (CLIP) and Unigram (T5) with the world's words
     vae          AutoencoderKL, 64 px -> (16, 8, 8) latents, L1 + KL
     encode       latents of rendered scenes, and the scale that gives them unit variance
     flow         FluxTransformer2DModel + both text encoders, rectified-flow matching, EMA
-    distil       guidance distillation (arXiv 2210.03142), as FLUX.1-dev: one pass draws a guided sample
 
 Held-out scenes (`scenes.split_scenes`) are in none of them. About an hour and a half on two CPU cores.
 """
@@ -17,6 +16,7 @@ import argparse
 import copy
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +28,12 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from ngrpo_lora.world.scenes import TASKS, TEMPLATES, Scene, render, sample_scene, split_scenes
+from ngrpo_lora.world.scenes import TASKS, TEMPLATES, Placed, Scene, draw, place, sample_scene, scatter, split_scenes
 
 log = logging.getLogger(__name__)
 
 MAX_TOKENS = 16
+Layout = Callable[[Scene, np.random.Generator], list[Placed]]
 TRAIN_SCENES = {task: split_scenes(task)[0] for task in TASKS}
 
 
@@ -41,10 +42,10 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return TEMPLATES[rng.integers(len(TEMPLATES))].format(scene.caption)
 
 
-def batch_of_images(n: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+def batch_of_images(n: int, rng: np.random.Generator, layout: Layout) -> tuple[Tensor, list[str]]:
     """(n, 3, 64, 64) in [-1, 1] and their captions."""
     scenes = [sample_scene(rng, TRAIN_SCENES) for _ in range(n)]
-    pixels = np.stack([render(scene, rng) for scene in scenes])
+    pixels = np.stack([draw(layout(scene, rng), rng) for scene in scenes])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     return images, [caption(scene, rng) for scene in scenes]
 
@@ -102,7 +103,7 @@ def make_transformer() -> FluxTransformer2DModel:
         num_attention_heads=2,
         joint_attention_dim=64,
         pooled_projection_dim=64,
-        guidance_embeds=True,
+        guidance_embeds=False,
         axes_dims_rope=(16, 56, 56),
     )
 
@@ -143,12 +144,11 @@ class Flow(nn.Module):
         clip, t5 = self.tokenizers
         return clip(captions, **kwargs).input_ids, t5(captions, **kwargs).input_ids
 
-    def forward(self, packed: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor, guidance: Tensor) -> Tensor:
-        """(B, 16, 64), (B,), (B, 16), (B, 16), (B,) -> velocity (B, 16, 64)."""
+    def forward(self, packed: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
+        """(B, 16, 64), (B,), (B, 16), (B, 16) -> velocity (B, 16, 64)."""
         return self.transformer(
             hidden_states=packed,
             timestep=sigma,
-            guidance=guidance,
             pooled_projections=self.clip(clip_ids).pooler_output,
             encoder_hidden_states=self.t5(t5_ids)[0],
             txt_ids=self.txt_ids,
@@ -195,7 +195,7 @@ def train_vae(path: Path, steps: int) -> AutoencoderKL:
         vae.to(memory_format=torch.channels_last)
 
         def loss_fn() -> Tensor:
-            images, _ = batch_of_images(32, rng)
+            images, _ = batch_of_images(32, rng, scatter)
             posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
             decoded = vae.decode(mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)).sample.float()
@@ -214,7 +214,7 @@ def encode_scenes(path: Path, vae: AutoencoderKL, n: int) -> tuple[Tensor, list[
     if not path.exists():
         rng, means, captions = np.random.default_rng(2), [], []
         for _ in range(n // 250):
-            images, texts = batch_of_images(250, rng)
+            images, texts = batch_of_images(250, rng, place)
             means.append(vae.encode(images).latent_dist.mean)
             captions += texts
         latents = torch.cat(means)
@@ -227,55 +227,22 @@ def encode_scenes(path: Path, vae: AutoencoderKL, n: int) -> tuple[Tensor, list[
 
 
 def train_flow(path: Path, flow: Flow, packed: Tensor, captions: list[str], steps: int, batch: int = 64) -> None:
-    """Flow matching with logit-normal times; one caption in ten is dropped. Leaves the EMA weights in `flow`."""
+    """Flow matching with logit-normal times. Leaves the EMA weights in `flow`."""
     if not path.exists():
         generator = torch.Generator().manual_seed(3)
         clip_ids, t5_ids = flow.tokenize(captions)
-        empty = flow.tokenize([""])
 
         def loss_fn() -> Tensor:
             index = torch.randint(len(packed), (batch,), generator=generator)
             clean = packed[index].float()
             sigma = torch.sigmoid(torch.randn(batch, generator=generator))
             noise = torch.randn(clean.shape, generator=generator)
-            dropped = torch.rand(batch, 1, generator=generator) < 0.1
-            clip, t5 = torch.where(dropped, empty[0], clip_ids[index]), torch.where(dropped, empty[1], t5_ids[index])
             at = sigma[:, None, None]
-            velocity = flow((1 - at) * clean + at * noise, sigma, clip, t5, torch.ones(batch))
+            velocity = flow((1 - at) * clean + at * noise, sigma, clip_ids[index], t5_ids[index])
             return F.mse_loss(velocity.float(), noise - clean)
 
         ema = copy.deepcopy(flow).requires_grad_(False)
         optimise(flow, steps, 1.5e-3, str(path.with_suffix("")), loss_fn, ema)
-        save_model(ema, path)
-    load_model(flow, path)
-
-
-def distil_guidance(path: Path, flow: Flow, packed: Tensor, captions: list[str], steps: int, batch: int = 64) -> None:
-    """Teach the guidance embedding what classifier-free guidance of scale 1 to 4 does, for one pass."""
-    if not path.exists():
-        generator = torch.Generator().manual_seed(4)
-        teacher = copy.deepcopy(flow).eval().requires_grad_(False)
-        flow.clip.requires_grad_(False)
-        flow.t5.requires_grad_(False)
-        clip_ids, t5_ids = flow.tokenize(captions)
-        empty = [ids.expand(batch, -1) for ids in flow.tokenize([""])]
-
-        def loss_fn() -> Tensor:
-            index = torch.randint(len(packed), (batch,), generator=generator)
-            clean = packed[index].float()
-            sigma = torch.sigmoid(torch.randn(batch, generator=generator))
-            scale = 1 + 3 * torch.rand(batch, generator=generator)
-            noise = torch.randn(clean.shape, generator=generator)
-            at = sigma[:, None, None]
-            latents, text = (1 - at) * clean + at * noise, (clip_ids[index], t5_ids[index])
-            with torch.no_grad():
-                conditional = teacher(latents, sigma, *text, torch.ones(batch)).float()
-                unconditional = teacher(latents, sigma, *empty, torch.ones(batch)).float()
-                target = unconditional + scale[:, None, None] * (conditional - unconditional)
-            return F.mse_loss(flow(latents, sigma, *text, scale).float(), target)
-
-        ema = copy.deepcopy(flow).requires_grad_(False)
-        optimise(flow, steps, 5e-4, str(path.with_suffix("")), loss_fn, ema)
         save_model(ema, path)
     load_model(flow, path)
 
@@ -302,11 +269,10 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "model", help="the pipeline")
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--scenes", type=int, default=60_000, help="scenes to encode, a multiple of 250")
-    parser.add_argument("--flow-steps", type=int, default=13_000)
-    parser.add_argument("--distil-steps", type=int, default=2_500)
+    parser.add_argument("--flow-steps", type=int, default=12_000)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if args.scenes % 250 or min(args.vae_steps, args.scenes, args.flow_steps, args.distil_steps) <= 0:
+    if args.scenes % 250 or min(args.vae_steps, args.scenes, args.flow_steps) <= 0:
         parser.error(f"steps must be positive and --scenes a multiple of 250, got {vars(args)}")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -315,7 +281,6 @@ def main() -> None:
     torch.manual_seed(0)
     flow = Flow(make_tokenizers())
     train_flow(args.work_dir / "flow.safetensors", flow, packed, captions, args.flow_steps)
-    distil_guidance(args.work_dir / "distilled.safetensors", flow, packed, captions, args.distil_steps)
     assemble(flow, vae, scale).save_pretrained(args.output_dir)
 
 

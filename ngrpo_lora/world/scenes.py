@@ -76,7 +76,7 @@ class Placed:
     x_px: float
     y_px: float
     radius_px: float
-    angle: float
+    angle: float = 0.0
 
 
 def all_scenes(task: Task) -> list[Scene]:
@@ -127,22 +127,46 @@ def _scenes_by_prompt() -> dict[str, Scene]:
 
 
 def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
-    """Choose colour, size, angle and place of every object so that the caption is true and nothing touches."""
-    shared_color = rng.choice(list(COLORS))  # the objects of a count look alike
-    radius_low, radius_high = {1: (12, 18), 2: (10, 14), 3: (9, 12), 4: (8, 11)}[len(scene.objects)]
+    """Set upright objects near the centres of a 2 x 2 board, so that the caption is true; the rest is chance."""
+    cells = [(x, y) for y in range(2) for x in range(2)]
+    cell_px = SIZE_PX / 2
+    colors = choose_colors(scene, rng)
     while True:
-        placed: list[Placed] = []
-        for obj in scene.objects:
-            radius = rng.uniform(radius_low, radius_high)
-            color = obj.color or (shared_color if scene.task == "count" else rng.choice(list(COLORS)))
+        chosen = [cells[i] for i in rng.permutation(len(cells))[: len(scene.objects)]]
+        placed = [
+            Placed(
+                obj.shape, color, *((np.array(cell) + 0.5) * cell_px + rng.uniform(-2, 2, 2)), rng.uniform(10.5, 13.5)
+            )
+            for obj, color, cell in zip(scene.objects, colors, chosen, strict=True)
+        ]
+        if scene.relation is None or holds(scene.relation, placed[0], placed[1]):
+            return placed
+
+
+def scatter(scene: Scene, rng: np.random.Generator) -> list[Placed]:
+    """Strew objects of any size and angle over the canvas, not touching; the VAE learns to see on these."""
+    colors = choose_colors(scene, rng)
+    low, high = {1: (12, 18), 2: (10, 14), 3: (9, 12), 4: (8, 11)}[len(scene.objects)]
+    while True:
+        placed = []
+        for obj, color in zip(scene.objects, colors, strict=True):
+            radius = rng.uniform(low, high)
             x, y = rng.uniform(radius + 2, SIZE_PX - radius - 2, 2)
-            placed.append(Placed(obj.shape, str(color), x, y, radius, rng.uniform(-0.2, 0.2)))
+            placed.append(Placed(obj.shape, color, x, y, radius, rng.uniform(-0.2, 0.2)))
         apart = all(
             math.hypot(a.x_px - b.x_px, a.y_px - b.y_px) >= a.radius_px + b.radius_px + 2
             for a, b in itertools.combinations(placed, 2)
         )
         if apart and (scene.relation is None or holds(scene.relation, placed[0], placed[1])):
             return placed
+
+
+def choose_colors(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """The promised colours, chance for the rest; the objects of a count share one."""
+    chance = [str(color) for color in rng.choice(list(COLORS), len(scene.objects))]
+    if scene.task == "count":
+        return chance[:1] * len(chance)
+    return [obj.color or color for obj, color in zip(scene.objects, chance, strict=True)]
 
 
 def holds(relation: Relation, a: Placed, b: Placed) -> bool:

@@ -1,0 +1,253 @@
+"""Neighbor GRPO's four decisions, on flows made of a formula."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ngrpo_lora import auto_temperature, flow_sigmas, group_advantages, leaping_log_ratio
+from ngrpo_lora.algorithms.neighbor import Algorithm, Config
+from ngrpo_lora.config import RolloutConfig
+from ngrpo_lora.solvers import SOLVERS
+from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities
+
+SHAPE = (4, 6, 6)
+ROLLOUT = RolloutConfig(num_steps=5, group_size=6)
+
+
+def make(rollout: RolloutConfig = ROLLOUT, **settings: Any) -> Algorithm:
+    return Algorithm(Config(**settings), rollout)
+
+
+def velocity_fn(latents: Tensor, sigma: float) -> Tensor:
+    return torch.sin(2 * latents) + sigma * latents
+
+
+def roll_out(algorithm: Algorithm, seed: int = 0) -> Rollout:
+    return algorithm.rollout(velocity_fn, flow_sigmas(algorithm.num_steps), SHAPE, seed)
+
+
+def old_velocity(rollout: Rollout, transition: Transition) -> Tensor:
+    step = transition.step
+    return velocity_fn(rollout.latents[step, transition.sample], rollout.sigmas[step].item())
+
+
+def advantages_of(rollout: Rollout) -> Tensor:
+    return group_advantages(rollout.latents[-1].mean((1, 2, 3))[None])[0]
+
+
+# Rollout --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_is_a_function_of_its_seed():
+    first, again, other = (roll_out(make(), seed).latents for seed in (1, 1, 2))
+    assert first.shape == (6, 6, *SHAPE)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_candidate_does_not_depend_on_how_many_there_are():
+    small, large = (roll_out(make(RolloutConfig(num_steps=5, group_size=g))).latents for g in (3, 8))
+    assert torch.equal(small, large[:, :3])
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.9])
+def test_candidates_start_as_neighbors(strength: float):
+    rollout = make(perturbation_strength=strength).rollout(lambda x, s: x, flow_sigmas(5), (200, 100), 0)
+    noise = rollout.latents[0].flatten(1).double()
+    assert (noise.var(1) - 1).abs().max() < 0.05
+    correlation = torch.corrcoef(noise)[~torch.eye(6, dtype=torch.bool)]
+    torch.testing.assert_close(correlation, torch.full((30,), 1 - strength**2).double(), rtol=0, atol=0.04)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_candidates_follow_the_configured_solver(solver: str):
+    rollout = roll_out(make(RolloutConfig(num_steps=5, group_size=6, solver=solver)))
+    expected = SOLVERS[solver](velocity_fn, rollout.latents[0], rollout.sigmas)
+    assert torch.equal(rollout.latents, torch.stack(expected))
+
+
+# Advantages -----------------------------------------------------------------------------------------------------------
+
+
+def test_advantages_are_the_quasi_norm_of_valid_rewards():
+    rewards, valid = torch.rand(3, 6), torch.rand(3, 6) > 0.2
+    batch = RewardBatch(rewards, valid, {})
+    found = make(advantage_p=0.7, min_reward_spread=0.1).advantages(batch)
+    assert torch.equal(found, group_advantages(rewards, 0.7, valid, 0.1))
+
+
+# Updates --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_updates", [1, 2, 3, 6])
+@pytest.mark.parametrize(("num_anchors", "num_train_steps"), [(3, 2), (6, 5), (2, 3)])
+def test_every_group_gives_b_anchors_with_k_steps_each(num_anchors: int, num_train_steps: int, num_updates: int):
+    settings = {"num_anchors": num_anchors, "num_train_steps": num_train_steps, "updates_per_rollout": num_updates}
+    updates = make(**settings).updates(4, seed=0)
+    assert len(updates) == num_updates
+    transitions = [transition for update in updates for transition in update]
+    assert len(set(transitions)) == len(transitions) == 4 * num_anchors * num_train_steps
+    assert {t.sample for t in transitions} <= set(range(6))
+    assert {t.step for t in transitions} <= set(range(5))
+    for group in range(4):
+        steps = Counter(t.sample for t in transitions if t.group == group)
+        assert list(steps.values()) == [num_train_steps] * num_anchors
+        shares = [sum(t.group == group for t in update) for update in updates]
+        assert max(shares) - min(shares) <= 1
+
+
+def test_updates_are_a_function_of_their_seed():
+    algorithm = make(updates_per_rollout=2)
+    assert algorithm.updates(3, seed=5) == algorithm.updates(3, seed=5)
+    assert algorithm.updates(3, seed=5) != algorithm.updates(3, seed=6)
+
+
+def test_every_anchor_and_every_step_is_as_likely_as_any_other():
+    """Symmetric anchor sampling: 300 groups of B = 2 of 6, K = 2 of 5."""
+    (update,) = make(num_anchors=2, num_train_steps=2).updates(300, seed=0)
+    anchors, steps = Counter(t.sample for t in update), Counter(t.step for t in update)
+    for count, share in ((anchors, 1 / 6), (steps, 1 / 5)):
+        for k in range(round(1 / share)):
+            assert count[k] / len(update) == pytest.approx(share, abs=0.04)
+
+
+# Loss -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", ["auto", 1.0])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_unchanged_weights_give_log_ratio_0_no_clip_and_the_closed_form_gradient(
+    step: int, solver: str, temperature: float | str
+):
+    algorithm = make(RolloutConfig(num_steps=5, group_size=6, solver=solver), temperature=temperature)
+    rollout, transition = roll_out(algorithm), Transition(0, 3, step)
+    advantages = advantages_of(rollout)
+    current = old_velocity(rollout, transition).requires_grad_()
+    loss, metrics = algorithm.loss(rollout, advantages, transition, Velocities(current, current.detach()))
+    assert metrics["policy/max_abs_log_ratio"] == 0
+    assert metrics["policy/clip_fraction"] == 0
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+
+    loss.backward()
+    candidates, dt = rollout.latents[step + 1], rollout.sigmas[step + 1] - rollout.sigmas[step]
+    tau = auto_temperature(candidates) if temperature == "auto" else temperature
+    offsets = candidates - (rollout.latents[step, 3] + dt * current.detach())
+    expected = -(2 / tau) * dt * torch.einsum("g,gchw->chw", advantages, offsets.double())
+    assert expected.abs().max() > 1e-4
+    assert current.grad is not None
+    torch.testing.assert_close(current.grad, expected.float(), rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_literal_reading_agrees_with_one_step_where_the_rollout_is_one_step(solver: str):
+    """Euler's next latent is the one-step transition; DPM-Solver++'s is not, which moves ratios before any learning."""
+    rollout_config, temperature = RolloutConfig(num_steps=5, group_size=6, solver=solver), 1.0
+    found = {}
+    for old_anchor in ("one_step", "rollout"):
+        algorithm = make(rollout_config, old_anchor=old_anchor, temperature=temperature)
+        rollout, transition = roll_out(algorithm), Transition(0, 1, 3)
+        velocity = old_velocity(rollout, transition)
+        _, metrics = algorithm.loss(rollout, advantages_of(rollout), transition, Velocities(velocity, velocity))
+        found[old_anchor] = metrics
+    assert found["one_step"]["policy/max_abs_log_ratio"] == 0
+    if solver == "euler":
+        assert found["rollout"]["policy/max_abs_log_ratio"] < 1e-4
+        assert found["rollout"]["policy/clip_fraction"] == 0
+        assert found["rollout"]["policy/entropy"] == pytest.approx(found["one_step"]["policy/entropy"], abs=1e-4)
+    else:
+        assert found["rollout"]["policy/max_abs_log_ratio"] > 0.01
+        assert found["rollout"]["policy/clip_fraction"] > 0
+
+
+def test_the_literal_reading_compares_the_new_one_step_anchor_with_the_rollouts_own_point():
+    algorithm = make(old_anchor="rollout", temperature=2.0)
+    rollout, (_, anchor, step) = roll_out(algorithm), (transition := Transition(0, 2, 1))
+    current = old_velocity(rollout, transition) + 0.1
+    _, metrics = algorithm.loss(rollout, advantages_of(rollout), transition, Velocities(current, current - 0.1))
+    candidates, dt = rollout.latents[step + 1], rollout.sigmas[step + 1] - rollout.sigmas[step]
+    new, old = rollout.latents[step, anchor] + dt * current, candidates[anchor]
+    log_ratio = leaping_log_ratio(candidates.double(), old.double(), (new - old).double(), 2.0)
+    assert metrics["policy/max_abs_log_ratio"] == pytest.approx(log_ratio.abs().max().item(), rel=1e-4)
+
+
+def test_changed_weights_give_the_log_ratio_of_their_displacement_and_clip_beyond_the_range():
+    algorithm = make(clip_range=0.01, temperature=3.0)
+    rollout, transition = roll_out(algorithm), Transition(0, 0, 2)
+    advantages, old = advantages_of(rollout), old_velocity(rollout, transition)
+    current = old + torch.randn(SHAPE)
+    loss, metrics = algorithm.loss(rollout, advantages, transition, Velocities(current, old))
+
+    dt = rollout.sigmas[3] - rollout.sigmas[2]
+    log_ratio = leaping_log_ratio(rollout.latents[3], rollout.latents[2, 0] + dt * old, dt * (current - old), 3.0)
+    ratio = log_ratio.exp()
+    terms = torch.minimum(advantages * ratio, advantages * ratio.clamp(0.99, 1.01))
+    assert loss.item() == pytest.approx(-terms.sum().item(), rel=1e-5)
+    assert metrics["policy/max_abs_log_ratio"] == pytest.approx(log_ratio.abs().max().item(), rel=1e-5)
+    clipped = (terms < advantages * ratio).double().mean().item()
+    assert 0 < metrics["policy/clip_fraction"] == pytest.approx(clipped)
+
+
+def test_the_reference_term_is_the_squared_displacement_from_the_base_model():
+    weight, tau = 0.25, 5.0
+    algorithm = make(reference_weight=weight, temperature=tau)
+    assert algorithm.needs_reference
+    assert not make().needs_reference
+    rollout, transition = roll_out(algorithm), Transition(0, 4, 1)
+    old, reference = old_velocity(rollout, transition), torch.randn(SHAPE)
+    current = old.clone().requires_grad_()
+    loss, _ = algorithm.loss(
+        rollout, torch.zeros(6, dtype=torch.float64), transition, Velocities(current, old, reference)
+    )
+    dt = rollout.sigmas[2] - rollout.sigmas[1]
+    assert loss.item() == pytest.approx(weight * dt.item() ** 2 * (old - reference).square().sum().item() / tau, rel=1e-5)
+    loss.backward()
+    assert current.grad is not None
+    torch.testing.assert_close(current.grad, 2 * weight * dt**2 * (old - reference) / tau)
+
+
+def test_auto_temperature_is_that_of_the_steps_own_candidates():
+    rollout, transition = roll_out(make()), Transition(0, 4, 1)
+    old = old_velocity(rollout, transition)
+    velocities = Velocities(old + 0.3, old)
+    auto, number = (
+        make(temperature=tau).loss(rollout, advantages_of(rollout), transition, velocities)
+        for tau in ("auto", auto_temperature(rollout.latents[2]))
+    )
+    assert auto[0].item() == number[0].item()
+    assert auto[1] == number[1]
+
+
+@pytest.mark.parametrize(("temperature", "entropy"), [(1e-6, 0.0), (1e9, math.log(6))])
+def test_the_temperature_spans_a_certain_and_a_uniform_policy(temperature: float, entropy: float):
+    algorithm = make(temperature=temperature)
+    rollout, transition = roll_out(algorithm), Transition(0, 4, 1)
+    old = old_velocity(rollout, transition)
+    _, metrics = algorithm.loss(rollout, advantages_of(rollout), transition, Velocities(old, old))
+    assert metrics["policy/entropy"] == pytest.approx(entropy, abs=1e-4)
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_anchors": 7}, r"algorithm.num_anchors must be at most rollout.group_size \(6\), got 7"),
+        ({"num_train_steps": 6}, r"algorithm.num_train_steps must be at most rollout.num_steps \(5\), got 6"),
+        ({"updates_per_rollout": 17}, r"updates_per_rollout must be at most num_anchors \* num_train_steps \(16\), got 17"),
+    ],
+)
+def test_settings_that_do_not_fit_the_rollout_are_an_error(settings: dict[str, int], message: str):
+    with pytest.raises(ValueError, match=message):
+        Config(**settings).check(ROLLOUT)
+
+
+def test_settings_at_their_limits_fit():
+    Config(num_anchors=6, num_train_steps=5, updates_per_rollout=30).check(ROLLOUT)

@@ -1,0 +1,41 @@
+"""What `import ngrpo_lora` offers and what it costs."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import ngrpo_lora
+
+
+def test_a_star_import_gives_all_of_it():
+    namespace: dict[str, object] = {}
+    exec("from ngrpo_lora import *", namespace)
+    assert set(ngrpo_lora.__all__) == namespace.keys() - {"__builtins__"}
+
+
+def test_the_names_are_sorted_and_documented():
+    assert sorted(set(ngrpo_lora.__all__)) == ngrpo_lora.__all__
+    for name in ngrpo_lora.__all__:
+        assert inspect.getdoc(getattr(ngrpo_lora, name)), name
+
+
+def test_the_issues_functions_are_there_with_their_signatures():
+    expected = {
+        "neighbor_noise": ["base", "deltas", "perturbation_strength"],
+        "group_advantages": ["rewards", "p"],
+        "leaping_log_ratio": ["candidates", "anchor_old", "displacement", "temperature"],
+        "dpmpp_2m": ["velocity_fn", "latents", "sigmas"],
+        "euler": ["velocity_fn", "latents", "sigmas"],
+    }
+    for name, arguments in expected.items():
+        found = list(inspect.signature(getattr(ngrpo_lora, name)).parameters)
+        assert found[: len(arguments)] == arguments
+
+
+def test_importing_the_package_imports_only_torch():
+    heavy = ["diffusers", "transformers", "peft", "accelerate", "pydantic", "matplotlib", "scipy", "PIL", "bitsandbytes"]
+    code = f"import sys, ngrpo_lora; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
