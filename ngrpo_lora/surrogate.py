@@ -24,7 +24,8 @@ def leaping_log_ratio(candidates: Tensor, anchor_old: Tensor, displacement: Tens
 
     With `d_i = x_i - x_old`, the new logit is the old one plus `(2 <u, d_i> - ||u||^2) / tau`; the last term is
     common to all candidates and leaves the softmax. The normaliser's change is taken against the most probable
-    candidate a, `delta_a + log1p(sum_k p_k expm1(delta_k - delta_a))`, which is stable and exactly 0 at u = 0.
+    candidate a, `delta_a + logsumexp_k(log p_k + delta_k - delta_a)`, which is stable for a saturated policy too.
+    At u = 0 the ratio is exactly 0.
 
     Args:
         candidates: (G, ...) the group at the transition's end.
@@ -44,10 +45,9 @@ def leaping_log_ratio(candidates: Tensor, anchor_old: Tensor, displacement: Tens
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     offsets = (candidates - anchor_old).flatten(1)  # (G, D)
     delta = (offsets * displacement.flatten()).sum(1, dtype=torch.float64) * (2 / temperature)  # (G,)
-    old = torch.softmax(leaping_logits(candidates, anchor_old, temperature), 0)  # (G,)
+    old = torch.log_softmax(leaping_logits(candidates, anchor_old, temperature), 0)  # (G,)
     relative = delta - delta[old.argmax()]
-    # Capped where exp overflows: there the ratio is beyond any clip range.
-    growth = torch.log1p((old * torch.expm1(relative.clamp(max=700.0))).sum())
+    growth = torch.logsumexp(old + relative, 0) - torch.logsumexp(old, 0)  # the latter is 0 but for rounding
     return relative - growth
 
 

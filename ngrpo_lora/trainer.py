@@ -6,9 +6,11 @@ prompts -> text embeddings -> noises -> ODE rollout -> images -> rewards -> adva
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,34 +85,37 @@ class Trainer:
         trained = sum(p.numel() for p in self.parameters.values())
         console.print(opening(config, trained, sum(p.numel() for p in self.family.transformer.parameters()) - trained))
         metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.iteration if config.resume else None)
-        with ExitStack() as stack:
-            bar = stack.enter_context(progress_bar())
+        with progress_bar() as bar, interrupt_asked() as interrupted:
             task = bar.add_task("train", total=total, completed=self.iteration, status="evaluating the base model")
             if self.iteration == 0:
                 metrics_file.write(0, self.evaluate())
             evaluation: Metrics = {}
-            while self.iteration < total:
+            last = self.iteration >= total
+            while not last:
                 clock, nfe = Clock(), self.counter.start()
                 prompts = [self.prompts.prompt(i) for i in self.prompt_indices()]
                 text = self.family.encode(prompts)
                 with clock("rollout"):
                     rollouts = [self.roll_out(text[[p]], p) for p in range(len(prompts))]
-                    images = [self.family.decode(rollout.latents[-1]) for rollout in rollouts]
+                    images = [self.decode(rollout) for rollout in rollouts]
                 with clock("reward"):
                     batch = self.score(images, prompts, rollouts)
                     advantages = self.algorithm.advantages(batch)
                 with clock("update"):
                     policy = self.update(rollouts, advantages, text)
                 self.iteration += 1
+                last = self.iteration == total or interrupted()
 
                 metrics = self.describe(batch) | policy | clock.seconds | nfe.per_sample(batch.rewards.numel())
                 if self.iteration % config.evaluation.every == 0 or self.iteration == total:
                     evaluation = self.evaluate()
                     metrics |= evaluation
                 metrics_file.write(self.iteration, metrics)
-                if self.iteration % config.trainer.save_every == 0 or self.iteration == total:
+                if self.iteration % config.trainer.save_every == 0 or last:
                     checkpoint.save(self.output_dir, self.iteration, self.state(), config.trainer.keep_checkpoints)
                 bar.update(task, completed=self.iteration, status=status_line(metrics))
+        if self.iteration < total:
+            raise UserError(f"stopped after iteration {self.iteration} of {total}; go on with resume=latest")
         adapter = self.export()
         report.write_summary(self.output_dir)
         console.print(closing(self.output_dir, adapter))
@@ -133,6 +138,12 @@ class Trainer:
         seed = derive_seed(self.config.seed, "rollout", self.iteration, position)
         return self.algorithm.rollout(velocity_fn, self.sigmas, self.family.latent_shape, seed)
 
+    def decode(self, rollout: Rollout) -> list[Image.Image]:
+        """The G images of a rollout, `rollout.micro_batch_size` at a time."""
+        clean = rollout.latents[-1]
+        chunks = clean.split(self.config.rollout.micro_batch_size or len(clean))
+        return [image for chunk in chunks for image in self.family.decode(chunk.to(self.device))]
+
     def score(self, images: list[list[Image.Image]], prompts: list[str], rollouts: list[Rollout]) -> RewardBatch:
         """All rewards of P groups of G images; a sample whose latents are not finite has no score."""
         flat = [image for group in images for image in group]
@@ -142,7 +153,13 @@ class Trainer:
         for name in self.weights:
             raw = rewards.call(name, self.rewards[name], flat, repeated).view(finite.shape)
             scores[name] = raw.where(finite, torch.nan)
-        return rewards.combine(scores, self.weights)
+        batch = rewards.combine(scores, self.weights)
+        if not batch.valid.any():
+            raise UserError(
+                f"no image of iteration {self.iteration + 1} has a valid score of {', '.join(self.weights)} "
+                "(reasons above); mend the reward and go on with resume=latest"
+            )
+        return batch
 
     def update(self, rollouts: list[Rollout], advantages: Tensor, text: TextEmbeds) -> Metrics:
         """Every optimizer update of this iteration."""
@@ -319,6 +336,28 @@ class EvaluationCounter:
     def per_sample(self, samples: int) -> Metrics:
         """NFE divided by the samples of the iteration."""
         return {"nfe/old_per_sample": self.old / samples, "nfe/theta_per_sample": self.theta / samples}
+
+
+@contextmanager
+def interrupt_asked() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C into a request to stop after this iteration; a second one stops at once."""
+    asked = False
+
+    def ask(signum: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, previous)
+        console.print("stopping after this iteration; press Ctrl-C again to stop at once")
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.getsignal(signal.SIGINT)
+    if in_main_thread:
+        signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, previous)
 
 
 class Clock:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ngrpo_lora.config import RunConfig, load_config
+from ngrpo_lora.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -56,3 +60,49 @@ def make_config(tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
         return load_config(None, [f"{key}={value}" for key, value in settings.items()])
 
     return make
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run of four iterations, and what a bystander saw of it."""
+
+    trainer: Trainer
+    overrides: list[str]
+    before: dict[str, dict[str, Tensor]]
+    after_each_step: list[dict[str, Tensor]]
+    rows_with_gradient: int
+    rows_without_gradient: int
+
+    @property
+    def output_dir(self) -> Path:
+        return self.trainer.output_dir
+
+
+@pytest.fixture(scope="session")
+def finished_run(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """One run for all tests that only look: alpha is not the rank, the rate changes, weights are averaged."""
+    overrides = [
+        "trainer.num_iterations=4",
+        "trainer.save_every=2",
+        "lora.alpha=8",
+        "optimizer.schedule=cosine",
+        "optimizer.warmup_iterations=1",
+        "optimizer.ema_decay=0.5",
+    ]
+    trainer = Trainer(make_config(tmp_path_factory.mktemp("finished"), *overrides))
+    before = {
+        part: {name: tensor.detach().clone() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+        for part, module in (("transformer", trainer.family.transformer), ("vae", trainer.family.vae))
+    }
+    rows = {True: 0, False: 0}
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        rows[torch.is_grad_enabled()] += len(output[0])
+
+    trainer.family.transformer.register_forward_hook(count)
+    after_each_step: list[dict[str, Tensor]] = []
+    trainer.optimizer.register_step_post_hook(
+        lambda *_: after_each_step.append({name: p.detach().clone() for name, p in trainer.parameters.items()})
+    )
+    trainer.run()
+    return FinishedRun(trainer, overrides, before, after_each_step, rows[True], rows[False])

@@ -108,6 +108,15 @@ class Family:
         return self.pipeline.image_processor.postprocess(self.vae.decode(scaled, return_dict=False)[0], "pil")
 
     def load_adapter(self, path: str, strength: float) -> None:
-        """`FluxPipeline.load_lora_weights` and `set_adapters`."""
-        self.pipeline.load_lora_weights(path, adapter_name="default")
-        self.pipeline.set_adapters("default", strength)
+        """`FluxPipeline.load_lora_weights` and `set_adapters`.
+
+        Raises:
+            UserError: the file holds no LoRA, or one of another model.
+        """
+        try:
+            self.pipeline.load_lora_weights(path, adapter_name="default")
+            self.pipeline.set_adapters("default", strength)
+        except (ValueError, KeyError, RuntimeError) as error:  # what diffusers and PEFT raise for files that do not fit
+            raise UserError(
+                f"adapter {path!r} is no LoRA of this model: {error}; give the model it was trained on"
+            ) from error

@@ -1,0 +1,438 @@
+"""The loop on the embedded model: what it counts, what it touches, how it resumes, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FinishedRun, MakeConfig
+from PIL import Image
+from safetensors.torch import load_file
+
+from ngrpo_lora import checkpoint
+from ngrpo_lora.config import load_config
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.optimizers import learning_rate_factor
+from ngrpo_lora.preflight import check_run
+from ngrpo_lora.trainer import Trainer
+from ngrpo_lora.types import Transition
+
+ADAPTER = Path("adapter") / "pytorch_lora_weights.safetensors"
+
+EVERY_STEP = {
+    "step",
+    "rollout/reward_mean",
+    "rollout/reward_std",
+    "rollout/zero_spread_share",
+    "rollout/failed_share",
+    "policy/clip_fraction",
+    "policy/max_abs_log_ratio",
+    "policy/entropy",
+    "policy/skipped_updates",
+    "nfe/old_per_sample",
+    "nfe/theta_per_sample",
+    "time/rollout_s",
+    "time/reward_s",
+    "time/update_s",
+    "lora/grad_norm",
+    "lora/learning_rate",
+}
+EVALUATION = {"eval/reward_mean", "eval/strict_accuracy"}
+
+
+def read_rows(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def assert_same_run(output_dir: Path, other: Path) -> None:
+    """Bit for bit: metrics but for wall times, the adapter, and the last state."""
+    assert without_times(read_rows(output_dir)) == without_times(read_rows(other))
+    assert (output_dir / ADAPTER).read_bytes() == (other / ADAPTER).read_bytes()
+    ours, theirs = (checkpoint.load("latest", folder, "cpu") for folder in (output_dir, other))
+    assert_same_state(ours, theirs)
+
+
+def assert_same_state(ours: Any, theirs: Any) -> None:
+    """Nested dictionaries and lists of equal tensors and values."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same_state(ours[key], theirs[key])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert_same_state(mine, other)
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# What a run leaves behind -----------------------------------------------------------------------------------------------
+
+
+def test_every_file_of_a_run_is_there(finished_run: FinishedRun):
+    folder = finished_run.output_dir
+    assert load_config(folder / "config.yaml") == finished_run.trainer.config
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["000000.png", "000002.png", "000004.png"]
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["iteration-000002", "iteration-000004"]
+    for picture in [folder / "summary.png", *(folder / "samples").iterdir()]:
+        with Image.open(picture) as image:
+            assert len(image.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 10, picture
+    assert (folder / ADAPTER).is_file()
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_every_line_of_the_metrics_has_its_keys_and_finite_numbers(finished_run: FinishedRun):
+    rows = read_rows(finished_run.output_dir)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert EVALUATION <= rows[0].keys()
+    for row in rows[1:]:
+        assert row.keys() >= EVERY_STEP
+        assert (row.keys() >= EVALUATION) == (row["step"] % 2 == 0)
+    assert all(isinstance(value, int | float) and math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_the_metrics_say_what_happened(finished_run: FinishedRun):
+    config, rows = finished_run.trainer.config, read_rows(finished_run.output_dir)[1:]
+    for iteration, row in enumerate(rows):
+        factor = learning_rate_factor(config.optimizer, iteration, 4)
+        assert row["lora/learning_rate"] == pytest.approx(config.optimizer.learning_rate * factor)
+        assert row["rollout/failed_share"] == row["rollout/zero_spread_share"] == row["policy/skipped_updates"] == 0
+        assert 0 < row["rollout/reward_mean"] < 1
+        assert row["rollout/reward_std"] > 0
+        assert row["policy/max_abs_log_ratio"] > 0
+        assert 0 < row["policy/entropy"] <= math.log(4)
+        assert row["lora/grad_norm"] > 0
+        assert all(row[f"time/{stage}_s"] > 0 for stage in ("rollout", "reward", "update"))
+
+
+def test_a_run_is_a_function_of_its_configuration(
+    finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path
+):
+    torch.manual_seed(123)  # the global generator must not matter
+    Trainer(make_config(tmp_path, *finished_run.overrides)).run()
+    assert_same_run(tmp_path, finished_run.output_dir)
+
+
+# Counts and scope -------------------------------------------------------------------------------------------------------
+
+
+def test_function_evaluations_are_those_of_the_transformer(finished_run: FinishedRun):
+    """Against a hook of the test's own, which also sees the evaluations and the export check."""
+    rows, samples = read_rows(finished_run.output_dir)[1:], 2 * 4
+    assert finished_run.rows_with_gradient == sum(row["nfe/theta_per_sample"] for row in rows) * samples
+    evaluations, export_check = 3 * 2 * 3, 2
+    counted = sum(row["nfe/old_per_sample"] for row in rows) * samples
+    assert finished_run.rows_without_gradient == counted + evaluations + export_check
+
+
+@pytest.mark.parametrize(
+    ("anchors", "steps", "updates", "reference"), [(2, 2, 2, 0.0), (1, 2, 1, 0.0), (4, 3, 3, 0.0), (2, 3, 2, 0.1)]
+)
+def test_nfe_closed_form(
+    anchors: int, steps: int, updates: int, reference: float, make_config: MakeConfig, tmp_path: Path
+):
+    """theta = B K / G; old = rollout steps + what the later updates need anew (+ B K / G for a reference term)."""
+    trainer = Trainer(
+        make_config(
+            tmp_path,
+            "trainer.num_iterations=1",
+            "trainer.micro_batch_size=3",
+            f"algorithm.num_anchors={anchors}",
+            f"algorithm.num_train_steps={steps}",
+            f"algorithm.updates_per_rollout={updates}",
+            f"algorithm.reference_weight={reference}",
+        )
+    )
+    trainer.run()
+    row, trained = read_rows(tmp_path)[-1], anchors * steps / 4
+    assert row["nfe/theta_per_sample"] == trained
+    later = trained * (updates - 1) / updates
+    assert row["nfe/old_per_sample"] == 3 + later + (trained if reference else 0)
+
+
+def test_a_step_changes_the_adapter_and_nothing_else(finished_run: FinishedRun):
+    trainer = finished_run.trainer
+    live = {"transformer": trainer.family.transformer, "vae": trainer.family.vae}
+    for part, module in live.items():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            changed = not torch.equal(tensor, finished_run.before[part][name])
+            assert changed == (".lora_" in name), name
+    assert all(".lora_" in name and p.dtype == torch.float32 for name, p in trainer.parameters.items())
+
+
+def test_the_average_follows_the_steps_by_its_closed_form(finished_run: FinishedRun):
+    """decay^n of the start, and (1 - decay) * decay^(n - k) of step k."""
+    trainer, steps = finished_run.trainer, finished_run.after_each_step
+    assert len(steps) == 4 * 2
+    decay = trainer.config.optimizer.ema_decay
+    for name, averaged in trainer.averaged.items():
+        expected = finished_run.before["transformer"][name] * decay ** len(steps)
+        for k, step in enumerate(reversed(steps)):
+            expected = expected + (1 - decay) * decay**k * step[name]
+        torch.testing.assert_close(averaged, expected)
+
+
+# Memory levers ----------------------------------------------------------------------------------------------------------
+
+
+def one_update(config: Any) -> tuple[dict[str, torch.Tensor], dict[str, float], Trainer]:
+    """Gradients before the only optimizer step of a run of one iteration, and its metrics.
+
+    Adam divides gradients by their size, so weights after a step would magnify rounding.
+    """
+    trainer, gradients = Trainer(config), {}
+    step = trainer.optimizer.step
+
+    def spy(*args: Any) -> Any:
+        gradients.update({name: p.grad.clone() for name, p in trainer.parameters.items() if p.grad is not None})
+        return step(*args)
+
+    trainer.optimizer.step = spy  # pyright: ignore
+    trainer.run()
+    return gradients, read_rows(Path(config.output_dir))[1], trainer
+
+
+ONE_UPDATE = ["trainer.num_iterations=1", "algorithm.updates_per_rollout=1", "evaluation.num_prompts=1"]
+
+
+@pytest.fixture(scope="module")
+def plain_update(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory):
+    return one_update(make_config(tmp_path_factory.mktemp("plain"), *ONE_UPDATE, "trainer.micro_batch_size=8"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["trainer.micro_batch_size=1"],
+        ["trainer.micro_batch_size=3"],
+        ["trainer.gradient_checkpointing=true"],
+        ["rollout.micro_batch_size=1"],
+    ],
+    ids=lambda settings: settings[0].removeprefix("trainer."),
+)
+def test_memory_levers_change_no_figure(
+    settings: list[str], plain_update: Any, make_config: MakeConfig, tmp_path: Path
+):
+    """Micro-batches of 8 x 1, 3 + 3 + 2 or 1 x 8, recomputed activations: the same update, the same count."""
+    expected, expected_row, _ = plain_update
+    gradients, row, trainer = one_update(make_config(tmp_path, *ONE_UPDATE, *settings))
+    assert trainer.family.transformer.is_gradient_checkpointing == ("gradient_checkpointing" in settings[0])
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    assert scale > 0
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3 * scale)
+    for key, value in expected_row.items():
+        if not key.startswith("time/"):
+            assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+
+
+# Resume -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_resumes_bit_for_bit(finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path):
+    """Killed in iteration 4, two lines after its checkpoint and in the middle of a third."""
+    config = make_config(tmp_path, *finished_run.overrides)
+    check_run(config)
+    trainer = Trainer(config)
+    update = trainer.update
+
+    def killed(*args: Any) -> Any:
+        if trainer.iteration == 3:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    trainer.update = killed  # pyright: ignore
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2, 3]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["iteration-000002"]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rollout/rew')
+
+    resumed = make_config(tmp_path, *finished_run.overrides, "resume=latest")
+    check_run(resumed)
+    Trainer(resumed).run()
+    assert_same_run(tmp_path, finished_run.output_dir)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit", "lion_8bit"])
+def test_an_8_bit_optimizer_steps_and_resumes_bit_for_bit(name: str, make_config: MakeConfig, tmp_path: Path):
+    pytest.importorskip("bitsandbytes")
+    settings = [f"optimizer.name={name}", "lora.rank=16", "trainer.save_every=1", "evaluation.num_prompts=1"]
+    trainer = Trainer(make_config(tmp_path / "whole", *settings))
+    before = weights(trainer)
+    trainer.run()
+    assert not any(torch.equal(before[key], weight) for key, weight in weights(trainer).items())
+    state = checkpoint.load("latest", tmp_path / "whole", "cpu")
+    assert any(t.dtype == torch.uint8 for entry in state["optimizer"]["state"].values() for t in entry.values() if isinstance(t, torch.Tensor))
+
+    middle = checkpoint.checkpoint_dir(tmp_path / "whole", 1)
+    resumed = Trainer(make_config(tmp_path / "resumed", *settings, f"resume={middle}"))
+    assert resumed.iteration == 1
+    resumed.run()
+    assert_same_state(checkpoint.load("latest", tmp_path / "resumed", "cpu"), state)
+    assert without_times(read_rows(tmp_path / "resumed")) == without_times(read_rows(tmp_path / "whole"))[2:]
+
+
+def test_a_checkpoint_of_another_rank_is_refused(finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path):
+    middle = checkpoint.checkpoint_dir(finished_run.output_dir, 2)
+    with pytest.raises(UserError, match="the checkpoint's adapter has other layers or another rank"):
+        Trainer(make_config(tmp_path, *finished_run.overrides, "lora.rank=2", f"resume={middle}"))
+
+
+# What goes wrong --------------------------------------------------------------------------------------------------------
+
+
+def poison(trainer: Trainer, chosen: Callable[[int, Transition], bool]) -> None:
+    """Losses of the chosen transitions (by their number in the run) become NaN."""
+    loss, count = trainer.algorithm.loss, iter(range(10**6))
+
+    def poisoned(rollout: Any, advantages: Any, transition: Transition, velocities: Any) -> Any:
+        value, metrics = loss(rollout, advantages, transition, velocities)
+        return (value * math.nan if chosen(next(count), transition) else value), metrics
+
+    trainer.algorithm.loss = poisoned  # pyright: ignore
+
+
+def test_unchanged_weights_in_a_later_update_have_a_log_ratio_of_exactly_0(make_config: MakeConfig, tmp_path: Path):
+    """With a vanishing rate the second update's old velocities, computed apart, are its new ones to the bit."""
+    trainer = Trainer(
+        make_config(tmp_path, "trainer.num_iterations=1", "optimizer.learning_rate=1e-30", "trainer.micro_batch_size=3")
+    )
+    trainer.run()
+    row = read_rows(tmp_path)[-1]
+    assert row["policy/max_abs_log_ratio"] == 0
+    assert row["policy/clip_fraction"] == 0
+    assert row["lora/grad_norm"] > 0
+
+
+def test_a_loss_that_is_nan_skips_its_update_alone_and_is_counted(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """One of the four transitions of the first of two updates."""
+    trainer = Trainer(make_config(tmp_path, "trainer.num_iterations=1", "trainer.micro_batch_size=1"))
+    poison(trainer, lambda number, _: number == 1)
+    before, after_skip = weights(trainer), []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda *args: (after_skip.append(weights(trainer)), step(*args))[1]  # pyright: ignore
+    trainer.run()
+    assert len(after_skip) == 1
+    assert same(before, after_skip[0])
+    assert not same(before, weights(trainer))
+    assert all(parameter.isfinite().all() for parameter in trainer.parameters.values())
+    assert read_rows(tmp_path)[-1]["policy/skipped_updates"] == 1
+    assert "iteration 1: loss or gradient is not finite; update skipped" in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_skips_the_update(value: float, make_config: MakeConfig, tmp_path: Path):
+    trainer = Trainer(make_config(tmp_path, "trainer.num_iterations=1"))
+    next(iter(trainer.parameters.values())).register_hook(lambda gradient: torch.full_like(gradient, value))
+    before = weights(trainer)
+    trainer.run()
+    row = read_rows(tmp_path)[-1]
+    assert row["policy/skipped_updates"] == 2
+    assert row["lora/grad_norm"] is None
+    assert same(before, weights(trainer))
+
+
+def test_ten_skipped_updates_in_a_row_end_the_run_with_what_was_made_on_disk(make_config: MakeConfig, tmp_path: Path):
+    trainer = Trainer(
+        make_config(tmp_path, "trainer.num_iterations=20", "trainer.save_every=2", "evaluation.num_prompts=1")
+    )
+    # Updates have 4 transitions: the first 2 are well, then 9 are not, 1 is, and from then on none.
+    poison(trainer, lambda number, _: 8 <= number < 44 or number >= 48)
+    with pytest.raises(UserError, match=r"10 updates in a row .* lower optimizer.learning_rate \(0.01\)"):
+        trainer.run()
+    rows = read_rows(tmp_path)
+    assert [row["policy/skipped_updates"] for row in rows[1:]] == [0, 2, 2, 2, 2, 1, 2, 2, 2, 2]
+    assert checkpoint.load("latest", tmp_path, "cpu")["iteration"] == 10
+
+
+REWARDS = {
+    "nan_for_the_first_of_a_group": "[float('nan') if i % 4 == 0 else (7 * i % 5) / 5 for i in range(len(images))]",
+    "raises": "1 / 0",
+    "constant": "[97.1] * len(images)",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "failed", "zero_spread", "mean"),
+    [("nan_for_the_first_of_a_group", 0.25, 0, 0.4667), ("raises", 1, 1, None), ("constant", 0, 1, 97.1)],
+)
+def test_a_reward_without_a_signal_is_masked_and_counted(
+    name: str, failed: float, zero_spread: float, mean: float | None, make_config: MakeConfig, tmp_path: Path
+):
+    path = tmp_path / f"{name}.py"
+    path.write_text(f"def score(images, prompts, metadata):\n    return {REWARDS[name]}\n")
+    trainer = Trainer(
+        make_config(tmp_path / "run", "trainer.num_iterations=1", f"rewards={path}:score", "algorithm.reference_weight=0")
+    )
+    seen = []
+    advantages = trainer.algorithm.advantages
+    trainer.algorithm.advantages = lambda batch: seen.append(advantages(batch)) or seen[-1]  # pyright: ignore
+    trainer.run()
+    row = read_rows(tmp_path / "run")[-1]
+    assert row["rollout/failed_share"] == failed
+    assert row["rollout/zero_spread_share"] == zero_spread
+    assert row["rollout/reward_mean"] == (None if mean is None else pytest.approx(mean, abs=1e-3))
+    assert row["policy/skipped_updates"] == 0
+    if zero_spread == 1:
+        assert not seen[0].any()
+        assert row["lora/grad_norm"] == 0
+    else:
+        assert not seen[0][:, 0].any()
+        assert seen[0][:, 1:].any()
+        assert row["lora/grad_norm"] > 0
+
+
+def test_a_model_that_is_none_is_refused(make_config: MakeConfig, tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "FluxPipeline"')
+    with pytest.raises(UserError, match="could not be loaded as a FluxPipeline"):
+        Trainer(make_config(tmp_path / "run", f"model.path={tmp_path / 'model'}"))
+
+
+def test_two_rewards_are_trained_on_and_reported_each(make_config: MakeConfig, tmp_path: Path):
+    (tmp_path / "two.py").write_text(
+        "import numpy as np\n"
+        "def red(images, prompts, metadata):\n    return [np.asarray(i)[..., 0].mean() / 255 for i in images]\n"
+        "def blue(images, prompts, metadata):\n    return [np.asarray(i)[..., 2].mean() / 255 for i in images]\n"
+    )
+    red, blue = f"{tmp_path}/two.py:red", f"{tmp_path}/two.py:blue"
+    rewards = f"[{red}, {{name: {blue}, weight: -0.5}}]"
+    Trainer(make_config(tmp_path / "run", "trainer.num_iterations=1", f"rewards={rewards}")).run()
+    row = read_rows(tmp_path / "run")[-1]
+    for stage in ("rollout", "eval"):
+        parts = row[f"{stage}/{red}_mean"] - 0.5 * row[f"{stage}/{blue}_mean"]
+        assert row[f"{stage}/reward_mean"] == pytest.approx(parts)
+
+
+def test_the_exported_file_is_the_average(finished_run: FinishedRun):
+    trainer, tensors = finished_run.trainer, load_file(finished_run.output_dir / ADAPTER)
+    assert len(tensors) == len(trainer.averaged)
+    for name, averaged in trainer.averaged.items():
+        key = f"transformer.{name.replace('.default', '')}"
+        scale = 2 if ".lora_B" in name else 1  # alpha 8 over rank 4, folded into B
+        assert torch.equal(tensors[key], averaged * scale)
