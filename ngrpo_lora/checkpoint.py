@@ -60,4 +60,5 @@ def load(resume: str, output_dir: Path, device: str) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"checkpoint {str(path)!r} cannot be read ({error}); resume from an older one") from error
     except Exception as error:  # pickle.UnpicklingError and what zipfile raises share no base but this
-        raise UserError(f"checkpoint {str(path)!r} is corrupt ({error}); resume from an older one") from error
+        # Their text is left out: PyTorch's advises to load without its safeguard.
+        raise UserError(f"checkpoint {str(path)!r} is corrupt; resume from an older one") from error

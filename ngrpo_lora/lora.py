@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,8 +24,10 @@ def inject(transformer: Any, config: LoraConfig, suffixes: list[str], excluded: 
     Raises:
         UserError: no layer of this model has such a name.
     """
+    # As a list PEFT would read the excluded names as suffixes too, and leave out every block's `proj_out`.
+    exclude = "|".join(map(re.escape, excluded)) or None
     peft_config = PeftLoraConfig(
-        r=config.rank, lora_alpha=config.resolved_alpha, target_modules=suffixes, exclude_modules=excluded or None
+        r=config.rank, lora_alpha=config.resolved_alpha, target_modules=suffixes, exclude_modules=exclude
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -6,14 +6,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ngrpo_lora.config import RunConfig, load_config
-from ngrpo_lora.trainer import Trainer
+
+if TYPE_CHECKING:
+    from ngrpo_lora.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -81,6 +83,8 @@ class FinishedRun:
 @pytest.fixture(scope="session")
 def finished_run(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """One run for all tests that only look: alpha is not the rank, the rate changes, weights are averaged."""
+    from ngrpo_lora.trainer import Trainer  # loads diffusers, which most tests do without
+
     overrides = [
         "trainer.num_iterations=4",
         "trainer.save_every=2",

@@ -35,7 +35,17 @@ def test_the_issues_functions_are_there_with_their_signatures():
 
 
 def test_importing_the_package_imports_only_torch():
-    heavy = ["diffusers", "transformers", "peft", "accelerate", "pydantic", "matplotlib", "scipy", "PIL", "bitsandbytes"]
+    heavy = [
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+        "pydantic",
+        "matplotlib",
+        "scipy",
+        "PIL",
+        "bitsandbytes",
+    ]
     code = f"import sys, ngrpo_lora; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

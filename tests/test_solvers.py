@@ -37,7 +37,7 @@ def error(solver: Solver, num_steps: int, shift: float, share: float = 1.0) -> f
     return (end - gaussian_solution(noise, sigmas[-1].item())).abs().max().item()
 
 
-# Sigmas ---------------------------------------------------------------------------------------------------------------
+# Sigmas -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, math.exp(1.15), 0.5])
@@ -77,7 +77,7 @@ def test_sigmas_that_do_not_decrease_within_0_and_1_are_an_error(solver: Solver,
         solver(gaussian_velocity, torch.zeros(2), torch.tensor(sigmas))
 
 
-# Exact cases ----------------------------------------------------------------------------------------------------------
+# Exact cases --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
@@ -148,7 +148,7 @@ def test_the_first_two_steps_from_pure_noise_are_euler_steps():
     assert (second_order[3] - first_order[3]).abs().max() > 1e-3
 
 
-# Order ----------------------------------------------------------------------------------------------------------------
+# Order --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_gaussian_flow_solves_its_own_differential_equation():
@@ -179,7 +179,7 @@ def test_euler_is_of_first_order(shift: float):
     assert math.log2(coarse / fine) == pytest.approx(1, abs=0.1)
 
 
-# Diffusers ------------------------------------------------------------------------------------------------------------
+# Diffusers ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

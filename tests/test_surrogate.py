@@ -63,7 +63,7 @@ def displacement_for(candidates: Tensor, anchor: Tensor, temperature: float, lar
     return size * direction
 
 
-# The log ratio --------------------------------------------------------------------------------------------------------
+# The log ratio ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("largest", [1e-4, 3e-3, 1.0, 30.0])
@@ -174,7 +174,7 @@ def test_a_policy_that_is_certain_of_its_anchor_still_has_ratios_and_a_gradient(
     assert displacement.grad.norm() > 0
 
 
-# The objective --------------------------------------------------------------------------------------------------------
+# The objective ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, "auto"])
@@ -234,7 +234,7 @@ def test_the_clip_holds_back_only_what_would_be_exploited():
     torch.testing.assert_close(log_ratio.grad, torch.where(held, 0.0, advantages * ratio))
 
 
-# The temperature ------------------------------------------------------------------------------------------------------
+# The temperature ----------------------------------------------------------------------------------------------------
 
 
 def test_auto_temperature_is_the_mean_squared_distance_of_all_pairs():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from ngrpo_lora.errors import UserError
 from ngrpo_lora.optimizers import learning_rate_factor
 from ngrpo_lora.preflight import check_run
 from ngrpo_lora.trainer import Trainer
-from ngrpo_lora.types import Transition
 
 ADAPTER = Path("adapter") / "pytorch_lora_weights.safetensors"
 
@@ -56,7 +56,7 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def assert_same_run(output_dir: Path, other: Path) -> None:
     """Bit for bit: metrics but for wall times, the adapter, and the last state."""
     assert without_times(read_rows(output_dir)) == without_times(read_rows(other))
-    assert (output_dir / ADAPTER).read_bytes() == (other / ADAPTER).read_bytes()
+    assert_same_state(load_file(output_dir / ADAPTER), load_file(other / ADAPTER))
     ours, theirs = (checkpoint.load("latest", folder, "cpu") for folder in (output_dir, other))
     assert_same_state(ours, theirs)
 
@@ -78,6 +78,12 @@ def assert_same_state(ours: Any, theirs: Any) -> None:
         assert ours == theirs
 
 
+def tensors_in(nested: Any) -> list[torch.Tensor]:
+    if isinstance(nested, torch.Tensor):
+        return [nested]
+    return [tensor for value in nested.values() for tensor in tensors_in(value)] if isinstance(nested, dict) else []
+
+
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
 
@@ -86,7 +92,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-# What a run leaves behind -----------------------------------------------------------------------------------------------
+# What a run leaves behind -------------------------------------------------------------------------------------------
 
 
 def test_every_file_of_a_run_is_there(finished_run: FinishedRun):
@@ -125,15 +131,13 @@ def test_the_metrics_say_what_happened(finished_run: FinishedRun):
         assert all(row[f"time/{stage}_s"] > 0 for stage in ("rollout", "reward", "update"))
 
 
-def test_a_run_is_a_function_of_its_configuration(
-    finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path
-):
+def test_a_run_is_a_function_of_its_configuration(finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path):
     torch.manual_seed(123)  # the global generator must not matter
     Trainer(make_config(tmp_path, *finished_run.overrides)).run()
     assert_same_run(tmp_path, finished_run.output_dir)
 
 
-# Counts and scope -------------------------------------------------------------------------------------------------------
+# Counts and scope ---------------------------------------------------------------------------------------------------
 
 
 def test_function_evaluations_are_those_of_the_transformer(finished_run: FinishedRun):
@@ -192,7 +196,7 @@ def test_the_average_follows_the_steps_by_its_closed_form(finished_run: Finished
         torch.testing.assert_close(averaged, expected)
 
 
-# Memory levers ----------------------------------------------------------------------------------------------------------
+# Memory levers ------------------------------------------------------------------------------------------------------
 
 
 def one_update(config: Any) -> tuple[dict[str, torch.Tensor], dict[str, float], Trainer]:
@@ -247,14 +251,19 @@ def test_memory_levers_change_no_figure(
             assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
 
 
-# Resume -----------------------------------------------------------------------------------------------------------------
+# Resume -------------------------------------------------------------------------------------------------------------
+
+
+def resume_and_compare(finished_run: FinishedRun, make_config: MakeConfig, output_dir: Path) -> None:
+    config = make_config(output_dir, *finished_run.overrides, "resume=latest")
+    check_run(config)
+    Trainer(config).run()
+    assert_same_run(output_dir, finished_run.output_dir)
 
 
 def test_a_killed_run_resumes_bit_for_bit(finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path):
-    """Killed in iteration 4, two lines after its checkpoint and in the middle of a third."""
-    config = make_config(tmp_path, *finished_run.overrides)
-    check_run(config)
-    trainer = Trainer(config)
+    """Killed in iteration 4: one line after its checkpoint, and in the middle of the next."""
+    trainer = Trainer(make_config(tmp_path, *finished_run.overrides))
     update = trainer.update
 
     def killed(*args: Any) -> Any:
@@ -269,11 +278,20 @@ def test_a_killed_run_resumes_bit_for_bit(finished_run: FinishedRun, make_config
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["iteration-000002"]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rollout/rew')
+    resume_and_compare(finished_run, make_config, tmp_path)
 
-    resumed = make_config(tmp_path, *finished_run.overrides, "resume=latest")
-    check_run(resumed)
-    Trainer(resumed).run()
-    assert_same_run(tmp_path, finished_run.output_dir)
+
+def test_ctrl_c_ends_the_iteration_and_resumes_bit_for_bit(
+    finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path
+):
+    trainer = Trainer(make_config(tmp_path, *finished_run.overrides))
+    update, handler = trainer.update, signal.getsignal(signal.SIGINT)
+    trainer.update = lambda *args: (signal.raise_signal(signal.SIGINT), update(*args))[1]  # pyright: ignore
+    with pytest.raises(UserError, match="stopped after iteration 1 of 4; go on with resume=latest"):
+        trainer.run()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["iteration-000001"]
+    resume_and_compare(finished_run, make_config, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit", "lion_8bit"])
@@ -285,7 +303,7 @@ def test_an_8_bit_optimizer_steps_and_resumes_bit_for_bit(name: str, make_config
     trainer.run()
     assert not any(torch.equal(before[key], weight) for key, weight in weights(trainer).items())
     state = checkpoint.load("latest", tmp_path / "whole", "cpu")
-    assert any(t.dtype == torch.uint8 for entry in state["optimizer"]["state"].values() for t in entry.values() if isinstance(t, torch.Tensor))
+    assert any(tensor.dtype == torch.uint8 for tensor in tensors_in(state["optimizer"]))
 
     middle = checkpoint.checkpoint_dir(tmp_path / "whole", 1)
     resumed = Trainer(make_config(tmp_path / "resumed", *settings, f"resume={middle}"))
@@ -301,16 +319,16 @@ def test_a_checkpoint_of_another_rank_is_refused(finished_run: FinishedRun, make
         Trainer(make_config(tmp_path, *finished_run.overrides, "lora.rank=2", f"resume={middle}"))
 
 
-# What goes wrong --------------------------------------------------------------------------------------------------------
+# What goes wrong ----------------------------------------------------------------------------------------------------
 
 
-def poison(trainer: Trainer, chosen: Callable[[int, Transition], bool]) -> None:
-    """Losses of the chosen transitions (by their number in the run) become NaN."""
+def poison(trainer: Trainer, chosen: Callable[[int], bool]) -> None:
+    """Losses of the chosen transitions, by their number in the run, become NaN."""
     loss, count = trainer.algorithm.loss, iter(range(10**6))
 
-    def poisoned(rollout: Any, advantages: Any, transition: Transition, velocities: Any) -> Any:
-        value, metrics = loss(rollout, advantages, transition, velocities)
-        return (value * math.nan if chosen(next(count), transition) else value), metrics
+    def poisoned(*args: Any) -> Any:
+        value, metrics = loss(*args)
+        return (value * math.nan if chosen(next(count)) else value), metrics
 
     trainer.algorithm.loss = poisoned  # pyright: ignore
 
@@ -332,7 +350,7 @@ def test_a_loss_that_is_nan_skips_its_update_alone_and_is_counted(
 ):
     """One of the four transitions of the first of two updates."""
     trainer = Trainer(make_config(tmp_path, "trainer.num_iterations=1", "trainer.micro_batch_size=1"))
-    poison(trainer, lambda number, _: number == 1)
+    poison(trainer, lambda number: number == 1)
     before, after_skip = weights(trainer), []
     step = trainer.optimizer.step
     trainer.optimizer.step = lambda *args: (after_skip.append(weights(trainer)), step(*args))[1]  # pyright: ignore
@@ -358,53 +376,62 @@ def test_a_gradient_that_is_not_finite_skips_the_update(value: float, make_confi
 
 
 def test_ten_skipped_updates_in_a_row_end_the_run_with_what_was_made_on_disk(make_config: MakeConfig, tmp_path: Path):
-    trainer = Trainer(
-        make_config(tmp_path, "trainer.num_iterations=20", "trainer.save_every=2", "evaluation.num_prompts=1")
-    )
-    # Updates have 4 transitions: the first 2 are well, then 9 are not, 1 is, and from then on none.
-    poison(trainer, lambda number, _: 8 <= number < 44 or number >= 48)
-    with pytest.raises(UserError, match=r"10 updates in a row .* lower optimizer.learning_rate \(0.01\)"):
+    settings = ["trainer.num_iterations=20", "trainer.save_every=2", "algorithm.updates_per_rollout=4"]
+    trainer = Trainer(make_config(tmp_path, *settings, "evaluation.num_prompts=1"))
+    # An update has 2 transitions. The first is well, then 9 are not, 1 is, and from then on none.
+    poison(trainer, lambda number: 2 <= number < 20 or number >= 22)
+    with pytest.raises(UserError, match=r"13 updates in a row .* lower optimizer.learning_rate \(0.01\)"):
         trainer.run()
-    rows = read_rows(tmp_path)
-    assert [row["policy/skipped_updates"] for row in rows[1:]] == [0, 2, 2, 2, 2, 1, 2, 2, 2, 2]
-    assert checkpoint.load("latest", tmp_path, "cpu")["iteration"] == 10
+    assert [row["policy/skipped_updates"] for row in read_rows(tmp_path)[1:]] == [3, 4, 3, 4, 4]
+    assert checkpoint.load("latest", tmp_path, "cpu")["iteration"] == 4
 
 
-REWARDS = {
-    "nan_for_the_first_of_a_group": "[float('nan') if i % 4 == 0 else (7 * i % 5) / 5 for i in range(len(images))]",
-    "raises": "1 / 0",
-    "constant": "[97.1] * len(images)",
-}
+def reward_of(folder: Path, body: str) -> str:
+    (folder / "reward.py").write_text(f"def score(images, prompts, metadata):\n    return {body}\n")
+    return f"rewards={folder / 'reward.py'}:score"
 
 
-@pytest.mark.parametrize(
-    ("name", "failed", "zero_spread", "mean"),
-    [("nan_for_the_first_of_a_group", 0.25, 0, 0.4667), ("raises", 1, 1, None), ("constant", 0, 1, 97.1)],
-)
-def test_a_reward_without_a_signal_is_masked_and_counted(
-    name: str, failed: float, zero_spread: float, mean: float | None, make_config: MakeConfig, tmp_path: Path
-):
-    path = tmp_path / f"{name}.py"
-    path.write_text(f"def score(images, prompts, metadata):\n    return {REWARDS[name]}\n")
-    trainer = Trainer(
-        make_config(tmp_path / "run", "trainer.num_iterations=1", f"rewards={path}:score", "algorithm.reference_weight=0")
-    )
-    seen = []
-    advantages = trainer.algorithm.advantages
+def watch_advantages(trainer: Trainer) -> list[torch.Tensor]:
+    seen, advantages = [], trainer.algorithm.advantages
     trainer.algorithm.advantages = lambda batch: seen.append(advantages(batch)) or seen[-1]  # pyright: ignore
+    return seen
+
+
+def test_a_reward_that_is_nan_masks_its_sample_and_is_counted(make_config: MakeConfig, tmp_path: Path):
+    """NaN for the first of every four images, else 2, 4, 1 and 0, 2, 4 fifths."""
+    reward = reward_of(tmp_path, "[float('nan') if i % 4 == 0 else i * 7 % 5 / 5 for i in range(len(images))]")
+    trainer = Trainer(make_config(tmp_path / "run", "trainer.num_iterations=1", reward))
+    seen = watch_advantages(trainer)
     trainer.run()
     row = read_rows(tmp_path / "run")[-1]
-    assert row["rollout/failed_share"] == failed
-    assert row["rollout/zero_spread_share"] == zero_spread
-    assert row["rollout/reward_mean"] == (None if mean is None else pytest.approx(mean, abs=1e-3))
-    assert row["policy/skipped_updates"] == 0
-    if zero_spread == 1:
-        assert not seen[0].any()
-        assert row["lora/grad_norm"] == 0
-    else:
-        assert not seen[0][:, 0].any()
-        assert seen[0][:, 1:].any()
-        assert row["lora/grad_norm"] > 0
+    assert row["rollout/failed_share"] == 0.25
+    assert row["rollout/reward_mean"] == pytest.approx(13 / 30)
+    deviations = [-1 / 15, 1 / 3, -4 / 15, -2 / 5, 0, 2 / 5]
+    assert row["rollout/reward_std"] == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 6))
+    assert (row["rollout/zero_spread_share"], row["policy/skipped_updates"]) == (0, 0)
+    assert row["lora/grad_norm"] > 0
+    assert not seen[0][:, 0].any()
+    torch.testing.assert_close(seen[0].square().sum(1), torch.tensor([3.0, 3.0]).double())
+
+
+def test_a_reward_that_fails_everywhere_ends_the_run(make_config: MakeConfig, tmp_path: Path):
+    trainer = Trainer(make_config(tmp_path / "run", reward_of(tmp_path, "1 / 0")))
+    before = weights(trainer)
+    with pytest.raises(UserError, match=r"no image of iteration 1 has a valid score of .*reward\.py:score"):
+        trainer.run()
+    assert same(before, weights(trainer))
+    assert read_rows(tmp_path / "run")[0]["eval/reward_mean"] is None
+
+
+def test_a_reward_that_is_the_same_for_all_has_no_gradient(make_config: MakeConfig, tmp_path: Path):
+    reward = reward_of(tmp_path, "[97.1] * len(images)")
+    trainer = Trainer(make_config(tmp_path / "run", "trainer.num_iterations=1", reward))
+    seen = watch_advantages(trainer)
+    trainer.run()
+    row = read_rows(tmp_path / "run")[-1]
+    assert (row["rollout/zero_spread_share"], row["rollout/reward_std"]) == (1, pytest.approx(0, abs=1e-12))
+    assert not seen[0].any()
+    assert row["lora/grad_norm"] == 0
 
 
 def test_a_model_that_is_none_is_refused(make_config: MakeConfig, tmp_path: Path):

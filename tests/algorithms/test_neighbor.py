@@ -41,7 +41,7 @@ def advantages_of(rollout: Rollout) -> Tensor:
     return group_advantages(rollout.latents[-1].mean((1, 2, 3))[None])[0]
 
 
-# Rollout --------------------------------------------------------------------------------------------------------------
+# Rollout ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_rollout_is_a_function_of_its_seed():
@@ -72,7 +72,7 @@ def test_candidates_follow_the_configured_solver(solver: str):
     assert torch.equal(rollout.latents, torch.stack(expected))
 
 
-# Advantages -----------------------------------------------------------------------------------------------------------
+# Advantages ---------------------------------------------------------------------------------------------------------
 
 
 def test_advantages_are_the_quasi_norm_of_valid_rewards():
@@ -82,7 +82,7 @@ def test_advantages_are_the_quasi_norm_of_valid_rewards():
     assert torch.equal(found, group_advantages(rewards, 0.7, valid, 0.1))
 
 
-# Updates --------------------------------------------------------------------------------------------------------------
+# Updates ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_updates", [1, 2, 3, 6])
@@ -117,7 +117,7 @@ def test_every_anchor_and_every_step_is_as_likely_as_any_other():
             assert count[k] / len(update) == pytest.approx(share, abs=0.04)
 
 
-# Loss -----------------------------------------------------------------------------------------------------------------
+# Loss ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", ["auto", 1.0])
@@ -206,7 +206,9 @@ def test_the_reference_term_is_the_squared_displacement_from_the_base_model():
         rollout, torch.zeros(6, dtype=torch.float64), transition, Velocities(current, old, reference)
     )
     dt = rollout.sigmas[2] - rollout.sigmas[1]
-    assert loss.item() == pytest.approx(weight * dt.item() ** 2 * (old - reference).square().sum().item() / tau, rel=1e-5)
+    assert loss.item() == pytest.approx(
+        weight * dt.item() ** 2 * (old - reference).square().sum().item() / tau, rel=1e-5
+    )
     loss.backward()
     assert current.grad is not None
     torch.testing.assert_close(current.grad, 2 * weight * dt**2 * (old - reference) / tau)
@@ -233,7 +235,7 @@ def test_the_temperature_spans_a_certain_and_a_uniform_policy(temperature: float
     assert metrics["policy/entropy"] == pytest.approx(entropy, abs=1e-4)
 
 
-# Settings -------------------------------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,10 @@ def test_the_temperature_spans_a_certain_and_a_uniform_policy(temperature: float
     [
         ({"num_anchors": 7}, r"algorithm.num_anchors must be at most rollout.group_size \(6\), got 7"),
         ({"num_train_steps": 6}, r"algorithm.num_train_steps must be at most rollout.num_steps \(5\), got 6"),
-        ({"updates_per_rollout": 17}, r"updates_per_rollout must be at most num_anchors \* num_train_steps \(16\), got 17"),
+        (
+            {"updates_per_rollout": 17},
+            r"updates_per_rollout must be at most num_anchors \* num_train_steps \(16\), got 17",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_rollout_are_an_error(settings: dict[str, int], message: str):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ngrpo_lora.world.scenes import TASKS, TEMPLATES, all_scenes, holds, parse, place, render, split_scenes
+from ngrpo_lora.world.scenes import TASKS, TEMPLATES, all_scenes, holds, parse, place, render, scatter, split_scenes
 
 COUNTS = {"single": 6, "two": 30, "count": 18, "color": 36, "position": 120, "attribute": 900}
 
@@ -45,10 +45,11 @@ def test_held_out_scenes_never_change():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_place_keeps_the_promise_and_nothing_touches(task):
+@pytest.mark.parametrize(("layout", "gap_px", "border_px"), [(place, 1, 0.5), (scatter, 2, 2)])
+def test_layouts_keep_the_promise_and_nothing_touches(layout, gap_px, border_px, task):
     rng = np.random.default_rng(0)
     for scene in all_scenes(task)[:60]:
-        placed = place(scene, rng)
+        placed = layout(scene, rng)
         assert [obj.shape for obj in placed] == [obj.shape for obj in scene.objects]
         assert all(obj.color in (None, seen.color) for obj, seen in zip(scene.objects, placed, strict=True))
         if task == "count":
@@ -56,10 +57,10 @@ def test_place_keeps_the_promise_and_nothing_touches(task):
         if scene.relation:
             assert holds(scene.relation, *placed)
         for obj in placed:
-            assert 2 <= min(obj.x_px, obj.y_px) - obj.radius_px
-            assert max(obj.x_px, obj.y_px) + obj.radius_px <= 62
+            assert border_px <= min(obj.x_px, obj.y_px) - obj.radius_px
+            assert max(obj.x_px, obj.y_px) + obj.radius_px <= 64 - border_px
         for a, b in itertools.combinations(placed, 2):
-            assert math.dist((a.x_px, a.y_px), (b.x_px, b.y_px)) >= a.radius_px + b.radius_px + 2
+            assert math.dist((a.x_px, a.y_px), (b.x_px, b.y_px)) >= a.radius_px + b.radius_px + gap_px
 
 
 def test_a_seed_is_a_picture():

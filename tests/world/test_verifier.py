@@ -17,7 +17,9 @@ from ngrpo_lora.world.scenes import (
     Scene,
     draw,
     parse,
+    place,
     render,
+    scatter,
     split_scenes,
 )
 from ngrpo_lora.world.verifier import Found, Verdict, off_axis_deg, read_paint, verify
@@ -27,10 +29,15 @@ Picture = tuple[np.ndarray, Scene]
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Picture]:
-    """720 true pictures: of every task 60 of train and 60 of held-out scenes."""
+    """720 true pictures: of every task 60 of train and 60 of held-out scenes, half on the board, half strewn."""
     rng = np.random.default_rng(0)
-    scenes = [pool[rng.integers(len(pool))] for task in TASKS for pool in split_scenes(task) for _ in range(60)]
-    return [(render(scene, rng), scene) for scene in scenes]
+    layouts = [layout for layout in (place, scatter) for _ in range(30)]
+    drawn: list[Picture] = []
+    for pool in (pool for task in TASKS for pool in split_scenes(task)):
+        for layout in layouts:
+            scene = pool[rng.integers(len(pool))]
+            drawn.append((draw(layout(scene, rng), rng), scene))
+    return drawn
 
 
 @pytest.fixture(scope="module")

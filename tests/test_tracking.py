@@ -1,0 +1,47 @@
+"""`metrics.jsonl` is strict JSON, survives a crash, and knows what a resumed run repeats."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from ngrpo_lora.tracking import MetricsFile, read_metrics
+
+
+def test_every_step_is_a_line_on_disk_at_once(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, None)
+    file.write(0, {"eval/reward_mean": 0.5})
+    file.write(1, {"lora/grad_norm": 2.0})
+    assert read_metrics(path) == [{"step": 0, "eval/reward_mean": 0.5}, {"step": 1, "lora/grad_norm": 2.0}]
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path, None).write(1, {"a": math.nan, "b": -math.inf, "c": 1.5})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert json.loads(path.read_text(), parse_constant=refuse) == {"step": 1, "a": None, "b": None, "c": 1.5}
+
+
+def test_a_resumed_run_keeps_lines_up_to_its_checkpoint_and_drops_a_torn_one(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1, "a": null}\n{"step": 2}\n{"step": 3}\n{"step": 4, "rol')
+    assert len(read_metrics(path)) == 4
+    MetricsFile(path, 2).write(3, {"a": 7.0})
+    assert path.read_text() == '{"step": 0}\n{"step": 1, "a": null}\n{"step": 2}\n{"step": 3, "a": 7.0}\n'
+
+
+def test_a_new_run_starts_with_an_empty_file(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n')
+    MetricsFile(path, None)
+    assert path.read_text() == ""
+
+
+def test_a_run_resumed_into_a_new_folder_has_no_lines_to_keep(tmp_path: Path):
+    MetricsFile(tmp_path / "metrics.jsonl", 5).write(6, {})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 6}]
