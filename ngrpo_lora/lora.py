@@ -27,7 +27,10 @@ def inject(transformer: Any, config: LoraConfig, suffixes: list[str], excluded: 
     # As a list PEFT would read the excluded names as suffixes too, and leave out every block's `proj_out`.
     exclude = "|".join(map(re.escape, excluded)) or None
     peft_config = PeftLoraConfig(
-        r=config.rank, lora_alpha=config.resolved_alpha, target_modules=suffixes, exclude_modules=exclude
+        r=config.rank,
+        lora_alpha=config.resolved_alpha,  # pyright: ignore[reportArgumentType]  # annotated int, any number works
+        target_modules=suffixes,
+        exclude_modules=exclude,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -9,7 +9,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ class Trainer:
             group["lr"] = self.config.optimizer.learning_rate * factor
         chunks = [chunked(update, self.config.trainer.micro_batch_size) for update in updates]
         # The first update starts at the old weights; later ones need the old velocities before it moves them.
-        old: list[list[Tensor | None]] = [[None] * len(chunks[0])]
+        old: list[Sequence[Tensor | None]] = [[None] * len(chunks[0])]
         with torch.no_grad():
             old += [[self.velocities(chunk, rollouts, text) for chunk in update] for update in chunks[1:]]
         rows, norms, skipped = [], [], 0
@@ -215,15 +215,15 @@ class Trainer:
         old: Tensor | None,
     ) -> tuple[Tensor, list[Metrics]]:
         """Losses (M,) of a micro-batch, and each transition's metrics."""
-        reference: list[Tensor] | list[None] = [None] * len(chunk)
+        reference: Sequence[Tensor | None] = [None] * len(chunk)
         if self.algorithm.needs_reference:
             with torch.no_grad(), lora.disabled(self.family.transformer):
                 reference = list(self.velocities(chunk, rollouts, text).cpu())
         current = self.velocities(chunk, rollouts, text).cpu()
         old = current.detach() if old is None else old.cpu()
         terms = [
-            self.algorithm.loss(rollouts[t.group], advantages[t.group], t, Velocities(*velocities))
-            for t, *velocities in zip(chunk, current, old, reference, strict=True)
+            self.algorithm.loss(rollouts[t.group], advantages[t.group], t, Velocities(new, before, base))
+            for t, new, before, base in zip(chunk, current, old, reference, strict=True)
         ]
         return torch.stack([loss for loss, _ in terms]), [metrics for _, metrics in terms]
 

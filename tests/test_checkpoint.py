@@ -20,6 +20,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path):
     }
     folder = checkpoint.save(tmp_path, 3, state, keep=2)
     assert folder == checkpoint.checkpoint_dir(tmp_path, 3)
+    assert list(folder.parent.iterdir()) == [folder]
     for resume in ("latest", str(folder), str(folder / checkpoint.STATE_FILE)):
         loaded = checkpoint.load(resume, tmp_path, "cpu")
         assert loaded["iteration"] == 3

@@ -9,17 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import FinishedRun, MakeConfig
 from PIL import Image
 from safetensors.torch import load_file
 
-from ngrpo_lora import checkpoint
+from ngrpo_lora import checkpoint, lora
 from ngrpo_lora.config import load_config
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.optimizers import learning_rate_factor
 from ngrpo_lora.preflight import check_run
+from ngrpo_lora.sampling import draw
 from ngrpo_lora.trainer import Trainer
 
 ADAPTER = Path("adapter") / "pytorch_lora_weights.safetensors"
@@ -194,6 +196,65 @@ def test_the_average_follows_the_steps_by_its_closed_form(finished_run: Finished
         for k, step in enumerate(reversed(steps)):
             expected = expected + (1 - decay) * decay**k * step[name]
         torch.testing.assert_close(averaged, expected)
+
+
+def test_every_iteration_has_its_own_prompts_and_every_group_its_own_noise(
+    finished_run: FinishedRun, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = finished_run.trainer
+    assert trainer.prompt_indices() == range(8, 10)  # after 4 iterations of 2
+    text = trainer.family.encode(["a red star"])
+    first = trainer.roll_out(text, 0).latents
+    assert torch.equal(first, trainer.roll_out(text, 0).latents)
+    assert not torch.equal(first[0], trainer.roll_out(text, 1).latents[0])
+    monkeypatch.setattr(trainer, "iteration", 5)
+    assert trainer.prompt_indices() == range(10, 12)
+    assert not torch.equal(first[0], trainer.roll_out(text, 0).latents[0])
+
+
+def test_rewards_and_updates_see_what_the_rollout_saw(make_config: MakeConfig, tmp_path: Path):
+    """Euler's rollout is made of the very transitions that are trained: any other prompt, latent or sigma would show
+    as a log ratio, which temperature 1 magnifies. The reward gets the pictures of a prompt with that prompt.
+    """
+    trainer = Trainer(
+        make_config(
+            tmp_path,
+            "trainer.num_iterations=1",
+            "rollout.solver=euler",
+            "algorithm.old_anchor=rollout",
+            "algorithm.temperature=1.0",
+            "algorithm.num_anchors=4",
+            "algorithm.num_train_steps=3",
+            "algorithm.updates_per_rollout=1",
+        )
+    )
+    (name,) = trainer.weights
+    score, seen = trainer.rewards[name], []
+
+    def spy(images: Any, prompts: Any, metadata: Any) -> Any:
+        seen.append((images, prompts))
+        return score(images, prompts, metadata)
+
+    trainer.rewards[name] = spy
+    trainer.run()
+    assert read_rows(tmp_path)[1]["policy/max_abs_log_ratio"] < 1e-4
+    images, prompts = seen[1]  # after the evaluation of the base model
+    assert prompts == [trainer.prompts.prompt(0)] * 4 + [trainer.prompts.prompt(1)] * 4
+    assert len({image.tobytes() for image in images}) == 8
+
+
+def test_evaluation_draws_fixed_seeds_with_the_averaged_weights(finished_run: FinishedRun):
+    trainer, row = finished_run.trainer, read_rows(finished_run.output_dir)[-1]
+    text = trainer.family.encode(trainer.held_out)
+    seeds = [trainer.config.evaluation.seed + i for i in range(2)]
+
+    def redness() -> float:
+        images = draw(trainer.family, text, seeds, "dpmpp_2m", trainer.sigmas)
+        return sum(np.asarray(image)[..., 0].mean() / 255 for image in images) / 2
+
+    with lora.swapped(trainer.family.transformer, trainer.averaged):
+        assert row["eval/reward_mean"] == pytest.approx(redness(), abs=1e-9)
+    assert row["eval/reward_mean"] != pytest.approx(redness(), abs=1e-9)
 
 
 # Memory levers ------------------------------------------------------------------------------------------------------

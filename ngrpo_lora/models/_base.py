@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.types import TextEmbeds
@@ -14,8 +14,8 @@ from ngrpo_lora.types import TextEmbeds
 class Family(Protocol):
     """One flow model behind five verbs. Latents are unpacked (B, C, H, W) float32, noise at sigma 1."""
 
-    transformer: nn.Module
-    """The diffusers model that velocities come from and the adapter is put on."""
+    transformer: Any
+    """The diffusers model (an nn.Module) that velocities come from and the adapter is put on."""
 
     latent_shape: tuple[int, ...]
     """(C, H, W) at the configured size."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
@@ -32,6 +33,7 @@ class Family:
     def __init__(self, config: ModelConfig, device: str):
         path = EMBEDDED if config.path == "embedded" else config.path
         dtype = getattr(torch, config.dtype)
+        self.pipeline: Any  # diffusers' own annotations do not fit what it returns
         try:
             self.pipeline = FluxPipeline.from_pretrained(path, revision=config.revision, dtype=dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:  # what diffusers raises for bad folders

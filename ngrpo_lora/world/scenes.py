@@ -135,9 +135,13 @@ def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
         chosen = [cells[i] for i in rng.permutation(len(cells))[: len(scene.objects)]]
         placed = [
             Placed(
-                obj.shape, color, *((np.array(cell) + 0.5) * cell_px + rng.uniform(-2, 2, 2)), rng.uniform(10.5, 13.5)
+                obj.shape,
+                color,
+                x_px=(x + 0.5) * cell_px + rng.uniform(-2, 2),
+                y_px=(y + 0.5) * cell_px + rng.uniform(-2, 2),
+                radius_px=rng.uniform(10.5, 13.5),
             )
-            for obj, color, cell in zip(scene.objects, colors, chosen, strict=True)
+            for obj, color, (x, y) in zip(scene.objects, colors, chosen, strict=True)
         ]
         if scene.relation is None or holds(scene.relation, placed[0], placed[1]):
             return placed

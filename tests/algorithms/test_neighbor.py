@@ -168,7 +168,7 @@ def test_the_literal_reading_agrees_with_one_step_where_the_rollout_is_one_step(
 
 def test_the_literal_reading_compares_the_new_one_step_anchor_with_the_rollouts_own_point():
     algorithm = make(old_anchor="rollout", temperature=2.0)
-    rollout, (_, anchor, step) = roll_out(algorithm), (transition := Transition(0, 2, 1))
+    rollout, (_, anchor, step) = roll_out(algorithm), (transition := Transition(0, 2, 3))
     current = old_velocity(rollout, transition) + 0.1
     _, metrics = algorithm.loss(rollout, advantages_of(rollout), transition, Velocities(current, current - 0.1))
     candidates, dt = rollout.latents[step + 1], rollout.sigmas[step + 1] - rollout.sigmas[step]
