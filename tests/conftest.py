@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MakeConfig = Callable[..., RunConfig]
 
 SMALL_RUN = [
-    "rollout.num_steps=3",
+    "rollout.num_steps=4",  # the fewest of which DPM-Solver++ takes one to second order
     "rollout.group_size=4",
     "rollout.prompts_per_iteration=2",
     "algorithm.num_anchors=2",

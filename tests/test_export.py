@@ -51,7 +51,7 @@ def test_a_stock_pipeline_with_the_file_has_the_trained_velocity(
     from diffusers import FluxPipeline
 
     settings = finished_run.trainer.family.settings
-    pipeline = FluxPipeline.from_pretrained(EMBEDDED)
+    pipeline = FluxPipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
     embeds, pooled, text_ids = pipeline.encode_prompt(
         PROMPTS, None, max_sequence_length=int(settings["max_sequence_length"])
     )
@@ -64,7 +64,7 @@ def test_a_stock_pipeline_with_the_file_has_the_trained_velocity(
             packed = pipeline.transformer(
                 hidden_states=pipeline._pack_latents(latents, batch, channels, height, width),
                 timestep=torch.full((batch,), 0.5),
-                guidance=torch.full((batch,), float(settings["guidance_scale"])),
+                guidance=guidance,
                 pooled_projections=pooled,
                 encoder_hidden_states=embeds,
                 txt_ids=text_ids,
@@ -73,6 +73,8 @@ def test_a_stock_pipeline_with_the_file_has_the_trained_velocity(
             )[0]
         return pipeline._unpack_latents(packed, 64, 64, pipeline.vae_scale_factor)
 
+    guided = pipeline.transformer.config.guidance_embeds
+    guidance = torch.full((batch,), float(settings["guidance_scale"])) if guided else None
     base = velocity()
     pipeline.load_lora_weights(adapter)
     effect = (live_velocity - base).abs().max().item()
@@ -102,14 +104,14 @@ def test_the_header_describes_the_adapter(adapter: Path, finished_run: FinishedR
     assert sorted(peft.pop("transformer.target_modules")) == layers
     assert peft == {"transformer.r": 4, "transformer.lora_alpha": 4}  # alpha is in lora_B
 
-    own = json.loads(header["ngrpo"])
+    own, settings = json.loads(header["ngrpo"]), finished_run.trainer.family.settings
     assert parse_config(own["config"]) == config
     assert own["rewards"] == [{"name": config.rewards[0].name, "weight": 1.0}]
     assert own["model"]["path"] == "embedded"
-    assert own["model"]["guidance_scale"] == 3.5  # resolved, not "what the model recommends"
-    assert own["model"]["max_sequence_length"] == 16
-    assert own["rollout"]["shift"] == finished_run.trainer.family.settings["shift"]
-    assert (own["rollout"]["solver"], own["rollout"]["num_steps"]) == ("dpmpp_2m", 3)
+    assert own["model"]["guidance_scale"] == settings["guidance_scale"]  # resolved, not "what the model recommends"
+    assert own["model"]["max_sequence_length"] == settings["max_sequence_length"]
+    assert own["rollout"]["shift"] == settings["shift"]
+    assert (own["rollout"]["solver"], own["rollout"]["num_steps"]) == ("dpmpp_2m", 4)
     assert own["code_version"]
 
     assert header["modelspec.architecture"] == "flux-1-dev/lora"
@@ -118,10 +120,10 @@ def test_the_header_describes_the_adapter(adapter: Path, finished_run: FinishedR
 
 
 def test_what_the_header_says_is_read_back(adapter: Path, finished_run: FinishedRun):
-    info, config = read_adapter(adapter), finished_run.trainer.config
-    settings = {"guidance_scale": 3.5, "max_sequence_length": 16}
-    assert info.model == config.model.model_copy(update=settings)
-    assert info.rollout == config.rollout.model_copy(update={"shift": finished_run.trainer.family.settings["shift"]})
+    info, config, settings = read_adapter(adapter), finished_run.trainer.config, finished_run.trainer.family.settings
+    resolved = {name: settings[name] for name in ("guidance_scale", "max_sequence_length")}
+    assert info.model == config.model.model_copy(update=resolved)
+    assert info.rollout == config.rollout.model_copy(update={"shift": settings["shift"]})
 
 
 # Files that are wrong -----------------------------------------------------------------------------------------------
@@ -234,7 +236,7 @@ def test_the_sampled_images_are_those_of_the_run(finished_run: FinishedRun, samp
 
 def test_strength_scales_the_adapter_and_0_is_the_base(adapter: Path, finished_run: FinishedRun, sampled: np.ndarray):
     family = load_family(ModelConfig())
-    sigmas = flow_sigmas(3, float(family.settings["shift"]))
+    sigmas = flow_sigmas(4, float(family.settings["shift"]))
     base = pixels(draw(family, family.encode(PROMPTS), [3, 3], "dpmpp_2m", sigmas))
     assert np.array_equal(pixels(sample_images(adapter, None, PROMPTS, [3], strength=0.0)), base)
     distances = [

@@ -146,7 +146,7 @@ def test_function_evaluations_are_those_of_the_transformer(finished_run: Finishe
     """Against a hook of the test's own, which also sees the evaluations and the export check."""
     rows, samples = read_rows(finished_run.output_dir)[1:], 2 * 4
     assert finished_run.rows_with_gradient == sum(row["nfe/theta_per_sample"] for row in rows) * samples
-    evaluations, export_check = 3 * 2 * 3, 2
+    evaluations, export_check = 3 * 2 * 4, 2
     counted = sum(row["nfe/old_per_sample"] for row in rows) * samples
     assert finished_run.rows_without_gradient == counted + evaluations + export_check
 
@@ -173,7 +173,7 @@ def test_nfe_closed_form(
     row, trained = read_rows(tmp_path)[-1], anchors * steps / 4
     assert row["nfe/theta_per_sample"] == trained
     later = trained * (updates - 1) / updates
-    assert row["nfe/old_per_sample"] == 3 + later + (trained if reference else 0)
+    assert row["nfe/old_per_sample"] == 4 + later + (trained if reference else 0)
 
 
 def test_a_step_changes_the_adapter_and_nothing_else(finished_run: FinishedRun):
@@ -224,7 +224,7 @@ def test_rewards_and_updates_see_what_the_rollout_saw(make_config: MakeConfig, t
             "algorithm.old_anchor=rollout",
             "algorithm.temperature=1.0",
             "algorithm.num_anchors=4",
-            "algorithm.num_train_steps=3",
+            "algorithm.num_train_steps=4",
             "algorithm.updates_per_rollout=1",
         )
     )
@@ -310,6 +310,20 @@ def test_memory_levers_change_no_figure(
     for key, value in expected_row.items():
         if not key.startswith("time/"):
             assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+
+
+def test_gradients_are_clipped_and_their_norm_before_it_reported(
+    plain_update: Any, make_config: MakeConfig, tmp_path: Path
+):
+    limit = plain_update[1]["lora/grad_norm"] / 10
+    config = make_config(tmp_path, *ONE_UPDATE, "trainer.micro_batch_size=8", f"optimizer.max_grad_norm={limit}")
+    gradients, row, _ = one_update(config)
+    norm, plain_norm = (
+        torch.stack([gradient.norm() for gradient in found.values()]).norm().item()
+        for found in (gradients, plain_update[0])
+    )
+    assert norm == pytest.approx(limit, rel=1e-3)
+    assert row["lora/grad_norm"] == plain_update[1]["lora/grad_norm"] == pytest.approx(plain_norm, rel=1e-5)
 
 
 # Resume -------------------------------------------------------------------------------------------------------------
@@ -484,8 +498,8 @@ def test_a_reward_that_fails_everywhere_ends_the_run(make_config: MakeConfig, tm
     assert read_rows(tmp_path / "run")[0]["eval/reward_mean"] is None
 
 
-def test_a_reward_that_is_the_same_for_all_has_no_gradient(make_config: MakeConfig, tmp_path: Path):
-    reward = reward_of(tmp_path, "[97.1] * len(images)")
+def test_a_reward_that_is_the_same_for_all_that_have_one_has_no_gradient(make_config: MakeConfig, tmp_path: Path):
+    reward = reward_of(tmp_path, "[float('nan')] + [-97.1] * (len(images) - 1)")
     trainer = Trainer(make_config(tmp_path / "run", "trainer.num_iterations=1", reward))
     seen = watch_advantages(trainer)
     trainer.run()

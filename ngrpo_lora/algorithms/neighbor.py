@@ -4,12 +4,16 @@ Departures from the paper:
 - The old anchor is by default the same one-step transition as the new one (`old_anchor: one_step`). Algorithm 1
   read literally compares a DDIM step with a DPM++ point (`rollout`): ratios then start far from 1.
 - The distance is divided by a temperature; the paper's is 1, `auto` keeps the policy from saturating.
+- `distance: clean` compares predictions of the clean image (as AR-CoPO, arXiv 2603.17461) in place of latents.
+  Early latents are mostly noise, in which a candidate's reward does not show; and the old anchor is then a
+  candidate itself, whatever the solver.
 - The B * K transitions may be spread over several optimizer updates, and a pull towards the base model
   (the KL term of Eq. 4, as a squared displacement) may be added. Both are off by default.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -38,6 +42,9 @@ class Config(AlgorithmConfig, frozen=True):
     temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto", description="Divides squared distances; auto: the candidates' mean squared distance; the paper's is 1."
     )
+    distance: Literal["latent", "clean"] = Field(
+        "latent", description="What Eq. 8 compares: latents after the step, or predictions of the clean image at it."
+    )
     old_anchor: Literal["one_step", "rollout"] = Field(
         "one_step", description="Old anchor: its one-step transition under old weights, or the rollout's own point."
     )
@@ -64,6 +71,13 @@ class Config(AlgorithmConfig, frozen=True):
             )
 
 
+@dataclass(frozen=True)
+class NeighborRollout(Rollout):
+    """A rollout with its predictions of the clean image, clean: (K, G, C, H, W)."""
+
+    clean: Tensor
+
+
 class Algorithm:
     """See `_base.Algorithm` for the contract."""
 
@@ -78,7 +92,17 @@ class Algorithm:
         base = gaussian_noise(latent_shape, derive_seed(seed, "base"))
         deltas = [gaussian_noise(latent_shape, derive_seed(seed, "delta", i)) for i in range(self.group_size)]
         noise = neighbor_noise(base, torch.stack(deltas), self.config.perturbation_strength)
-        return Rollout(torch.stack(self.solve(velocity_fn, noise, sigmas)), sigmas)
+        if self.config.distance == "latent":
+            return Rollout(torch.stack(self.solve(velocity_fn, noise, sigmas)), sigmas)
+        clean = []
+
+        def recorded(latents: Tensor, sigma: float) -> Tensor:
+            velocity = velocity_fn(latents, sigma)
+            clean.append(latents - sigma * velocity)
+            return velocity
+
+        latents = torch.stack(self.solve(recorded, noise, sigmas))
+        return NeighborRollout(latents, sigmas, torch.stack(clean))
 
     def advantages(self, batch: RewardBatch) -> Tensor:
         """Centred, divided by the L_p quasi-norm (Eq. 3, 11): (P, G)."""
@@ -104,10 +128,15 @@ class Algorithm:
     ) -> tuple[Tensor, Metrics]:
         """Minus the clipped objective of one anchor at one step (Eq. 8 to 10)."""
         config, (_, anchor, step) = self.config, transition
-        dt = rollout.sigmas[step + 1] - rollout.sigmas[step]
-        candidates = rollout.latents[step + 1]  # (G, C, H, W)
-        anchor_old = rollout.latents[step, anchor] + dt * velocities.old  # (C, H, W)
-        displacement = dt * (velocities.current - velocities.old)
+        if config.distance == "clean":
+            assert isinstance(rollout, NeighborRollout)
+            scale = -rollout.sigmas[step]  # x_theta = latents - sigma * v
+            candidates = rollout.clean[step]  # (G, C, H, W)
+        else:
+            scale = rollout.sigmas[step + 1] - rollout.sigmas[step]  # x_theta = latents + dt * v
+            candidates = rollout.latents[step + 1]
+        anchor_old = rollout.latents[step, anchor] + scale * velocities.old  # (C, H, W)
+        displacement = scale * (velocities.current - velocities.old)
         if config.old_anchor == "rollout":
             displacement = displacement + (anchor_old - candidates[anchor])
             anchor_old = candidates[anchor]
@@ -116,7 +145,7 @@ class Algorithm:
         objective, held = clipped_objective(log_ratio, advantages, config.clip_range)
         loss = -objective
         if velocities.reference is not None:
-            drift = dt * (velocities.current - velocities.reference)
+            drift = scale * (velocities.current - velocities.reference)
             loss = loss + config.reference_weight * drift.square().sum(dtype=torch.float64) / tau
         policy = torch.softmax(leaping_logits(candidates, anchor_old, tau), 0)
         metrics = {

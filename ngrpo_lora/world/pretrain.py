@@ -5,7 +5,7 @@ Four stages, each seeded and each leaving a file, so that a stopped run goes on 
     tokenizers   BPE (CLIP) and Unigram (T5) with the world's words
     vae          AutoencoderKL, 64 px -> (16, 8, 8) latents, L1 + KL
     encode       latents of rendered scenes, and the scale that gives them unit variance
-    flow         FluxTransformer2DModel + both text encoders, rectified-flow matching, EMA
+    flow         FluxTransformer2DModel + both text encoders, rectified-flow matching in two cycles, EMA
 
 Held-out scenes (`scenes.split_scenes`) are in none of them. About an hour and a half on two CPU cores.
 """
@@ -35,7 +35,7 @@ from ngrpo_lora.world.scenes import TASKS, TEMPLATES, Placed, Scene, draw, place
 
 log = logging.getLogger(__name__)
 
-MAX_TOKENS = 16
+MAX_TOKENS, BATCH = 16, 64
 Layout = Callable[[Scene, np.random.Generator], list[Placed]]
 TRAIN_SCENES = {task: split_scenes(task)[0] for task in TASKS}
 
@@ -234,25 +234,26 @@ def encode_scenes(path: Path, vae: AutoencoderKL, n: int) -> tuple[Tensor, list[
         return file.get_tensor("packed"), meta["captions"].split("\n"), float(meta["scale"])
 
 
-def train_flow(path: Path, flow: Flow, packed: Tensor, captions: list[str], steps: int, batch: int = 64) -> None:
-    """Flow matching with logit-normal times. Leaves the EMA weights in `flow`."""
-    if not path.exists():
-        generator = torch.Generator().manual_seed(3)
-        clip_ids, t5_ids = flow.tokenize(captions)
+def train_flow(work_dir: Path, flow: Flow, packed: Tensor, captions: list[str], cycles: list[int]) -> None:
+    """Flow matching with logit-normal times. Leaves the averaged weights of the last cycle in `flow`."""
+    clip_ids, t5_ids = flow.tokenize(captions)
+    for cycle, steps in enumerate(cycles, start=1):
+        path, generator = work_dir / f"flow-{cycle}.safetensors", torch.Generator().manual_seed(2 + cycle)
 
-        def loss_fn() -> Tensor:
-            index = torch.randint(len(packed), (batch,), generator=generator)
+        def loss_fn(generator: torch.Generator = generator) -> Tensor:
+            index = torch.randint(len(packed), (BATCH,), generator=generator)
             clean = packed[index].float()
-            sigma = torch.sigmoid(torch.randn(batch, generator=generator))
+            sigma = torch.sigmoid(torch.randn(BATCH, generator=generator))
             noise = torch.randn(clean.shape, generator=generator)
             at = sigma[:, None, None]
             velocity = flow((1 - at) * clean + at * noise, sigma, clip_ids[index], t5_ids[index])
             return F.mse_loss(velocity.float(), noise - clean)
 
-        ema = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-        optimise(flow, steps, 1.5e-3, str(path.with_suffix("")), loss_fn, ema)
-        save_model(ema.module, str(path))
-    load_model(flow, path)
+        if not path.exists():
+            ema = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+            optimise(flow, steps, 1.5e-3, str(path.with_suffix("")), loss_fn, ema)
+            save_model(ema.module, str(path))
+        load_model(flow, path)
 
 
 def assemble(flow: Flow, vae: AutoencoderKL, scale: float) -> FluxPipeline:
@@ -277,10 +278,16 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "model", help="the pipeline")
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--scenes", type=int, default=60_000, help="scenes to encode, a multiple of 250")
-    parser.add_argument("--flow-steps", type=int, default=12_000)
+    parser.add_argument(
+        "--flow-steps",
+        type=int,
+        nargs="+",
+        default=[12_000, 9_600],
+        help="steps of each cycle; each starts from the averaged weights of the last",
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if args.scenes % 250 or min(args.vae_steps, args.scenes, args.flow_steps) <= 0:
+    if args.scenes % 250 or min(args.vae_steps, args.scenes, *args.flow_steps) <= 0:
         parser.error(f"steps must be positive and --scenes a multiple of 250, got {vars(args)}")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -288,7 +295,7 @@ def main() -> None:
     packed, captions, scale = encode_scenes(args.work_dir / "scenes.safetensors", vae, args.scenes)
     torch.manual_seed(0)
     flow = Flow(make_tokenizers())
-    train_flow(args.work_dir / "flow.safetensors", flow, packed, captions, args.flow_steps)
+    train_flow(args.work_dir, flow, packed, captions, args.flow_steps)
     assemble(flow, vae, scale).save_pretrained(args.output_dir)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,15 +33,39 @@ def noise(family: Family, batch: int) -> torch.Tensor:
     return torch.randn(batch, *family.latent_shape, generator=torch.Generator().manual_seed(0))
 
 
+class Echo:
+    """A transformer that remembers what it was given and answers with its latents."""
+
+    def __init__(self, guided: bool):
+        self.config = SimpleNamespace(guidance_embeds=guided)
+        self.seen: dict[str, Any] = {}
+
+    def __call__(self, **inputs: Any) -> tuple[torch.Tensor]:
+        self.seen = inputs
+        return (inputs["hidden_states"],)
+
+
 @pytest.mark.parametrize("sigma", [1.0, 0.123456789, 1 / 3])
-def test_sigma_reaches_the_transformer_unrounded(sigma: float, family: Family, text: TextEmbeds):
+def test_sigma_reaches_the_transformer_unrounded_and_latents_come_back_in_place(
+    sigma: float, family: Family, text: TextEmbeds, monkeypatch: pytest.MonkeyPatch
+):
     """No integer timesteps: diffusers would truncate 123.456 to 123."""
-    seen: dict[str, Any] = {}
-    hook = family.transformer.register_forward_pre_hook(lambda m, a, kwargs: seen.update(kwargs), with_kwargs=True)
-    family.velocity(noise(family, 3), sigma, text)
-    hook.remove()
+    monkeypatch.setattr(family, "transformer", Echo(guided=False))
+    latents = noise(family, 3)
+    assert torch.equal(family.velocity(latents, sigma, text), latents)
+    seen = family.transformer.seen
     assert torch.equal(seen["timestep"], torch.full((3,), sigma))
-    assert torch.equal(seen["guidance"], torch.full((3,), 3.5))
+    assert seen["guidance"] is None
+    packed = family.pipeline._pack_latents(latents, *latents.shape)
+    assert torch.equal(seen["hidden_states"], packed)
+
+
+def test_a_guidance_distilled_model_gets_its_guidance(text: TextEmbeds, monkeypatch: pytest.MonkeyPatch):
+    family = Family(ModelConfig(guidance_scale=2.5), "cpu")
+    assert family.settings["guidance_scale"] == 2.5
+    monkeypatch.setattr(family, "transformer", Echo(guided=True))
+    family.velocity(noise(family, 3), 0.5, text)
+    assert torch.equal(family.transformer.seen["guidance"], torch.full((3,), 2.5))
 
 
 def test_a_batch_of_sigmas_is_that_of_each(family: Family, text: TextEmbeds):
