@@ -56,10 +56,11 @@ def displacement_for(candidates: Tensor, anchor: Tensor, temperature: float, lar
     generator = torch.Generator().manual_seed(2)
     mixture = torch.randn(GROUP, generator=generator) @ (candidates - anchor)
     direction = mixture / mixture.norm() + torch.randn(DIMS, generator=generator) / DIMS**0.5
-    size = 1e-9
-    for _ in range(4):  # secant steps: the log ratio is nearly linear in the size
-        found = reference_log_ratio(candidates, anchor, size * direction, temperature).abs().max().item()
-        size *= largest / found
+    offsets, size = (candidates - anchor).double(), 1e-9
+    old, dots = -offsets.square().sum(1) / temperature, offsets @ direction.double()
+    for _ in range(8):  # secant steps: the log ratio is nearly linear in the size
+        new = old + 2 * size * dots / temperature
+        size *= largest / (new.log_softmax(0) - old.log_softmax(0)).abs().max().item()
     return size * direction
 
 

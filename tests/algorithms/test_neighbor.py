@@ -256,3 +256,38 @@ def test_settings_that_do_not_fit_the_rollout_are_an_error(settings: dict[str, i
 
 def test_settings_at_their_limits_fit():
     Config(num_anchors=6, num_train_steps=5, updates_per_rollout=30).check(ROLLOUT)
+
+
+# Distances between clean predictions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
+def test_clean_distances_compare_predictions_at_the_anchors_own_noise_level(solver: str):
+    rollout_config = RolloutConfig(num_steps=5, group_size=6, solver=solver)
+    algorithm = make(rollout_config, distance="clean", temperature=3.0, clip_range=0.9)
+    rollout = roll_out(algorithm)
+    advantages = advantages_of(rollout)
+    for transition in (Transition(0, 2, 0), Transition(0, 4, 3)):
+        old = old_velocity(rollout, transition)
+        new = old + 0.01 * torch.cos(torch.arange(old.numel()).view(SHAPE))
+        loss, metrics = algorithm.loss(rollout, advantages, transition, Velocities(new, old))
+
+        sigma = rollout.sigmas[transition.step].item()
+        at = rollout.latents[transition.step].double()
+        clean = at - sigma * velocity_fn(at.float(), sigma).double()
+        before = torch.log_softmax(-(clean - clean[transition.sample]).square().flatten(1).sum(1) / 3, 0)
+        moved = at[transition.sample] - sigma * new.double()
+        after = torch.log_softmax(-(clean - moved).square().flatten(1).sum(1) / 3, 0)
+        expected = -(advantages * (after - before).exp()).sum()
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+        assert metrics["policy/max_abs_log_ratio"] == pytest.approx((after - before).abs().max().item(), rel=1e-4)
+
+
+def test_clean_distances_start_at_a_candidate_whatever_the_solver():
+    for old_anchor in ("one_step", "rollout"):
+        algorithm = make(distance="clean", old_anchor=old_anchor)
+        rollout = roll_out(algorithm)
+        transition = Transition(0, 1, 2)
+        old = old_velocity(rollout, transition)
+        _, metrics = algorithm.loss(rollout, advantages_of(rollout), transition, Velocities(old, old))
+        assert metrics["policy/max_abs_log_ratio"] < 1e-5
