@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngrpo_lora import auto_temperature, flow_sigmas, group_advantages, leaping_log_ratio
+from ngrpo_lora import auto_temperature, flow_sigmas, gaussian_noise, group_advantages, leaping_log_ratio
 from ngrpo_lora.algorithms.neighbor import Algorithm, Config
 from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.solvers import SOLVERS
@@ -181,7 +181,7 @@ def test_changed_weights_give_the_log_ratio_of_their_displacement_and_clip_beyon
     algorithm = make(clip_range=0.01, temperature=3.0)
     rollout, transition = roll_out(algorithm), Transition(0, 0, 2)
     advantages, old = advantages_of(rollout), old_velocity(rollout, transition)
-    current = old + torch.randn(SHAPE)
+    current = old + gaussian_noise(SHAPE, seed=1)
     loss, metrics = algorithm.loss(rollout, advantages, transition, Velocities(current, old))
 
     dt = rollout.sigmas[3] - rollout.sigmas[2]
