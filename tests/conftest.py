@@ -49,6 +49,12 @@ def _threads():
         torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    """A test that draws from the global generator draws the same every time."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def make_config(tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
     """`make_config(output_dir, "key=value", ...)`: SMALL_RUN on the embedded model, rewarded for redness."""
