@@ -25,10 +25,13 @@ def test_a_short_run_raises_its_reward_on_held_out_prompts(tmp_path: Path):
         "trainer.num_iterations=10",
         "evaluation.every=10",
         "evaluation.num_prompts=24",
+        "algorithm.distance=latent",
         "algorithm.updates_per_rollout=4",
         "algorithm.clip_range=1e-3",
         "algorithm.perturbation_strength=0.5",
         "optimizer.learning_rate=3e-4",
+        "optimizer.schedule=constant",
+        "optimizer.ema_decay=0",
     ]
     last = train(load_config("demo", overrides))
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
