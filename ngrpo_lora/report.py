@@ -24,10 +24,10 @@ def save_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str]
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = index % columns * CELL_PX, index // columns * (CELL_PX + CAPTION_PX)
-        resample = Image.Resampling.NEAREST if image.width < CELL_PX else Image.Resampling.LANCZOS
-        side = CELL_PX - 6
-        height = round(side * image.height / image.width)
-        sheet.paste(image.resize((side, min(height, side)), resample), (x + 3, y + 3))
+        resample = Image.Resampling.NEAREST if max(image.size) < CELL_PX else Image.Resampling.LANCZOS
+        scale = (CELL_PX - 6) / max(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        sheet.paste(image.resize(size, resample), (x + (CELL_PX - size[0]) // 2, y + 3))
         lines = textwrap.wrap(caption, 28)[:2]
         canvas.multiline_text((x + 4, y + CELL_PX), "\n".join(lines), fill="black", font=font, spacing=2)
     path.parent.mkdir(parents=True, exist_ok=True)

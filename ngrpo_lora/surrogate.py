@@ -59,11 +59,13 @@ def auto_temperature(candidates: Tensor) -> float:
 def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
     """`sum_i min(A_i rho_i, A_i clip(rho_i, 1 - eps, 1 + eps))` (Eq. 9).
 
+    A log-ratio beyond 80 counts as 80 and gives no gradient: an infinite ratio would make that of all others NaN.
+
     Args:
         log_ratio, advantages: (G,).
     Returns:
         The objective, to be maximised, and (G,) bool: the terms that the clip holds back (no gradient).
     """
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=80).exp()
     free, held = advantages * ratio, advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.minimum(free, held).sum(), held < free

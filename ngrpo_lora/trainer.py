@@ -96,7 +96,7 @@ class Trainer:
                 prompts = [self.prompts.prompt(i) for i in self.prompt_indices()]
                 text = self.family.encode(prompts)
                 with clock("rollout"):
-                    rollouts = [self.roll_out(text[[p]], p) for p in range(len(prompts))]
+                    rollouts = self.roll_out(text)
                     images = [self.decode(rollout) for rollout in rollouts]
                 with clock("reward"):
                     batch = self.score(images, prompts, rollouts)
@@ -127,16 +127,19 @@ class Trainer:
         return range(self.iteration * count, (self.iteration + 1) * count)
 
     @torch.no_grad()
-    def roll_out(self, text: TextEmbeds, position: int) -> Rollout:
-        """One group under the old weights; forward passes of at most `rollout.micro_batch_size` samples."""
+    def roll_out(self, text: TextEmbeds) -> list[Rollout]:
+        """P groups under the old weights; forward passes of at most `rollout.micro_batch_size` samples."""
+        size = self.config.rollout.micro_batch_size or self.config.rollout.group_size
 
         def velocity_fn(latents: Tensor, sigma: float) -> Tensor:
-            chunks = latents.split(self.config.rollout.micro_batch_size or len(latents))
-            moved = (chunk.to(self.device) for chunk in chunks)
-            return torch.cat([self.family.velocity(x, sigma, text[[0] * len(x)]).cpu() for x in moved])
+            groups, samples = latents.shape[:2]
+            owners = torch.arange(groups).repeat_interleave(samples)
+            chunks = zip(latents.flatten(0, 1).split(size), owners.split(size), strict=True)
+            parts = [self.family.velocity(x.to(self.device), sigma, text[group.tolist()]).cpu() for x, group in chunks]
+            return torch.cat(parts).view(latents.shape)
 
-        seed = derive_seed(self.config.seed, "rollout", self.iteration, position)
-        return self.algorithm.rollout(velocity_fn, self.sigmas, self.family.latent_shape, seed)
+        seeds = [derive_seed(self.config.seed, "rollout", self.iteration, group) for group in range(len(text))]
+        return self.algorithm.rollout(velocity_fn, self.sigmas, self.family.latent_shape, seeds)
 
     def decode(self, rollout: Rollout) -> list[Image.Image]:
         """The G images of a rollout, `rollout.micro_batch_size` at a time."""

@@ -45,6 +45,14 @@ def test_a_small_picture_is_enlarged_without_inventing_colours(tmp_path: Path):
     assert colors == {(255, 0, 0), (0, 0, 255), (255, 255, 255)}
 
 
+@pytest.mark.parametrize(("width_px", "height_px"), [(40, 80), (80, 40), (640, 1280)])
+def test_a_picture_keeps_its_proportions(width_px: int, height_px: int, tmp_path: Path):
+    save_grid(tmp_path / "grid.png", [solid((200, 0, 0), width_px, height_px)], [""])
+    red = np.argwhere((np.asarray(Image.open(tmp_path / "grid.png")) == (200, 0, 0)).all(2))
+    height, width = red.max(0) - red.min(0) + 1
+    assert width / height == width_px / height_px
+
+
 def test_as_many_captions_as_images(tmp_path: Path):
     with pytest.raises(ValueError, match="zip"):
         save_grid(tmp_path / "grid.png", [solid(COLORS[0])] * 2, ["one"])

@@ -132,6 +132,12 @@ def test_a_reward_that_is_equal_all_over_a_group_adds_0():
     torch.testing.assert_close(with_flat.rewards, (b - b.mean()) / b.std(correction=0), rtol=1e-9, atol=1e-9)
 
 
+def test_a_reward_on_a_tiny_scale_counts_as_any_other():
+    a, b = torch.rand(2, 6, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64)
+    tiny, plain = (rewards.combine({"a": scale * a, "b": b}, {"a": 1.0, "b": 1.0}).rewards for scale in (1e-12, 1.0))
+    torch.testing.assert_close(tiny, plain)
+
+
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_masks_its_sample_in_every_reward(bad: float):
     a = torch.tensor([[1.0, 2.0, 3.0, bad], [1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)

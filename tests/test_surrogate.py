@@ -248,3 +248,14 @@ def test_auto_temperature_keeps_logits_of_order_1_at_262144_dimensions():
     candidates, anchor = GEOMETRIES["neighbors"]
     logits = leaping_logits(candidates, anchor, auto_temperature(candidates))
     torch.testing.assert_close(logits[1:], -torch.ones(GROUP - 1, dtype=torch.float64), rtol=0, atol=0.02)
+
+
+def test_a_ratio_beyond_floating_point_leaves_every_gradient_finite():
+    log_ratio = torch.tensor([900.0, -900.0, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([-1.0, 1.0, 2.0, -2.0], dtype=torch.float64)
+    objective, _ = clipped_objective(log_ratio, advantages, 0.2)
+    objective.backward()
+    assert log_ratio.grad is not None
+    torch.testing.assert_close(log_ratio.grad[1:], torch.tensor([0.0, 2.0, -2.0 * math.exp(0.5)]).double())
+    assert log_ratio.grad[0] == 0
+    assert objective.isfinite()

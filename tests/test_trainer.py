@@ -203,13 +203,13 @@ def test_every_iteration_has_its_own_prompts_and_every_group_its_own_noise(
 ):
     trainer = finished_run.trainer
     assert trainer.prompt_indices() == range(8, 10)  # after 4 iterations of 2
-    text = trainer.family.encode(["a red star"])
-    first = trainer.roll_out(text, 0).latents
-    assert torch.equal(first, trainer.roll_out(text, 0).latents)
-    assert not torch.equal(first[0], trainer.roll_out(text, 1).latents[0])
+    text = trainer.family.encode(["a red star"] * 2)
+    first, second = (rollout.latents for rollout in trainer.roll_out(text))
+    assert torch.equal(first, trainer.roll_out(text)[0].latents)
+    assert not torch.equal(first[0], second[0])
     monkeypatch.setattr(trainer, "iteration", 5)
     assert trainer.prompt_indices() == range(10, 12)
-    assert not torch.equal(first[0], trainer.roll_out(text, 0).latents[0])
+    assert not torch.equal(first[0], trainer.roll_out(text)[0].latents[0])
 
 
 def test_rewards_and_updates_see_what_the_rollout_saw(make_config: MakeConfig, tmp_path: Path):

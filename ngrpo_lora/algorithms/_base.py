@@ -1,11 +1,12 @@
 """The contract between the trainer and an algorithm.
 
 The trainer knows no algorithm by name. It calls, in this order and for P groups of one iteration:
-`rollout` once a group, `advantages`, `updates`, and `loss` once a transition.
+`rollout`, `advantages` and `updates` once, and `loss` once a transition.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -20,11 +21,14 @@ class Algorithm(Protocol):
     needs_reference: bool
     """Whether `loss` reads the base model's velocity, which costs one more forward pass a transition."""
 
-    def rollout(self, velocity_fn: VelocityFn, sigmas: Tensor, latent_shape: tuple[int, ...], seed: int) -> Rollout:
-        """Draw one group: initial noises, which steps are stochastic, and how samples branch.
+    def rollout(
+        self, velocity_fn: VelocityFn, sigmas: Tensor, latent_shape: tuple[int, ...], seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """Draw P groups, one per seed: initial noises, which steps are stochastic, and how samples branch.
 
-        `velocity_fn(latents, sigma)` takes any number of samples. An algorithm that needs more than latents
-        later (its step noises, a tree) returns its own subclass of Rollout.
+        `velocity_fn(latents, sigma)` takes (P, S, C, H, W), any number S of samples of every group, and keeps
+        to the memory limits itself. A group is a function of its seed. An algorithm that needs more than
+        latents later (its step noises, a tree) returns its own subclass of Rollout.
         """
         ...
 

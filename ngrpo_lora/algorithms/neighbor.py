@@ -13,6 +13,7 @@ Departures from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -87,22 +88,29 @@ class Algorithm:
         self.solve = SOLVERS[rollout.solver]
         self.needs_reference = config.reference_weight > 0
 
-    def rollout(self, velocity_fn: VelocityFn, sigmas: Tensor, latent_shape: tuple[int, ...], seed: int) -> Rollout:
-        """Neighbours of one noise (Eq. 7), each followed by the deterministic solver to the end."""
-        base = gaussian_noise(latent_shape, derive_seed(seed, "base"))
-        deltas = [gaussian_noise(latent_shape, derive_seed(seed, "delta", i)) for i in range(self.group_size)]
-        noise = neighbor_noise(base, torch.stack(deltas), self.config.perturbation_strength)
-        if self.config.distance == "latent":
-            return Rollout(torch.stack(self.solve(velocity_fn, noise, sigmas)), sigmas)
+    def rollout(
+        self, velocity_fn: VelocityFn, sigmas: Tensor, latent_shape: tuple[int, ...], seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """Neighbours of each group's noise (Eq. 7), followed by the deterministic solver to the end."""
+        noise = torch.stack([self.neighborhood(latent_shape, seed) for seed in seeds])  # (P, G, C, H, W)
         clean = []
 
         def recorded(latents: Tensor, sigma: float) -> Tensor:
             velocity = velocity_fn(latents, sigma)
-            clean.append(latents - sigma * velocity)
+            if self.config.distance == "clean":
+                clean.append(latents - sigma * velocity)
             return velocity
 
-        latents = torch.stack(self.solve(recorded, noise, sigmas))
-        return NeighborRollout(latents, sigmas, torch.stack(clean))
+        latents = torch.stack(self.solve(recorded, noise, sigmas), 1)  # (P, K + 1, G, C, H, W)
+        if self.config.distance == "latent":
+            return [Rollout(group, sigmas) for group in latents]
+        return [NeighborRollout(group, sigmas, c) for group, c in zip(latents, torch.stack(clean, 1), strict=True)]
+
+    def neighborhood(self, latent_shape: tuple[int, ...], seed: int) -> Tensor:
+        """The initial noises of one group, (G, C, H, W)."""
+        base = gaussian_noise(latent_shape, derive_seed(seed, "base"))
+        deltas = [gaussian_noise(latent_shape, derive_seed(seed, "delta", i)) for i in range(self.group_size)]
+        return neighbor_noise(base, torch.stack(deltas), self.config.perturbation_strength)
 
     def advantages(self, batch: RewardBatch) -> Tensor:
         """Centred, divided by the L_p quasi-norm (Eq. 3, 11): (P, G)."""

@@ -70,5 +70,7 @@ def combine(scores: dict[str, Tensor], weights: dict[str, float]) -> RewardBatch
         kept = raw.where(valid, torch.nan)
         centered = kept - kept.nanmean(1, keepdim=True)
         spread = centered.square().nanmean(1, keepdim=True).sqrt()
-        total += weights[name] * torch.where(spread > 1e-8, centered / spread.clamp(min=1e-8), 0.0).nan_to_num()
+        # Equality is read from the range: rounding leaves equal scores a tiny deviation.
+        low, high = raw.where(valid, torch.inf).amin(1, True), raw.where(valid, -torch.inf).amax(1, True)
+        total += weights[name] * (centered / spread).where(high > low, 0.0).nan_to_num()
     return RewardBatch(total, valid, scores)

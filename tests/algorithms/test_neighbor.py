@@ -29,7 +29,7 @@ def velocity_fn(latents: Tensor, sigma: float) -> Tensor:
 
 
 def roll_out(algorithm: Algorithm, seed: int = 0) -> Rollout:
-    return algorithm.rollout(velocity_fn, flow_sigmas(algorithm.num_steps), SHAPE, seed)
+    return algorithm.rollout(velocity_fn, flow_sigmas(algorithm.num_steps), SHAPE, [seed])[0]
 
 
 def old_velocity(rollout: Rollout, transition: Transition) -> Tensor:
@@ -56,9 +56,19 @@ def test_a_candidate_does_not_depend_on_how_many_there_are():
     assert torch.equal(small, large[:, :3])
 
 
+@pytest.mark.parametrize("distance", ["latent", "clean"])
+def test_a_group_does_not_depend_on_the_groups_beside_it(distance: str):
+    algorithm, sigmas = make(distance=distance), flow_sigmas(5)
+    together = algorithm.rollout(velocity_fn, sigmas, SHAPE, [3, 4, 5])
+    for seed, beside in zip((3, 4, 5), together, strict=True):
+        (alone,) = algorithm.rollout(velocity_fn, sigmas, SHAPE, [seed])
+        assert {name: t.shape for name, t in vars(alone).items()} == {n: t.shape for n, t in vars(beside).items()}
+        assert all(torch.equal(t, vars(beside)[name]) for name, t in vars(alone).items())
+
+
 @pytest.mark.parametrize("strength", [0.3, 0.9])
 def test_candidates_start_as_neighbors(strength: float):
-    rollout = make(perturbation_strength=strength).rollout(lambda x, s: x, flow_sigmas(5), (200, 100), 0)
+    (rollout,) = make(perturbation_strength=strength).rollout(lambda x, s: x, flow_sigmas(5), (200, 100), [0])
     noise = rollout.latents[0].flatten(1).double()
     assert (noise.var(1) - 1).abs().max() < 0.05
     correlation = torch.corrcoef(noise)[~torch.eye(6, dtype=torch.bool)]
