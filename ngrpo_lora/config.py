@@ -90,8 +90,10 @@ class ModelConfig(Section, frozen=True):
         default="embedded", min_length=1, description="embedded, a local diffusers folder, or a Hub model id."
     )
     revision: str | None = Field(default=None, description="Hub branch, tag or commit; null: the default branch.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="Number type of the frozen base; the LoRA is always float32."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Number type of the frozen base; the LoRA is always float32. "
+        "auto: bfloat16 where the device computes in it, otherwise float32.",
     )
     device: str = Field(
         default="auto",

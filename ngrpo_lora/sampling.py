@@ -34,12 +34,32 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def resolve_dtype(dtype: str, device: str) -> str:
+    """`auto` is bfloat16 where the device has instructions for it, otherwise float32.
+
+    On a CPU these are AVX512-BF16 and AMX, with which the embedded model runs twice as fast; without them bfloat16
+    is slower than float32.
+    """
+    if dtype != "auto":
+        return dtype
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.6 has none
+        native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    else:
+        native = False
+    return "bfloat16" if native else "float32"
+
+
 def load_family(config: ModelConfig) -> Family:
-    """The model family of a configuration, on its device, loaded without the libraries' notes and bars."""
+    """The model family of a configuration on its device, loaded without the libraries' notes and bars."""
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    return registry.load(models, config.family).Family(config, resolve_device(config.device))
+    device = resolve_device(config.device)
+    config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, device)})
+    return registry.load(models, config.family).Family(config, device)
 
 
 @torch.no_grad()

@@ -66,6 +66,12 @@ def opening(config: RunConfig, trained: int, total: int) -> str:
     return "\n".join(lines)
 
 
+def estimate(iteration_s: float, iterations: int, evaluation_s: float, evaluations: int) -> str:
+    """How long the rest takes, by what the first iteration and the first evaluation took."""
+    minutes = (iteration_s * iterations + evaluation_s * evaluations) / 60
+    return f"  about {max(1, round(minutes))} min: {iteration_s:.1f} s an iteration, {evaluation_s:.1f} s an evaluation"
+
+
 def closing(output_dir: Path, adapter: Path) -> str:
     """Held-out figures before and after, and where everything is."""
     rows = read_metrics(output_dir / "metrics.jsonl")

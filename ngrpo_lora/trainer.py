@@ -28,7 +28,7 @@ from ngrpo_lora.optimizers import learning_rate_factor, make_optimizer
 from ngrpo_lora.prompts import open_prompts
 from ngrpo_lora.sampling import draw, load_family
 from ngrpo_lora.solvers import flow_sigmas
-from ngrpo_lora.tracking import MetricsFile, closing, console, opening, progress_bar
+from ngrpo_lora.tracking import MetricsFile, closing, console, estimate, opening, progress_bar
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, TextEmbeds, Transition, Velocities, mean_metrics
 
 log = logging.getLogger(__name__)
@@ -87,8 +87,10 @@ class Trainer:
         metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.iteration if config.resume else None)
         with progress_bar() as bar, interrupt_asked() as interrupted:
             task = bar.add_task("train", total=total, completed=self.iteration, status="evaluating the base model")
+            first = Clock()
             if self.iteration == 0:
-                metrics_file.write(0, self.evaluate())
+                with first("evaluation"):
+                    metrics_file.write(0, self.evaluate())
             evaluation: Metrics = {}
             last = self.iteration >= total
             while not last:
@@ -105,6 +107,10 @@ class Trainer:
                     policy = self.update(rollouts, advantages, text)
                 self.iteration += 1
                 last = self.iteration == total or interrupted()
+                if self.iteration == 1:
+                    evaluations = -(-total // config.evaluation.every)
+                    once_s = first.seconds["time/evaluation_s"]
+                    console.print(estimate(sum(clock.seconds.values()), total - 1, once_s, evaluations))
 
                 metrics = self.describe(batch) | policy | clock.seconds | nfe.per_sample(batch.rewards.numel())
                 if self.iteration % config.evaluation.every == 0 or self.iteration == total:

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 MakeConfig = Callable[..., RunConfig]
 
 SMALL_RUN = [
+    "model.dtype=float32",
+    "rollout.micro_batch_size=null",
+    "trainer.micro_batch_size=16",
     "rollout.num_steps=4",  # the fewest of which DPM-Solver++ takes one to second order
     "rollout.group_size=4",
     "rollout.prompts_per_iteration=2",
     "algorithm.num_anchors=2",
     "algorithm.num_train_steps=2",
     "algorithm.updates_per_rollout=2",
+    "algorithm.train_window=null",
     "algorithm.distance=latent",
     "algorithm.perturbation_strength=0.5",
     "algorithm.clip_range=1e-3",

@@ -135,7 +135,7 @@ def test_changed_keys_names_what_differs():
         ("model.height_px=104", ["model.height_px must be a multiple of 16, got 104", "96 and 112"]),
         ("model.width_px=0", ["model.width_px must be at least 16, got 0"]),
         ("model.family=fluxx", ["model.family must be one of", "did you mean flux?"]),
-        ("model.dtype=float8", ["model.dtype must be 'float32', 'bfloat16' or 'float16'", "got 'float8'"]),
+        ("model.dtype=float8", ["model.dtype must be 'auto', 'float32', 'bfloat16' or 'float16'", "got 'float8'"]),
         ("model.device=gpu", ["model.device must be", "got 'gpu'", "cuda:N"]),
         ("optimizer.learning_rate=-1", ["optimizer.learning_rate must be more than 0", "got -1"]),
         ("optimizer.learning_rate=.nan", ["optimizer.learning_rate must be a finite number", "got nan"]),

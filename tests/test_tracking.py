@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from ngrpo_lora.tracking import MetricsFile, read_metrics
+from ngrpo_lora.tracking import MetricsFile, estimate, read_metrics
 
 
 def test_every_step_is_a_line_on_disk_at_once(tmp_path: Path):
@@ -45,3 +45,8 @@ def test_a_new_run_starts_with_an_empty_file(tmp_path: Path):
 def test_a_run_resumed_into_a_new_folder_has_no_lines_to_keep(tmp_path: Path):
     MetricsFile(tmp_path / "metrics.jsonl", 5).write(6, {})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 6}]
+
+
+def test_the_estimate_counts_iterations_and_evaluations():
+    assert estimate(1.2, 400, 15.0, 4) == "  about 9 min: 1.2 s an iteration, 15.0 s an evaluation"
+    assert "about 1 min" in estimate(0.1, 3, 0.5, 1)

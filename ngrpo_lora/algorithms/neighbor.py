@@ -38,6 +38,9 @@ class Config(AlgorithmConfig, frozen=True):
     )
     num_anchors: int = Field(4, ge=1, description="B: anchors per group, each one forward-backward pass a step.")
     num_train_steps: int = Field(4, ge=1, description="K: solver steps trained per anchor, drawn at random.")
+    train_window: int | None = Field(
+        None, ge=1, description="Trained steps are drawn from this many first ones, the noisiest; null: from all."
+    )
     updates_per_rollout: int = Field(1, ge=1, description="Optimizer updates that share the B * K transitions.")
     clip_range: float = Field(1e-4, gt=0, lt=1, description="Clip of the policy ratio (epsilon, Eq. 9).")
     temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
@@ -64,6 +67,11 @@ class Config(AlgorithmConfig, frozen=True):
             raise ValueError(
                 f"algorithm.num_train_steps must be at most rollout.num_steps ({rollout.num_steps}), "
                 f"got {self.num_train_steps}; lower it or roll out with more steps"
+            )
+        if self.train_window is not None and not self.num_train_steps <= self.train_window <= rollout.num_steps:
+            raise ValueError(
+                f"algorithm.train_window must be from algorithm.num_train_steps ({self.num_train_steps}) to "
+                f"rollout.num_steps ({rollout.num_steps}), got {self.train_window}; null trains all steps"
             )
         if self.updates_per_rollout > self.num_anchors * self.num_train_steps:
             raise ValueError(
@@ -118,6 +126,7 @@ class Algorithm:
 
     def updates(self, num_groups: int, seed: int) -> list[list[Transition]]:
         """B anchors a group (symmetric anchor sampling), K steps an anchor, dealt out to the updates at random."""
+        window = self.config.train_window or self.num_steps
         generator = torch.Generator().manual_seed(seed)
         updates: list[list[Transition]] = [[] for _ in range(self.config.updates_per_rollout)]
         for group in range(num_groups):
@@ -125,7 +134,7 @@ class Algorithm:
             transitions = [
                 Transition(group, anchor, step)
                 for anchor in anchors.tolist()
-                for step in torch.randperm(self.num_steps, generator=generator)[: self.config.num_train_steps].tolist()
+                for step in torch.randperm(window, generator=generator)[: self.config.num_train_steps].tolist()
             ]
             for position, index in enumerate(torch.randperm(len(transitions), generator=generator).tolist()):
                 updates[position % len(updates)].append(transitions[index])

@@ -5,10 +5,10 @@ Five stages, each seeded and each leaving a file, so that a stopped run goes on 
     tokenizers   BPE (CLIP) and Unigram (T5) with the world's words
     vae          AutoencoderKL, 64 px -> (16, 8, 8) latents, L1 + KL
     encode       latents of rendered scenes, and the scale that gives them unit variance
-    flow         FluxTransformer2DModel + both text encoders, rectified-flow matching in two cycles, EMA
-    distil       classifier-free guidance of scale 2 into the weights, so that one pass draws a guided sample
+    read         the text encoders learn to tell what a caption promises, before they see a picture
+    flow         FluxTransformer2DModel + both text encoders, rectified-flow matching, EMA
 
-Held-out scenes (`scenes.split_scenes`) are in none of them. About an hour and a half on two CPU cores.
+Held-out scenes (`scenes.split_scenes`) are in none of them. About an hour and a half on a CPU.
 """
 
 # diffusers annotates its constructors' tuples and its outputs too narrowly:
@@ -17,7 +17,6 @@ Held-out scenes (`scenes.split_scenes`) are in none of them. About an hour and a
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import time
 from collections.abc import Callable
@@ -30,16 +29,35 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from safetensors import safe_open
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from ngrpo_lora.world.scenes import TASKS, TEMPLATES, Placed, Scene, draw, place, sample_scene, scatter, split_scenes
+from ngrpo_lora.world.scenes import (
+    COLORS,
+    OPPOSITE,
+    RELATIONS,
+    SHAPES,
+    TASKS,
+    TEMPLATES,
+    Placed,
+    Scene,
+    Task,
+    draw,
+    place,
+    plural,
+    sample_scene,
+    scatter,
+    split_scenes,
+)
 
 log = logging.getLogger(__name__)
 
-MAX_TOKENS, BATCH = 16, 64
+MAX_TOKENS, BATCH = 16, 96
 Layout = Callable[[Scene, np.random.Generator], list[Placed]]
 TRAIN_SCENES = {task: split_scenes(task)[0] for task in TASKS}
+SHARES: dict[Task, float] = {"single": 1, "two": 2, "count": 2, "color": 1, "position": 3, "attribute": 3}
+SHIFT = 3.0  # of the noise levels in training and in sampling: the layout is settled above sigma 0.9
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -49,7 +67,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def batch_of_images(n: int, rng: np.random.Generator, layout: Layout) -> tuple[Tensor, list[str]]:
     """(n, 3, 64, 64) in [-1, 1] and their captions."""
-    scenes = [sample_scene(rng, TRAIN_SCENES) for _ in range(n)]
+    scenes = [sample_scene(rng, TRAIN_SCENES, SHARES) for _ in range(n)]
     pixels = np.stack([draw(layout(scene, rng), rng) for scene in scenes])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     return images, [caption(scene, rng) for scene in scenes]
@@ -131,6 +149,25 @@ def make_text_encoders(clip_tokens: int, eos: int, t5_tokens: int) -> tuple[CLIP
     return CLIPTextModel(clip), T5EncoderModel(t5)
 
 
+FIELDS = (len(SHAPES), len(COLORS) + 1, 4, len(RELATIONS) + 1)  # shape, colour or none, number, side or none
+
+
+def promises(scene: Scene) -> list[tuple[int, int, int, int]]:
+    """What each noun of a caption stands for, as indices into FIELDS."""
+    nouns = scene.objects[:1] if scene.task == "count" else scene.objects
+    number = len(scene.objects) - len(nouns)
+    sides = (scene.relation, OPPOSITE[scene.relation]) if scene.relation else (None, None)
+    return [
+        (
+            SHAPES.index(noun.shape),
+            list(COLORS).index(noun.color) if noun.color else len(COLORS),
+            number,
+            RELATIONS.index(side) if side else len(RELATIONS),
+        )
+        for noun, side in zip(nouns, sides, strict=False)
+    ]
+
+
 class Flow(nn.Module):
     """Transformer and text encoders as one trainable map (latents, sigma, caption) -> velocity."""
 
@@ -162,9 +199,22 @@ class Flow(nn.Module):
         )[0]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200, decay_share: float = 0.5) -> float:
+def learning_rate_factor(step: int, steps: int, warmup: int = 200, decay_share: float = 0.5) -> float:
     """Linear warm-up, constant, linear decay to zero over the last `decay_share`."""
-    return peak * min(1.0, (step + 1) / warmup, (steps - step) / (decay_share * steps))
+    return min(1.0, (step + 1) / warmup, (steps - step) / (decay_share * steps))
+
+
+def make_optimizers(module: nn.Module, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of transformer blocks (a third fewer steps than AdamW's), AdamW for the rest."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.ndim == 2 and "transformer_blocks" in name]
+    rest = [p for name, p in named if not (p.ndim == 2 and "transformer_blocks" in name)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    ]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=2 * peak, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def optimise(
@@ -175,25 +225,26 @@ def optimise(
     loss_fn: Callable[[], Tensor],
     ema: AveragedModel | None = None,
 ) -> None:
-    """AdamW on `loss_fn()` under bf16 autocast with the schedule above; `ema` follows with decay 0.999."""
+    """Minimise `loss_fn()` under bf16 autocast with the schedule above; `ema` follows."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-3, foreach=True)
+    optimizers = make_optimizers(module, peak)
+    schedules = [LambdaLR(o, lambda step: learning_rate_factor(step, steps)) for o in optimizers]
     start, mean_loss = time.perf_counter(), 0.0
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_fn()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
         if ema is not None:
             ema.update_parameters(module)
         mean_loss += (loss.item() - mean_loss) / min(step + 1, 100)
         if (step + 1) % 200 == 0:
             log.info("%s %d/%d loss %.4f %.0f s", name, step + 1, steps, mean_loss, time.perf_counter() - start)
-            if ema is not None and (step + 1) % 2000 == 0:
+            if ema is not None and (step + 1) % 1000 == 0:
                 save_model(ema.module, f"{name}.partial.safetensors")  # to look at, not to resume from
 
 
@@ -236,45 +287,50 @@ def encode_scenes(path: Path, vae: AutoencoderKL, n: int) -> tuple[Tensor, list[
         return file.get_tensor("packed"), meta["captions"].split("\n"), float(meta["scale"])
 
 
-def train_flow(work_dir: Path, flow: Flow, packed: Tensor, captions: list[str], cycles: list[int]) -> None:
-    """Flow matching with logit-normal times; the second cycle drops one caption in ten, for `distil_guidance`.
+def learn_to_read(path: Path, flow: Flow, steps: int) -> None:
+    """Teach the text encoders what a caption promises, as FLUX's come with a command of language.
 
-    Leaves the averaged weights of the last cycle in `flow`.
+    T5's state at a noun, and CLIP's pooled state for both nouns, must tell shape, colour, number and side.
     """
+    if not path.exists():
+        rng = np.random.default_rng(3)
+        words = [f"\u2581{form}" for shape in SHAPES for form in (shape, plural(shape))]
+        nouns = torch.tensor(flow.tokenizers[1].convert_tokens_to_ids(words))
+        at_noun, pooled = nn.Linear(64, sum(FIELDS)), nn.Linear(64, 2 * sum(FIELDS))
+
+        def loss_fn() -> Tensor:
+            scenes = [sample_scene(rng, TRAIN_SCENES, SHARES) for _ in range(256)]
+            clip_ids, t5_ids = flow.tokenize([caption(scene, rng) for scene in scenes])
+            told = [promises(scene) for scene in scenes]
+            two = torch.tensor([[True, len(nouns) > 1] for nouns in told])
+            logits = [
+                at_noun(flow.t5(t5_ids)[0][torch.isin(t5_ids, nouns)]),  # all nouns in order
+                pooled(flow.clip(clip_ids).pooler_output).view(len(told), 2, -1)[two],
+            ]
+            targets = torch.tensor([noun for nouns in told for noun in nouns]).repeat(2, 1)  # (N, 4)
+            fields = zip(torch.cat(logits).float().split(FIELDS, 1), targets.T, strict=True)
+            return torch.stack([F.cross_entropy(*field) for field in fields]).sum()
+
+        reader = nn.ModuleList([flow.clip, flow.t5, at_noun, pooled])
+        optimise(reader, steps, 2e-3, str(path.with_suffix("")), loss_fn)
+        save_model(flow, str(path))
+    load_model(flow, path)
+
+
+def train_flow(path: Path, flow: Flow, packed: Tensor, captions: list[str], steps: int) -> None:
+    """Flow matching; one caption in ten is dropped, so that guidance is possible. Leaves averaged weights in `flow`."""
     text, empty = flow.tokenize(captions), flow.tokenize([""])
-    for cycle, steps in enumerate(cycles, start=1):
-        path, generator = work_dir / f"flow-{cycle}.safetensors", torch.Generator().manual_seed(2 + cycle)
-
-        def loss_fn(generator: torch.Generator = generator, dropped_share: float = 0.1 * (cycle > 1)) -> Tensor:
-            index, latents, sigma, velocity = noised_batch(packed, generator)
-            dropped = torch.rand(BATCH, 1, generator=generator) < dropped_share
-            clip, t5 = (torch.where(dropped, none, ids[index]) for ids, none in zip(text, empty, strict=True))
-            return F.mse_loss(flow(latents, sigma, clip, t5).float(), velocity)
-
-        if not path.exists():
-            ema = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-            optimise(flow, steps, 1.5e-3 / cycle, str(path.with_suffix("")), loss_fn, ema)
-            save_model(ema.module, str(path))
-        load_model(flow, path)
-
-
-def distil_guidance(path: Path, flow: Flow, packed: Tensor, captions: list[str], steps: int) -> None:
-    """Teach the flow to predict at once what guidance of scale 2 makes of two predictions (arXiv 2210.03142)."""
-    text, empty = flow.tokenize(captions), [ids.expand(BATCH, -1) for ids in flow.tokenize([""])]
-    generator = torch.Generator().manual_seed(9)
-    teacher = copy.deepcopy(flow).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
 
     def loss_fn() -> Tensor:
-        index, latents, sigma, _ = noised_batch(packed, generator)
-        captioned = [ids[index] for ids in text]
-        with torch.no_grad():
-            unconditional = teacher(latents, sigma, *empty).float()
-            guided = unconditional + 2 * (teacher(latents, sigma, *captioned).float() - unconditional)
-        return F.mse_loss(flow(latents, sigma, *captioned).float(), guided)
+        index, latents, sigma, velocity = noised_batch(packed, generator)
+        dropped = torch.rand(len(index), 1, generator=generator) < 0.1
+        clip, t5 = (torch.where(dropped, none, ids[index]) for ids, none in zip(text, empty, strict=True))
+        return F.mse_loss(flow(latents, sigma, clip, t5).float(), velocity)
 
     if not path.exists():
-        ema = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-        optimise(flow, steps, 5e-4, str(path.with_suffix("")), loss_fn, ema)
+        ema = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+        optimise(flow, steps, 2e-3, str(path.with_suffix("")), loss_fn, ema)
         save_model(ema.module, str(path))
     load_model(flow, path)
 
@@ -283,17 +339,17 @@ def noised_batch(packed: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
     """Random scenes at random noise levels: index (B,), latents (B, 16, 64), sigma (B,), velocity (B, 16, 64)."""
     index = torch.randint(len(packed), (BATCH,), generator=generator)
     clean = packed[index].float()
-    sigma = torch.sigmoid(torch.randn(BATCH, generator=generator))
+    at = torch.rand(BATCH, generator=generator)[:, None, None]
+    sigma = SHIFT * at / (1 + (SHIFT - 1) * at)  # (B, 1, 1)
     noise = torch.randn(clean.shape, generator=generator)
-    at = sigma[:, None, None]
-    return index, (1 - at) * clean + at * noise, sigma, noise - clean
+    return index, (1 - sigma) * clean + sigma * noise, sigma.flatten(), noise - clean
 
 
 def assemble(flow: Flow, vae: AutoencoderKL, scale: float) -> FluxPipeline:
     """The parts as a stock FluxPipeline in bfloat16."""
     vae.register_to_config(scaling_factor=scale)
     pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=vae,
         text_encoder=flow.clip,
         tokenizer=flow.tokenizers[0],
@@ -311,17 +367,11 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "model", help="the pipeline")
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--scenes", type=int, default=60_000, help="scenes to encode, a multiple of 250")
-    parser.add_argument(
-        "--flow-steps",
-        type=int,
-        nargs="+",
-        default=[12_000, 4_600],
-        help="steps of each cycle; each starts from the averaged weights of the last",
-    )
-    parser.add_argument("--distil-steps", type=int, default=1_800)
+    parser.add_argument("--read-steps", type=int, default=800)
+    parser.add_argument("--flow-steps", type=int, default=8_000)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if args.scenes % 250 or min(args.vae_steps, args.scenes, *args.flow_steps, args.distil_steps) <= 0:
+    if args.scenes % 250 or min(args.vae_steps, args.scenes, args.read_steps, args.flow_steps) <= 0:
         parser.error(f"steps must be positive and --scenes a multiple of 250, got {vars(args)}")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -329,8 +379,8 @@ def main() -> None:
     packed, captions, scale = encode_scenes(args.work_dir / "scenes.safetensors", vae, args.scenes)
     torch.manual_seed(0)
     flow = Flow(make_tokenizers())
-    train_flow(args.work_dir, flow, packed, captions, args.flow_steps)
-    distil_guidance(args.work_dir / "distilled.safetensors", flow, packed, captions, args.distil_steps)
+    learn_to_read(args.work_dir / "read.safetensors", flow, args.read_steps)
+    train_flow(args.work_dir / "flow.safetensors", flow, packed, captions, args.flow_steps)
     assemble(flow, vae, scale).save_pretrained(args.output_dir)
 
 

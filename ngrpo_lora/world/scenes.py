@@ -30,6 +30,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (140, 60, 175),
 }
 RELATIONS: tuple[Relation, ...] = ("left of", "right of", "above", "below")
+OPPOSITE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a drawing of {}")
 
@@ -58,11 +59,20 @@ class Scene:
     relation: Relation | None = None
 
     @property
+    def meaning(self) -> str:
+        """One string for all captions that promise the same: `a star above a cross`, `a cross below a star`."""
+        if self.task == "count" or len(self.objects) == 1:
+            return self.caption
+        first, second = self.objects
+        relation = OPPOSITE[self.relation] if self.relation else None
+        return min(self.caption, Scene(self.task, (second, first), relation).caption)
+
+    @property
     def caption(self) -> str:
         """The scene in words, without a template: `a red star`, `three hearts`, `a star above a cross`."""
         if self.task == "count":
             shape = self.objects[0].shape
-            return f"{NUMBERS[len(self.objects)]} {shape}{'es' if shape == 'cross' else 's'}"
+            return f"{NUMBERS[len(self.objects)]} {plural(shape)}"
         joint = f" {self.relation} " if self.relation else " and "
         return joint.join(map(str, self.objects))
 
@@ -77,6 +87,11 @@ class Placed:
     y_px: float
     radius_px: float
     angle: float = 0.0
+
+
+def plural(shape: str) -> str:
+    """`crosses`, `stars`."""
+    return f"{shape}es" if shape == "cross" else f"{shape}s"
 
 
 def all_scenes(task: Task) -> list[Scene]:
@@ -99,10 +114,11 @@ def all_scenes(task: Task) -> list[Scene]:
 
 
 def split_scenes(task: Task, held_out_share: float = 0.2) -> tuple[list[Scene], list[Scene]]:
-    """(train, held-out) scenes of a task: disjoint, and the same on every machine (by SHA-256)."""
-    ranked = sorted(all_scenes(task), key=lambda s: hashlib.sha256(s.caption.encode()).digest())
-    held_out = math.ceil(held_out_share * len(ranked))
-    return ranked[held_out:], ranked[:held_out]
+    """(train, held-out) scenes of a task, with no meaning in both; the same on every machine (by SHA-256)."""
+    scenes = all_scenes(task)
+    meanings = sorted({s.meaning for s in scenes}, key=lambda text: hashlib.sha256(text.encode()).digest())
+    held_out = set(meanings[: math.ceil(held_out_share * len(meanings))])
+    return [s for s in scenes if s.meaning not in held_out], [s for s in scenes if s.meaning in held_out]
 
 
 def parse(prompt: str) -> Scene:
@@ -239,7 +255,11 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return draw(place(scene, rng), rng)
 
 
-def sample_scene(rng: np.random.Generator, scenes: dict[Task, list[Scene]]) -> Scene:
-    """A scene of a uniformly chosen task."""
-    pool = scenes[TASKS[rng.integers(len(TASKS))]]
+def sample_scene(
+    rng: np.random.Generator, scenes: dict[Task, list[Scene]], shares: dict[Task, float] | None = None
+) -> Scene:
+    """A scene of a task drawn by its share; without shares, all tasks alike."""
+    shares = shares or dict.fromkeys(TASKS, 1.0)
+    weights = np.array([shares[task] for task in TASKS])
+    pool = scenes[TASKS[rng.choice(len(TASKS), p=weights / weights.sum())]]
     return pool[rng.integers(len(pool))]

@@ -127,6 +127,11 @@ def test_every_anchor_and_every_step_is_as_likely_as_any_other():
             assert count[k] / len(update) == pytest.approx(share, abs=0.04)
 
 
+def test_a_window_trains_the_first_steps_only():
+    updates = make(num_train_steps=2, train_window=3).updates(50, seed=0)
+    assert {t.step for update in updates for t in update} == {0, 1, 2}
+
+
 # Loss ---------------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +258,8 @@ def test_the_temperature_spans_a_certain_and_a_uniform_policy(temperature: float
     [
         ({"num_anchors": 7}, r"algorithm.num_anchors must be at most rollout.group_size \(6\), got 7"),
         ({"num_train_steps": 6}, r"algorithm.num_train_steps must be at most rollout.num_steps \(5\), got 6"),
+        ({"train_window": 6}, r"algorithm.train_window must be from .* \(4\) to rollout.num_steps \(5\), got 6"),
+        ({"train_window": 3}, r"algorithm.train_window must be from .* \(4\) to rollout.num_steps \(5\), got 3"),
         (
             {"updates_per_rollout": 17},
             r"updates_per_rollout must be at most num_anchors \* num_train_steps \(16\), got 17",

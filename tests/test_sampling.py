@@ -1,0 +1,38 @@
+"""Which device and number type a model gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.sampling import load_family, resolve_device, resolve_dtype
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")],
+)
+def test_auto_is_bfloat16_where_the_cpu_has_instructions_for_it(
+    capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert resolve_dtype("auto", "cpu") == expected
+    assert load_family(ModelConfig(dtype="auto", device="cpu")).transformer.dtype == getattr(torch, expected)
+
+
+def test_auto_is_float32_where_pytorch_cannot_tell(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert resolve_dtype("auto", "cpu") == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_named_type_is_taken_at_its_word(dtype: str):
+    assert resolve_dtype(dtype, "cpu") == dtype
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error():
+    with pytest.raises(UserError, match="needs a GPU that PyTorch can use"):
+        resolve_device("cuda:1")
