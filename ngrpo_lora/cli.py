@@ -123,6 +123,23 @@ def sample(
         typer.echo(path)
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="PNG file for the curves.")] = Path("comparison.png"),
+) -> None:
+    """Compare runs: held-out figures before and after as a Markdown table, and their curves as a picture."""
+    for run in runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise ConfigError(f"RUN must be the output folder of a run, but {str(run)!r} holds no metrics.jsonl")
+
+    from ngrpo_lora.report import write_comparison
+    from ngrpo_lora.tracking import comparison_table
+
+    typer.echo(comparison_table(runs))
+    typer.echo(f"\ncurves: {write_comparison(runs, output)}")
+
+
 def _adapter_file(path: Path) -> Path:
     """The LoRA file itself, also when its folder or its run's folder is given."""
     name = "pytorch_lora_weights.safetensors"

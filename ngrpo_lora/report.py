@@ -34,6 +34,26 @@ def save_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str]
     sheet.save(path)
 
 
+def write_comparison(runs: Sequence[Path], path: Path) -> Path:
+    """The held-out reward and strict accuracy of several runs over their iterations, one line a run."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    columns = (("eval/reward_mean", "held-out reward"), ("eval/strict_accuracy", "held-out strict accuracy"))
+    for axis, (key, title) in zip(axes, columns, strict=True):
+        for run in runs:
+            points = [
+                (row["step"], row[key]) for row in read_metrics(run / "metrics.jsonl") if row.get(key) is not None
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=run.name)
+        axis.set(xlabel="iteration", title=title)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
 def write_summary(output_dir: Path) -> Path:
     """`summary.png`: rewards over iterations, and the first and last sample grids."""
     rows = read_metrics(output_dir / "metrics.jsonl")

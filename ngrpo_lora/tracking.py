@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,20 @@ def closing(output_dir: Path, adapter: Path) -> str:
         f"adapter                   {adapter}",
         f"draw with it              ngrpo sample --adapter {adapter} --prompt '...' --seed 0",
     ]
+    return "\n".join(lines)
+
+
+def comparison_table(runs: Sequence[Path]) -> str:
+    """Markdown: for every run its iterations, minutes of training, and held-out figures before and after."""
+    lines = ["| run | iterations | minutes | reward | strict accuracy |", "|---|---|---|---|---|"]
+    for run in runs:
+        rows = read_metrics(run / "metrics.jsonl")
+        seconds = sum(value or 0.0 for row in rows for key, value in row.items() if key.startswith("time/"))
+        cells = [run.name, str(rows[-1]["step"]), f"{seconds / 60:.1f}"]
+        for key, digits in (("eval/reward_mean", "{:.3f}"), ("eval/strict_accuracy", "{:.1%}")):
+            values = [row[key] for row in rows if row.get(key) is not None]
+            cells.append(" → ".join(digits.format(value) for value in (values[0], values[-1])) if values else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

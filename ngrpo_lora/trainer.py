@@ -87,11 +87,11 @@ class Trainer:
         metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.iteration if config.resume else None)
         with progress_bar() as bar, interrupt_asked() as interrupted:
             task = bar.add_task("train", total=total, completed=self.iteration, status="evaluating the base model")
-            first = Clock()
+            first, evaluation = Clock(), Metrics()
             if self.iteration == 0:
                 with first("evaluation"):
-                    metrics_file.write(0, self.evaluate())
-            evaluation: Metrics = {}
+                    evaluation = self.evaluate()
+                metrics_file.write(0, evaluation | first.seconds)
             last = self.iteration >= total
             while not last:
                 clock, nfe = Clock(), self.counter.start()
@@ -112,10 +112,12 @@ class Trainer:
                     once_s = first.seconds["time/evaluation_s"]
                     console.print(estimate(sum(clock.seconds.values()), total - 1, once_s, evaluations))
 
-                metrics = self.describe(batch) | policy | clock.seconds | nfe.per_sample(batch.rewards.numel())
+                metrics = self.describe(batch) | policy | nfe.per_sample(batch.rewards.numel())
                 if self.iteration % config.evaluation.every == 0 or self.iteration == total:
-                    evaluation = self.evaluate()
+                    with clock("evaluation"):
+                        evaluation = self.evaluate()
                     metrics |= evaluation
+                metrics |= clock.seconds
                 metrics_file.write(self.iteration, metrics)
                 if self.iteration % config.trainer.save_every == 0 or last:
                     checkpoint.save(self.output_dir, self.iteration, self.state(), config.trainer.keep_checkpoints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_help_names_the_commands_and_loads_no_model_library(tmp_path: Path):
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    for command in ("train", "sample", "config"):
+    for command in ("train", "sample", "compare", "config"):
         assert command in result.stdout
 
 
@@ -252,3 +253,27 @@ def test_sample_refuses_bad_input(words: list[str], part: str, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.txt").touch()
     assert part in refuse("sample", *words)
+
+
+# compare ------------------------------------------------------------------------------------------------------------
+
+
+def test_compare_prints_a_table_and_draws_the_curves(tmp_path: Path):
+    for name, after in (("one", 0.75), ("two", 0.5)):
+        rows = [
+            {"step": 0, "eval/reward_mean": 0.25, "eval/strict_accuracy": 0.1, "time/evaluation_s": 30.0},
+            {"step": 1, "time/rollout_s": 60.0, "time/update_s": 30.0},
+            {"step": 2, "eval/reward_mean": after, "eval/strict_accuracy": after / 2, "time/evaluation_s": None},
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = tmp_path / "new" / "curves.png"
+    result = CliRunner().invoke(app, ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(curves)])
+    assert result.exit_code == 0, result.output
+    assert "| one | 2 | 2.0 | 0.250 → 0.750 | 10.0% → 37.5% |" in result.stdout
+    assert "| two | 2 | 2.0 | 0.250 → 0.500 | 10.0% → 25.0% |" in result.stdout
+    assert Image.open(curves).size[0] > 500
+
+
+def test_compare_needs_runs(tmp_path: Path):
+    assert "holds no metrics.jsonl" in refuse("compare", str(tmp_path))
