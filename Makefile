@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/ngrpo train demo
 
 demo-long: $(STAMP)
-	$(BIN)/ngrpo train demo output_dir=runs/demo-long trainer.num_iterations=2400
+	$(BIN)/ngrpo train demo output_dir=runs/demo-long trainer.num_iterations=1500
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FinishedRun
+from conftest import FinishedRun, MakeConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,6 +19,7 @@ from ngrpo_lora.errors import UserError
 from ngrpo_lora.export import FILE_NAME, AdapterInfo, check_export, read_adapter, read_metadata
 from ngrpo_lora.models.flux import EMBEDDED
 from ngrpo_lora.sampling import draw, load_family, sample_images
+from ngrpo_lora.trainer import Trainer
 
 PROMPTS = ["a red star", "two blue circles"]
 
@@ -146,6 +147,25 @@ def test_the_export_check_passes_the_file_and_no_other(
     with lora.swapped(trainer.family.transformer, trainer.averaged):
         if factor == 1.0:
             assert check_export(path, trainer.family, fresh, text, latents) < 1e-3
+        else:
+            with pytest.raises(UserError, match=r"copy\.safetensors differs from the trained one by"):
+                check_export(path, trainer.family, fresh, text, latents)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 2.0])
+def test_the_export_check_of_a_16_bit_model_allows_for_rounding_only(
+    factor: float, make_config: MakeConfig, tmp_path: Path
+):
+    """A learning rate this large makes an effect as large as a whole run's."""
+    overrides = ("model.dtype=bfloat16", "trainer.num_iterations=1", "optimizer.learning_rate=0.05")
+    trainer = Trainer(make_config(tmp_path, *overrides))
+    trainer.run()
+    path = rewrite(tmp_path / "adapter" / FILE_NAME, tmp_path / "copy.safetensors", factor)
+    text, latents = trainer.family.encode(PROMPTS[:1]), gaussian_noise((1, *trainer.family.latent_shape), 0)
+    fresh = load_family(trainer.config.model)
+    with lora.swapped(trainer.family.transformer, trainer.averaged):
+        if factor == 1.0:
+            assert 0 < check_export(path, trainer.family, fresh, text, latents) < 0.2
         else:
             with pytest.raises(UserError, match=r"copy\.safetensors differs from the trained one by"):
                 check_export(path, trainer.family, fresh, text, latents)

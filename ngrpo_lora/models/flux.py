@@ -1,6 +1,7 @@
 """FLUX.1 (dev, schnell, Krea) and the embedded model: the same classes at other sizes.
 
-Source of the conventions: diffusers' `FluxPipeline`. Guidance is distilled, so one pass is a guided one.
+Source of the conventions: diffusers' `FluxPipeline`. FLUX.1-dev's guidance is distilled, so one pass is a guided one;
+the embedded model is drawn without.
 """
 
 from __future__ import annotations
