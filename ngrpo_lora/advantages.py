@@ -32,10 +32,14 @@ def group_advantages(rewards: Tensor, p: float = 2.0, valid: Tensor | None = Non
     mean = rewards.where(valid, 0.0).sum(1, keepdim=True) / count.clamp(min=1)  # (P, 1)
     centered = (rewards - mean).where(valid, 0.0)  # (P, G)
     # Rounding leaves equal rewards a tiny non-zero deviation, so equality is read from the spread.
-    low = rewards.where(valid, torch.inf).amin(1, keepdim=True)
-    high = rewards.where(valid, -torch.inf).amax(1, keepdim=True)
-    informative = (count >= 2) & (high - low > min_spread)  # (P, 1)
+    informative = (count >= 2) & (reward_spread(rewards, valid) > min_spread)  # (P, 1)
     largest = centered.abs().amax(1, keepdim=True).where(informative, 1.0)  # keeps the powers in range
     scaled = centered / largest
     norm = scaled.abs().pow(p).sum(1, keepdim=True).pow(1 / p)  # (P, 1)
     return torch.where(informative, count.sqrt() * scaled / norm.where(informative, 1.0), 0.0)
+
+
+def reward_spread(rewards: Tensor, valid: Tensor) -> Tensor:
+    """Largest minus smallest valid reward of each group, (P, G) -> (P, 1); -inf where none is valid."""
+    low = rewards.where(valid, torch.inf).amin(1, keepdim=True)
+    return rewards.where(valid, -torch.inf).amax(1, keepdim=True) - low

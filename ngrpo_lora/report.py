@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 
-from ngrpo_lora.tracking import read_metrics
+from ngrpo_lora.tracking import read_metrics, series
 
 CELL_PX, CAPTION_PX = 160, 34
 
@@ -36,13 +36,12 @@ def save_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str]
 
 def write_comparison(runs: Sequence[Path], path: Path) -> Path:
     """The held-out reward and strict accuracy of several runs over their iterations, one line a run."""
+    metrics = [read_metrics(run / "metrics.jsonl") for run in runs]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     columns = (("eval/reward_mean", "held-out reward"), ("eval/strict_accuracy", "held-out strict accuracy"))
     for axis, (key, title) in zip(axes, columns, strict=True):
-        for run in runs:
-            points = [
-                (row["step"], row[key]) for row in read_metrics(run / "metrics.jsonl") if row.get(key) is not None
-            ]
+        for run, rows in zip(runs, metrics, strict=True):
+            points = series(rows, key)
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=run.name)
         axis.set(xlabel="iteration", title=title)
@@ -65,7 +64,7 @@ def write_summary(output_dir: Path) -> Path:
         ("eval/reward_mean", "held-out reward", {"color": "tab:blue", "marker": "o"}),
         ("eval/strict_accuracy", "held-out strict accuracy", {"color": "tab:green", "marker": "s"}),
     ):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        points = series(rows, key)
         if points:
             curve.plot(*zip(*points, strict=True), label=label, **style)
     curve.set(xlabel="iteration", title=output_dir.name)

@@ -52,6 +52,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of every line that has this metric."""
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
 def opening(config: RunConfig, trained: int, total: int) -> str:
     """What the run will do, with the derived batch numbers."""
     rollout, length = config.rollout, config.trainer.num_iterations
@@ -76,10 +81,9 @@ def estimate(iteration_s: float, iterations: int, evaluation_s: float, evaluatio
 def closing(output_dir: Path, adapter: Path) -> str:
     """Held-out figures before and after, and where everything is."""
     rows = read_metrics(output_dir / "metrics.jsonl")
-    evaluations = [row for row in rows if row.get("eval/reward_mean") is not None]
     lines = []
     for key, name in (("eval/reward_mean", "reward"), ("eval/strict_accuracy", "strict accuracy")):
-        values = [row[key] for row in evaluations if row.get(key) is not None]
+        values = [value for _, value in series(rows, key)]
         if values:
             lines.append(
                 f"held-out {name:<16} before {values[0]:.3f}  after {values[-1]:.3f}  ({values[-1] - values[0]:+.3f})"
@@ -100,7 +104,7 @@ def comparison_table(runs: Sequence[Path]) -> str:
         seconds = sum(value or 0.0 for row in rows for key, value in row.items() if key.startswith("time/"))
         cells = [run.name, str(rows[-1]["step"]), f"{seconds / 60:.1f}"]
         for key, digits in (("eval/reward_mean", "{:.3f}"), ("eval/strict_accuracy", "{:.1%}")):
-            values = [row[key] for row in rows if row.get(key) is not None]
+            values = [value for _, value in series(rows, key)]
             cells.append(" → ".join(digits.format(value) for value in (values[0], values[-1])) if values else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

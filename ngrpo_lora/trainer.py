@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ngrpo_lora import algorithms, checkpoint, lora, registry, report, rewards
+from ngrpo_lora.advantages import reward_spread
 from ngrpo_lora.algorithms._base import Algorithm
 from ngrpo_lora.config import RunConfig, dump_config
 from ngrpo_lora.errors import UserError
@@ -266,7 +267,7 @@ class Trainer:
     def describe(self, batch: RewardBatch) -> Metrics:
         """Reward statistics over all valid samples; a group of equal rewards has zero spread."""
         kept = batch.rewards.where(batch.valid, torch.nan)
-        spread = kept.nan_to_num(nan=-torch.inf).amax(1) - kept.nan_to_num(nan=torch.inf).amin(1)
+        spread = reward_spread(batch.rewards, batch.valid)
         raw = {f"rollout/{name}_mean": scores.nanmean().item() for name, scores in batch.scores.items()}
         total = sum(weight * raw[f"rollout/{name}_mean"] for name, weight in self.weights.items())
         return raw | {

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ngrpo_lora import registry
+from ngrpo_lora.advantages import reward_spread
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.types import RewardBatch
 
@@ -71,6 +72,5 @@ def combine(scores: dict[str, Tensor], weights: dict[str, float]) -> RewardBatch
         centered = kept - kept.nanmean(1, keepdim=True)
         spread = centered.square().nanmean(1, keepdim=True).sqrt()
         # Equality is read from the range: rounding leaves equal scores a tiny deviation.
-        low, high = raw.where(valid, torch.inf).amin(1, True), raw.where(valid, -torch.inf).amax(1, True)
-        total += weights[name] * (centered / spread).where(high > low, 0.0).nan_to_num()
+        total += weights[name] * (centered / spread).where(reward_spread(raw, valid) > 0, 0.0).nan_to_num()
     return RewardBatch(total, valid, scores)

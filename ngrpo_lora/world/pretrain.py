@@ -205,10 +205,10 @@ def learning_rate_factor(step: int, steps: int, warmup: int = 200, decay_share: 
 
 
 def make_optimizers(module: nn.Module, peak: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of transformer blocks (a third fewer steps than AdamW's), AdamW for the rest."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.ndim == 2 and "transformer_blocks" in name]
-    rest = [p for name, p in named if not (p.ndim == 2 and "transformer_blocks" in name)]
+    """Muon for the matrices of transformer blocks, AdamW for the rest."""
+    matrices, rest = [], []
+    for name, parameter in module.named_parameters():
+        (matrices if parameter.ndim == 2 and "transformer_blocks" in name else rest).append(parameter)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     ]
@@ -302,12 +302,12 @@ def learn_to_read(path: Path, flow: Flow, steps: int) -> None:
             scenes = [sample_scene(rng, TRAIN_SCENES, SHARES) for _ in range(256)]
             clip_ids, t5_ids = flow.tokenize([caption(scene, rng) for scene in scenes])
             told = [promises(scene) for scene in scenes]
-            two = torch.tensor([[True, len(nouns) > 1] for nouns in told])
+            two = torch.tensor([[True, len(scene) > 1] for scene in told])
             logits = [
                 at_noun(flow.t5(t5_ids)[0][torch.isin(t5_ids, nouns)]),  # all nouns in order
                 pooled(flow.clip(clip_ids).pooler_output).view(len(told), 2, -1)[two],
             ]
-            targets = torch.tensor([noun for nouns in told for noun in nouns]).repeat(2, 1)  # (N, 4)
+            targets = torch.tensor([noun for scene in told for noun in scene]).repeat(2, 1)  # (N, 4)
             fields = zip(torch.cat(logits).float().split(FIELDS, 1), targets.T, strict=True)
             return torch.stack([F.cross_entropy(*field) for field in fields]).sum()
 
