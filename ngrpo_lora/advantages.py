@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor, p: float = 2.0, valid: Tensor | None = None, min_spread: float = 0.0) -> Tensor:
+def group_advantages(
+    rewards: Tensor, p: float | None = 2.0, valid: Tensor | None = None, min_spread: float = 0.0
+) -> Tensor:
     """Centre rewards within each group and divide by their L_p quasi-norm: `sqrt(G) * A_i / (sum |A_k|^p)^(1/p)`.
 
     Source: Neighbor GRPO, Eq. 11. The constant sqrt(G) makes p = 2 exactly Eq. 3 with the population
@@ -14,7 +16,7 @@ def group_advantages(rewards: Tensor, p: float = 2.0, valid: Tensor | None = Non
 
     Args:
         rewards: (P, G), any scale.
-        p: in (0, 2].
+        p: in (0, 2]; None leaves the centred rewards on their own scale (Dr. GRPO, arXiv 2503.20783).
         valid: (P, G) bool; a reward that failed is False, gets 0 and does not count in its group.
         min_spread: a group whose rewards lie within this range carries no signal and gets 0.
     Returns:
@@ -25,7 +27,7 @@ def group_advantages(rewards: Tensor, p: float = 2.0, valid: Tensor | None = Non
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
     if rewards.ndim != 2 or rewards.shape[1] < 2 or not rewards[valid].isfinite().all():
         raise ValueError(f"rewards must be finite and (P, G >= 2), got {rewards}")
-    if not 0 < p <= 2:
+    if p is not None and not 0 < p <= 2:
         raise ValueError(f"p must be in (0, 2], got {p}")
     rewards = rewards.double()
     count = valid.sum(1, keepdim=True)  # (P, 1)
@@ -33,6 +35,8 @@ def group_advantages(rewards: Tensor, p: float = 2.0, valid: Tensor | None = Non
     centered = (rewards - mean).where(valid, 0.0)  # (P, G)
     # Rounding leaves equal rewards a tiny non-zero deviation, so equality is read from the spread.
     informative = (count >= 2) & (reward_spread(rewards, valid) > min_spread)  # (P, 1)
+    if p is None:
+        return centered.where(informative, 0.0)
     largest = centered.abs().amax(1, keepdim=True).where(informative, 1.0)  # keeps the powers in range
     scaled = centered / largest
     norm = scaled.abs().pow(p).sum(1, keepdim=True).pow(1 / p)  # (P, 1)

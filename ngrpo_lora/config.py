@@ -124,16 +124,21 @@ class ModelConfig(Section, frozen=True):
         return value
 
 
+PromptSources = (
+    Annotated[str, Field(min_length=1)] | Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)]
+)
+
+
 class PromptsConfig(Section, frozen=True):
     """Where prompts come from."""
 
-    train: str = Field(
+    train: PromptSources = Field(
         default="world:train",
-        min_length=1,
-        description="world:train, world:held_out, or a UTF-8 file, one prompt a line.",
+        description="world:train, world:held_out, one task of them (world:train/color), or a UTF-8 file, one prompt a "
+        "line; or several of these with their weights, {a.txt: 3, b.txt: 1}.",
     )
-    held_out: str = Field(
-        default="world:held_out", min_length=1, description="Evaluation prompts, in the same form as train."
+    held_out: PromptSources = Field(
+        default="world:held_out", description="Evaluation prompts, in the same form as train."
     )
 
 
@@ -151,6 +156,10 @@ class RolloutConfig(Section, frozen=True):
     prompts_per_iteration: int = Field(default=8, ge=1, description="P: prompt groups per iteration.")
     micro_batch_size: int | None = Field(
         default=None, ge=1, description="Most images in one forward pass (memory only); null: a whole group."
+    )
+    merge_adapter: bool = Field(
+        default=False,
+        description="Add the adapter into the base's weights for rollouts: faster, for a second copy of those weights.",
     )
 
 
@@ -658,6 +667,9 @@ def _type_text(annotation: Any, limits: Sequence[Any] = ()) -> str:
     if origin is tuple:
         items = ["..." if item is Ellipsis else _type_text(item) for item in arguments]
         return f"[{', '.join(items)}]"
+    if origin is dict:
+        key, value = map(_type_text, arguments)
+        return f"{{{key}: {value}}}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"{{{', '.join(annotation.model_fields)}}}"
     first, *rest = arguments  # a union; its limits are those of the first member

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig as PeftLoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ngrpo_lora.config import LoraConfig
@@ -54,6 +55,32 @@ def disabled(transformer: Any) -> Iterator[None]:
         yield
     finally:
         transformer.enable_adapters()
+
+
+@contextlib.contextmanager
+def merged(transformer: Any) -> Iterator[None]:
+    """The adapter added into the base's weights, put back afterwards bit for bit.
+
+    Forward passes then cost what the base's do. Memory: a second copy of the adapted layers' weights. The sum is
+    rounded to the base's number type, so in 16 bits outputs differ a little from those of the unmerged adapter.
+
+    Raises:
+        UserError: the base's weights are quantised.
+    """
+    layers: list[Any] = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    base_layers: list[Any] = [layer.get_base_layer() for layer in layers]
+    kept: list[torch.Tensor] = [base.weight.data for base in base_layers]
+    if not all(weight.is_floating_point() for weight in kept):
+        raise UserError("rollout.merge_adapter=true needs a base whose weights are not quantised; set it to false")
+    with disabled(transformer):
+        try:
+            with torch.no_grad():
+                for layer, base, weight in zip(layers, base_layers, kept, strict=True):
+                    base.weight.data = (weight.float() + layer.get_delta_weight(ADAPTER_NAME)).to(weight.dtype)
+            yield
+        finally:
+            for base, weight in zip(base_layers, kept, strict=True):
+                base.weight.data = weight
 
 
 @contextlib.contextmanager

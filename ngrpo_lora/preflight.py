@@ -34,12 +34,13 @@ def check_run(config: RunConfig) -> None:
 
 
 def _prompts(config: RunConfig) -> Iterator[str]:
-    for key, source in (("train", config.prompts.train), ("held_out", config.prompts.held_out)):
-        if source not in BUILTIN_SOURCES:
-            try:
-                read_prompt_file(source)
-            except ConfigError as error:
-                yield f"prompts.{key} {error}"
+    for key, sources in (("train", config.prompts.train), ("held_out", config.prompts.held_out)):
+        for source in [sources] if isinstance(sources, str) else sources:
+            if source not in BUILTIN_SOURCES:
+                try:
+                    read_prompt_file(source)
+                except ConfigError as error:
+                    yield f"prompts.{key} {error}"
 
 
 def _functions(config: RunConfig) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -9,11 +10,20 @@ import numpy as np
 
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.noise import derive_seed
-from ngrpo_lora.world.scenes import TASKS, TEMPLATES, split_scenes
+from ngrpo_lora.world.scenes import TASKS, TEMPLATES, Task, split_scenes
 
-__all__ = ["BUILTIN_SOURCES", "PromptFile", "PromptSource", "WorldPrompts", "open_prompts", "read_prompt_file"]
+__all__ = [
+    "BUILTIN_SOURCES",
+    "PromptFile",
+    "PromptMix",
+    "PromptSource",
+    "WorldPrompts",
+    "open_prompts",
+    "read_prompt_file",
+]
 
-BUILTIN_SOURCES = ("world:train", "world:held_out")
+SPLITS = ("world:train", "world:held_out")
+BUILTIN_SOURCES = (*SPLITS, *(f"{split}/{task}" for split in SPLITS for task in TASKS))
 
 
 def read_prompt_file(path: str | Path) -> list[str]:
@@ -25,7 +35,7 @@ def read_prompt_file(path: str | Path) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        builtin = " or ".join(BUILTIN_SOURCES)
+        builtin = f"{', '.join(SPLITS)}, one task of them ({SPLITS[0]}/{TASKS[0]})"
         raise ConfigError(f"must be {builtin} or a text file, but there is no file {str(path)!r}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"must be a UTF-8 text file, but byte {error.start} of {str(path)!r} is not UTF-8") from None
@@ -59,25 +69,46 @@ class PromptFile:
 
 
 class WorldPrompts:
-    """Captions of the embedded world, its six tasks in turn."""
+    """Captions of the embedded world, its tasks in turn."""
 
-    def __init__(self, held_out: bool, seed: int):
-        self.seed = seed
-        self.scenes = {task: split_scenes(task)[held_out] for task in TASKS}
+    def __init__(self, held_out: bool, seed: int, tasks: Sequence[Task] = TASKS):
+        self.seed, self.tasks = seed, tasks
+        self.scenes = {task: split_scenes(task)[held_out] for task in tasks}
 
     def prompt(self, index: int) -> str:
-        """A random scene of task `index mod 6` in a random template."""
+        """A random scene of task `tasks[index mod len(tasks)]` in a random template."""
         rng = np.random.default_rng(derive_seed(self.seed, "prompt", index))
-        pool = self.scenes[TASKS[index % len(TASKS)]]
+        pool = self.scenes[self.tasks[index % len(self.tasks)]]
         return TEMPLATES[rng.integers(len(TEMPLATES))].format(pool[rng.integers(len(pool))].caption)
 
 
-def open_prompts(source: str, seed: int) -> PromptSource:
-    """The prompts of `world:train`, `world:held_out` or a text file.
+class PromptMix:
+    """Several sources: of every `sum(weights)` prompts, each source gives its weight's number, evenly spread."""
 
+    def __init__(self, sources: Sequence[PromptSource], weights: Sequence[int]):
+        self.sources, self.weights = sources, weights
+        # Each source's prompts lie in the middles of equal parts of the cycle.
+        places = [((turn + 0.5) / weight, s, turn) for s, weight in enumerate(weights) for turn in range(weight)]
+        self.cycle = [(s, turn) for _, s, turn in sorted(places)]
+
+    def prompt(self, index: int) -> str:
+        """The next prompt of the source whose turn it is."""
+        epoch, position = divmod(index, len(self.cycle))
+        source, turn = self.cycle[position]
+        return self.sources[source].prompt(epoch * self.weights[source] + turn)
+
+
+def open_prompts(source: str | Mapping[str, int], seed: int) -> PromptSource:
+    """The prompts of a built-in source (`world:train`, `world:held_out/color`), of a text file, or of several.
+
+    Args:
+        source: one name, or the weight of each.
     Raises:
         ConfigError: as `read_prompt_file`.
     """
+    if not isinstance(source, str):
+        return PromptMix([open_prompts(name, derive_seed(seed, name)) for name in source], list(source.values()))
     if source in BUILTIN_SOURCES:
-        return WorldPrompts(source == "world:held_out", seed)
+        split, _, task = source.partition("/")
+        return WorldPrompts(split == "world:held_out", seed, [t for t in TASKS if not task or t == task])
     return PromptFile(read_prompt_file(source), seed)

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,9 @@ class Trainer:
             return torch.cat(parts).view(latents.shape)
 
         seeds = [derive_seed(self.config.seed, "rollout", self.iteration, group) for group in range(len(text))]
-        return self.algorithm.rollout(velocity_fn, self.sigmas, self.family.latent_shape, seeds)
+        merged = lora.merged(self.family.transformer) if self.config.rollout.merge_adapter else nullcontext()
+        with merged:
+            return self.algorithm.rollout(velocity_fn, self.sigmas, self.family.latent_shape, seeds)
 
     def decode(self, rollout: Rollout) -> list[Image.Image]:
         """The G images of a rollout, `rollout.micro_batch_size` at a time."""
@@ -175,7 +177,7 @@ class Trainer:
 
     def update(self, rollouts: list[Rollout], advantages: Tensor, text: TextEmbeds) -> Metrics:
         """Every optimizer update of this iteration."""
-        updates = self.algorithm.updates(len(rollouts), derive_seed(self.config.seed, "updates", self.iteration))
+        updates = self.algorithm.updates(advantages, derive_seed(self.config.seed, "updates", self.iteration))
         factor = learning_rate_factor(self.config.optimizer, self.iteration, self.config.trainer.num_iterations)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.learning_rate * factor

@@ -21,6 +21,7 @@ MakeConfig = Callable[..., RunConfig]
 
 SMALL_RUN = [
     "model.dtype=float32",
+    "prompts.train=world:train",
     "rollout.micro_batch_size=null",
     "trainer.micro_batch_size=16",
     "rollout.num_steps=4",  # the fewest of which DPM-Solver++ takes one to second order
@@ -32,6 +33,8 @@ SMALL_RUN = [
     "algorithm.train_window=null",
     "algorithm.min_reward_spread=0",
     "algorithm.reference_weight=0",
+    "algorithm.scale_rewards=group",
+    "rollout.merge_adapter=false",
     "algorithm.distance=latent",
     "algorithm.perturbation_strength=0.5",
     "algorithm.clip_range=1e-3",

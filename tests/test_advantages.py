@@ -61,6 +61,16 @@ def test_scale_and_shift_of_the_rewards_do_not_matter(scale: float, p: float):
     torch.testing.assert_close(group_advantages((rewards + 3) * scale, p), group_advantages(rewards, p))
 
 
+def test_without_a_norm_centred_rewards_keep_their_scale():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.1, 0.1, 0.1], [0.0, 0.2, 0.4]])
+    valid = torch.tensor([[True, True, True], [True, True, True], [False, True, True]])
+    expected = torch.tensor([[-2.0, -1.0, 3.0], [0.0, 0.0, 0.0], [0.0, -0.1, 0.1]])
+    torch.testing.assert_close(group_advantages(rewards, None, valid), expected.double(), rtol=0, atol=1e-7)
+    muted = group_advantages(rewards, None, valid, min_spread=0.5)
+    assert muted[0].any()
+    assert not muted[2].any()
+
+
 def test_groups_do_not_see_each_other():
     rewards = random_rewards()
     for group in range(5):

@@ -86,6 +86,17 @@ def test_reward_shorthands_mean_the_same():
     assert [(reward.name, reward.weight) for reward in two] == [("world", 1.0), ("my_reward.py:score", -0.5)]
 
 
+def test_a_mix_of_prompts_is_given_anew_or_changed_at_one_source(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("prompts: {train: {a.txt: 3, b.txt: 1}}\n")
+    assert load_config(path).prompts.train == {"a.txt": 3, "b.txt": 1}
+    assert load_config(path, ["prompts.train={c.txt: 2}"]).prompts.train == {"c.txt": 2}
+    assert load_config(path, ["prompts.train=c.txt"]).prompts.train == "c.txt"
+    assert "prompts.train must be text or" in message("prompts.train={c.txt: 0}", config=path)
+    assert "prompts.train must be text or" in message("prompts.train={}", config=path)
+    assert next(o.type for o in describe() if o.key == "prompts.train") == "text | {text: int >= 1}"
+
+
 def test_an_algorithm_brings_its_own_keys():
     config = load_config(None, ["algorithm=neighbor", "algorithm.num_anchors=2"])
     assert config.algorithm.name == "neighbor"
@@ -107,7 +118,7 @@ def test_alpha_follows_the_rank_unless_given():
 
 def test_changed_keys_names_what_differs():
     old, new = load_config(), load_config(None, ["rollout.num_steps=9", "seed=3"])
-    assert changed_keys(old, new) == ["rollout.num_steps: 8 -> 9", "seed: 0 -> 3"]
+    assert changed_keys(old, new) == ["rollout.num_steps: 4 -> 9", "seed: 0 -> 3"]
     assert changed_keys(old, old) == []
 
 

@@ -115,6 +115,57 @@ def test_disabled_ends_with_an_exception_too():
     assert torch.equal(run(model), adapted)
 
 
+def test_a_merged_adapter_gives_the_same_outputs_from_the_base_layers_alone():
+    model = injected(alpha=6.0)
+    randomise(model)
+    adapted, ran = run(model), []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda *_: ran.append(1))
+    with lora.merged(model):
+        merged = run(model)
+    assert not ran
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4 * adapted.abs().max().item())
+    assert not torch.allclose(adapted, run(tiny_transformer()), rtol=1e-2, atol=1e-2)
+    assert torch.equal(run(model), adapted)
+    assert ran
+
+
+def test_merged_weights_are_put_back_bit_for_bit_after_an_exception_too():
+    model = injected()
+    randomise(model)
+    adapted = run(model)
+
+    def fail_while_merged() -> None:
+        with lora.merged(model):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_while_merged()
+    assert torch.equal(run(model), adapted)
+    with lora.disabled(model):
+        assert torch.equal(run(model), run(tiny_transformer()))
+
+
+def test_a_merged_adapter_keeps_the_type_of_the_base():
+    model = tiny_transformer(torch.bfloat16)
+    lora.inject(model, LoraConfig(rank=2), ATTENTION, [], 0)
+    randomise(model)
+    adapted = run(model).float()
+    with lora.merged(model):
+        assert {p.dtype for name, p in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
+        merged = run(model).float()
+    assert (merged - adapted).norm() < 0.05 * adapted.norm()
+
+
+def test_an_adapter_is_not_merged_into_quantised_weights():
+    model = injected()
+    layer = model.get_submodule(f"{BLOCK}attn.to_q").get_base_layer()
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match="rollout.merge_adapter=true needs a base whose weights are not quantised"):
+        lora.merged(model).__enter__()
+
+
 def test_swapped_weights_are_put_back_bit_for_bit():
     model, other = injected(), injected()
     randomise(model)

@@ -33,7 +33,9 @@ def test_a_file_that_is_not_utf_8_is_an_error_that_names_the_byte(tmp_path: Path
 
 
 def test_a_file_that_is_missing_or_a_folder_is_an_error(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"must be world:train or world:held_out or a text file, but there is no"):
+    with pytest.raises(
+        ConfigError, match=r"must be world:train, world:held_out, one task .* or a text file, but there is no"
+    ):
         read_prompt_file(tmp_path / "gone.txt")
     with pytest.raises(ConfigError, match="must be a readable text file"):
         read_prompt_file(tmp_path)
@@ -69,6 +71,30 @@ def test_the_worlds_prompts_are_scenes_of_its_six_tasks_in_turn(name: str):
     found = [parse(source.prompt(i)) for i in range(120)]
     assert [scene.task for scene in found] == list(TASKS) * 20
     assert len(set(found)) > 30
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_one_task_of_the_world(task: str):
+    held_out = {parse(open_prompts(f"world:held_out/{task}", 0).prompt(i)) for i in range(200)}
+    train = {parse(open_prompts(f"world:train/{task}", 0).prompt(i)) for i in range(200)}
+    assert {scene.task for scene in held_out | train} == {task}
+    assert not train & held_out
+
+
+def test_a_mix_gives_every_source_its_weight_in_every_cycle(tmp_path: Path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name}{i}" for i in range(50)))
+    weights = {str(tmp_path / f"{name}.txt"): weight for name, weight in (("a", 4), ("b", 1), ("c", 3))}
+    mix = open_prompts(weights, 5)
+    found = [mix.prompt(i) for i in range(80)]
+    for start in range(0, 80, 8):
+        cycle = [prompt[0] for prompt in found[start : start + 8]]
+        assert (cycle.count("a"), cycle.count("b"), cycle.count("c")) == (4, 1, 3)
+        assert "aaa" not in "".join(cycle)
+    # Every source runs through its own prompts in its own order: 40 of 50, 10 and 30, none of them twice.
+    assert len(set(found)) == 80
+    assert found == [open_prompts(weights, 5).prompt(i) for i in range(80)]
+    assert found != [open_prompts(weights, 6).prompt(i) for i in range(80)]
 
 
 def test_training_never_sees_a_held_out_scene():

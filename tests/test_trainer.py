@@ -292,13 +292,14 @@ def plain_update(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFacto
         ["trainer.micro_batch_size=3"],
         ["trainer.gradient_checkpointing=true"],
         ["rollout.micro_batch_size=1"],
+        ["rollout.merge_adapter=true"],
     ],
     ids=lambda settings: settings[0].removeprefix("trainer."),
 )
 def test_memory_levers_change_no_figure(
     settings: list[str], plain_update: Any, make_config: MakeConfig, tmp_path: Path
 ):
-    """Micro-batches of 8 x 1, 3 + 3 + 2 or 1 x 8, recomputed activations: the same update, the same count."""
+    """Micro-batches of 8 x 1, 3 + 3 + 2 or 1 x 8, recomputed activations, a merged adapter: same update, same count."""
     expected, expected_row, _ = plain_update
     gradients, row, trainer = one_update(make_config(tmp_path, *ONE_UPDATE, *settings))
     assert trainer.family.transformer.is_gradient_checkpointing == ("gradient_checkpointing" in settings[0])

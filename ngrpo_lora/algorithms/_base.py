@@ -36,8 +36,8 @@ class Algorithm(Protocol):
         """(P, G) rewards -> (P, G), or (P, edges) for a tree: whatever `loss` reads."""
         ...
 
-    def updates(self, num_groups: int, seed: int) -> list[list[Transition]]:
-        """The transitions of every optimizer update of this iteration, in order."""
+    def updates(self, advantages: Tensor, seed: int) -> list[list[Transition]]:
+        """The transitions of every optimizer update of this iteration, in order; an update may be empty."""
         ...
 
     def loss(

@@ -53,6 +53,9 @@ class Config(AlgorithmConfig, frozen=True):
         "one_step", description="Old anchor: its one-step transition under old weights, or the rollout's own point."
     )
     advantage_p: float = Field(2.0, gt=0, le=2, description="Quasi-norm of the advantages (p, Eq. 11); 2: standard.")
+    scale_rewards: Literal["group", "none"] = Field(
+        "group", description="Divide a group's centred rewards by their quasi-norm (Eq. 11), or leave their scale."
+    )
     min_reward_spread: float = Field(0.0, ge=0, description="A group whose rewards lie closer than this is skipped.")
     reference_weight: float = Field(0.0, ge=0, description="Weight of the squared distance to the base model's step.")
 
@@ -121,16 +124,19 @@ class Algorithm:
         return neighbor_noise(base, torch.stack(deltas), self.config.perturbation_strength)
 
     def advantages(self, batch: RewardBatch) -> Tensor:
-        """Centred, divided by the L_p quasi-norm (Eq. 3, 11): (P, G)."""
-        return group_advantages(batch.rewards, self.config.advantage_p, batch.valid, self.config.min_reward_spread)
+        """Centred, divided by the L_p quasi-norm (Eq. 3, 11) unless `scale_rewards` is none: (P, G)."""
+        p = self.config.advantage_p if self.config.scale_rewards == "group" else None
+        return group_advantages(batch.rewards, p, batch.valid, self.config.min_reward_spread)
 
-    def updates(self, num_groups: int, seed: int) -> list[list[Transition]]:
-        """B anchors a group (symmetric anchor sampling), K steps an anchor, dealt out to the updates at random."""
+    def updates(self, advantages: Tensor, seed: int) -> list[list[Transition]]:
+        """At most B anchors a group, K steps an anchor, dealt out to the updates at random."""
         window = self.config.train_window or self.num_steps
         generator = torch.Generator().manual_seed(seed)
         updates: list[list[Transition]] = [[] for _ in range(self.config.updates_per_rollout)]
-        for group in range(num_groups):
+        for group, row in enumerate(advantages):
             anchors = torch.randperm(self.group_size, generator=generator)[: self.config.num_anchors]
+            if not row.any():
+                continue
             transitions = [
                 Transition(group, anchor, step)
                 for anchor in anchors.tolist()

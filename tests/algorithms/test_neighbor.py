@@ -18,6 +18,7 @@ from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities
 
 SHAPE = (4, 6, 6)
 ROLLOUT = RolloutConfig(num_steps=5, group_size=6)
+ADVANTAGES = torch.ones(300, 6)
 
 
 def make(rollout: RolloutConfig = ROLLOUT, **settings: Any) -> Algorithm:
@@ -92,6 +93,12 @@ def test_advantages_are_the_quasi_norm_of_valid_rewards():
     assert torch.equal(found, group_advantages(rewards, 0.7, valid, 0.1))
 
 
+def test_unscaled_advantages_are_the_centred_rewards():
+    rewards, valid = torch.rand(3, 6), torch.rand(3, 6) > 0.2
+    found = make(scale_rewards="none", min_reward_spread=0.1).advantages(RewardBatch(rewards, valid, {}))
+    assert torch.equal(found, group_advantages(rewards, None, valid, 0.1))
+
+
 # Updates ------------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +106,7 @@ def test_advantages_are_the_quasi_norm_of_valid_rewards():
 @pytest.mark.parametrize(("num_anchors", "num_train_steps"), [(3, 2), (6, 5), (2, 3)])
 def test_every_group_gives_b_anchors_with_k_steps_each(num_anchors: int, num_train_steps: int, num_updates: int):
     settings = {"num_anchors": num_anchors, "num_train_steps": num_train_steps, "updates_per_rollout": num_updates}
-    updates = make(**settings).updates(4, seed=0)
+    updates = make(**settings).updates(ADVANTAGES[:4], seed=0)
     assert len(updates) == num_updates
     transitions = [transition for update in updates for transition in update]
     assert len(set(transitions)) == len(transitions) == 4 * num_anchors * num_train_steps
@@ -114,13 +121,21 @@ def test_every_group_gives_b_anchors_with_k_steps_each(num_anchors: int, num_tra
 
 def test_updates_are_a_function_of_their_seed():
     algorithm = make(updates_per_rollout=2)
-    assert algorithm.updates(3, seed=5) == algorithm.updates(3, seed=5)
-    assert algorithm.updates(3, seed=5) != algorithm.updates(3, seed=6)
+    assert algorithm.updates(ADVANTAGES[:3], seed=5) == algorithm.updates(ADVANTAGES[:3], seed=5)
+    assert algorithm.updates(ADVANTAGES[:3], seed=5) != algorithm.updates(ADVANTAGES[:3], seed=6)
+
+
+def test_a_group_without_advantages_gives_no_transition():
+    algorithm, advantages = make(updates_per_rollout=2), torch.eye(6)[:4]
+    advantages[2] = 0
+    first, second = algorithm.updates(advantages, seed=0)
+    assert {t.group for t in first + second} == {0, 1, 3}
+    assert algorithm.updates(torch.zeros(3, 6), seed=0) == [[], []]
 
 
 def test_every_anchor_and_every_step_is_as_likely_as_any_other():
     """Symmetric anchor sampling: 300 groups of B = 2 of 6, K = 2 of 5."""
-    (update,) = make(num_anchors=2, num_train_steps=2).updates(300, seed=0)
+    (update,) = make(num_anchors=2, num_train_steps=2).updates(ADVANTAGES[:300], seed=0)
     anchors, steps = Counter(t.sample for t in update), Counter(t.step for t in update)
     for count, share in ((anchors, 1 / 6), (steps, 1 / 5)):
         for k in range(round(1 / share)):
@@ -128,7 +143,7 @@ def test_every_anchor_and_every_step_is_as_likely_as_any_other():
 
 
 def test_a_window_trains_the_first_steps_only():
-    updates = make(num_train_steps=2, train_window=3).updates(50, seed=0)
+    updates = make(num_train_steps=2, train_window=3).updates(ADVANTAGES[:50], seed=0)
     assert {t.step for update in updates for t in update} == {0, 1, 2}
 
 
