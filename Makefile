@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/ngrpo train demo
 
 demo-long: $(STAMP)
-	$(BIN)/ngrpo train demo output_dir=runs/demo-long trainer.num_iterations=1500
+	$(BIN)/ngrpo train demo output_dir=runs/demo-long trainer.num_iterations=2500 optimizer.learning_rate=1.5e-3
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network"

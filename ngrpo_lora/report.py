@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -53,6 +54,12 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
     return path
 
 
+def running_mean(points: list[tuple[int, float]], width: int) -> list[tuple[float, float]]:
+    """The mean step and value of every `width` points that follow each other."""
+    steps, values = (np.convolve(column, np.ones(width) / width, "valid") for column in zip(*points, strict=True))
+    return list(zip(steps.tolist(), values.tolist(), strict=True))
+
+
 def write_summary(output_dir: Path) -> Path:
     """`summary.png`: rewards over iterations, and the first and last sample grids."""
     rows = read_metrics(output_dir / "metrics.jsonl")
@@ -67,6 +74,11 @@ def write_summary(output_dir: Path) -> Path:
         points = series(rows, key)
         if points:
             curve.plot(*zip(*points, strict=True), label=label, **style)
+    training = series(rows, "rollout/reward_mean")
+    width = len(training) // 10
+    if width > 1:
+        label = f"training reward, mean of {width}"
+        curve.plot(*zip(*running_mean(training, width), strict=True), label=label, color="0.3", zorder=1.5)
     curve.set(xlabel="iteration", title=output_dir.name)
     curve.grid(alpha=0.3)
     curve.legend()

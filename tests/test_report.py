@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ngrpo_lora.report import CAPTION_PX, CELL_PX, save_grid, write_summary
+from ngrpo_lora.report import CAPTION_PX, CELL_PX, running_mean, save_grid, write_summary
 
 COLORS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200), (200, 0, 200), (90, 90, 90), (0, 0, 0)]
 
@@ -56,6 +56,12 @@ def test_a_picture_keeps_its_proportions(width_px: int, height_px: int, tmp_path
 def test_as_many_captions_as_images(tmp_path: Path):
     with pytest.raises(ValueError, match="zip"):
         save_grid(tmp_path / "grid.png", [solid(COLORS[0])] * 2, ["one"])
+
+
+def test_a_running_mean_on_numbers():
+    points = [(1, 1.0), (2, 3.0), (4, 8.0), (5, 4.0)]
+    assert running_mean(points, 2) == [(1.5, 2.0), (3.0, 5.5), (4.5, 6.0)]
+    assert running_mean(points, 4) == [(3.0, 4.0)]
 
 
 def test_the_summary_shows_curves_and_the_pictures_before_and_after(tmp_path: Path):
