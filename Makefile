@@ -1,7 +1,7 @@
 # Every target makes the environment that it needs, in .venv, and says what it runs.
 #
 #   make demo        train a LoRA for the embedded model on a CPU, in minutes
-#   make demo-long   the same for an hour
+#   make demo-long   more iterations at half the learning rate
 #   make test        what CI runs: lint, format, types, tests
 #   make lint        lint, format and types alone
 #   make env         only the environment

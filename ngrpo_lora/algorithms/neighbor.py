@@ -9,6 +9,7 @@ Departures from the paper:
   candidate itself, whatever the solver.
 - The B * K transitions may be spread over several optimizer updates, and a pull towards the base model
   (the KL term of Eq. 4, as a squared displacement) may be added. Both are off by default.
+- A group without advantages gives no transition; `scale_rewards: none` leaves the advantages on the reward's scale.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Algorithm:
         return group_advantages(batch.rewards, p, batch.valid, self.config.min_reward_spread)
 
     def updates(self, advantages: Tensor, seed: int) -> list[list[Transition]]:
-        """At most B anchors a group, K steps an anchor, dealt out to the updates at random."""
+        """B anchors a group that has advantages (symmetric sampling), K steps each, dealt out to the updates."""
         window = self.config.train_window or self.num_steps
         generator = torch.Generator().manual_seed(seed)
         updates: list[list[Transition]] = [[] for _ in range(self.config.updates_per_rollout)]
