@@ -129,12 +129,15 @@ def compare(
     output: Annotated[Path, typer.Option(help="PNG file for the curves.")] = Path("comparison.png"),
 ) -> None:
     """Compare runs: held-out figures before and after as a Markdown table, and their curves as a picture."""
+    from ngrpo_lora.tracking import comparison_table, read_metrics
+
     for run in runs:
         if not (run / "metrics.jsonl").is_file():
             raise ConfigError(f"RUN must be the output folder of a run, but {str(run)!r} holds no metrics.jsonl")
+        if not read_metrics(run / "metrics.jsonl"):
+            raise ConfigError(f"RUN must have finished its first evaluation, but {str(run)!r} has no metrics yet")
 
     from ngrpo_lora.report import write_comparison
-    from ngrpo_lora.tracking import comparison_table
 
     typer.echo(comparison_table(runs))
     typer.echo(f"\ncurves: {write_comparison(runs, output)}")

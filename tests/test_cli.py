@@ -280,3 +280,5 @@ def test_compare_prints_a_table_and_draws_the_curves(tmp_path: Path):
 
 def test_compare_needs_runs(tmp_path: Path):
     assert "holds no metrics.jsonl" in refuse("compare", str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/rew')  # killed in the first evaluation's line
+    assert "has no metrics yet" in refuse("compare", str(tmp_path))
