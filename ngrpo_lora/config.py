@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import annotated_types
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -37,10 +38,12 @@ __all__ = [
     "EvaluationConfig",
     "LoraConfig",
     "ModelConfig",
+    "ModelRewardConfig",
     "OptimizerConfig",
     "Option",
     "PromptsConfig",
     "RewardConfig",
+    "RewardsConfig",
     "RolloutConfig",
     "RunConfig",
     "Section",
@@ -56,6 +59,10 @@ __all__ = [
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "demo"
+
+
+DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+Bounds = tuple[float, float]
 
 
 class Section(BaseModel, frozen=True):
@@ -97,7 +104,7 @@ class ModelConfig(Section, frozen=True):
     )
     device: str = Field(
         default="auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        pattern=DEVICE_PATTERN,
         description="auto (prefers a GPU), cpu, cuda, cuda:N or mps.",
     )
     height_px: int = Field(default=64, ge=16, description="Image height in pixels, a multiple of 16.")
@@ -193,10 +200,27 @@ def _load_algorithm(value: Any) -> Any:
 
 
 class RewardConfig(Section, frozen=True):
-    """One reward of the weighted sum."""
+    """One reward: any function, or a file of rewards/ whose `Config` may add settings of its own."""
 
     name: str = Field(description="A file in ngrpo_lora/rewards, package.module:function, or file.py:function.")
-    weight: float = Field(default=1.0, description="Weight of the group-standardised reward; negative minimises it.")
+    weight: float = Field(default=1.0, description="Weight in the sum; negative minimises the reward.")
+    label: str | None = Field(
+        default=None, pattern=r"^[\w.-]+$", description="Name in metrics and reports; null: the reward's own."
+    )
+    clip: Bounds | None = Field(
+        default=None, strict=False, description="Scores are held within [low, high] before they are added up."
+    )
+    range: Bounds | None = Field(
+        default=None, strict=False, description="What scores may be: one outside [low, high] is an error, or a failure."
+    )
+    batch_size: int | None = Field(default=None, ge=1, description="Most images a call; null: all at once.")
+    timeout_s: float | None = Field(
+        default=600.0, gt=0, description="A call that takes longer has failed; null: wait for ever."
+    )
+    concurrency: int = Field(default=16, ge=1, description="Calls under way at once, for rewards that are async.")
+    cache: bool = Field(
+        default=False, description="Keep the scores of evaluations by image and prompt, in output_dir/scores.sqlite."
+    )
 
     _name = field_validator("name")(_check_reward_name)
 
@@ -207,13 +231,94 @@ class RewardConfig(Section, frozen=True):
             raise ValueError("must not be 0, got 0.0; name a reward in evaluation.rewards to watch it only")
         return value
 
-
-def _reward_entries(value: Any) -> Any:
-    """`world`, `[world, {name: clip, weight: 2}]` and one mapping all mean a list of mappings."""
-    value = _listed(value)
-    if not isinstance(value, list):
+    @field_validator("clip", "range")
+    @classmethod
+    def _low_to_high(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] >= value[1]:
+            raise ValueError(f"must be [low, high] with low below high, got {list(value)}")
         return value
-    return [{"name": entry} if isinstance(entry, str) else entry for entry in value]
+
+    @property
+    def key(self) -> str:
+        """The label; else the name of the reward, of its file, or of its function."""
+        target, _, function = self.name.partition(":")
+        own = target if function in ("", "score") else function
+        return self.label or (Path(own).stem if own.endswith(".py") else own.rpartition(".")[2])
+
+
+class ModelRewardConfig(RewardConfig, frozen=True):
+    """A reward that runs a network of its own."""
+
+    path: str = Field(default="", description="Weights: a Hub id, a folder or a file.")
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit; null: the default branch.")
+    device: str = Field(default="auto", pattern=DEVICE_PATTERN, description="auto: where the tuned model is.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Number type of the network; auto: float16 on a GPU, else float32."
+    )
+    offload: bool = Field(default=False, description="Keep the network in system memory between uses.")
+
+
+def _load_reward(value: Any) -> Any:
+    """Validate an entry with the `Config` of the file that it names; a plain string is the name."""
+    from ngrpo_lora import rewards
+
+    if isinstance(value, RewardConfig):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a name or a mapping with one, got {value!r}")
+    name = value.get("name")
+    if not isinstance(name, str) or ":" in name or name not in registry.names(rewards):
+        return RewardConfig.model_validate(value)  # a function, or no reward at all: the field says so
+    return getattr(registry.load(rewards, name), "Config", RewardConfig).model_validate(value)
+
+
+def _distinct(rewards: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+    keys = [reward.key for reward in rewards]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"must name each reward once, got {', '.join(twice)} twice; give one of them a label")
+    return rewards
+
+
+RewardEntries = Annotated[
+    tuple[Annotated[SerializeAsAny[RewardConfig], BeforeValidator(_load_reward)], ...],
+    BeforeValidator(_listed),
+    AfterValidator(_distinct),
+]
+
+
+class RewardsConfig(Section, frozen=True):
+    """What is trained on: one reward or the weighted sum of several. `rewards=world` is short for rewards.train."""
+
+    train: RewardEntries = Field(
+        default=(RewardConfig.model_construct(name="world"),),
+        strict=False,
+        description="A name, or a list of names and of {name, weight, ...}; `ngrpo rewards` lists them.",
+    )
+    combine: Literal["standardized", "raw"] = Field(
+        default="standardized",
+        description="Several rewards: standardised within each group and weighted (MixGRPO), or raw and weighted.",
+    )
+    max_failed_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="The run stops, with a checkpoint, where a larger share of an iteration's images has no score.",
+    )
+
+    @field_validator("train")
+    @classmethod
+    def _not_empty(cls, value: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+        if not value:
+            raise ValueError("must have at least one entry, got []; name a reward, for example rewards=world")
+        return value
+
+
+def _reward_section(value: Any) -> Any:
+    """`world`, `[world, clip_score]` and `{name: world}` stand for the whole section."""
+    short = isinstance(value, str | list | tuple) or (isinstance(value, Mapping) and "name" in value)
+    return {"train": value} if short else value
 
 
 class LoraConfig(Section, frozen=True):
@@ -278,20 +383,15 @@ class EvaluationConfig(Section, frozen=True):
     seed: int = Field(
         default=1000, ge=0, lt=2**63, description="Seed of the first evaluation image; the rest follow it."
     )
-    rewards: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
-        default=("world_strict",), strict=False, description="Rewards that are reported but not trained on."
+    rewards: RewardEntries = Field(
+        default=(),
+        strict=False,
+        description="Rewards that are watched and not trained on, in the form of rewards.train.",
     )
     strict: str | None = Field(
         default="world_strict", description="Pass-or-fail reward reported as eval/strict_accuracy; null: none."
     )
     num_samples: int = Field(default=12, ge=1, description="Pictures in the sample grid.")
-
-    @field_validator("rewards")
-    @classmethod
-    def _rewards_exist(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            _check_reward_name(name)
-        return value
 
     @field_validator("strict")
     @classmethod
@@ -308,10 +408,8 @@ class RunConfig(Section, frozen=True):
     algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(_load_algorithm)] = Field(
         default_factory=lambda: _load_algorithm({}), description="The training objective."
     )
-    rewards: Annotated[tuple[RewardConfig, ...], BeforeValidator(_reward_entries)] = Field(
-        default=(RewardConfig.model_construct(name="world", weight=1.0),),
-        strict=False,
-        description="Rewards trained on: a name, a list of names, or a list of {name, weight}.",
+    rewards: Annotated[RewardsConfig, BeforeValidator(_reward_section)] = Field(
+        default_factory=lambda: RewardsConfig(), description=RewardsConfig.__doc__
     )
     lora: LoraConfig = Field(default_factory=lambda: LoraConfig(), description=LoraConfig.__doc__)
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description=OptimizerConfig.__doc__)
@@ -324,17 +422,6 @@ class RunConfig(Section, frozen=True):
     resume: str | None = Field(
         default=None, min_length=1, description="latest, or the path of a checkpoint, to go on; null: a new run."
     )
-
-    @field_validator("rewards")
-    @classmethod
-    def _distinct(cls, value: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
-        given = [reward.name for reward in value]
-        if not given:
-            raise ValueError("must have at least one entry, got []; name a reward, for example rewards=world")
-        twice = sorted({name for name in given if given.count(name) > 1})
-        if twice:
-            raise ValueError(f"must name each reward once, got {', '.join(twice)} twice; add up the weights")
-        return value
 
     @model_validator(mode="after")
     def _sections_fit(self) -> RunConfig:
@@ -495,6 +582,8 @@ def _apply(data: dict[str, Any], overrides: Sequence[str]) -> None:
         for depth, part in enumerate(path, 1):
             if isinstance(node.get(part), str) and part == "algorithm":
                 node[part] = {"name": node[part]}
+            if depth == 1 and part == "rewards" and node.get(part) is not None:
+                node[part] = _reward_section(node[part])
             if node.get(part) is None:
                 node[part] = {}
             node = node[part]
@@ -525,7 +614,7 @@ def _problems(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
             lines[key] = [(f"unknown key {key}{_nearest_key(key, list(options))}", None)]
             continue
         # Drop what pydantic appends for the branches of a union: they are no keys.
-        while parts and not parts[-1].isdigit() and ".".join(parts) not in options and parts[0] != "rewards":
+        while parts and not parts[-1].isdigit() and ".".join(parts) not in options and not _in_reward(parts):
             parts.pop()
         lines.setdefault(".".join(parts), []).append((_rule(detail), detail["input"]))
     problems: list[str] = []
@@ -541,6 +630,11 @@ def _problems(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
             meaning = f" ({option.description.rstrip('.')})" if option is not None and got else ""
             problems.append(f"{key} {rule}{got}{meaning}")
     return problems
+
+
+def _in_reward(parts: Sequence[str]) -> bool:
+    """Whether a key lies within an entry of a list of rewards."""
+    return len(parts) > 3 and tuple(parts[:2]) in (("rewards", "train"), ("evaluation", "rewards"))
 
 
 _RULES = {
@@ -590,8 +684,8 @@ def _nearest_key(key: str, keys: Sequence[str]) -> str:
     """The known key with the same last part, else the one whose last part is spelt most alike, in words."""
     prefix, _, leaf = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == prefix}
-    if re.fullmatch(r"rewards\.\d+", prefix):
-        siblings = {name: f"{prefix}.{name}" for name in RewardConfig.model_fields}
+    if _in_reward(key.split(".")):
+        siblings = {name: f"{prefix}.{name}" for name in ModelRewardConfig.model_fields}
     leaves = {k.rpartition(".")[2]: k for k in keys}
     for known in (siblings, leaves):
         close = difflib.get_close_matches(leaf, known, n=1, cutoff=0.6)

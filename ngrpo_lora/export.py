@@ -65,7 +65,7 @@ def describe_adapter(keys: list[str], family: Family, config: RunConfig) -> dict
         "code_version": code_version(),
         "model": model.model_dump(mode="json"),
         "rollout": rollout.model_dump(mode="json"),
-        "rewards": [reward.model_dump(mode="json") for reward in config.rewards],
+        "rewards": [reward.model_dump(mode="json") for reward in config.rewards.train],
         "config": config.model_dump(mode="json"),
     }
     return {

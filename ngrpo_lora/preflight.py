@@ -44,8 +44,8 @@ def _prompts(config: RunConfig) -> Iterator[str]:
 
 
 def _functions(config: RunConfig) -> Iterator[str]:
-    trained = [(f"rewards.{i}.name", reward.name) for i, reward in enumerate(config.rewards)]
-    watched = [("evaluation.rewards", name) for name in config.evaluation.rewards]
+    trained = [(f"rewards.train.{i}.name", reward.name) for i, reward in enumerate(config.rewards.train)]
+    watched = [(f"evaluation.rewards.{i}.name", reward.name) for i, reward in enumerate(config.evaluation.rewards)]
     strict = [] if config.evaluation.strict is None else [("evaluation.strict", config.evaluation.strict)]
     for key, name in trained + watched + strict:
         if ":" in name:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from ngrpo_lora.world.scenes import TASKS, TEMPLATES, Task, split_scenes
 
 __all__ = [
     "BUILTIN_SOURCES",
+    "Prompt",
     "PromptFile",
     "PromptMix",
     "PromptSource",
@@ -47,10 +48,17 @@ def read_prompt_file(path: str | Path) -> list[str]:
     return prompts
 
 
+class Prompt(NamedTuple):
+    """What to draw, and what rewards are told beside it."""
+
+    text: str
+    metadata: dict[str, Any] = {}
+
+
 class PromptSource(Protocol):
     """An endless, seeded sequence of prompts."""
 
-    def prompt(self, index: int) -> str:
+    def prompt(self, index: int) -> Prompt:
         """The prompt at a position, the same at every call."""
         ...
 
@@ -61,11 +69,11 @@ class PromptFile:
     def __init__(self, prompts: list[str], seed: int):
         self.prompts, self.seed = prompts, seed
 
-    def prompt(self, index: int) -> str:
+    def prompt(self, index: int) -> Prompt:
         """Every prompt once per epoch."""
         epoch, position = divmod(index, len(self.prompts))
         order = np.random.default_rng(derive_seed(self.seed, "epoch", epoch)).permutation(len(self.prompts))
-        return self.prompts[order[position]]
+        return Prompt(self.prompts[order[position]])
 
 
 class WorldPrompts:
@@ -75,11 +83,11 @@ class WorldPrompts:
         self.seed, self.tasks = seed, tasks
         self.scenes = {task: split_scenes(task)[held_out] for task in tasks}
 
-    def prompt(self, index: int) -> str:
+    def prompt(self, index: int) -> Prompt:
         """A random scene of task `tasks[index mod len(tasks)]` in a random template."""
         rng = np.random.default_rng(derive_seed(self.seed, "prompt", index))
         pool = self.scenes[self.tasks[index % len(self.tasks)]]
-        return TEMPLATES[rng.integers(len(TEMPLATES))].format(pool[rng.integers(len(pool))].caption)
+        return Prompt(TEMPLATES[rng.integers(len(TEMPLATES))].format(pool[rng.integers(len(pool))].caption))
 
 
 class PromptMix:
@@ -91,7 +99,7 @@ class PromptMix:
         places = [((turn + 0.5) / weight, s, turn) for s, weight in enumerate(weights) for turn in range(weight)]
         self.cycle = [(s, turn) for _, s, turn in sorted(places)]
 
-    def prompt(self, index: int) -> str:
+    def prompt(self, index: int) -> Prompt:
         """The next prompt of the source whose turn it is."""
         epoch, position = divmod(index, len(self.cycle))
         source, turn = self.cycle[position]

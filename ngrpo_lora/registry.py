@@ -19,7 +19,7 @@ from typing import Any
 
 from ngrpo_lora.errors import ConfigError
 
-__all__ = ["check_function", "load", "names", "nearest", "resolve_function"]
+__all__ = ["check_function", "check_name", "load", "names", "nearest", "resolve_function", "source_digest"]
 
 
 def names(package: ModuleType) -> list[str]:
@@ -102,3 +102,11 @@ def _load_file(path: Path) -> ModuleType:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def source_digest(reference: str) -> str:
+    """SHA-256 of the file that holds the function behind `package.module:function` or `file.py:function`."""
+    target = reference.partition(":")[0]
+    spec = None if target.endswith(".py") else importlib.util.find_spec(target)
+    path = target if spec is None else spec.origin
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""

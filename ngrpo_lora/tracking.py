@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.types import Metrics
@@ -52,6 +53,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def save_scores(path: Path, prompts: Sequence[str], seeds: Sequence[int], scores: dict[str, Tensor]) -> None:
+    """Every score of an evaluation, one line an image, so that runs can be compared image by image."""
+    columns = {label: raw.tolist() for label, raw in scores.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            file.write(to_line({"prompt": prompt, "seed": seed} | {k: values[row] for k, values in columns.items()}))
+
+
 def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, value) of every line that has this metric."""
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
@@ -61,7 +71,7 @@ def opening(config: RunConfig, trained: int, total: int) -> str:
     """What the run will do, with the derived batch numbers."""
     rollout, length = config.rollout, config.trainer.num_iterations
     samples = rollout.prompts_per_iteration * rollout.group_size
-    names = " + ".join(f"{r.weight:g} x {r.name}" if r.weight != 1 else r.name for r in config.rewards)
+    names = " + ".join(f"{r.weight:g} x {r.key}" if r.weight != 1 else r.key for r in config.rewards.train)
     lines = [
         f"{config.algorithm.name} on {config.model.path}: {length} iterations into {config.output_dir}",
         f"  an iteration: {rollout.prompts_per_iteration} prompts x {rollout.group_size} candidates = {samples} images",

@@ -18,18 +18,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ngrpo_lora import algorithms, checkpoint, lora, registry, report, rewards
+from ngrpo_lora import algorithms, checkpoint, lora, registry, report
 from ngrpo_lora.advantages import reward_spread
 from ngrpo_lora.algorithms._base import Algorithm
-from ngrpo_lora.config import RunConfig, dump_config
+from ngrpo_lora.config import RewardConfig, RunConfig, dump_config
+from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.export import FILE_NAME, check_export, save_adapter
 from ngrpo_lora.noise import derive_seed, gaussian_noise
 from ngrpo_lora.optimizers import learning_rate_factor, make_optimizer
-from ngrpo_lora.prompts import open_prompts
+from ngrpo_lora.prompts import Prompt, open_prompts
 from ngrpo_lora.sampling import draw, load_family
+from ngrpo_lora.scoring import Samples, ScoreCache, Scorer, combine, correlations
 from ngrpo_lora.solvers import flow_sigmas
-from ngrpo_lora.tracking import MetricsFile, closing, console, estimate, opening, progress_bar
+from ngrpo_lora.tracking import MetricsFile, closing, console, estimate, opening, progress_bar, save_scores
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, TextEmbeds, Transition, Velocities, mean_metrics
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,13 @@ class Trainer:
             torch.set_num_threads(config.trainer.num_threads)
         self.config, self.output_dir = config, Path(config.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        # Rewards come first: what they lack should be known before a large model is loaded.
+        device = resolve_device(config.model.device)
+        self.trained = config.rewards.train
+        self.scorer = Scorer(self.trained, device)
+        known = [reward.key for reward in self.trained]
+        watched = [*config.evaluation.rewards, *strict_reward(config)]
+        self.watching = Scorer([reward for reward in watched if reward.key not in known], device)
         self.family = load_family(config.model)
         transformer = self.family.transformer
         suffixes, excluded = self.family.lora_targets(config.lora.targets)
@@ -72,9 +81,6 @@ class Trainer:
         self.prompts = open_prompts(config.prompts.train, derive_seed(config.seed, "prompts"))
         held_out = open_prompts(config.prompts.held_out, config.evaluation.seed)
         self.held_out = [held_out.prompt(i) for i in range(config.evaluation.num_prompts)]
-        self.weights = {reward.name: reward.weight for reward in config.rewards}
-        watched = [*config.evaluation.rewards, *([config.evaluation.strict] if config.evaluation.strict else [])]
-        self.rewards = {name: rewards.load(name) for name in dict.fromkeys([*self.weights, *watched])}
         self.iteration = self.skipped_in_a_row = 0
         if config.resume is not None:
             self.restore(checkpoint.load(config.resume, self.output_dir, str(self.device)))
@@ -97,12 +103,14 @@ class Trainer:
             while not last:
                 clock, nfe = Clock(), self.counter.start()
                 prompts = [self.prompts.prompt(i) for i in self.prompt_indices()]
-                text = self.family.encode(prompts)
+                text = self.family.encode([prompt.text for prompt in prompts])
+                rollouts, pending = [], []
                 with clock("rollout"):
-                    rollouts = self.roll_out(text)
-                    images = [self.decode(rollout) for rollout in rollouts]
-                with clock("reward"):
-                    batch = self.score(images, prompts, rollouts)
+                    for prompt, rollout in zip(prompts, self.roll_out(text), strict=True):
+                        rollouts.append(rollout)
+                        pending.append(self.scorer.submit(same_prompt(prompt, self.decode(rollout))))
+                with clock("reward"):  # what is left to wait for
+                    batch = self.collect(rollouts, [scores() for scores in pending])
                     advantages = self.algorithm.advantages(batch)
                 with clock("update"):
                     policy = self.update(rollouts, advantages, text)
@@ -122,7 +130,7 @@ class Trainer:
                 metrics_file.write(self.iteration, metrics)
                 if self.iteration % config.trainer.save_every == 0 or last:
                     checkpoint.save(self.output_dir, self.iteration, self.state(), config.trainer.keep_checkpoints)
-                bar.update(task, completed=self.iteration, status=status_line(metrics))
+                bar.update(task, completed=self.iteration, status=status_line(metrics, self.trained))
         if self.iteration < total:
             raise UserError(f"stopped after iteration {self.iteration} of {total}; go on with resume=latest")
         adapter = self.export()
@@ -136,13 +144,14 @@ class Trainer:
         return range(self.iteration * count, (self.iteration + 1) * count)
 
     @torch.no_grad()
-    def roll_out(self, text: TextEmbeds) -> list[Rollout]:
-        """P groups under the old weights; forward passes of at most `rollout.micro_batch_size` samples."""
+    def roll_out(self, text: TextEmbeds) -> Iterator[Rollout]:
+        """P groups under the old weights, in turn; forward passes of at most `rollout.micro_batch_size` samples."""
         size = self.config.rollout.micro_batch_size or self.config.rollout.group_size
+        at_once = max(1, size // self.config.rollout.group_size)  # groups that share their forward passes
 
         def velocity_fn(latents: Tensor, sigma: float) -> Tensor:
             groups, samples = latents.shape[:2]
-            owners = torch.arange(groups).repeat_interleave(samples)
+            owners = torch.arange(first, first + groups).repeat_interleave(samples)
             chunks = zip(latents.flatten(0, 1).split(size), owners.split(size), strict=True)
             parts = [self.family.velocity(x.to(self.device), sigma, text[group.tolist()]).cpu() for x, group in chunks]
             return torch.cat(parts).view(latents.shape)
@@ -150,7 +159,9 @@ class Trainer:
         seeds = [derive_seed(self.config.seed, "rollout", self.iteration, group) for group in range(len(text))]
         merged = lora.merged(self.family.transformer) if self.config.rollout.merge_adapter else nullcontext()
         with merged:
-            return self.algorithm.rollout(velocity_fn, self.sigmas, self.family.latent_shape, seeds)
+            for first in range(0, len(text), at_once):
+                now = seeds[first : first + at_once]
+                yield from self.algorithm.rollout(velocity_fn, self.sigmas, self.family.latent_shape, now)
 
     def decode(self, rollout: Rollout) -> list[Image.Image]:
         """The G images of a rollout, `rollout.micro_batch_size` at a time."""
@@ -158,22 +169,32 @@ class Trainer:
         chunks = clean.split(self.config.rollout.micro_batch_size or len(clean))
         return [image for chunk in chunks for image in self.family.decode(chunk.to(self.device))]
 
-    def score(self, images: list[list[Image.Image]], prompts: list[str], rollouts: list[Rollout]) -> RewardBatch:
-        """All rewards of P groups of G images; a sample whose latents are not finite has no score."""
-        flat = [image for group in images for image in group]
-        repeated = [prompt for group, prompt in zip(images, prompts, strict=True) for _ in group]
+    def collect(self, rollouts: list[Rollout], groups: list[dict[str, Tensor]]) -> RewardBatch:
+        """Scores of P groups as one batch; a sample whose latents are not finite has none.
+
+        Raises:
+            UserError: more of them failed than `rewards.max_failed_share`; a checkpoint of the run is written.
+        """
         finite = torch.stack([rollout.latents[-1].flatten(1).isfinite().all(1) for rollout in rollouts])  # (P, G)
-        scores = {}
-        for name in self.weights:
-            raw = rewards.call(name, self.rewards[name], flat, repeated).view(finite.shape)
-            scores[name] = raw.where(finite, torch.nan)
-        batch = rewards.combine(scores, self.weights)
-        if not batch.valid.any():
-            raise UserError(
-                f"no image of iteration {self.iteration + 1} has a valid score of {', '.join(self.weights)} "
-                "(reasons above); mend the reward and go on with resume=latest"
-            )
+        scores = {label: torch.stack([group[label] for group in groups]) for label in groups[0]}
+        scores = {label: raw.where(finite, torch.nan) for label, raw in scores.items()}
+        batch = combine(scores, self.trained, self.config.rewards.combine)
+        if broken := self.broken(scores):
+            checkpoint.save(self.output_dir, self.iteration, self.state(), self.config.trainer.keep_checkpoints)
+            raise UserError(f"iteration {self.iteration + 1}: {broken}, then go on with resume=latest")
         return batch
+
+    def broken(self, scores: dict[str, Tensor]) -> str | None:
+        """What is wrong where too many scores failed."""
+        limit = self.config.rewards.max_failed_share
+        for label, raw in scores.items():
+            share = (~raw.isfinite()).double().mean().item()
+            if share > limit or share == 1:
+                return (
+                    f"reward {label} has no score for {share:.0%} of the images, more than rewards.max_failed_share "
+                    f"({limit:g}) allows; reasons are above; mend it or raise the limit"
+                )
+        return None
 
     def update(self, rollouts: list[Rollout], advantages: Tensor, text: TextEmbeds) -> Metrics:
         """Every optimizer update of this iteration."""
@@ -249,31 +270,46 @@ class Trainer:
             self.averaged[name].lerp_(parameter, 1 - decay)
 
     def evaluate(self) -> Metrics:
-        """Held-out prompts, fixed seeds, averaged weights: metrics and a picture grid."""
-        config = self.config.evaluation
-        seeds = [config.seed + i for i in range(len(self.held_out))]
+        """Held-out prompts, fixed seeds, averaged weights: metrics, every single score, and a picture grid."""
+        config, texts = self.config.evaluation, [prompt.text for prompt in self.held_out]
+        seeds = [config.seed + i for i in range(len(texts))]
         with self.counter.paused(), lora.swapped(self.family.transformer, self.averaged):
-            text = self.family.encode(self.held_out)
+            text = self.family.encode(texts)
             images = draw(self.family, text, seeds, self.config.rollout.solver, self.sigmas.to(self.device))
-        means = {}
-        for name, reward in self.rewards.items():
-            means[name] = rewards.call(name, reward, images, self.held_out).nanmean().item()
-        metrics = {f"eval/{name}_mean": mean for name, mean in means.items()}
-        metrics["eval/reward_mean"] = sum(weight * means[name] for name, weight in self.weights.items())
+        samples = Samples(images, texts, [prompt.metadata for prompt in self.held_out])
+        kept = ScoreCache(self.output_dir / "scores.sqlite")
+        pending = [scorer.submit(samples, kept) for scorer in (self.scorer, self.watching)]
+        scores = {label: raw for wait in pending for label, raw in wait().items()}
+        if broken := self.broken(scores):
+            if self.iteration == 0:
+                raise UserError(f"evaluation of the base model: {broken}")
+            log.warning("evaluation at iteration %d: %s", self.iteration, broken)  # a trained adapter is worth more
+        shown, stem = slice(config.num_samples), f"{self.iteration:06d}"
+        report.save_grid(self.output_dir / "samples" / f"{stem}.png", images[shown], texts[shown])
+        save_scores(self.output_dir / "evaluations" / f"{stem}.jsonl", texts, seeds, scores)
+        means = {label: raw.nanmean().item() for label, raw in scores.items()}
+        metrics = {f"eval/{label}_mean": mean for label, mean in means.items()}
+        metrics["eval/reward_mean"] = self.weighted(means)
         if config.strict is not None:
-            metrics["eval/strict_accuracy"] = means[config.strict]
-        shown = slice(config.num_samples)
-        report.save_grid(self.output_dir / "samples" / f"{self.iteration:06d}.png", images[shown], self.held_out[shown])
+            metrics["eval/strict_accuracy"] = means[strict_reward(self.config)[0].key]
         return metrics
+
+    def weighted(self, means: dict[str, float]) -> float:
+        """The weighted sum of raw means: what the curve shows."""
+        return float(sum(config.weight * means[config.key] for config in self.trained))
 
     def describe(self, batch: RewardBatch) -> Metrics:
         """Reward statistics over all valid samples; a group of equal rewards has zero spread."""
         kept = batch.rewards.where(batch.valid, torch.nan)
         spread = reward_spread(batch.rewards, batch.valid)
-        raw = {f"rollout/{name}_mean": scores.nanmean().item() for name, scores in batch.scores.items()}
-        total = sum(weight * raw[f"rollout/{name}_mean"] for name, weight in self.weights.items())
+        means = {label: scores.nanmean().item() for label, scores in batch.scores.items()}
+        raw = {f"rollout/{label}_mean": mean for label, mean in means.items()}
+        if len(means) > 1:
+            for label, scores in batch.scores.items():
+                raw[f"rollout/{label}_failed_share"] = (~scores.isfinite()).double().mean().item()
+            raw |= {f"rollout/correlation/{pair}": value for pair, value in correlations(batch.scores).items()}
         return raw | {
-            "rollout/reward_mean": float(total),
+            "rollout/reward_mean": self.weighted(means),
             "rollout/reward_std": (kept - kept.nanmean(1, keepdim=True)).square().nanmean().sqrt().item(),
             "rollout/zero_spread_share": (spread <= 0).double().mean().item(),
             "rollout/failed_share": (~batch.valid).double().mean().item(),
@@ -311,7 +347,7 @@ class Trainer:
         path = self.output_dir / "adapter" / FILE_NAME
         with self.counter.paused(), lora.swapped(self.family.transformer, self.averaged):
             save_adapter(path, self.family, self.config)
-            text = self.family.encode(self.held_out[:1])
+            text = self.family.encode([self.held_out[0].text])
             latents = gaussian_noise((1, *self.family.latent_shape), 0).to(self.device)
             check_export(path, self.family, load_family(self.config.model), text, latents)
         return path
@@ -389,14 +425,28 @@ class Clock:
         self.seconds[f"time/{stage}_s"] = time.perf_counter() - start
 
 
+def strict_reward(config: RunConfig) -> list[RewardConfig]:
+    """The pass-or-fail reward of the evaluation, if there is one."""
+    name = config.evaluation.strict
+    given = {reward.name: reward for reward in (*config.rewards.train, *config.evaluation.rewards)}
+    return [] if name is None else [given.get(name, RewardConfig(name=name))]
+
+
+def same_prompt(prompt: Prompt, images: list[Image.Image]) -> Samples:
+    """One group of candidates."""
+    return Samples(images, [prompt.text] * len(images), [prompt.metadata] * len(images), len(images))
+
+
 def chunked(items: list[Transition], size: int) -> list[list[Transition]]:
     """Consecutive pieces of at most `size`."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def status_line(metrics: Metrics) -> str:
-    """Reward, function evaluations and the last evaluation, for the progress bar."""
+def status_line(metrics: Metrics, trained: Sequence[RewardConfig]) -> str:
+    """Reward, each of several, function evaluations and the last evaluation, for the progress bar."""
     parts = [f"reward {metrics['rollout/reward_mean']:.3f}"]
+    if len(trained) > 1:
+        parts = [f"{reward.key} {metrics[f'rollout/{reward.key}_mean']:.3g}" for reward in trained]
     parts.append(f"NFE {metrics['nfe/old_per_sample']:.1f} + {metrics['nfe/theta_per_sample']:.2f}")
     if "eval/reward_mean" in metrics:
         parts.append(f"held-out {metrics['eval/reward_mean']:.3f}")
