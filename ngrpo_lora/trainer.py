@@ -110,7 +110,7 @@ class Trainer:
                         rollouts.append(rollout)
                         pending.append(self.scorer.submit(same_prompt(prompt, self.decode(rollout))))
                 with clock("reward"):  # what is left to wait for
-                    batch = self.collect(rollouts, [scores() for scores in pending])
+                    batch = self.collect(rollouts, pending)
                     advantages = self.algorithm.advantages(batch)
                 with clock("update"):
                     policy = self.update(rollouts, advantages, text)
@@ -169,20 +169,23 @@ class Trainer:
         chunks = clean.split(self.config.rollout.micro_batch_size or len(clean))
         return [image for chunk in chunks for image in self.family.decode(chunk.to(self.device))]
 
-    def collect(self, rollouts: list[Rollout], groups: list[dict[str, Tensor]]) -> RewardBatch:
+    def collect(self, rollouts: list[Rollout], pending: list[Callable[[], dict[str, Tensor]]]) -> RewardBatch:
         """Scores of P groups as one batch; a sample whose latents are not finite has none.
 
         Raises:
-            UserError: more of them failed than `rewards.max_failed_share`; a checkpoint of the run is written.
+            UserError: a reward is none, or failed for more than `rewards.max_failed_share`; a checkpoint is written.
         """
         finite = torch.stack([rollout.latents[-1].flatten(1).isfinite().all(1) for rollout in rollouts])  # (P, G)
-        scores = {label: torch.stack([group[label] for group in groups]) for label in groups[0]}
-        scores = {label: raw.where(finite, torch.nan) for label, raw in scores.items()}
-        batch = combine(scores, self.trained, self.config.rewards.combine)
-        if broken := self.broken(scores):
+        try:
+            groups = [wait() for wait in pending]
+            scores = {label: torch.stack([group[label] for group in groups]) for label in groups[0]}
+            scores = {label: raw.where(finite, torch.nan) for label, raw in scores.items()}
+            if broken := self.broken(scores):
+                raise UserError(broken)
+        except UserError as error:
             checkpoint.save(self.output_dir, self.iteration, self.state(), self.config.trainer.keep_checkpoints)
-            raise UserError(f"iteration {self.iteration + 1}: {broken}, then go on with resume=latest")
-        return batch
+            raise UserError(f"iteration {self.iteration + 1}: {error}, then go on with resume=latest") from None
+        return combine(scores, self.trained, self.config.rewards.combine)
 
     def broken(self, scores: dict[str, Tensor]) -> str | None:
         """What is wrong where too many scores failed."""

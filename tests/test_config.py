@@ -82,7 +82,8 @@ def test_scientific_notation_is_a_number(text: str, value: float, tmp_path: Path
 def test_reward_shorthands_mean_the_same():
     forms = ["rewards=world", "rewards=[world]", "rewards=[{name: world}]", "rewards={name: world, weight: 1}"]
     assert len({load_config(None, [form]).rewards for form in forms}) == 1
-    two = load_config(None, ["rewards=[world, {name: my_reward.py:score, weight: -0.5}]"]).rewards
+    assert load_config(None, ["rewards.train=world", "rewards.combine=raw"]).rewards.train == RunConfig().rewards.train
+    two = load_config(None, ["rewards=[world, {name: my_reward.py:score, weight: -0.5}]"]).rewards.train
     assert [(reward.name, reward.weight) for reward in two] == [("world", 1.0), ("my_reward.py:score", -0.5)]
 
 
@@ -151,11 +152,21 @@ def test_changed_keys_names_what_differs():
         ("optimizer.learning_rate=-1", ["optimizer.learning_rate must be more than 0", "got -1"]),
         ("optimizer.learning_rate=.nan", ["optimizer.learning_rate must be a finite number", "got nan"]),
         ("optimizer.betas=[0.9, 1.5]", ["optimizer.betas.1 must be less than 1", "got 1.5"]),
-        ("rewards=wrld", ["rewards.0.name must be one of", "'wrld'", "did you mean world?"]),
-        ("rewards=[]", ["rewards must have at least one entry"]),
-        ("rewards=[world, world]", ["rewards must name each reward once", "world"]),
-        ("rewards={name: world, weight: 0}", ["rewards.0.weight must not be 0"]),
-        ("rewards=[{name: world, wieght: 2}]", ["unknown key rewards.0.wieght; did you mean rewards.0.weight?"]),
+        ("rewards=wrld", ["rewards.train.0.name must be one of", "'wrld'", "did you mean world?"]),
+        ("rewards=[]", ["rewards.train must have at least one entry"]),
+        ("rewards=[world, world]", ["rewards.train must name each reward once", "world"]),
+        ("rewards={name: world, weight: 0}", ["rewards.train.0.weight must not be 0"]),
+        ("rewards={name: world, clip: [1, 0]}", ["rewards.train.0.clip must be [low, high] with low below high"]),
+        ("rewards={name: world, label: a b}", ["rewards.train.0.label must be"]),
+        ("rewards=[world, {name: a.py:score, label: world}]", ["must name each reward once, got world twice"]),
+        ("rewards.trian=world", ["unknown key rewards.trian; did you mean rewards.train?"]),
+        ("rewards.max_failed_share=2", ["rewards.max_failed_share must be at most 1"]),
+        ("evaluation.rewards=[wrld]", ["evaluation.rewards.0.name must be one of", "did you mean world?"]),
+        ("evaluation.rewards={name: world, wait: 1}", ["evaluation.rewards.0.weight?"]),
+        (
+            "rewards=[{name: world, wieght: 2}]",
+            ["unknown key rewards.train.0.wieght; did you mean rewards.train.0.weight?"],
+        ),
         ("evaluation.strict=wrld", ["evaluation.strict must be one of", "did you mean world?"]),
         ("rollout.group_szie=3", ["unknown key rollout.group_szie; did you mean rollout.group_size?"]),
         ("group_size=3", ["unknown key group_size; did you mean rollout.group_size?"]),

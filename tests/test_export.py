@@ -107,7 +107,7 @@ def test_the_header_describes_the_adapter(adapter: Path, finished_run: FinishedR
 
     own, settings = json.loads(header["ngrpo"]), finished_run.trainer.family.settings
     assert parse_config(own["config"]) == config
-    assert own["rewards"] == [{"name": config.rewards[0].name, "weight": 1.0}]
+    assert [(reward["name"], reward["weight"]) for reward in own["rewards"]] == [(config.rewards.train[0].name, 1.0)]
     assert own["model"]["path"] == "embedded"
     assert own["model"]["guidance_scale"] == settings["guidance_scale"]  # resolved, not "what the model recommends"
     assert own["model"]["max_sequence_length"] == settings["max_sequence_length"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,11 +206,11 @@ def test_every_iteration_has_its_own_prompts_and_every_group_its_own_noise(
     assert trainer.prompt_indices() == range(8, 10)  # after 4 iterations of 2
     text = trainer.family.encode(["a red star"] * 2)
     first, second = (rollout.latents for rollout in trainer.roll_out(text))
-    assert torch.equal(first, trainer.roll_out(text)[0].latents)
+    assert torch.equal(first, next(trainer.roll_out(text)).latents)
     assert not torch.equal(first[0], second[0])
     monkeypatch.setattr(trainer, "iteration", 5)
     assert trainer.prompt_indices() == range(10, 12)
-    assert not torch.equal(first[0], trainer.roll_out(text)[0].latents[0])
+    assert not torch.equal(first[0], next(trainer.roll_out(text)).latents[0])
 
 
 def test_rewards_and_updates_see_what_the_rollout_saw(make_config: MakeConfig, tmp_path: Path):
@@ -228,24 +229,24 @@ def test_rewards_and_updates_see_what_the_rollout_saw(make_config: MakeConfig, t
             "algorithm.updates_per_rollout=1",
         )
     )
-    (name,) = trainer.weights
-    score, seen = trainer.rewards[name], []
+    (reward,) = trainer.scorer.rewards.values()
+    score, seen = reward.function, {}
 
     def spy(images: Any, prompts: Any, metadata: Any) -> Any:
-        seen.append((images, prompts))
+        seen[prompts[0]] = (images, prompts)  # each group is scored in a thread of its own
         return score(images, prompts, metadata)
 
-    trainer.rewards[name] = spy
+    reward.function = spy
     trainer.run()
     assert read_rows(tmp_path)[1]["policy/max_abs_log_ratio"] < 1e-4
-    images, prompts = seen[1]  # after the evaluation of the base model
-    assert prompts == [trainer.prompts.prompt(0)] * 4 + [trainer.prompts.prompt(1)] * 4
-    assert len({image.tobytes() for image in images}) == 8
+    groups = [seen[trainer.prompts.prompt(i).text] for i in range(2)]
+    assert [prompts for _, prompts in groups] == [[trainer.prompts.prompt(i).text] * 4 for i in range(2)]
+    assert len({image.tobytes() for images, _ in groups for image in images}) == 8
 
 
 def test_evaluation_draws_fixed_seeds_with_the_averaged_weights(finished_run: FinishedRun):
     trainer, row = finished_run.trainer, read_rows(finished_run.output_dir)[-1]
-    text = trainer.family.encode(trainer.held_out)
+    text = trainer.family.encode([prompt.text for prompt in trainer.held_out])
     seeds = [trainer.config.evaluation.seed + i for i in range(2)]
 
     def redness() -> float:
@@ -474,29 +475,52 @@ def watch_advantages(trainer: Trainer) -> list[torch.Tensor]:
 
 
 def test_a_reward_that_is_nan_masks_its_sample_and_is_counted(make_config: MakeConfig, tmp_path: Path):
-    """NaN for the first of every four images, else 2, 4, 1 and 0, 2, 4 fifths."""
+    """NaN for the first of every four images, else 2, 4, 1 fifths."""
     reward = reward_of(tmp_path, "[float('nan') if i % 4 == 0 else i * 7 % 5 / 5 for i in range(len(images))]")
     trainer = Trainer(make_config(tmp_path / "run", "trainer.num_iterations=1", reward))
     seen = watch_advantages(trainer)
     trainer.run()
     row = read_rows(tmp_path / "run")[-1]
     assert row["rollout/failed_share"] == 0.25
-    assert row["rollout/reward_mean"] == pytest.approx(13 / 30)
-    deviations = [-1 / 15, 1 / 3, -4 / 15, -2 / 5, 0, 2 / 5]
-    assert row["rollout/reward_std"] == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 6))
+    assert row["rollout/reward_mean"] == pytest.approx(7 / 15)
+    deviations = [-1 / 15, 1 / 3, -4 / 15]
+    assert row["rollout/reward_std"] == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 3))
     assert (row["rollout/zero_spread_share"], row["policy/skipped_updates"]) == (0, 0)
     assert row["lora/grad_norm"] > 0
     assert not seen[0][:, 0].any()
     torch.testing.assert_close(seen[0].square().sum(1), torch.tensor([3.0, 3.0]).double())
 
 
-def test_a_reward_that_fails_everywhere_ends_the_run(make_config: MakeConfig, tmp_path: Path):
-    trainer = Trainer(make_config(tmp_path / "run", reward_of(tmp_path, "1 / 0")))
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_reward_that_fails_from_the_start_ends_the_run_before_it_trains(
+    watched: bool, make_config: MakeConfig, tmp_path: Path
+):
+    reward = reward_of(tmp_path, "1 / 0")
+    trainer = Trainer(make_config(tmp_path / "run", f"evaluation.{reward}" if watched else reward))
     before = weights(trainer)
-    with pytest.raises(UserError, match=r"no image of iteration 1 has a valid score of .*reward\.py:score"):
+    with pytest.raises(UserError, match=r"evaluation of the base model: reward reward has no score for 100%"):
         trainer.run()
     assert same(before, weights(trainer))
-    assert read_rows(tmp_path / "run")[0]["eval/reward_mean"] is None
+    assert read_rows(tmp_path / "run") == []
+
+
+def test_a_reward_that_breaks_on_the_way_stops_the_run_where_it_can_go_on(make_config: MakeConfig, tmp_path: Path):
+    """Three of eight scores are missing in iteration 2: too many for a limit of 0.3, few enough for one of 0.4."""
+    settings = ["trainer.num_iterations=3", "evaluation.strict=null", "evaluation.every=3"]
+    Trainer(make_config(tmp_path / "whole", *settings)).run()
+
+    trainer = Trainer(make_config(tmp_path / "run", *settings, "rewards.max_failed_share=0.3"))
+    (reward,) = trainer.scorer.rewards.values()
+    score, broken = reward.function, trainer.prompts.prompt(2).text
+    reward.function = lambda images, prompts, metadata: [
+        math.nan if prompt == broken and number else value
+        for number, (prompt, value) in enumerate(zip(prompts, score(images, prompts, metadata), strict=True))
+    ]
+    with pytest.raises(UserError, match=r"iteration 2: reward redness has no score for 38% .* resume=latest"):
+        trainer.run()
+    assert checkpoint.load("latest", tmp_path / "run", "cpu")["iteration"] == 1
+    Trainer(make_config(tmp_path / "run", *settings, "rewards.max_failed_share=0.3", "resume=latest")).run()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_reward_that_is_the_same_for_all_that_have_one_has_no_gradient(make_config: MakeConfig, tmp_path: Path):
@@ -528,8 +552,41 @@ def test_two_rewards_are_trained_on_and_reported_each(make_config: MakeConfig, t
     Trainer(make_config(tmp_path / "run", "trainer.num_iterations=1", f"rewards={rewards}")).run()
     row = read_rows(tmp_path / "run")[-1]
     for stage in ("rollout", "eval"):
-        parts = row[f"{stage}/{red}_mean"] - 0.5 * row[f"{stage}/{blue}_mean"]
+        parts = row[f"{stage}/red_mean"] - 0.5 * row[f"{stage}/blue_mean"]
         assert row[f"{stage}/reward_mean"] == pytest.approx(parts)
+    assert -1 <= row["rollout/correlation/red~blue"] <= 1
+    assert row["rollout/red_failed_share"] == row["rollout/blue_failed_share"] == 0
+
+
+def test_an_evaluation_leaves_every_score_by_prompt_and_seed(finished_run: FinishedRun):
+    rows = [json.loads(line) for line in (finished_run.output_dir / "evaluations" / "000004.jsonl").open()]
+    texts = [prompt.text for prompt in finished_run.trainer.held_out]
+    assert [(row["prompt"], row["seed"]) for row in rows] == [(texts[0], 1000), (texts[1], 1001)]
+    last = read_rows(finished_run.output_dir)[-1]
+    for label in ("redness", "world_strict"):
+        assert sum(row[label] for row in rows) / 2 == pytest.approx(last[f"eval/{label}_mean"])
+
+
+def test_groups_are_scored_while_others_are_still_drawn(make_config: MakeConfig, tmp_path: Path):
+    """The first group's reward waits until the second group is being rolled out."""
+    trainer = Trainer(make_config(tmp_path / "run", "trainer.num_iterations=1", "evaluation.strict=null"))
+    (reward,) = trainer.scorer.rewards.values()
+    score, rollout, second, groups = reward.function, trainer.algorithm.rollout, threading.Event(), []
+
+    def watch_rollout(*arguments: Any) -> Any:
+        groups.append(1)
+        if len(groups) == 2:
+            second.set()
+        return rollout(*arguments)
+
+    def wait(images: Any, prompts: Any, metadata: Any) -> Any:
+        if len(images) == 4:  # no evaluation
+            assert second.wait(30)
+        return score(images, prompts, metadata)
+
+    trainer.algorithm.rollout, reward.function = watch_rollout, wait  # pyright: ignore
+    trainer.run()
+    assert read_rows(tmp_path / "run")[-1]["rollout/failed_share"] == 0
 
 
 def test_the_exported_file_is_the_average(finished_run: FinishedRun):
