@@ -6,6 +6,7 @@ dependency keeps its own error.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -19,7 +20,7 @@ from typing import Any
 
 from ngrpo_lora.errors import ConfigError
 
-__all__ = ["check_function", "check_name", "load", "names", "nearest", "resolve_function", "source_digest"]
+__all__ = ["check_function", "check_name", "docstring", "load", "names", "nearest", "resolve_function", "source_digest"]
 
 
 def names(package: ModuleType) -> list[str]:
@@ -52,6 +53,12 @@ def load(package: ModuleType, name: str) -> ModuleType:
     """
     check_name(package, name)
     return importlib.import_module(name if "." in name else f"{package.__name__}.{name}")
+
+
+def docstring(package: ModuleType, name: str) -> str:
+    """The docstring of the file `name` of `package`, which is read and not imported."""
+    (path,) = (folder / f"{name}.py" for folder in map(Path, package.__path__) if (folder / f"{name}.py").is_file())
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
 def check_function(reference: str) -> None:

@@ -5,31 +5,43 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from PIL import Image, ImageDraw, ImageFont
 
-from ngrpo_lora.tracking import read_metrics, series
+from ngrpo_lora.tracking import read_metrics, read_scores, series
 
-CELL_PX, CAPTION_PX = 160, 34
+CELL_PX, CAPTION_LINES, LINE_PX = 160, 2, 17
+CAPTION_PX = CAPTION_LINES * LINE_PX
 
 
-def save_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str], columns: int = 6) -> None:
-    """Images with their captions below, `columns` a row; small ones are enlarged without smoothing."""
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * CELL_PX, rows * (CELL_PX + CAPTION_PX)), "white")
+def save_grid(
+    path: Path,
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    columns: int = 6,
+    caption_lines: int = CAPTION_LINES,
+) -> None:
+    """Images with their captions below, `columns` a row; small ones are enlarged without smoothing.
+
+    Captions keep their line breaks; what is more than `caption_lines` lines is left out.
+    """
+    rows, caption_px = -(-len(images) // columns), caption_lines * LINE_PX
+    sheet = Image.new("RGB", (columns * CELL_PX, rows * (CELL_PX + caption_px)), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = index % columns * CELL_PX, index // columns * (CELL_PX + CAPTION_PX)
+        x, y = index % columns * CELL_PX, index // columns * (CELL_PX + caption_px)
         resample = Image.Resampling.NEAREST if max(image.size) < CELL_PX else Image.Resampling.LANCZOS
         scale = (CELL_PX - 6) / max(image.size)
         size = (round(image.width * scale), round(image.height * scale))
         sheet.paste(image.resize(size, resample), (x + (CELL_PX - size[0]) // 2, y + 3))
-        lines = textwrap.wrap(caption, 28)[:2]
+        lines = [part for line in caption.splitlines() for part in textwrap.wrap(line, 28)][:caption_lines]
         canvas.multiline_text((x + 4, y + CELL_PX), "\n".join(lines), fill="black", font=font, spacing=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
@@ -60,29 +72,48 @@ def running_mean(points: list[tuple[int, float]], width: int) -> list[tuple[floa
     return list(zip(steps.tolist(), values.tolist(), strict=True))
 
 
+def gains(evaluations: dict[int, dict[str, np.ndarray]]) -> dict[str, list[tuple[int, float]]]:
+    """By reward: (iteration, mean gain over the first evaluation), in standard deviations of the first one's scores.
+
+    Only images that have a score both times count.
+    """
+    first = next(iter(evaluations.values()))
+    deviation = {label: np.nanstd(scores) or 1.0 for label, scores in first.items()}
+    curves: dict[str, list[tuple[int, float]]] = {label: [] for label in first}
+    for step, scores in evaluations.items():
+        for label in curves:
+            curves[label].append((step, float(np.nanmean(scores[label] - first[label]) / deviation[label])))
+    return curves
+
+
+def gain_correlations(evaluations: dict[int, dict[str, np.ndarray]]) -> tuple[list[str], np.ndarray]:
+    """Labels, and Pearson correlations (R, R) over images of what each reward gained from first to last evaluation.
+
+    Far below 0: where one reward gains, the other loses.
+    """
+    first, *_, last = evaluations.values()
+    labels = list(first)
+    gained = np.ma.masked_invalid([last[label] - first[label] for label in labels])
+    return labels, np.ma.corrcoef(gained).filled(np.nan)
+
+
 def write_summary(output_dir: Path) -> Path:
-    """`summary.png`: rewards over iterations, and the first and last sample grids."""
+    """`summary.png`: rewards over iterations, of several each one's gain, and the first and last sample grids."""
     rows = read_metrics(output_dir / "metrics.jsonl")
+    evaluations = read_scores(output_dir)
+    several = len(evaluations) > 1 and len(next(iter(evaluations.values()))) > 1
     grids = sorted((output_dir / "samples").glob("*.png"))
-    figure, axes = plt.subplots(3, 1, figsize=(9.6, 12.5), height_ratios=[1.1, 1, 1], layout="constrained")
-    curve = axes[0]
-    for key, label, style in (
-        ("rollout/reward_mean", "training reward", {"color": "0.7", "linewidth": 1}),
-        ("eval/reward_mean", "held-out reward", {"color": "tab:blue", "marker": "o"}),
-        ("eval/strict_accuracy", "held-out strict accuracy", {"color": "tab:green", "marker": "s"}),
-    ):
-        points = series(rows, key)
-        if points:
-            curve.plot(*zip(*points, strict=True), label=label, **style)
-    training = series(rows, "rollout/reward_mean")
-    width = len(training) // 10
-    if width > 1:
-        label = f"training reward, mean of {width}"
-        curve.plot(*zip(*running_mean(training, width), strict=True), label=label, color="0.3", zorder=1.5)
-    curve.set(xlabel="iteration", title=output_dir.name)
-    curve.grid(alpha=0.3)
-    curve.legend()
-    for axis, grid, title in zip(axes[1:], (grids[0], grids[-1]), ("before", "after"), strict=True):
+    heights = [1.1, *([0.9] if several else []), 1, 1]
+    figure = plt.figure(figsize=(9.6, 3.1 * len(heights) + 3.2), layout="constrained")
+    parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights))
+    draw_curve(next(parts).subplots(), rows, output_dir.name)
+    if several:
+        left, right = next(parts).subplots(1, 2, width_ratios=[1.5, 1])
+        trained = {key.removeprefix("rollout/").removesuffix("_mean") for key in rows[-1] if key.startswith("rollout/")}
+        draw_gains(left, gains(evaluations), trained)
+        draw_correlations(right, *gain_correlations(evaluations))
+    for grid, title in zip((grids[0], grids[-1]), ("before", "after"), strict=True):
+        axis = next(parts).subplots()
         axis.imshow(Image.open(grid))
         axis.set_title(f"{title} (iteration {int(grid.stem)})")
         axis.axis("off")
@@ -90,3 +121,46 @@ def write_summary(output_dir: Path) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def draw_curve(axis: Axes, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Training reward with its running mean, held-out reward and strict accuracy."""
+    training = series(rows, "rollout/reward_mean")
+    width = len(training) // 10
+    for points, label, style in (
+        (training, "training reward", {"color": "0.7", "linewidth": 1}),
+        (running_mean(training, width) if width > 1 else [], f"training reward, mean of {width}", {"color": "0.3"}),
+        (series(rows, "eval/reward_mean"), "held-out reward", {"color": "tab:blue", "marker": "o"}),
+        (series(rows, "eval/strict_accuracy"), "held-out strict accuracy", {"color": "tab:green", "marker": "s"}),
+    ):
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+    axis.set(xlabel="iteration", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def draw_gains(axis: Axes, curves: dict[str, list[tuple[int, float]]], trained: set[str]) -> None:
+    """One line a reward; those that are only watched are dashed."""
+    for label, points in curves.items():
+        kind = "trained on" if label in trained else "watched"
+        axis.plot(
+            *zip(*points, strict=True), marker="o", ls="-" if label in trained else "--", label=f"{label}, {kind}"
+        )
+    axis.axhline(0, color="0.5", linewidth=0.8)
+    axis.set(xlabel="iteration", title="held-out gain, in standard deviations of the base's scores")
+    axis.title.set_fontsize(10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def draw_correlations(axis: Axes, labels: list[str], values: np.ndarray) -> None:
+    """The matrix, blue where rewards rise together and red where one pays for the other."""
+    axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1)
+    for row, column in np.ndindex(values.shape):
+        shade = "white" if abs(values[row, column]) > 0.6 else "black"
+        text = f"{values[row, column]:.2f}" if np.isfinite(values[row, column]) else "–"
+        axis.text(column, row, text, ha="center", va="center", fontsize=8, color=shade)
+    axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_title("correlation of the gains, image by image", fontsize=10)

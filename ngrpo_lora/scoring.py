@@ -228,10 +228,8 @@ def call_form(name: str, function: Callable[..., Any]) -> tuple[Form, list[str]]
 def in_thread(call: Callable[[], Any]) -> Future[Any]:
     """Run `call` in a daemon thread without gradient; one that hangs does not keep the program alive."""
     future: Future[Any] = Future()
-    threads = torch.get_num_threads()
 
     def run() -> None:
-        torch.set_num_threads(threads)  # OpenMP counts threads for each thread anew
         try:
             with torch.no_grad():
                 future.set_result(call())

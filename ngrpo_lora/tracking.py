@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import numpy as np
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
 from ngrpo_lora.config import RunConfig
@@ -60,6 +62,16 @@ def save_scores(path: Path, prompts: Sequence[str], seeds: Sequence[int], scores
     with path.open("w") as file:
         for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             file.write(to_line({"prompt": prompt, "seed": seed} | {k: values[row] for k, values in columns.items()}))
+
+
+def read_scores(output_dir: Path) -> dict[int, dict[str, np.ndarray]]:
+    """Every evaluation of a run: scores (N,) by label, NaN where one failed, by iteration."""
+    evaluations = {}
+    for path in sorted((output_dir / "evaluations").glob("*.jsonl")):
+        rows = read_metrics(path)
+        labels = [label for label in rows[0] if label not in ("prompt", "seed")]
+        evaluations[int(path.stem)] = {label: np.array([row[label] for row in rows], dtype=float) for label in labels}
+    return evaluations
 
 
 def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
@@ -120,15 +132,23 @@ def comparison_table(runs: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-def progress_bar() -> Progress:
-    """Iterations, time left, reward and evaluations."""
-    return Progress(
-        TextColumn("[bold]{task.description}"),
+class RunProgress(Progress):
+    """The bar and its times, and below it what the last iteration came to."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """One line of columns, one of status for each task."""
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(f"  {task.fields['status']}", no_wrap=True) for task in self.tasks)
+
+
+def progress_bar() -> RunProgress:
+    """Iterations, times, and a status of any length."""
+    return RunProgress(
+        TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
         console=console,
     )

@@ -27,7 +27,7 @@ from ngrpo_lora.errors import UserError
 from ngrpo_lora.export import FILE_NAME, check_export, save_adapter
 from ngrpo_lora.noise import derive_seed, gaussian_noise
 from ngrpo_lora.optimizers import learning_rate_factor, make_optimizer
-from ngrpo_lora.prompts import Prompt, open_prompts
+from ngrpo_lora.prompts import Prompt, open_split
 from ngrpo_lora.sampling import draw, load_family
 from ngrpo_lora.scoring import Samples, ScoreCache, Scorer, combine, correlations
 from ngrpo_lora.solvers import flow_sigmas
@@ -63,6 +63,8 @@ class Trainer:
         known = [reward.key for reward in self.trained]
         watched = [*config.evaluation.rewards, *strict_reward(config)]
         self.watching = Scorer([reward for reward in watched if reward.key not in known], device)
+        caching = any(reward.cache for reward in (*self.trained, *watched))
+        self.cache = ScoreCache(self.output_dir / "scores.sqlite") if caching else None
         self.family = load_family(config.model)
         transformer = self.family.transformer
         suffixes, excluded = self.family.lora_targets(config.lora.targets)
@@ -78,8 +80,8 @@ class Trainer:
         module = registry.load(algorithms, config.algorithm.name)
         self.algorithm: Algorithm = module.Algorithm(config.algorithm, config.rollout)
         self.sigmas = flow_sigmas(config.rollout.num_steps, config.rollout.shift or self.family.settings["shift"])
-        self.prompts = open_prompts(config.prompts.train, derive_seed(config.seed, "prompts"))
-        held_out = open_prompts(config.prompts.held_out, config.evaluation.seed)
+        seed = derive_seed(config.seed, "prompts")
+        self.prompts, held_out = open_split(config.prompts, seed, config.evaluation.seed)
         self.held_out = [held_out.prompt(i) for i in range(config.evaluation.num_prompts)]
         self.iteration = self.skipped_in_a_row = 0
         if config.resume is not None:
@@ -236,7 +238,7 @@ class Trainer:
             )
         gradient = {"lora/grad_norm": sum(norms) / len(norms) if norms else float("nan")}
         rate = {"lora/learning_rate": self.optimizer.param_groups[0]["lr"]}
-        return mean_metrics(rows) | gradient | rate | {"policy/skipped_updates": float(skipped)}
+        return mean_metrics(rows, self.algorithm.metric_names) | gradient | rate | {"policy/skipped_updates": float(skipped)}
 
     def velocities(self, chunk: list[Transition], rollouts: list[Rollout], text: TextEmbeds) -> Tensor:
         """Velocities (M, C, H, W) at the starts of transitions, in one forward pass."""
@@ -280,8 +282,7 @@ class Trainer:
             text = self.family.encode(texts)
             images = draw(self.family, text, seeds, self.config.rollout.solver, self.sigmas.to(self.device))
         samples = Samples(images, texts, [prompt.metadata for prompt in self.held_out])
-        kept = ScoreCache(self.output_dir / "scores.sqlite")
-        pending = [scorer.submit(samples, kept) for scorer in (self.scorer, self.watching)]
+        pending = [scorer.submit(samples, self.cache) for scorer in (self.scorer, self.watching)]
         scores = {label: raw for wait in pending for label, raw in wait().items()}
         if broken := self.broken(scores):
             if self.iteration == 0:

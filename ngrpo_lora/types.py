@@ -73,9 +73,7 @@ class Velocities(NamedTuple):
 Metrics = dict[str, float]
 
 
-def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
-    """Average by name, but take the maximum of what is called `max_...`."""
-    if not rows:
-        return {}
-    columns = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
+def mean_metrics(rows: Sequence[Metrics], names: Sequence[str]) -> Metrics:
+    """Average by name, but take the maximum of what is called `max_...`; NaN where there are no rows."""
+    columns = {name: torch.tensor([row[name] for row in rows] or [torch.nan], dtype=torch.float64) for name in names}
     return {name: (c.max() if "max_" in name else c.mean()).item() for name, c in columns.items()}

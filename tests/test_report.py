@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ngrpo_lora.report import CAPTION_PX, CELL_PX, running_mean, save_grid, write_summary
+from ngrpo_lora.report import CAPTION_PX, CELL_PX, gain_correlations, gains, running_mean, save_grid, write_summary
+from ngrpo_lora.tracking import read_scores, save_scores
 
 COLORS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200), (200, 0, 200), (90, 90, 90), (0, 0, 0)]
 
@@ -85,3 +88,56 @@ def test_the_summary_shows_curves_and_the_pictures_before_and_after(tmp_path: Pa
     curve = (abs(pixels - np.array([31, 119, 180])) < 8).all(2).nonzero()[0]
     assert len(curve) > 100
     assert curve.max() < before.min()
+
+
+# Several rewards ----------------------------------------------------------------------------------------------------
+
+FIRST = {"a": [1.0, 2.0, 3.0, 4.0], "b": [10.0, 20.0, 30.0, math.nan], "c": [5.0, 5.0, 5.0, 5.0]}
+LAST = {"a": [2.0, 2.0, 4.0, math.nan], "b": [0.0, 20.0, 10.0, 10.0], "c": [5.0, 5.0, 5.0, 5.0]}
+
+
+def save_evaluations(output_dir: Path) -> None:
+    for step, columns in ((0, FIRST), (7, LAST)):
+        scores = {label: torch.tensor(values) for label, values in columns.items()}
+        save_scores(output_dir / "evaluations" / f"{step:06d}.jsonl", ["p", "q", "r", "s"], [5, 6, 7, 8], scores)
+
+
+def test_scores_of_evaluations_are_read_back(tmp_path: Path):
+    save_evaluations(tmp_path)
+    evaluations = read_scores(tmp_path)
+    assert list(evaluations) == [0, 7]
+    for scores, columns in zip(evaluations.values(), (FIRST, LAST), strict=True):
+        assert scores.keys() == columns.keys()
+        for label, values in columns.items():
+            np.testing.assert_array_equal(scores[label], values)
+
+
+def test_a_gain_is_paired_and_in_the_bases_deviations(tmp_path: Path):
+    save_evaluations(tmp_path)
+    curves = gains(read_scores(tmp_path))
+    assert curves["a"] == [(0, 0), (7, pytest.approx((1 + 0 + 1) / 3 / np.std(FIRST["a"])))]
+    assert curves["b"] == [(0, 0), (7, pytest.approx((-10 + 0 - 20) / 3 / np.std([10, 20, 30])))]
+    assert curves["c"] == [(0, 0), (7, 0)]
+
+
+def test_gains_that_oppose_each_other_correlate_negatively(tmp_path: Path):
+    save_evaluations(tmp_path)
+    labels, values = gain_correlations(read_scores(tmp_path))
+    assert labels == ["a", "b", "c"]
+    assert values[0, 1] == pytest.approx(np.corrcoef([1, 0, 1], [-10, 0, -20])[0, 1])
+    assert values[0, 1] < -0.8
+    assert np.isnan(values[0, 2])  # what does not change has no correlation
+
+
+def test_the_summary_of_several_rewards_has_a_line_for_each(tmp_path: Path):
+    rows = [{"step": 0, "eval/reward_mean": 0.4}, {"step": 7, "rollout/a_mean": 0.1, "eval/reward_mean": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_grid(tmp_path / "samples" / "000000.png", [solid(COLORS[3])] * 6, ["caption"] * 6)
+    with Image.open(write_summary(tmp_path)) as page:
+        height = page.height
+    save_evaluations(tmp_path)
+    with Image.open(write_summary(tmp_path)) as page:
+        assert page.height > height + 200
+        pixels = np.asarray(page.convert("RGB")).astype(int)
+    for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # matplotlib's first three
+        assert (abs(pixels - np.array(color)) < 8).all(2).sum() > 100

@@ -188,14 +188,32 @@ def test_rewards_run_beside_each_other_without_gradient():
             mine.set()
             assert other.wait(30)
             assert not torch.is_grad_enabled()
-            return [torch.get_num_threads()] * len(images)
+            return [1.0] * len(images)
 
         return score
 
     scorer.rewards["a"].function = meet(here, there)
     scorer.rewards["b"].function = meet(there, here)
     scores = scorer(SAMPLES)
-    assert scores["a"].tolist() == scores["b"].tolist() == [torch.get_num_threads()] * 6
+    assert scores["a"].tolist() == scores["b"].tolist() == [1.0] * 6
+
+
+def test_a_reward_that_is_not_async_is_never_called_twice_at_once():
+    under_way, most = 0, 0
+    scorer = Scorer([RewardConfig(name="world")])
+
+    def score(images: Any, prompts: Any, metadata: Any) -> Any:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        time.sleep(0.02)
+        under_way -= 1
+        return [0.0] * len(images)
+
+    scorer.rewards["world"].function = score
+    for wait in [scorer.submit(SAMPLES) for _ in range(4)]:
+        wait()
+    assert most == 1
 
 
 # What comes back ----------------------------------------------------------------------------------------------------

@@ -530,6 +530,8 @@ def test_a_reward_that_is_the_same_for_all_that_have_one_has_no_gradient(make_co
     trainer.run()
     row = read_rows(tmp_path / "run")[-1]
     assert (row["rollout/zero_spread_share"], row["rollout/reward_std"]) == (1, pytest.approx(0, abs=1e-12))
+    assert row.keys() >= EVERY_STEP
+    assert row["policy/entropy"] is None  # no transition was taken
     assert not seen[0].any()
     assert row["lora/grad_norm"] == 0
 

@@ -21,6 +21,9 @@ class Algorithm(Protocol):
     needs_reference: bool
     """Whether `loss` reads the base model's velocity, which costs one more forward pass a transition."""
 
+    metric_names: tuple[str, ...]
+    """The `policy/...` metrics of every `loss`."""
+
     def rollout(
         self, velocity_fn: VelocityFn, sigmas: Tensor, latent_shape: tuple[int, ...], seeds: Sequence[int]
     ) -> list[Rollout]:

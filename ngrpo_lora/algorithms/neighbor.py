@@ -94,6 +94,8 @@ class NeighborRollout(Rollout):
 class Algorithm:
     """See `_base.Algorithm` for the contract."""
 
+    metric_names = ("policy/clip_fraction", "policy/max_abs_log_ratio", "policy/entropy")
+
     def __init__(self, config: Config, rollout: RolloutConfig):
         self.config = config
         self.group_size, self.num_steps = rollout.group_size, rollout.num_steps
@@ -172,9 +174,5 @@ class Algorithm:
             drift = scale * (velocities.current - velocities.reference)
             loss = loss + config.reference_weight * drift.square().sum(dtype=torch.float64) / tau
         policy = torch.softmax(leaping_logits(candidates, anchor_old, tau), 0)
-        metrics = {
-            "policy/clip_fraction": held.double().mean().item(),
-            "policy/max_abs_log_ratio": log_ratio.detach().abs().max().item(),
-            "policy/entropy": torch.special.entr(policy).sum().item(),
-        }
-        return loss, metrics
+        values = (held.double().mean(), log_ratio.detach().abs().max(), torch.special.entr(policy).sum())
+        return loss, dict(zip(self.metric_names, (value.item() for value in values), strict=True))
