@@ -1,0 +1,48 @@
+"""CLIP score, how well an image fits its prompt: the cosine of their CLIP embeddings.
+
+Source: CLIPScore (arXiv 2104.08718) without its factor 2.5 and its floor at 0, so in [-1, 1]. The default network is
+OpenAI's ViT-L/14, which `aesthetic` shares: MIT, 428 M parameters, 0.9 GB of memory in float16.
+
+The Neighbor GRPO paper's scores, 0.36 to 0.39, fit MixGRPO's network (inferred, the paper does not name it):
+
+    {name: clip_score, path: apple/DFN5B-CLIP-ViT-H-14-378}
+
+Its licence, apple-amlr, allows research only; 987 M parameters, 2.0 GB in float16. Its images are squashed to a square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from ngrpo_lora.rewards._clip import ClipConfig, load_clip
+
+
+class Config(ClipConfig, frozen=True):
+    """CLIP score."""
+
+    path: str = Field(
+        default="openai/clip-vit-large-patch14",
+        description="A Hub id or folder with any CLIP network, or a file of weights (with processor).",
+    )
+    resize: Literal["auto", "crop", "squash"] = Field(
+        default="auto",
+        description="Of wide and tall images: the middle, or all, made square; auto: squash for DFN, else crop.",
+    )
+
+
+class Reward:
+    """Cosine of image and prompt, (B,)."""
+
+    def __init__(self, config: Config, device: str):
+        self.clip = load_clip(config, device)
+        of_path = "squash" if "DFN" in config.path else "crop"
+        self.resize: Literal["crop", "squash"] = of_path if config.resize == "auto" else config.resize
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """(B,) float32."""
+        return self.clip.cosines(images, prompts, self.resize)

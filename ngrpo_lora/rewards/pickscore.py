@@ -1,0 +1,38 @@
+"""PickScore, how much people prefer an image for a prompt: the logit of a CLIP ViT-H/14 tuned on their choices.
+
+Source: Pick-a-Pic (arXiv 2305.01569), `yuvalkirstain/PickScore_v1` with the processor of the CLIP network it started
+from. exp(logit_scale) * cosine, about 20 to 24. No setting scales it, that is what `weight` does;
+elsewhere one finds score / 26 (Flow-GRPO), (score - 18) / 8 (MixGRPO) and score / 100 (tables).
+Weights: we found no licence for them (code: MIT); 986 M parameters, 2.0 GB of memory in float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from ngrpo_lora.rewards._clip import ClipConfig, load_clip
+
+
+class Config(ClipConfig, frozen=True):
+    """PickScore."""
+
+    path: str = Field(default="yuvalkirstain/PickScore_v1", description="A Hub id or folder with the tuned network.")
+    processor: str | None = Field(
+        default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        description="A Hub id or folder with the tokenizer; null: path.",
+    )
+
+
+class Reward:
+    """exp(logit_scale) * cosine of image and prompt, (B,)."""
+
+    def __init__(self, config: Config, device: str):
+        self.clip = load_clip(config, device)
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """(B,) float32."""
+        return self.clip.logit_scale * self.clip.cosines(images, prompts, resize="crop")
