@@ -50,6 +50,7 @@ __all__ = [
     "TrainerConfig",
     "changed_keys",
     "describe",
+    "describe_reward",
     "dump_config",
     "load_config",
     "parse_config",
@@ -141,11 +142,19 @@ class PromptsConfig(Section, frozen=True):
 
     train: PromptSources = Field(
         default="world:train",
-        description="world:train, world:held_out, one task of them (world:train/color), or a UTF-8 file, one prompt a "
-        "line; or several of these with their weights, {a.txt: 3, b.txt: 1}.",
+        description="world:train, world:held_out, one task of them (world:train/color); a UTF-8 file: .txt (one prompt "
+        "a line), .jsonl, .csv, .tsv, .parquet; a dataset of the Hub, hf:owner/name?split=train; hpdv2:train, "
+        "hpdv2:test, one of its styles (hpdv2:test/anime). The column is prompt, caption or text, or named by #column; "
+        "the others are metadata. Or several of these with their weights, {a.txt: 3, b.csv#title: 1}.",
     )
-    held_out: PromptSources = Field(
-        default="world:held_out", description="Evaluation prompts, in the same form as train."
+    held_out: PromptSources | Annotated[float, Field(gt=0, lt=1)] = Field(
+        default="world:held_out",
+        description="Evaluation prompts, in the same form as train; or a fraction, such as 0.05, of the files and "
+        "datasets in train, which are then not trained on.",
+    )
+    deduplicate: bool = Field(
+        default=True,
+        description="Drop prompts of a source that differ from an earlier one in case, spaces or Unicode form only.",
     )
 
 
@@ -718,6 +727,13 @@ def describe(data: Mapping[str, Any] | None = None) -> Iterator[Option]:
     yield from _describe(RunConfig, "", name if isinstance(name, str) else "neighbor")
 
 
+def describe_reward(name: str) -> Iterator[Option]:
+    """The settings that an entry `{name: NAME, ...}` of rewards.train may have."""
+    from ngrpo_lora import rewards
+
+    yield from _describe(getattr(registry.load(rewards, name), "Config", RewardConfig), "", "neighbor")
+
+
 def _describe(model: type[Section], prefix: str, algorithm: str) -> Iterator[Option]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
@@ -742,9 +758,14 @@ def _description(model: type[BaseModel], name: str) -> str:
 
 
 def _default(field: FieldInfo) -> Any:
+    if field.is_required():
+        return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, tuple):
-        return [entry.model_dump(mode="json") if isinstance(entry, BaseModel) else entry for entry in value]
+        return [
+            entry.model_dump(mode="json", exclude_defaults=True) if isinstance(entry, BaseModel) else entry
+            for entry in value
+        ]
     return value
 
 
@@ -765,7 +786,8 @@ def _type_text(annotation: Any, limits: Sequence[Any] = ()) -> str:
         key, value = map(_type_text, arguments)
         return f"{{{key}: {value}}}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"{{{', '.join(annotation.model_fields)}}}"
+        first, second, *_ = annotation.model_fields
+        return f"{{{first}, {second}, ...}}"
     first, *rest = arguments  # a union; its limits are those of the first member
     return " | ".join([_type_text(first, limits), *map(_type_text, rest)])
 

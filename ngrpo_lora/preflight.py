@@ -12,7 +12,7 @@ from ngrpo_lora import registry
 from ngrpo_lora.checkpoint import STATE_FILE, checkpoints
 from ngrpo_lora.config import RunConfig, changed_keys, load_config
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.prompts import BUILTIN_SOURCES, read_prompt_file
+from ngrpo_lora.prompts import read_split
 
 __all__ = ["check_run"]
 
@@ -34,13 +34,10 @@ def check_run(config: RunConfig) -> None:
 
 
 def _prompts(config: RunConfig) -> Iterator[str]:
-    for key, sources in (("train", config.prompts.train), ("held_out", config.prompts.held_out)):
-        for source in [sources] if isinstance(sources, str) else sources:
-            if source not in BUILTIN_SOURCES:
-                try:
-                    read_prompt_file(source)
-                except ConfigError as error:
-                    yield f"prompts.{key} {error}"
+    try:
+        read_split(config.prompts)
+    except ConfigError as error:
+        yield from error.problems
 
 
 def _functions(config: RunConfig) -> Iterator[str]:

@@ -1,0 +1,301 @@
+"""Prompts from files and datasets: every source becomes rows, every row a `Prompt`.
+
+    mine.txt                               one prompt a line
+    mine.jsonl, mine.json                  strings, or objects with a prompt; GenEval's evaluation_metadata.jsonl is one
+    mine.csv, mine.tsv, mine.parquet       a column of prompts
+    hf:owner/name                          a dataset of the Hugging Face Hub, or a folder: hf:./folder
+    hf:owner/name?split=test&config=v2&revision=main     its split (default: train), configuration and revision
+    hpdv2:train, hpdv2:test, hpdv2:test/anime            the Human Preference Dataset v2
+
+The column is `prompt`, `caption` or `text`, in any case, else the one after a `#`: `mine.csv#Title`,
+`hf:owner/name?split=test#Title`. The others are the prompt's metadata, as far as JSON can hold them and where they are
+not null; those of CSV are text. Blank rows are skipped.
+
+HPDv2 (arXiv 2306.09341, Apache-2.0): the 103,700 training prompts are those of `train.json` (116 MB) in the Hub's
+`ymhao/HPDv2`; the 4 x 800 test prompts are the benchmark files of `zhwang/HPDv2`, where the `hpsv2` package has them
+from, with their style as metadata.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import re
+import reprlib
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.world.scenes import TASKS
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["BUILTIN_SOURCES", "Prompt", "PromptTable", "prompt_key", "read_prompts"]
+
+SPLITS = ("world:train", "world:held_out")
+BUILTIN_SOURCES = (*SPLITS, *(f"{split}/{task}" for split in SPLITS for task in TASKS))
+
+COLUMNS = ("prompt", "caption", "text")
+HUB_OPTIONS = ("split", "config", "revision")
+
+HPDV2_TRAIN = ("ymhao/HPDv2", "bb0f2563e451e11c3f376b2ba93615db00e042e1")
+HPDV2_TEST = ("zhwang/HPDv2", "b9517430f34b1080d4f741118d2a440155a165cd")
+HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
+HPDV2_SOURCES = ("hpdv2:train", "hpdv2:test", *(f"hpdv2:test/{style}" for style in HPDV2_STYLES))
+
+Rows = Iterable[tuple[str, Any]]  # where a row stands, and the row: text, or cells by column
+
+
+class Prompt(NamedTuple):
+    """What to draw, and what rewards are told beside it."""
+
+    text: str
+    metadata: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """The prompts of one source, in its order, and how many rows were left out."""
+
+    prompts: list[Prompt]
+    num_blank: int = 0
+    num_duplicates: int = 0
+
+
+def prompt_key(text: str) -> str:
+    """What equal prompts have in common: NFKC, without case, single spaces."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def read_prompts(source: str, deduplicate: bool = True) -> PromptTable:
+    """All prompts of a file or a dataset.
+
+    Args:
+        source: one of the forms above.
+        deduplicate: keep only the first of several prompts with the same `prompt_key`.
+    Raises:
+        ConfigError: no such source, not readable, not what its name says, no column of prompts, or no prompt in it.
+    """
+    rows, column = _rows(source)
+    prompts: list[Prompt] = []
+    num_blank = 0
+    for place, row in rows:
+        text, metadata = row, {}
+        if isinstance(row, dict):
+            name = _column(row, column, f"{place} of {source!r}")
+            text = row[name]
+            metadata = {key: value for key, value in row.items() if key != name and value is not None}
+        if text is None or (isinstance(text, str) and not text.strip()):
+            num_blank += 1
+        elif isinstance(text, str):
+            prompts.append(Prompt(text.strip(), metadata))
+        else:
+            raise ConfigError(f"must hold prompts as text, but {place} of {source!r} holds {reprlib.repr(text)}")
+    if not prompts:
+        raise ConfigError(f"must hold at least one prompt, but {source!r} is empty")
+    kept = list({prompt_key(prompt.text): prompt for prompt in reversed(prompts)}.values())[::-1]
+    if not deduplicate or len(kept) == len(prompts):
+        return PromptTable(prompts, num_blank)
+    return PromptTable(kept, num_blank, len(prompts) - len(kept))
+
+
+def _rows(source: str) -> tuple[Rows, str]:
+    """The rows of a source, and the column that it names."""
+    if source in HPDV2_SOURCES:
+        return _hpdv2(source), ""
+    if source.startswith("hf:"):
+        name, _, column = source.removeprefix("hf:").partition("#")
+        return _hub_dataset(name), column
+    path, column = source, ""
+    if "#" in source and not Path(source).exists():
+        path, _, column = source.rpartition("#")
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        close = difflib.get_close_matches(source, BUILTIN_SOURCES + HPDV2_SOURCES, n=1, cutoff=0.8)
+        raise ConfigError(
+            f"must be {', '.join(SPLITS)}, one task of them ({SPLITS[0]}/{TASKS[0]}), hpdv2:train, hpdv2:test, "
+            f"hf:owner/name or a text file (.txt, .jsonl, .csv, .tsv, .parquet), but there is no file {path!r}"
+            + (f"; did you mean {close[0]}?" if close else "")
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"must be a readable text file, but {path!r} is not: {error.strerror}") from None
+    suffix = Path(path).suffix.lower()
+    if suffix == ".parquet":
+        return _parquet(data, path), column
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"must be a UTF-8 text file, but byte {error.start} of {path!r} is not UTF-8; save it as UTF-8"
+        ) from None
+    match suffix:
+        case ".jsonl":
+            return _json_lines(text, path), column
+        case ".json":
+            return _json_array(text, path), column
+        case ".csv" | ".tsv":
+            return _csv(text, path, "\t" if suffix == ".tsv" else ","), column
+    if column:
+        raise ConfigError(f"must name a column only of a table, but {path!r} is a text file; drop #{column}")
+    return _lines(text), column
+
+
+def _column(row: dict[str, Any], wanted: str, place: str) -> str:
+    """The column of prompts: the wanted one, else the first of `COLUMNS` that is there."""
+    if wanted in row:
+        return wanted
+    if not wanted:
+        by_name = {name.casefold(): name for name in reversed(row)}
+        for name in COLUMNS:
+            if name in by_name:
+                return by_name[name]
+        raise ConfigError(
+            f"must have a column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}, but {place} has "
+            f"{', '.join(row) or 'none'}; name another one after the source, with #COLUMN"
+        )
+    close = difflib.get_close_matches(wanted, row, n=1)
+    hint = f"; did you mean #{close[0]}?" if close else f"; name one of them with #{next(iter(row), 'COLUMN')}"
+    raise ConfigError(f"must have the column {wanted!r}, but {place} has {', '.join(row) or 'none'}{hint}")
+
+
+def _lines(text: str) -> Iterator[tuple[str, str]]:
+    # Not str.splitlines, which also breaks at characters that JSON and prompts may hold.
+    for number, line in enumerate(re.split(r"\r\n?|\n", text.removesuffix("\n").removesuffix("\r")), 1):
+        yield f"line {number}", line
+
+
+def _json_lines(text: str, path: str) -> Rows:
+    for place, line in _lines(text):
+        try:
+            yield place, json.loads(line) if line.strip() else line
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"must hold a JSON object or string on every line, but {place} of {path!r} is not JSON: "
+                f"{error.msg} at column {error.colno}; correct the line"
+            ) from None
+
+
+def _json_array(text: str, path: str) -> Rows:
+    try:
+        rows = json.loads(text or "[]")
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"must be JSON, but {path!r} is not: {error}; correct it") from None
+    if not isinstance(rows, list):
+        raise ConfigError(f"must be a JSON array of objects or strings, but {path!r} is not one")
+    return ((f"entry {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _csv(text: str, path: str, delimiter: str) -> Rows:
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise ConfigError(
+                    f"must have as many cells in a row as in its header, but line {reader.line_num} of {path!r} has "
+                    "more; put a cell that holds the separator in quotes"
+                )
+            yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        raise ConfigError(
+            f"must be a table, but {path!r} is faulty after line {reader.line_num}: {error}; check its quotes"
+        ) from None
+
+
+def _parquet(data: bytes, path: str) -> Rows:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(_needs("pyarrow", path)) from None
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        table = file.read(_plain_columns(file.schema_arrow))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"must be a parquet file, but {path!r} is not: {_first_line(error)}") from None
+    return _table_rows(table)
+
+
+def _hub_dataset(name: str) -> Rows:
+    """One split of a dataset, through the `datasets` library: from the Hub, its cache, or a folder."""
+    path, _, query = name.partition("?")
+    options = {key: value for key, _, value in (option.partition("=") for option in query.split("&") if option)}
+    if not path or not options.keys() <= set(HUB_OPTIONS):
+        raise ConfigError(
+            f"must look like hf:owner/name?split=train&config=en#column ({', '.join(HUB_OPTIONS)}), got 'hf:{name}'"
+        )
+    try:
+        import datasets
+        import datasets.exceptions
+    except ImportError:
+        raise ConfigError(_needs("datasets", f"hf:{name}")) from None
+    try:
+        dataset = datasets.load_dataset(
+            path, options.get("config"), split=options.get("split", "train"), revision=options.get("revision")
+        )
+        columns = _plain_columns(dataset.features.arrow_schema)
+        table = dataset.select_columns(columns).with_format("arrow")[:]
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(
+            f"must be a dataset that can be loaded, but 'hf:{name}' cannot: {_first_line(error)}; correct its name, "
+            "split, config or revision, or the connection to the Hub"
+        ) from None
+    return _table_rows(table)
+
+
+def _plain_columns(schema: pyarrow.Schema) -> list[str]:
+    """Columns of text, numbers, truth values and lists or structures of them: no images, no dates."""
+    from pyarrow import types
+
+    def is_plain(kind: pyarrow.DataType) -> bool:
+        if types.is_nested(kind):
+            return all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
+        if types.is_dictionary(kind):
+            return is_plain(kind.value_type)
+        checks = (types.is_string, types.is_large_string, types.is_boolean, types.is_integer, types.is_floating)
+        return any(check(kind) for check in (*checks, types.is_null))
+
+    return [field.name for field in schema if is_plain(field.type)]
+
+
+def _table_rows(table: pyarrow.Table) -> Rows:
+    return ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1))
+
+
+def _hpdv2(source: str) -> Rows:
+    from huggingface_hub import hf_hub_download
+
+    def load(repo: str, revision: str, file: str) -> Any:
+        try:
+            path = hf_hub_download(repo, file, repo_type="dataset", revision=revision)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"must be reachable, but {source!r} needs {file} of the Hub's {repo}, which cannot be had: "
+                f"{_first_line(error)}; check the connection, or HF_ENDPOINT and HF_HOME"
+            ) from None
+        return json.loads(Path(path).read_bytes())
+
+    if source == "hpdv2:train":  # a row for every comparison
+        yield from (
+            ("train.json", text) for text in dict.fromkeys(row["prompt"] for row in load(*HPDV2_TRAIN, "train.json"))
+        )
+        return
+    for style in HPDV2_STYLES:
+        if source in ("hpdv2:test", f"hpdv2:test/{style}"):
+            for text in load(*HPDV2_TEST, f"benchmark/{style}.json"):
+                yield f"{style}.json", {"prompt": text, "style": style}
+
+
+def _needs(package: str, source: str) -> str:
+    remedy = "pip install 'ngrpo-lora[datasets]'"
+    return f"must be readable here, but {source!r} needs {package}, which is not installed; {remedy}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
