@@ -105,7 +105,7 @@ def write_summary(output_dir: Path) -> Path:
     grids = sorted((output_dir / "samples").glob("*.png"))
     heights = [1.1, *([0.9] if several else []), 1, 1]
     figure = plt.figure(figsize=(9.6, 3.1 * len(heights) + 3.2), layout="constrained")
-    parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights))
+    parts = iter(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     draw_curve(next(parts).subplots(), rows, output_dir.name)
     if several:
         left, right = next(parts).subplots(1, 2, width_ratios=[1.5, 1])
@@ -123,16 +123,17 @@ def write_summary(output_dir: Path) -> Path:
     return path
 
 
-def draw_curve(axis: Axes, rows: Sequence[dict[str, Any]], title: str) -> None:
+def draw_curve(axis: Axes, rows: list[dict[str, Any]], title: str) -> None:
     """Training reward with its running mean, held-out reward and strict accuracy."""
     training = series(rows, "rollout/reward_mean")
     width = len(training) // 10
-    for points, label, style in (
+    lines: list[tuple[Sequence[tuple[float, float]], str, dict[str, Any]]] = [
         (training, "training reward", {"color": "0.7", "linewidth": 1}),
         (running_mean(training, width) if width > 1 else [], f"training reward, mean of {width}", {"color": "0.3"}),
         (series(rows, "eval/reward_mean"), "held-out reward", {"color": "tab:blue", "marker": "o"}),
         (series(rows, "eval/strict_accuracy"), "held-out strict accuracy", {"color": "tab:green", "marker": "s"}),
-    ):
+    ]
+    for points, label, style in lines:
         if points:
             axis.plot(*zip(*points, strict=True), label=label, **style)
     axis.set(xlabel="iteration", title=title)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -55,6 +57,35 @@ def draw(
     return images
 
 
+class Sampler:
+    """A model, with an adapter or without, that draws as its settings say."""
+
+    def __init__(self, info: AdapterInfo, adapter: str | Path | None = None, strength: float = 1.0):
+        self.family, self.solver = load_family(info.model), info.rollout.solver
+        if adapter is not None:
+            self.family.load_adapter(str(adapter), strength)
+        shift = info.rollout.shift or self.family.settings["shift"]
+        self.sigmas = flow_sigmas(info.rollout.num_steps, shift).to(resolve_device(info.model.device))
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image.Image]:
+        """One image per prompt and seed, each drawn when it is asked for."""
+        for prompt, rows in groupby(zip(prompts, seeds, strict=True), itemgetter(0)):
+            text = self.family.encode([prompt])
+            for _, seed in rows:
+                yield from draw(self.family, text, [seed], self.solver, self.sigmas)
+
+
+def drawing_settings(adapter: str | Path | None, model: str | None, device: str = "auto") -> AdapterInfo:
+    """What an adapter was trained with, or the defaults; `model` replaces the base that it names.
+
+    Raises:
+        UserError: not an adapter.
+    """
+    info = read_adapter(adapter) if adapter is not None else AdapterInfo(ModelConfig(), RolloutConfig())
+    config = info.model.model_copy(update={"device": device} | ({"path": model} if model else {}))
+    return AdapterInfo(config, info.rollout)
+
+
 def sample_images(
     adapter: str | Path | None,
     model: str | None,
@@ -71,12 +102,5 @@ def sample_images(
     Raises:
         UserError: no such model, or a file that is no adapter, or fits no layer of the model.
     """
-    info = read_adapter(adapter) if adapter is not None else AdapterInfo(ModelConfig(), RolloutConfig())
-    config = info.model.model_copy(update={"device": "auto"} | ({"path": model} if model else {}))
-    family = load_family(config)
-    if adapter is not None:
-        family.load_adapter(str(adapter), strength)
-    shift = info.rollout.shift or family.settings["shift"]
-    sigmas = flow_sigmas(info.rollout.num_steps, shift).to(resolve_device("auto"))
-    rows = [prompt for prompt in prompts for _ in seeds]
-    return draw(family, family.encode(rows), [*seeds] * len(prompts), info.rollout.solver, sigmas)
+    sampler = Sampler(drawing_settings(adapter, model), adapter, strength)
+    return list(sampler([prompt for prompt in prompts for _ in seeds], [*seeds] * len(prompts)))

@@ -51,8 +51,8 @@ class Samples:
         return len(self.images)
 
     def __getitem__(self, rows: Sequence[int]) -> Samples:
-        columns = ([column[row] for row in rows] for column in (self.images, self.prompts, self.metadata))
-        return Samples(*columns, self.group_size)
+        images = [self.images[row] for row in rows]
+        return Samples(images, [self.prompts[r] for r in rows], [self.metadata[r] for r in rows], self.group_size)
 
 
 class Scorer:

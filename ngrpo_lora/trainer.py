@@ -27,7 +27,7 @@ from ngrpo_lora.errors import UserError
 from ngrpo_lora.export import FILE_NAME, check_export, save_adapter
 from ngrpo_lora.noise import derive_seed, gaussian_noise
 from ngrpo_lora.optimizers import learning_rate_factor, make_optimizer
-from ngrpo_lora.prompts import Prompt, open_split
+from ngrpo_lora.prompts import Prompt, count_longer, open_split
 from ngrpo_lora.sampling import draw, load_family
 from ngrpo_lora.scoring import Samples, ScoreCache, Scorer, combine, correlations
 from ngrpo_lora.solvers import flow_sigmas
@@ -83,6 +83,7 @@ class Trainer:
         seed = derive_seed(config.seed, "prompts")
         self.prompts, held_out = open_split(config.prompts, seed, config.evaluation.seed)
         self.held_out = [held_out.prompt(i) for i in range(config.evaluation.num_prompts)]
+        self.warn_of_long_prompts()
         self.iteration = self.skipped_in_a_row = 0
         if config.resume is not None:
             self.restore(checkpoint.load(config.resume, self.output_dir, str(self.device)))
@@ -139,6 +140,13 @@ class Trainer:
         report.write_summary(self.output_dir)
         console.print(closing(self.output_dir, adapter))
         return evaluation
+
+    def warn_of_long_prompts(self) -> None:
+        """Say which encoder reads only the beginnings of some of the first thousand prompts or of the held-out ones."""
+        texts = list({prompt.text for prompt in (*map(self.prompts.prompt, range(1000)), *self.held_out)})
+        for name, (tokenizer, limit) in self.family.tokenizers().items():
+            if longer := count_longer(texts, tokenizer, limit):
+                log.warning("%s reads %d tokens: %d of %d prompts are cut there", name, limit, longer, len(texts))
 
     def prompt_indices(self) -> range:
         """Positions of this iteration's prompts in the source."""
@@ -238,7 +246,12 @@ class Trainer:
             )
         gradient = {"lora/grad_norm": sum(norms) / len(norms) if norms else float("nan")}
         rate = {"lora/learning_rate": self.optimizer.param_groups[0]["lr"]}
-        return mean_metrics(rows, self.algorithm.metric_names) | gradient | rate | {"policy/skipped_updates": float(skipped)}
+        return (
+            mean_metrics(rows, self.algorithm.metric_names)
+            | gradient
+            | rate
+            | {"policy/skipped_updates": float(skipped)}
+        )
 
     def velocities(self, chunk: list[Transition], rollouts: list[Rollout], text: TextEmbeds) -> Tensor:
         """Velocities (M, C, H, W) at the starts of transitions, in one forward pass."""

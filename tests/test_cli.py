@@ -57,7 +57,7 @@ def test_help_names_the_commands_and_loads_no_model_library(tmp_path: Path):
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    for command in ("train", "sample", "compare", "config"):
+    for command in ("train", "sample", "score", "compare", "curves", "config"):
         assert command in result.stdout
 
 
@@ -258,10 +258,10 @@ def test_sample_refuses_bad_input(words: list[str], part: str, tmp_path: Path, m
     assert part in refuse("sample", *words)
 
 
-# compare ------------------------------------------------------------------------------------------------------------
+# curves -------------------------------------------------------------------------------------------------------------
 
 
-def test_compare_prints_a_table_and_draws_the_curves(tmp_path: Path):
+def test_curves_prints_a_table_and_draws_the_curves(tmp_path: Path):
     for name, after in (("one", 0.75), ("two", 0.5)):
         rows = [
             {"step": 0, "eval/reward_mean": 0.25, "eval/strict_accuracy": 0.1, "time/evaluation_s": 30.0},
@@ -271,14 +271,14 @@ def test_compare_prints_a_table_and_draws_the_curves(tmp_path: Path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves = tmp_path / "new" / "curves.png"
-    result = CliRunner().invoke(app, ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(curves)])
+    result = CliRunner().invoke(app, ["curves", str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(curves)])
     assert result.exit_code == 0, result.output
     assert "| one | 2 | 2.0 | 0.250 → 0.750 | 10.0% → 37.5% |" in result.stdout
     assert "| two | 2 | 2.0 | 0.250 → 0.500 | 10.0% → 25.0% |" in result.stdout
     assert Image.open(curves).size[0] > 500
 
 
-def test_compare_needs_runs(tmp_path: Path):
-    assert "holds no metrics.jsonl" in refuse("compare", str(tmp_path))
+def test_curves_needs_runs(tmp_path: Path):
+    assert "holds no metrics.jsonl" in refuse("curves", str(tmp_path))
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/rew')  # killed in the first evaluation's line
-    assert "has no metrics yet" in refuse("compare", str(tmp_path))
+    assert "has no metrics yet" in refuse("curves", str(tmp_path))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.errors import UserError
 from ngrpo_lora.devices import resolve_device, resolve_dtype
+from ngrpo_lora.errors import UserError
 from ngrpo_lora.sampling import load_family
 
 

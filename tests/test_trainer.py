@@ -258,6 +258,17 @@ def test_evaluation_draws_fixed_seeds_with_the_averaged_weights(finished_run: Fi
     assert row["eval/reward_mean"] != pytest.approx(redness(), abs=1e-9)
 
 
+def test_prompts_that_an_encoder_cuts_are_counted(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "prompts.txt").write_text("a red star\na red star and a blue circle\n" + "a red star and " * 40)
+    (tmp_path / "held_out.txt").write_text("a red star")
+    sources = [f"prompts.{key}={tmp_path / name}.txt" for key, name in (("train", "prompts"), ("held_out", "held_out"))]
+    Trainer(make_config(tmp_path / "run", *sources, "model.max_sequence_length=6"))
+    assert "T5 reads 6 tokens: 2 of 3 prompts are cut there" in caplog.text
+    assert "CLIP reads 16 tokens: 1 of 3 prompts are cut there" in caplog.text
+
+
 # Memory levers ------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from ngrpo_lora.types import TextEmbeds
 
 
 class Family(Protocol):
-    """One flow model behind five verbs. Latents are unpacked (B, C, H, W) float32, noise at sigma 1."""
+    """One flow model behind a few verbs. Latents are unpacked (B, C, H, W) float32, noise at sigma 1."""
 
     transformer: Any
     """The diffusers model (an nn.Module) that velocities come from and the adapter is put on."""
@@ -33,6 +33,10 @@ class Family(Protocol):
 
     def lora_targets(self, targets: str) -> tuple[list[str], list[str]]:
         """(suffixes to adapt, full names to leave out) of `lora.targets`."""
+        ...
+
+    def tokenizers(self) -> dict[str, tuple[Any, int]]:
+        """By name: each tokenizer and how many tokens of a prompt reach its encoder."""
         ...
 
     def encode(self, prompts: list[str]) -> TextEmbeds:

@@ -74,6 +74,11 @@ class Family:
         """Block layers only; `proj_out` is also the name of the model's last layer, which stays as it is."""
         return (ATTENTION + FEED_FORWARD, ["proj_out"]) if targets == "attention+feed_forward" else (ATTENTION, [])
 
+    def tokenizers(self) -> dict[str, tuple[Any, int]]:
+        """CLIP's, of whose 77 tokens one state is left, and T5's."""
+        clip, t5 = self.pipeline.tokenizer, self.pipeline.tokenizer_2
+        return {"CLIP": (clip, clip.model_max_length), "T5": (t5, int(self.settings["max_sequence_length"]))}
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> TextEmbeds:
         """T5 states and CLIP's pooled state."""

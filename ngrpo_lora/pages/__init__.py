@@ -1,0 +1,77 @@
+"""Two pages of a comparison, each one file that asks for nothing else: side by side, and a blind vote.
+
+Scripts and styles lie beside this file; pictures are embedded. A content security policy forbids every request.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["ballots", "write"]
+
+HERE = Path(__file__).parent
+LOSSLESS_PX = 256  # pictures up to this size are embedded without loss
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Write `side_by_side.html` and `blind.html`.
+
+    Args:
+        results: what `results.json` holds; its pictures' files are relative to `folder`.
+    """
+    files = [file for picture in results["pictures"] for file in picture["files"].values()]
+    images = {file: data_uri(folder / file) for file in files}
+    title = f"{', '.join(results['labels'][1:])} against {results['labels'][0]}"
+    _fill(folder / "side_by_side.html", title, results | {"images": images})
+    _fill(folder / "blind.html", "Which picture is better?", ballots(results) | {"images": images})
+
+
+def ballots(results: dict[str, Any]) -> dict[str, Any]:
+    """For each adapter its pairs with the reference in random order, in one half of them on the left.
+
+    The same comparison is shuffled the same way, so that a page that is written again goes on with its votes.
+    """
+    reference, *others = results["labels"]
+    shuffle_seed, found = int(results["comparison"], 16), []
+    for number, label in enumerate(others):
+        rng = np.random.default_rng([shuffle_seed, number])
+        order, flipped = (rng.permutation(len(results["pictures"])).tolist() for _ in range(2))
+        pairs = []
+        for row, position in zip(order, flipped, strict=True):
+            picture, side = results["pictures"][row], ("left", "right")[position % 2]
+            sides = {side: label, ("left", "right")[1 - position % 2]: reference}
+            pair = {where: picture["files"][who] for where, who in sides.items()}
+            pairs.append(pair | {"prompt": picture["prompt"], "seed": picture["seed"], "side": side})
+        found.append({"label": label, "reference": reference, "pairs": pairs})
+    return {"comparison": results["comparison"], "shuffle_seed": shuffle_seed, "ballots": found}
+
+
+def data_uri(path: Path) -> str:
+    """A picture as WebP in text form, without loss where it is small."""
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").save(buffer, "WEBP", quality=90, lossless=max(image.size) <= LOSSLESS_PX)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _fill(path: Path, title: str, data: dict[str, Any]) -> None:
+    """Put style, script and data into the template of the same name."""
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # no prompt can end the script element
+    template = Template((HERE / path.name).read_text(encoding="utf-8"))
+    style, script = (HERE / name for name in ("style.css", f"{path.stem}.js"))
+    filled = template.substitute(
+        title=html.escape(title),
+        style=style.read_text(encoding="utf-8"),
+        script=script.read_text(encoding="utf-8"),
+        data=text,
+    )
+    path.write_text(filled, encoding="utf-8")

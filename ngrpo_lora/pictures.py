@@ -1,0 +1,150 @@
+"""Pictures on disk and what they should show: files, folders and grids in; PNG files that know their prompt out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from ngrpo_lora.errors import ConfigError, UserError
+
+__all__ = ["Picture", "collect", "read_png_text", "save_png"]
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file, or a cell of one, with its prompt and what else its folder's metadata.jsonl says of it."""
+
+    path: Path
+    prompt: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    box: tuple[int, int, int, int] | None = None
+    """Left, upper, right, lower in pixels; None is the whole file."""
+
+    @property
+    def name(self) -> str:
+        """The file's path, and the upper left corner of a cell: `grid.png#64,0`."""
+        return str(self.path) if self.box is None else f"{self.path}#{self.box[0]},{self.box[1]}"
+
+    def load(self) -> Image.Image:
+        """The pixels, RGB, upright.
+
+        Raises:
+            UserError: not an image, or a damaged one.
+        """
+        try:
+            with Image.open(self.path) as file:
+                image = ImageOps.exif_transpose(file).convert("RGB")
+        except UNREADABLE as error:
+            raise UserError(f"{str(self.path)!r} must be a readable image, but it is not: {error}") from None
+        return image if self.box is None else image.crop(self.box)
+
+
+def collect(sources: Sequence[Path], prompt: str | None = None, grid: tuple[int, int] | None = None) -> list[Picture]:
+    """The pictures of files and folders, in order; each is read once, so that a bad one is known at once.
+
+    Args:
+        prompt: what all of them should show. None: what each says itself, in this order: `name.txt` beside it, its
+            line of `metadata.jsonl` in its folder (`{"file_name": ..., "prompt": ...}`), or its own PNG text, which
+            counts only with a seed beside it (ComfyUI keeps a graph under `prompt`).
+        grid: (rows, columns) of equal cells in every file; each cell is a picture.
+    Raises:
+        UserError: nothing there, not an image, a grid that does not divide it, or metadata.jsonl that is malformed.
+    """
+    paths = list(_files(sources))
+    folders = {folder: _folder_metadata(folder) for folder in {path.parent for path in paths}}
+    return [cell for path in paths for cell in _cells(_described(path, folders[path.parent], prompt), grid)]
+
+
+def _files(sources: Sequence[Path]) -> Iterator[Path]:
+    for source in sources:
+        if source.is_dir():
+            found = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
+            if not found:
+                raise ConfigError(f"SOURCE must hold pictures ({', '.join(SUFFIXES)}), but {str(source)!r} has none")
+            yield from found
+        elif source.is_file():
+            yield source
+        else:
+            raise ConfigError(f"SOURCE must be a picture, a folder of them, or a run, but {str(source)!r} is not there")
+
+
+def _described(path: Path, folder: dict[str, dict[str, Any]], prompt: str | None) -> Picture:
+    metadata = dict(folder.get(path.name, {}))
+    own, sidecar = metadata.pop("prompt", None), path.with_suffix(".txt")
+    if prompt is None and sidecar.is_file():
+        try:
+            prompt = sidecar.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{str(sidecar)!r} must be readable UTF-8 text, but it is not: {error}") from None
+    if prompt is None:
+        prompt = own
+    if prompt is None:
+        text = read_png_text(path)
+        prompt = text["prompt"] if {"prompt", "seed"} <= text.keys() else None
+    return Picture(path, prompt or None, metadata)
+
+
+def _folder_metadata(folder: Path) -> dict[str, dict[str, Any]]:
+    """The lines of `metadata.jsonl` by file name, as Hugging Face's image folders have them."""
+    path = folder / "metadata.jsonl"
+    rows: dict[str, dict[str, Any]] = {}
+    if not path.is_file():
+        return rows
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                rows[row.pop("file_name")] = row
+                if not isinstance(row.get("prompt"), str | None):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, AttributeError):
+                form = '{"file_name": "a.png", "prompt": "a cat"}'
+                raise ConfigError(f"{path} must hold lines like {form}, but line {number} is {line:.80}") from None
+    return rows
+
+
+def _cells(picture: Picture, grid: tuple[int, int] | None) -> Iterator[Picture]:
+    """The picture itself, or its cells row by row."""
+    width, height = picture.load().size
+    if grid is None:
+        yield picture
+        return
+    rows, columns = grid
+    if width % columns or height % rows:
+        raise ConfigError(
+            f"--grid {rows}x{columns} (rows x columns) must divide the picture, but {str(picture.path)!r} is "
+            f"{width} x {height} px"
+        )
+    cell_width, cell_height = width // columns, height // rows
+    for y in range(0, height, cell_height):
+        for x in range(0, width, cell_width):
+            box = (x, y, x + cell_width, y + cell_height)
+            yield Picture(picture.path, picture.prompt, picture.metadata, box)
+
+
+def save_png(path: Path, image: Image.Image, text: dict[str, str]) -> None:
+    """Write a PNG file with text chunks, whole or not at all."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    partial = path.with_suffix(".partial")
+    image.save(partial, "PNG", pnginfo=info)
+    partial.replace(path)
+
+
+def read_png_text(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG file; none where it is no such file."""
+    try:
+        with Image.open(path) as image:
+            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+    except UNREADABLE:
+        return {}
