@@ -267,20 +267,24 @@ class ModelRewardConfig(RewardConfig, frozen=True):
     offload: bool = Field(default=False, description="Keep the network in system memory between uses.")
 
 
-def _load_reward(value: Any) -> Any:
-    """Validate an entry with the `Config` of the file that it names; a plain string is the name."""
+def _reward_class(name: Any) -> type[RewardConfig]:
+    """The `Config` of the file of that name; of a function, or of no reward at all, RewardConfig."""
     from ngrpo_lora import rewards
 
+    if not isinstance(name, str) or ":" in name or name not in registry.names(rewards):
+        return RewardConfig
+    return getattr(registry.load(rewards, name), "Config", RewardConfig)
+
+
+def _load_reward(value: Any) -> Any:
+    """Validate an entry with the settings of the reward that it names; a plain string is the name."""
     if isinstance(value, RewardConfig):
         return value
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):
         raise ValueError(f"must be a name or a mapping with one, got {value!r}")
-    name = value.get("name")
-    if not isinstance(name, str) or ":" in name or name not in registry.names(rewards):
-        return RewardConfig.model_validate(value)  # a function, or no reward at all: the field says so
-    return getattr(registry.load(rewards, name), "Config", RewardConfig).model_validate(value)
+    return _reward_class(value.get("name")).model_validate(value)
 
 
 def _distinct(rewards: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
@@ -620,7 +624,8 @@ def _problems(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
         parts = [str(part) for part in detail["loc"]]
         if detail["type"] == "extra_forbidden":
             key = ".".join(parts)
-            lines[key] = [(f"unknown key {key}{_nearest_key(key, list(options))}", None)]
+            near = _nearest_key(key, [*options, *_reward_keys(parts, data)])
+            lines[key] = [(f"unknown key {key}{near}", None)]
             continue
         # Drop what pydantic appends for the branches of a union: they are no keys.
         while parts and not parts[-1].isdigit() and ".".join(parts) not in options and not _in_reward(parts):
@@ -644,6 +649,14 @@ def _problems(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
 def _in_reward(parts: Sequence[str]) -> bool:
     """Whether a key lies within an entry of a list of rewards."""
     return len(parts) > 3 and tuple(parts[:2]) in (("rewards", "train"), ("evaluation", "rewards"))
+
+
+def _reward_keys(parts: Sequence[str], data: Mapping[str, Any]) -> Iterator[str]:
+    """The keys that the reward around a key may have; none where there is no reward around it."""
+    if _in_reward(parts):
+        section = _reward_section(data["rewards"]) if parts[0] == "rewards" else data["evaluation"]
+        entry = _listed(section[parts[1]])[int(parts[2])]
+        yield from (".".join([*parts[:3], name]) for name in _reward_class(entry["name"]).model_fields)
 
 
 _RULES = {
@@ -693,8 +706,6 @@ def _nearest_key(key: str, keys: Sequence[str]) -> str:
     """The known key with the same last part, else the one whose last part is spelt most alike, in words."""
     prefix, _, leaf = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == prefix}
-    if _in_reward(key.split(".")):
-        siblings = {name: f"{prefix}.{name}" for name in ModelRewardConfig.model_fields}
     leaves = {k.rpartition(".")[2]: k for k in keys}
     for known in (siblings, leaves):
         close = difflib.get_close_matches(leaf, known, n=1, cutoff=0.6)
@@ -729,9 +740,7 @@ def describe(data: Mapping[str, Any] | None = None) -> Iterator[Option]:
 
 def describe_reward(name: str) -> Iterator[Option]:
     """The settings that an entry `{name: NAME, ...}` of rewards.train may have."""
-    from ngrpo_lora import rewards
-
-    yield from _describe(getattr(registry.load(rewards, name), "Config", RewardConfig), "", "neighbor")
+    yield from _describe(_reward_class(name), "", "neighbor")
 
 
 def _describe(model: type[Section], prefix: str, algorithm: str) -> Iterator[Option]:
