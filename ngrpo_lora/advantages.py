@@ -43,6 +43,15 @@ def group_advantages(
     return torch.where(informative, count.sqrt() * scaled / norm.where(informative, 1.0), 0.0)
 
 
+def batch_deviation(rewards: Tensor, valid: Tensor) -> float:
+    """Standard deviation of valid rewards about their group's mean, over all groups: (P, G) -> scalar.
+
+    It measures rewards on their own scale; 0 where all groups are flat.
+    """
+    kept = rewards.double().where(valid, torch.nan)
+    return (kept - kept.nanmean(1, keepdim=True)).square().nanmean().sqrt().nan_to_num().item()
+
+
 def reward_spread(rewards: Tensor, valid: Tensor) -> Tensor:
     """Largest minus smallest valid reward of each group, (P, G) -> (P, 1); -inf where none is valid."""
     low = rewards.where(valid, torch.inf).amin(1, keepdim=True)

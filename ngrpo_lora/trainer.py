@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ngrpo_lora import algorithms, checkpoint, lora, registry, report
-from ngrpo_lora.advantages import reward_spread
+from ngrpo_lora.advantages import batch_deviation, reward_spread
 from ngrpo_lora.algorithms._base import Algorithm
 from ngrpo_lora.config import RewardConfig, RunConfig, dump_config
 from ngrpo_lora.devices import resolve_device
@@ -317,7 +317,6 @@ class Trainer:
 
     def describe(self, batch: RewardBatch) -> Metrics:
         """Reward statistics over all valid samples; a group of equal rewards has zero spread."""
-        kept = batch.rewards.where(batch.valid, torch.nan)
         spread = reward_spread(batch.rewards, batch.valid)
         means = {label: scores.nanmean().item() for label, scores in batch.scores.items()}
         raw = {f"rollout/{label}_mean": mean for label, mean in means.items()}
@@ -327,7 +326,7 @@ class Trainer:
             raw |= {f"rollout/correlation/{pair}": value for pair, value in correlations(batch.scores).items()}
         return raw | {
             "rollout/reward_mean": self.weighted(means),
-            "rollout/reward_std": (kept - kept.nanmean(1, keepdim=True)).square().nanmean().sqrt().item(),
+            "rollout/reward_std": batch_deviation(batch.rewards, batch.valid),
             "rollout/zero_spread_share": (spread <= 0).double().mean().item(),
             "rollout/failed_share": (~batch.valid).double().mean().item(),
         }

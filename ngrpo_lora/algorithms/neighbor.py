@@ -9,7 +9,8 @@ Departures from the paper:
   candidate itself, whatever the solver.
 - The B * K transitions may be spread over several optimizer updates, and a pull towards the base model
   (the KL term of Eq. 4, as a squared displacement) may be added. Both are off by default.
-- A group without advantages gives no transition; `scale_rewards: none` leaves the advantages on the reward's scale.
+- A group without advantages gives no transition; with `scale_rewards: batch` a group counts the more, the more its
+  rewards differ.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ngrpo_lora.advantages import group_advantages
+from ngrpo_lora.advantages import batch_deviation, group_advantages
 from ngrpo_lora.config import AlgorithmConfig, RolloutConfig
 from ngrpo_lora.noise import derive_seed, gaussian_noise, neighbor_noise
 from ngrpo_lora.solvers import SOLVERS, VelocityFn
@@ -54,10 +55,14 @@ class Config(AlgorithmConfig, frozen=True):
         "one_step", description="Old anchor: its one-step transition under old weights, or the rollout's own point."
     )
     advantage_p: float = Field(2.0, gt=0, le=2, description="Quasi-norm of the advantages (p, Eq. 11); 2: standard.")
-    scale_rewards: Literal["group", "none"] = Field(
-        "group", description="Divide a group's centred rewards by their quasi-norm (Eq. 11), or leave their scale."
+    scale_rewards: Literal["group", "batch"] = Field(
+        "group",
+        description="Divide a group's centred rewards by their own quasi-norm (Eq. 11), or by the standard deviation "
+        "of all groups of the iteration.",
     )
-    min_reward_spread: float = Field(0.0, ge=0, description="A group whose rewards lie closer than this is skipped.")
+    min_reward_spread: float = Field(
+        0.0, ge=0, description="A group whose rewards all lie within so many of these deviations is skipped."
+    )
     reference_weight: float = Field(0.0, ge=0, description="Weight of the squared distance to the base model's step.")
 
     def check(self, rollout: RolloutConfig) -> None:
@@ -127,9 +132,12 @@ class Algorithm:
         return neighbor_noise(base, torch.stack(deltas), self.config.perturbation_strength)
 
     def advantages(self, batch: RewardBatch) -> Tensor:
-        """Centred, divided by the L_p quasi-norm (Eq. 3, 11) unless `scale_rewards` is none: (P, G)."""
-        p = self.config.advantage_p if self.config.scale_rewards == "group" else None
-        return group_advantages(batch.rewards, p, batch.valid, self.config.min_reward_spread)
+        """Centred, divided by the group's L_p quasi-norm (Eq. 3, 11) or by the iteration's deviation: (P, G)."""
+        deviation = batch_deviation(batch.rewards, batch.valid)
+        min_spread = self.config.min_reward_spread * deviation
+        if self.config.scale_rewards == "group":
+            return group_advantages(batch.rewards, self.config.advantage_p, batch.valid, min_spread)
+        return group_advantages(batch.rewards, None, batch.valid, min_spread) / (deviation or 1.0)
 
     def updates(self, advantages: Tensor, seed: int) -> list[list[Transition]]:
         """B anchors a group that has advantages (symmetric sampling), K steps each, dealt out to the updates."""

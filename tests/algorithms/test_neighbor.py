@@ -86,17 +86,39 @@ def test_candidates_follow_the_configured_solver(solver: str):
 # Advantages ---------------------------------------------------------------------------------------------------------
 
 
+REWARDS = torch.tensor([[0.0, 1.0, 2.0, 9.0], [5.0, 5.1, 5.2, 5.3], [1.0, 1.0, 4.0, 4.0]])
+VALID = torch.tensor([[True, True, True, False], [True] * 4, [True] * 4])
+
+
 def test_advantages_are_the_quasi_norm_of_valid_rewards():
-    rewards, valid = torch.rand(3, 6), torch.rand(3, 6) > 0.2
-    batch = RewardBatch(rewards, valid, {})
-    found = make(advantage_p=0.7, min_reward_spread=0.1).advantages(batch)
-    assert torch.equal(found, group_advantages(rewards, 0.7, valid, 0.1))
+    found = make(advantage_p=0.7).advantages(RewardBatch(REWARDS, VALID, {}))
+    assert torch.equal(found, group_advantages(REWARDS, 0.7, VALID))
 
 
-def test_unscaled_advantages_are_the_centred_rewards():
-    rewards, valid = torch.rand(3, 6), torch.rand(3, 6) > 0.2
-    found = make(scale_rewards="none", min_reward_spread=0.1).advantages(RewardBatch(rewards, valid, {}))
-    assert torch.equal(found, group_advantages(rewards, None, valid, 0.1))
+def test_advantages_of_a_batch_are_divided_by_its_deviation():
+    """Squares about the means: 1 + 0 + 1, 2 (0.15^2 + 0.05^2), 4 * 1.5^2; 11 rewards."""
+    deviation = math.sqrt((2 + 0.05 + 9) / 11)
+    found = make(scale_rewards="batch").advantages(RewardBatch(REWARDS, VALID, {}))
+    torch.testing.assert_close(found, group_advantages(REWARDS, None, VALID) / deviation)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch"])
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e6])
+def test_advantages_and_what_is_skipped_do_not_depend_on_the_rewards_scale(scale_rewards: str, factor: float):
+    """The deviation is 1.002: the second group's rewards lie within 0.3 of it, not within 0.29."""
+    for share, skipped in ((0.31, True), (0.29, False)):
+        algorithm = make(scale_rewards=scale_rewards, min_reward_spread=share)
+        found = algorithm.advantages(RewardBatch(factor * REWARDS.double(), VALID, {}))
+        torch.testing.assert_close(found, algorithm.advantages(RewardBatch(REWARDS.double(), VALID, {})))
+        assert found[1].any() != skipped
+        assert found[0].any()
+        assert found[2].any()
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch"])
+def test_groups_that_are_all_flat_have_no_advantages(scale_rewards: str):
+    flat = RewardBatch(torch.full((3, 7), 97.1), torch.ones(3, 7, dtype=torch.bool), {})
+    assert not make(scale_rewards=scale_rewards, min_reward_spread=0.5).advantages(flat).any()
 
 
 # Updates ------------------------------------------------------------------------------------------------------------
