@@ -3,6 +3,7 @@
 #   make demo        train a LoRA for the embedded model on a CPU, in minutes
 #   make demo-long   more iterations at half the learning rate
 #   make test        what CI runs: lint, format, types, tests
+#   make test-gpu    the tests that need a CUDA device
 #   make lint        lint, format and types alone
 #   make env         only the environment
 #   make clean       remove the environment and caches; runs/ stays
@@ -18,7 +19,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-long test lint env clean
+.PHONY: demo demo-long test test-gpu lint env clean
 
 demo: $(STAMP)
 	$(BIN)/ngrpo train demo
@@ -28,6 +29,9 @@ demo-long: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network"
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -129,7 +129,9 @@ class BoundReward:
 
     def parts(self, samples: Samples) -> Iterator[list[int]]:
         """Rows of every call."""
-        size = {"single": 1, "group": samples.group_size, "batch": self.config.batch_size or len(samples)}[self.form]
+        size = {"single": 1, "group": samples.group_size, "batch": self.config.batch_size or max(1, len(samples))}[
+            self.form
+        ]
         for start in range(0, len(samples), size):
             yield list(range(start, min(start + size, len(samples))))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,14 @@ def estimate(iteration_s: float, iterations: int, evaluation_s: float, evaluatio
 
 
 def closing(output_dir: Path, adapter: Path) -> str:
-    """Held-out figures before and after, and where everything is."""
+    """Held-out figures before and after, of several rewards each, and where everything is."""
     rows = read_metrics(output_dir / "metrics.jsonl")
+    figures = {"reward": "eval/reward_mean", "strict accuracy": "eval/strict_accuracy"}
+    labels = [key[len("eval/") : -len("_mean")] for key in rows[0] if re.fullmatch("eval/.+(?<!/reward)_mean", key)]
+    if len(labels) > len(figures):
+        figures |= {label: f"eval/{label}_mean" for label in labels}
     lines = []
-    for key, name in (("eval/reward_mean", "reward"), ("eval/strict_accuracy", "strict accuracy")):
+    for name, key in figures.items():
         values = [value for _, value in series(rows, key)]
         if values:
             lines.append(
@@ -114,6 +119,7 @@ def closing(output_dir: Path, adapter: Path) -> str:
         f"pictures and curve        {output_dir / 'summary.png'}",
         f"adapter                   {adapter}",
         f"draw with it              ngrpo sample --adapter {adapter} --prompt '...' --seed 0",
+        f"how sure it is            ngrpo score {output_dir}",
     ]
     return "\n".join(lines)
 

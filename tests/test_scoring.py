@@ -160,6 +160,17 @@ def test_a_batch_has_at_most_its_size(make_reward: Callable[..., BoundReward]):
     assert sizes == [4, 2]
 
 
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_no_images_have_no_scores(batch_size: int | None, make_reward: Callable[..., BoundReward]):
+    reward = make_reward(lambda images: [red(i) for i in images], batch_size=batch_size)
+    assert reward(Samples([], [], [])).shape == (0,)
+
+
+def test_a_group_of_one_image_is_a_group(make_reward: Callable[..., BoundReward]):
+    reward = make_reward(lambda images, prompt: [red(i) for i in images])
+    assert_scores(reward(Samples(IMAGES[1:3], ["a", "b"], [{}, {}])), 50, 100)
+
+
 def test_async_rewards_wait_at_the_same_time_up_to_their_concurrency(make_reward: Callable[..., BoundReward]):
     under_way, most = 0, 0
 
