@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import ngrpo_lora
+from ngrpo_lora import rewards
 from ngrpo_lora.checkpoint import STATE_FILE
 from ngrpo_lora.cli import app
 from ngrpo_lora.config import RunConfig, dump_config, load_config
+from ngrpo_lora.registry import names
 
 
 def refuse(*words: str) -> str:
@@ -282,3 +285,24 @@ def test_curves_needs_runs(tmp_path: Path):
     assert "holds no metrics.jsonl" in refuse("curves", str(tmp_path))
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/rew')  # killed in the first evaluation's line
     assert "has no metrics yet" in refuse("curves", str(tmp_path))
+
+
+# Rewards ------------------------------------------------------------------------------------------------------------
+
+
+def test_rewards_are_listed_with_what_they_say():
+    lines = CliRunner().invoke(app, ["rewards"]).stdout.splitlines()
+    listed = {line.split()[0]: line for line in lines if line and line[0] != "`"}
+    assert set(listed) == set(names(rewards))
+    assert "prefer an image" in listed["hpsv2"]
+
+
+def test_a_reward_is_described_with_its_settings():
+    text = CliRunner().invoke(app, ["rewards", "judge"]).stdout
+    assert "P(yes) / (P(yes) + P(no))" in text
+    assert re.search(r"^base_url +text +http://localhost:8000/v1 ", text, re.MULTILINE)
+    assert re.search(r"^name +text +required ", text, re.MULTILINE)
+
+
+def test_an_unknown_reward_names_the_nearest():
+    assert "did you mean pickscore?" in refuse("rewards", "pikscore")
