@@ -119,7 +119,7 @@ def test_alpha_follows_the_rank_unless_given():
 
 def test_changed_keys_names_what_differs():
     old, new = load_config(), load_config(None, ["rollout.num_steps=9", "seed=3"])
-    assert changed_keys(old, new) == ["rollout.num_steps: 4 -> 9", "seed: 0 -> 3"]
+    assert changed_keys(old, new) == ["rollout.num_steps: 3 -> 9", "seed: 0 -> 3"]
     assert changed_keys(old, old) == []
 
 
