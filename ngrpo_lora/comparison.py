@@ -28,7 +28,7 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.pictures import Picture, read_png_text, save_png
 from ngrpo_lora.prompts import Prompt, open_prompts
 from ngrpo_lora.scoring import Samples, ScoreCache, Scorer, combine
-from ngrpo_lora.tracking import console, read_metrics
+from ngrpo_lora.tracking import console, finite, read_metrics
 
 if TYPE_CHECKING:
     from ngrpo_lora.export import AdapterInfo
@@ -342,15 +342,6 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def finite(value: Any) -> Any:
-    """The same lists and dictionaries with null in place of NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,8 +41,16 @@ class MetricsFile:
 
 def to_line(row: dict[str, Any]) -> str:
     """Strict JSON: NaN and infinity are null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite) + "\n"
+    return json.dumps(finite(row)) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same lists and dictionaries with None in place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -7,8 +7,7 @@ transformers' or in open_clip's layout, whose architecture is the `config.json` 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, cast
@@ -23,8 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ngrpo_lora.config import ModelRewardConfig
-from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.errors import UserError
+from ngrpo_lora.rewards._placement import in_use, placement
 
 __all__ = ["Clip", "ClipConfig", "Resize", "load_clip", "read_weights", "to_pixels", "unreadable"]
 
@@ -72,7 +71,7 @@ class Clip:
             if not known or any(image is not last for image, last in zip(images, self.last_images, strict=True)):
                 size_px = self.model.config.vision_config.image_size
                 pixels = torch.stack([to_pixels(image, size_px, resize) for image in images])  # (B, 3, H, W)
-                with self.network() as model:
+                with in_use(self.model, self.device, self.offload) as model:
                     pooled = model.vision_model(pixel_values=pixels.to(self.device, self.dtype)).pooler_output
                     features = model.visual_projection(pooled)
                 self.last_images, self.last_resize = list(images), resize
@@ -86,21 +85,12 @@ class Clip:
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(rows), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         ids = tokens.input_ids.to(self.device)
-        with self.lock, self.network() as model:
+        with self.lock, in_use(self.model, self.device, self.offload) as model:
             states = model.text_model(input_ids=ids).last_hidden_state
             # What stands after the first end of text does not matter: attention is causal.
             end = (ids == self.tokenizer.eos_token_id).int().argmax(1)
             features = model.text_projection(states[torch.arange(len(ids), device=ids.device), end])
         return F.normalize(features.float(), dim=-1)[[rows[prompt] for prompt in prompts]]
-
-    @contextmanager
-    def network(self) -> Iterator[Any]:
-        """The network on its device; with `offload` back in system memory afterwards."""
-        try:
-            yield self.model.to(self.device)
-        finally:
-            if self.offload:
-                self.model.to("cpu")
 
 
 LOADED: WeakValueDictionary[tuple[Any, ...], Clip] = WeakValueDictionary()
@@ -115,12 +105,11 @@ def load_clip(config: ClipConfig, device: str, filename: str | None = None) -> C
     Raises:
         UserError: the weights, the architecture or the tokenizer cannot be read, or do not fit each other.
     """
-    device = resolve_device(device if config.device == "auto" else config.device)
-    dtype = ("float32" if device == "cpu" else "float16") if config.dtype == "auto" else config.dtype
+    device, dtype = placement(config, device)
     key = (config.path, config.revision, filename, config.processor, device, dtype, config.offload)
     clip = LOADED.get(key)
     if clip is None:
-        clip = Clip(load_model(config, filename), load_tokenizer(config), device, getattr(torch, dtype), config.offload)
+        clip = Clip(load_model(config, filename), load_tokenizer(config), device, dtype, config.offload)
         LOADED[key] = clip
     return clip
 

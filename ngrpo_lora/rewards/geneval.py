@@ -32,10 +32,10 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from torch import Tensor
 
 from ngrpo_lora.config import ModelRewardConfig
-from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.registry import nearest
 from ngrpo_lora.rewards._clip import ClipConfig, load_clip, unreadable
+from ngrpo_lora.rewards._placement import in_use, placement
 
 # COCO's classes in its order; mouse, remote and keyboard have the names that GenEval gives them.
 CLASSES = (
@@ -130,9 +130,8 @@ class Reward:
     def __init__(self, config: Config, device: str):
         from transformers import Mask2FormerForUniversalSegmentation
 
-        self.device = resolve_device(device if config.device == "auto" else config.device)
+        self.device, dtype = placement(config, device)
         self.graded, self.offload = config.graded, config.offload
-        dtype = ("float32" if self.device == "cpu" else "float16") if config.dtype == "auto" else config.dtype
         detector: Any  # transformers' own annotations do not fit what it takes and returns
         try:
             detector = Mask2FormerForUniversalSegmentation.from_pretrained(
@@ -142,7 +141,7 @@ class Reward:
                 raise ValueError(f"it has {detector.config.num_labels} classes")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise unreadable(config, "path", config.path, "a Mask2Former for COCO's 80 classes", error) from error
-        self.detector = detector.eval().requires_grad_(False).to(getattr(torch, dtype))
+        self.detector = detector.eval().requires_grad_(False).to(dtype)
         self.clip = load_clip(
             ClipConfig(
                 name=config.name,
@@ -171,12 +170,8 @@ class Reward:
     def detect(self, image: Image.Image, threshold: float) -> Objects:
         """Objects in an RGB image."""
         pixels, visible = to_pixels(image)
-        detector = self.detector.to(self.device)
-        try:
+        with in_use(self.detector, self.device, self.offload) as detector:
             found = detector(pixel_values=pixels[None].to(self.device, detector.dtype))
-        finally:
-            if self.offload:
-                detector.to("cpu")
 
         def at_full_size(mask: Tensor) -> Tensor:
             padded = F.interpolate(mask[None, None], pixels.shape[1:], mode="bilinear")

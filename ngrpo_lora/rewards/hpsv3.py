@@ -28,8 +28,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ngrpo_lora.config import ModelRewardConfig
-from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.rewards._clip import MEAN, STD, read_weights, unreadable
+from ngrpo_lora.rewards._placement import in_use, placement
 
 FILE = "HPSv3.safetensors"
 PATCH_PX, MERGED = 14, 2  # the language model sees one token for 2 x 2 patches of 14 x 14 pixels
@@ -105,8 +105,7 @@ class Reward:
     def __init__(self, config: Config, device: str):
         from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
 
-        self.device = resolve_device(device if config.device == "auto" else config.device)
-        dtype = ("float32" if self.device == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
+        self.device, dtype = placement(config, device, half="bfloat16")
         self.offload = config.offload
         state = read_weights(config, "path", config.path, FILE)
         try:
@@ -131,7 +130,7 @@ class Reward:
             head = {name: weights.pop(f"rm_head.{name}").float() for name in self.head.state_dict()}
             self.head.load_state_dict(head)
             loaded = Qwen2VLModel.from_pretrained(
-                None, config=architecture, state_dict=weights, dtype=getattr(torch, dtype), output_loading_info=True
+                None, config=architecture, state_dict=weights, dtype=dtype, output_loading_info=True
             )
             self.network, report = loaded
             if unfit := [*report["missing_keys"], *report["unexpected_keys"]]:
@@ -148,8 +147,7 @@ class Reward:
         texts = [self.text(prompt, len(pixels) // MERGED**2) for prompt, (pixels, _) in zip(prompts, seen, strict=True)]
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
         positions = torch.arange(tokens.input_ids.shape[1], device=self.device).expand(3, *tokens.input_ids.shape)
-        network = self.network.to(self.device)
-        try:
+        with in_use(self.network, self.device, self.offload) as network:
             states = network(
                 input_ids=tokens.input_ids,
                 attention_mask=tokens.attention_mask,
@@ -159,9 +157,6 @@ class Reward:
                 use_cache=False,
             ).last_hidden_state  # (B, L, D)
             return self.head(states[tokens.input_ids == self.reward_id].float())[:, 0].cpu()
-        finally:
-            if self.offload:
-                network.to("cpu")
 
     def text(self, prompt: str, num_image_tokens: int) -> str:
         """The conversation that is scored, with placeholders for the image."""

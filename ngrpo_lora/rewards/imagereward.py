@@ -13,6 +13,7 @@ Weights: Apache-2.0; 447 M parameters, 0.9 GB of memory in float16.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,8 +21,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ngrpo_lora.config import ModelRewardConfig
-from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.rewards._clip import read_weights, to_pixels, unreadable
+from ngrpo_lora.rewards._placement import in_use, placement
 
 FILE = "ImageReward.pt"
 MAX_TOKENS = 35
@@ -44,12 +45,11 @@ class Reward:
 
         from ngrpo_lora.rewards._blip import from_checkpoint
 
-        self.device = resolve_device(device if config.device == "auto" else config.device)
-        dtype = ("float32" if self.device == "cpu" else "float16") if config.dtype == "auto" else config.dtype
-        self.dtype, self.offload = getattr(torch, dtype), config.offload
+        self.device, self.dtype = placement(config, device)
+        self.offload = config.offload
         state = read_weights(config, "path", config.path, FILE)
         try:
-            network = from_checkpoint(state)
+            network: Any = from_checkpoint(state)  # transformers declares no usable `to`
         except (ValueError, RuntimeError) as error:
             raise unreadable(config, "path", config.path, f"ImageReward's weights ({FILE})", error) from error
         network.vision.to(self.dtype)
@@ -68,12 +68,8 @@ class Reward:
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.device)
         pixels = torch.stack([to_pixels(center_crop(image, self.size_px), self.size_px, "squash") for image in images])
-        network = self.network.to(self.device)
-        try:
+        with in_use(self.network, self.device, self.offload) as network:
             return network(pixels.to(self.device, self.dtype), tokens.input_ids, tokens.attention_mask).cpu()
-        finally:
-            if self.offload:
-                network.to("cpu")
 
 
 def center_crop(image: Image.Image, size_px: int) -> Image.Image:

@@ -1,0 +1,36 @@
+"""Where a reward's network runs, in which number type, and where it waits between uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ngrpo_lora.config import ModelRewardConfig
+from ngrpo_lora.devices import resolve_device
+
+__all__ = ["in_use", "placement"]
+
+
+def placement(config: ModelRewardConfig, device: str, half: str = "float16") -> tuple[str, torch.dtype]:
+    """Device and number type of a reward.
+
+    Args:
+        device: where it runs when the reward's own setting is `auto`.
+        half: the number type on a GPU when the reward's own setting is `auto`; on a CPU that is float32.
+    """
+    device = resolve_device(device if config.device == "auto" else config.device)
+    dtype = ("float32" if device == "cpu" else half) if config.dtype == "auto" else config.dtype
+    return device, getattr(torch, dtype)
+
+
+@contextmanager
+def in_use(network: Any, device: str, offload: bool) -> Iterator[Any]:
+    """The network on its device; with `offload` back in system memory afterwards."""
+    try:
+        yield network.to(device)
+    finally:
+        if offload:
+            network.to("cpu")
