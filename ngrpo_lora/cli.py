@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.errors import ConfigError, SharedError, UserError
 
 if TYPE_CHECKING:
-    from ngrpo_lora.config import Option
+    from ngrpo_lora.config import Option, RunConfig
 
 __all__ = ["app"]
 
@@ -28,7 +30,8 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            typer.echo(f"ngrpo: {error}", err=True)
+            if not isinstance(error, SharedError) or os.environ.get("RANK", "0") == "0":
+                typer.echo(f"ngrpo: {error}", err=True)
             raise typer.Exit(2) from None
 
 
@@ -80,17 +83,51 @@ def _main(
 
 
 @app.command()
-def train(arguments: RunArguments = None) -> None:
-    """Train a LoRA: `ngrpo train` for the embedded demo, `ngrpo train run.yaml trainer.num_iterations=100`."""
+def train(
+    arguments: RunArguments = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on this machine; default: one for each GPU.", show_default=False),
+    ] = None,
+) -> None:
+    """Train a LoRA: `ngrpo train` for the embedded demo, `ngrpo train run.yaml trainer.num_iterations=100`.
+
+    All GPUs of this machine take part. For several machines start it with `accelerate launch -m ngrpo_lora train ...`.
+    """
     from ngrpo_lora.config import load_config
     from ngrpo_lora.preflight import check_run
 
     config = load_config(*_split(arguments))
-    check_run(config)
 
+    from ngrpo_lora import distributed
+
+    if distributed.launched():
+        processes = distributed.Processes(config.trainer.timeout_s)
+        if problem := processes.agree(_problem(check_run, config) if processes.is_main else None):
+            raise SharedError(problem)
+        _train(config)
+        return
+    check_run(config)
+    count = distributed.process_count(config.model.device, num_processes)
+    if count == 1:
+        _train(config)
+    elif status := distributed.launch(count, [sys.executable, "-m", "ngrpo_lora", "train", *(arguments or [])]):
+        raise typer.Exit(status if status > 0 else 1)
+
+
+def _train(config: RunConfig) -> None:
     from ngrpo_lora import trainer
 
     trainer.train(config)
+
+
+def _problem(check: Callable[[RunConfig], None], config: RunConfig) -> str | None:
+    """The message of a check that fails."""
+    try:
+        check(config)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 @app.command()
@@ -108,7 +145,7 @@ def sample(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the PNG files; made when missing.")] = Path("samples"),
 ) -> None:
-    """Draw images; the same prompt and seed give the same pixels, whatever else is drawn with them."""
+    """Draw images, or videos as animated PNG; the same prompt and seed give the same pixels, whatever else is drawn."""
     if not all(text.strip() for text in prompt):
         raise ConfigError("--prompt must not be empty; say what to draw, for example --prompt 'a red star'")
     weights = None if adapter is None else _adapter_file("--adapter", adapter)
@@ -119,11 +156,12 @@ def sample(
 
     seeds = list(range(seed, seed + num_images))
     images = sample_images(adapter=weights, model=model, prompts=prompt, seeds=seeds, strength=strength)
-    for index, image in enumerate(images):  # prompt-major
+    frames = len(images) // (len(prompt) * num_images)  # more than one of a video model
+    for index, first in enumerate(range(0, len(images), frames)):  # prompt-major
         text, image_seed = prompt[index // num_images], seeds[index % num_images]
         slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "prompt"
         path = output / f"{index // num_images:03d}-{slug}-seed{image_seed}.png"
-        save_png(path, image, {"prompt": text, "seed": str(image_seed)})
+        save_png(path, images[first], {"prompt": text, "seed": str(image_seed)}, images[first + 1 : first + frames])
         typer.echo(path)
 
 
@@ -261,6 +299,25 @@ def curves(
     typer.echo(f"\ncurves: {write_comparison(runs, output)}")
 
 
+bench_app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command()
+def overhead(
+    arguments: RunArguments = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Timed iterations of each variant.")] = 5,
+) -> None:
+    """What each speed setting is worth here: a configuration as it is, and with each of them the other way."""
+    from ngrpo_lora.config import load_config
+
+    config = load_config(*_split(arguments))
+
+    from ngrpo_lora.bench import overhead_table
+
+    overhead_table(config, iterations, typer.echo)
+
+
 prompts_app = typer.Typer(help="Look at prompts before training on them.", no_args_is_help=True)
 app.add_typer(prompts_app, name="prompts")
 
@@ -332,6 +389,56 @@ def config(
 
 
 @app.command()
+def plan(
+    arguments: RunArguments = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1, help="GiB of each GPU, by its name: exit status 1 where it is not enough.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs, each with a process of its own.")] = 1,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="Sustained TFLOP/s of a GPU, for an estimate of the time.")
+    ] = None,
+    measured_s_per_forward: Annotated[
+        float | None, typer.Option(min=1e-6, help="Seconds of one forward pass for one sample, in place of --tflops.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON: bytes, FLOPs, counts.")] = False,
+) -> None:
+    """Say what a run will need, before any weights are loaded: memory by stage, function evaluations, FLOPs."""
+    if tflops is not None and measured_s_per_forward is not None:
+        raise ConfigError("--tflops and --measured-s-per-forward are two ways to say the same; give one of them")
+
+    from ngrpo_lora.config import load_config
+
+    resolved = load_config(*_split(arguments))
+
+    from ngrpo_lora import plan_report
+    from ngrpo_lora.plan import GIB, make_plan
+
+    figures = make_plan(resolved, gpus)
+    limit = None if gpu_memory is None else gpu_memory * GIB
+    fits = limit is None or figures.fits(limit)
+    advice = None if limit is None or fits else plan_report.suggest(resolved, limit, gpus)
+    if as_json:
+        typer.echo(json.dumps(plan_report.plan_values(figures, limit, advice), indent=1))
+    else:
+        _show(plan_report.plan_table(figures))
+        typer.echo()
+        for line in plan_report.plan_lines(figures, tflops, measured_s_per_forward):
+            typer.echo(line)
+        typer.echo(plan_report.verdict(figures, limit, advice))
+    if not fits:
+        raise typer.Exit(1)
+
+
+@app.command()
+def presets() -> None:
+    """List the presets: model, what they need by `ngrpo plan`, and whether that has been measured."""
+    from ngrpo_lora.presets import describe_presets
+
+    _show(describe_presets())
+
+
+@app.command()
 def rewards(
     name: Annotated[
         str | None, typer.Argument(help="A reward, to read about it and its settings.", show_default=False)
@@ -366,8 +473,6 @@ def reward_server(
     device: Annotated[str, typer.Option(help="Where networks run: auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Serve rewards to the reward `remote` of another machine. NGRPO_REWARD_TOKEN is the secret that both share."""
-    import os
-
     from ngrpo_lora.config import load_config
 
     resolved = load_config(overrides=[f"rewards.train=[{', '.join(rewards)}]", f"model.device={device}"])

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -506,8 +507,11 @@ def draw(contestant: Contestant, prompts: Sequence[Prompt], seeds: Sequence[int]
 
         folder.mkdir(parents=True, exist_ok=True)
         texts = [text["prompt"] for text in missing.values()]
-        images = Sampler(contestant.info, contestant.adapter)(texts, [int(text["seed"]) for text in missing.values()])
-        drawn = track(images, f"drawing {contestant.label}", len(missing), console=console, transient=True)
+        sampler = Sampler(contestant.info, contestant.adapter)
+        images = sampler(texts, [int(text["seed"]) for text in missing.values()])
+        frames = sampler.family.num_frames  # of a video the middle one is compared
+        middle = islice(images, frames // 2, None, frames)
+        drawn = track(middle, f"drawing {contestant.label}", len(missing), console=console, transient=True)
         for (path, text), image in zip(missing.items(), drawn, strict=True):
             save_png(path, image, text)
     return pictures

@@ -93,7 +93,9 @@ def _check_reward_name(name: str) -> str:
 class ModelConfig(Section, frozen=True):
     """Which model is tuned and how it is asked for images."""
 
-    family: str = Field(default="flux", description="Model family: a file in ngrpo_lora/models.")
+    family: str = Field(
+        default="auto", description="Model family: a file in ngrpo_lora/models; auto: by the pipeline's class."
+    )
     path: str = Field(
         default="embedded", min_length=1, description="embedded, a local diffusers folder, or a Hub model id."
     )
@@ -114,14 +116,52 @@ class ModelConfig(Section, frozen=True):
     max_sequence_length: int | None = Field(
         default=None, ge=1, description="Prompt tokens; null: what the model recommends."
     )
+    negative_prompt: str = Field(
+        default="", description="What guidance by two passes leads away from; models with distilled guidance ignore it."
+    )
+    num_frames: int | None = Field(
+        default=None, ge=1, description="Frames of a video, 4 k + 1; null: what the model recommends."
+    )
+    quantization: Literal["none", "nf4", "int8", "int8_torchao", "float8_torchao"] = Field(
+        default="none",
+        description="Storage of the frozen transformer: bitsandbytes' NF4 or INT8, torchao's INT8 or FP8.",
+    )
+    swap_blocks: int = Field(
+        default=0, ge=0, description="Transformer blocks that wait in system memory and visit the GPU in turn."
+    )
+    text_encoders: Literal["keep", "offload", "cache"] = Field(
+        default="keep",
+        description="keep: on the model's device; offload: in system memory between uses; cache: all prompts of the "
+        "run are encoded before it, into output_dir/embeddings, and the encoders are never beside the transformer.",
+    )
+    vae_tiling: bool = Field(default=False, description="Decode in overlapping tiles: less memory for large pictures.")
+    attention: str | None = Field(
+        default=None,
+        description="diffusers' attention backend, such as flash or _native_cudnn; null: PyTorch's choice.",
+    )
+    compile: bool = Field(default=False, description="torch.compile the transformer's repeated blocks.")
 
     @field_validator("family")
     @classmethod
     def _family_exists(cls, value: str) -> str:
         from ngrpo_lora import models
 
-        registry.check_name(models, value)
+        if value != "auto":
+            registry.check_name(models, value)
         return value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ModelConfig:
+        if self.compile and self.quantization == "nf4":
+            raise ValueError("model.compile must be false with model.quantization=nf4, got true; int8_torchao compiles")
+        if self.swap_blocks and self.compile:
+            raise ValueError(f"model.swap_blocks must be 0 with model.compile=true, got {self.swap_blocks}")
+        if self.swap_blocks and self.quantization != "none":
+            raise ValueError(
+                f"model.swap_blocks must be 0 with a quantised base, got {self.swap_blocks}; swap the blocks of a "
+                "16-bit base, or quantise"
+            )
+        return self
 
     @field_validator("height_px", "width_px")
     @classmethod
@@ -313,6 +353,9 @@ class RewardsConfig(Section, frozen=True):
         default="standardized",
         description="Several rewards: standardised within each group and weighted (MixGRPO), or raw and weighted.",
     )
+    frames: int = Field(
+        default=4, ge=1, description="Frames of a video that are scored, evenly spaced; its score is their mean."
+    )
     max_failed_share: float = Field(
         default=0.5,
         ge=0,
@@ -384,6 +427,14 @@ class TrainerConfig(Section, frozen=True):
     save_every: int = Field(default=50, ge=1, description="Iterations between checkpoints.")
     keep_checkpoints: int = Field(default=3, ge=1, description="How many checkpoints stay on disk.")
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads; null: PyTorch's choice.")
+    strategy: Literal["replicated", "fsdp"] = Field(
+        default="replicated",
+        description="Of several processes: each has the whole base, or they share it in pieces (FSDP2). LoRA gradients "
+        "are summed either way.",
+    )
+    timeout_s: float = Field(
+        default=1800.0, gt=0, description="A process that waits longer for the others ends the run with an error."
+    )
 
 
 class EvaluationConfig(Section, frozen=True):
@@ -439,6 +490,18 @@ class RunConfig(Section, frozen=True):
     @model_validator(mode="after")
     def _sections_fit(self) -> RunConfig:
         self.algorithm.check(self.rollout)
+        model, trainer = self.model, self.trainer
+        quantized, swapped = model.quantization != "none", model.swap_blocks > 0
+        if swapped and not trainer.gradient_checkpointing:
+            raise ValueError(
+                f"trainer.gradient_checkpointing must be true with model.swap_blocks={model.swap_blocks}, got false; "
+                "without it a backward pass needs all blocks at once"
+            )
+        given = f"model.quantization={model.quantization}" if quantized else f"model.swap_blocks={model.swap_blocks}"
+        if self.rollout.merge_adapter and (quantized or swapped):
+            raise ValueError(f"rollout.merge_adapter must be false with {given}, got true")
+        if trainer.strategy == "fsdp" and (quantized or swapped):
+            raise ValueError(f"trainer.strategy must be replicated with {given}, got fsdp")
         return self
 
 
@@ -485,7 +548,8 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
 
     Args:
         config: path of a YAML file, or the name of a preset; None is the preset `demo`.
-        overrides: `section.key=value`, the value in YAML; later stages win: defaults, file, overrides.
+        overrides: `section.key=value`, the value in YAML; later stages win: defaults, file, overrides. A file that
+            `extends` a preset or another file (by its path beside the first) has precedence over that.
 
     Raises:
         ConfigError: anything wrong with the file, the keys or the values; one line per problem.
@@ -541,10 +605,51 @@ def _find(config: str | Path | None) -> Path:
 
 
 def _presets() -> str:
-    return ", ".join(preset_names())
+    """Those that extend no other: the rest is the same for a memory size each."""
+    return ", ".join(name for name in preset_names() if not re.search(r"-(\d+x)?\d+gb$", name))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a file, over those of the preset or file that it `extends`."""
+    data = _read_alone(path)
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends must be the name of a preset or the path of a file, got {base!r}")
+    chain = (*extending, path.resolve())
+    found = _find(path.parent / base if (path.parent / base).is_file() else base)
+    if found.resolve() in chain:
+        names = " -> ".join(str(file) for file in (*chain, found.resolve()))
+        raise ConfigError(f"{path}: extends must not lead back to the file itself, but {names}; drop one of them")
+    return _over(_read(found, chain), data)
+
+
+def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key, all else as a whole; another algorithm has nothing of the old one's settings."""
+    result, own = _written_out(base), _written_out(own)
+    for key, value in own.items():
+        old = result.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            name = old.get("name", "neighbor")
+            other = key == "algorithm" and value.get("name", name) != name
+            result[key] = value if other else old | value
+        else:
+            result[key] = value
+    return result
+
+
+def _written_out(data: dict[str, Any]) -> dict[str, Any]:
+    """The sections that may be given in short, in full."""
+    long = dict(data)
+    if "rewards" in data:
+        long["rewards"] = _reward_section(data["rewards"])
+    if isinstance(data.get("algorithm"), str):
+        long["algorithm"] = {"name": data["algorithm"]}
+    return long
+
+
+def _read_alone(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:

@@ -17,3 +17,7 @@ class ConfigError(UserError, ValueError):
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class SharedError(UserError):
+    """An error that every process of a run has; the main one says it for all."""

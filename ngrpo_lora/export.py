@@ -24,7 +24,7 @@ from torch import Tensor
 from ngrpo_lora import lora
 from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.models._base import Family
+from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.types import TextEmbeds
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -38,11 +38,12 @@ class AdapterInfo:
     rollout: RolloutConfig
 
 
-def save_adapter(path: Path, family: Family, config: RunConfig) -> None:
+def save_adapter(path: Path, family: BaseFamily, config: RunConfig) -> None:
     """Write the live adapter to `path`, atomically."""
     scale = config.lora.resolved_alpha / config.lora.rank
     tensors: dict[str, Tensor] = {}
-    for name, weight in get_peft_model_state_dict(family.transformer, adapter_name=lora.ADAPTER_NAME).items():
+    live = lora.parameters(family.transformer)  # not the whole state, which a divided base would have to gather
+    for name, weight in get_peft_model_state_dict(family.transformer, live, lora.ADAPTER_NAME).items():
         folded = weight * scale if ".lora_B." in name else weight
         tensors[f"transformer.{name}"] = folded.detach().float().cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,16 +52,14 @@ def save_adapter(path: Path, family: Family, config: RunConfig) -> None:
     os.replace(partial, path)
 
 
-def describe_adapter(keys: list[str], family: Family, config: RunConfig) -> dict[str, str]:
+def describe_adapter(keys: list[str], family: BaseFamily, config: RunConfig) -> dict[str, str]:
     """Header metadata: for diffusers, for model managers (modelspec, kohya's ss_), and our own."""
     layers = [key.removeprefix("transformer.").removesuffix(".lora_A.weight") for key in keys if ".lora_A." in key]
     rank = config.lora.rank
     peft = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": layers}
-    settings = family.settings
-    model = config.model.model_copy(
-        update={"guidance_scale": settings["guidance_scale"], "max_sequence_length": settings["max_sequence_length"]}
-    )
-    rollout = config.rollout.model_copy(update={"shift": config.rollout.shift or settings["shift"]})
+    model = config.model.model_copy(update=family.settings)
+    shift = config.rollout.shift or family.shift(config.rollout.num_steps)
+    rollout = config.rollout.model_copy(update={"shift": shift})
     own = {
         "code_version": code_version(),
         "model": model.model_dump(mode="json"),
@@ -125,8 +124,8 @@ def read_adapter(path: str | Path) -> AdapterInfo:
 
 
 @torch.no_grad()
-def check_export(path: Path, family: Family, fresh: Family, text: TextEmbeds, latents: Tensor) -> float:
-    """Load the file into a fresh pipeline and compare velocities with the live adapter's.
+def check_export(path: Path, family: BaseFamily, text: TextEmbeds, latents: Tensor) -> float:
+    """Load the file beside the live adapter, as any user's pipeline would, and compare velocities with it.
 
     Returns:
         Root mean square of the difference over that of the adapter's effect.
@@ -136,12 +135,14 @@ def check_export(path: Path, family: Family, fresh: Family, text: TextEmbeds, la
     live = family.velocity(latents, 0.5, text)
     with lora.disabled(family.transformer):
         effect = rms(live - family.velocity(latents, 0.5, text))
-    fresh.load_adapter(str(path), 1.0)
-    difference = rms(fresh.velocity(latents, 0.5, text) - live)
+    try:
+        family.load_adapter(str(path), 1.0, "exported")
+        difference = rms(family.velocity(latents, 0.5, text) - live)
+    finally:
+        lora.remove(family.transformer, "exported")
     # A 16-bit pipeline rounds the adapter to its own dtype on loading, and what it computes.
-    dtype = next(fresh.transformer.parameters()).dtype
-    tolerance = 1e-3 if dtype == torch.float32 else 0.1
-    floor = max(1e-5, torch.finfo(dtype).eps) * rms(live)
+    tolerance = 1e-3 if family.dtype == torch.float32 else 0.1
+    floor = max(1e-5, torch.finfo(family.dtype).eps) * rms(live)
     if not difference <= tolerance * effect + floor:
         raise UserError(
             f"the exported adapter {path} differs from the trained one by {difference:.3g} of {effect:.3g}; "

@@ -47,6 +47,13 @@ def parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
+def remove(transformer: Any, name: str) -> None:
+    """Take away an adapter that was loaded beside the trained one, which is active again and trainable."""
+    transformer.set_adapter(ADAPTER_NAME)
+    if name in transformer.peft_config:
+        transformer.delete_adapters(name)
+
+
 @contextlib.contextmanager
 def disabled(transformer: Any) -> Iterator[None]:
     """The base model exactly, for as long as the context lasts."""

@@ -16,7 +16,9 @@ from ngrpo_lora.errors import ConfigError, UserError
 __all__ = ["Picture", "collect", "read_png_text", "save_png"]
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)  # of Pillow, for bad files
+VIDEOS = ("PNG", "WEBP")  # other formats keep thumbnails and depth maps as further frames
+FRAME_RATE = 16  # per second
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,15 @@ class Picture:
         return str(self.path) if self.box is None else f"{self.path}#{self.box[0]},{self.box[1]}"
 
     def load(self) -> Image.Image:
-        """The pixels, RGB, upright.
+        """The pixels, RGB, upright; of a video its middle frame.
 
         Raises:
             UserError: not an image, or a damaged one.
         """
         try:
             with Image.open(self.path) as file:
+                if file.format in VIDEOS:
+                    file.seek(getattr(file, "n_frames", 1) // 2)
                 image = ImageOps.exif_transpose(file).convert("RGB")
         except UNREADABLE as error:
             raise UserError(f"{str(self.path)!r} must be a readable image, but it is not: {error}") from None
@@ -131,13 +135,14 @@ def _cells(picture: Picture, grid: tuple[int, int] | None) -> Iterator[Picture]:
             yield Picture(picture.path, picture.prompt, picture.metadata, box)
 
 
-def save_png(path: Path, image: Image.Image, text: dict[str, str]) -> None:
-    """Write a PNG file with text chunks, whole or not at all."""
+def save_png(path: Path, image: Image.Image, text: dict[str, str], following: Sequence[Image.Image] = ()) -> None:
+    """Write a PNG file with text chunks, whole or not at all; with `following` frames an animated one, a video."""
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
     partial = path.with_suffix(".partial")
-    image.save(partial, "PNG", pnginfo=info)
+    duration_ms = 1000 / FRAME_RATE
+    image.save(partial, "PNG", pnginfo=info, save_all=True, append_images=following, duration=duration_ms)
     partial.replace(path)
 
 

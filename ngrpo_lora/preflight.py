@@ -11,8 +11,10 @@ from pathlib import Path
 from ngrpo_lora import registry
 from ngrpo_lora.checkpoint import STATE_FILE, checkpoints
 from ngrpo_lora.config import RunConfig, changed_keys, load_config
-from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.devices import resolve_device
+from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.prompts import read_split
+from ngrpo_lora.quantization import check_quantization
 
 __all__ = ["check_run"]
 
@@ -28,7 +30,7 @@ def check_run(config: RunConfig) -> None:
     """
     problems = [*_prompts(config), *_functions(config), *_model(config), *_packages(config), *_output_dir(config)]
     if not problems:
-        problems = list(_not_writable(Path(config.output_dir)))
+        problems = [*_not_writable(Path(config.output_dir)), *_family(config)]
     if problems:
         raise ConfigError(problems)
 
@@ -63,10 +65,24 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"model.path must be embedded, an existing folder or a Hub id (owner/name), got {config.model.path!r}"
 
 
+def _family(config: RunConfig) -> Iterator[str]:
+    """Whether the model can be had and is of a known family, by its small index file; nothing else is downloaded."""
+    from ngrpo_lora.models._index import family_of
+
+    try:
+        family_of(config.model)
+    except UserError as error:
+        yield str(error)
+
+
 def _packages(config: RunConfig) -> Iterator[str]:
     if config.optimizer.name.endswith("_8bit") and importlib.util.find_spec("bitsandbytes") is None:
         name = config.optimizer.name
         yield f"optimizer.name={name} needs bitsandbytes, which is not installed; pip install 'ngrpo-lora[8bit]'"
+    try:
+        check_quantization(config.model.quantization, resolve_device(config.model.device))
+    except UserError as error:
+        yield str(error)
 
 
 def _output_dir(config: RunConfig) -> Iterator[str]:

@@ -24,8 +24,24 @@ def flow_sigmas(num_steps: int, shift: float = 1.0) -> Tensor:
     """
     if num_steps < 1 or not shift > 0:
         raise ValueError(f"num_steps must be >= 1 and shift > 0, got {num_steps} and {shift}")
-    t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    return (shift * t / (1 + (shift - 1) * t)).float()
+    return shifted(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).float()
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Times in [0, 1] -> noise levels `s * t / (1 + (s - 1) * t)`, 0 and 1 kept (arXiv 2403.03206, Eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def stretch_to_terminal(sigmas: Tensor, terminal: float) -> Tensor:
+    """(K + 1,) noise levels from 1 to 0 with all but the last stretched about 1, so that `sigmas[K - 1]` is `terminal`.
+
+    What schedulers call `shift_terminal`; source: diffusers' `FlowMatchEulerDiscreteScheduler`. A single step has
+    nothing to stretch.
+    """
+    if len(sigmas) == 2:
+        return sigmas
+    away = 1 - sigmas[:-1].double()
+    return torch.cat([(1 - away * (1 - terminal) / away[-1]).to(sigmas.dtype), sigmas[-1:]])
 
 
 def euler(velocity_fn: VelocityFn, latents: Tensor, sigmas: Tensor) -> list[Tensor]:

@@ -88,7 +88,7 @@ def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
 
 
-def opening(config: RunConfig, trained: int, total: int) -> str:
+def opening(config: RunConfig, trained: int, total: int, processes: int = 1) -> str:
     """What the run will do, with the derived batch numbers."""
     rollout, length = config.rollout, config.trainer.num_iterations
     samples = rollout.prompts_per_iteration * rollout.group_size
@@ -100,6 +100,8 @@ def opening(config: RunConfig, trained: int, total: int) -> str:
         f"  trained: {trained / 1e6:.2f} M LoRA parameters of rank {config.lora.rank} on a frozen {total / 1e6:.1f} M",
         f"  evaluated on {config.evaluation.num_prompts} held-out prompts every {config.evaluation.every} iterations",
     ]
+    if processes > 1:
+        lines.insert(1, f"  {processes} processes, each with whole groups; the base is {config.trainer.strategy}")
     return "\n".join(lines)
 
 

@@ -10,7 +10,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ from ngrpo_lora.advantages import batch_deviation, reward_spread
 from ngrpo_lora.algorithms._base import Algorithm
 from ngrpo_lora.config import RewardConfig, RunConfig, dump_config
 from ngrpo_lora.devices import resolve_device
-from ngrpo_lora.errors import UserError
+from ngrpo_lora.distributed import Processes, process_device, shard
+from ngrpo_lora.embeddings import EmbeddingCache
+from ngrpo_lora.errors import SharedError, UserError
 from ngrpo_lora.export import FILE_NAME, check_export, save_adapter
+from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.noise import derive_seed, gaussian_noise
 from ngrpo_lora.optimizers import learning_rate_factor, make_optimizer
 from ngrpo_lora.prompts import Prompt, count_longer, open_split
 from ngrpo_lora.sampling import draw, load_family
 from ngrpo_lora.scoring import Samples, ScoreCache, Scorer, combine, correlations
-from ngrpo_lora.solvers import flow_sigmas
 from ngrpo_lora.tracking import MetricsFile, closing, console, estimate, opening, progress_bar, save_scores
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, TextEmbeds, Transition, Velocities, mean_metrics
 
@@ -45,7 +48,11 @@ def train(config: RunConfig) -> Metrics:
     Raises:
         UserError: the model cannot be loaded, or the run cannot go on; all that was made is on disk.
     """
-    return Trainer(config).run()
+    trainer = Trainer(config)
+    with trainer.processes.contact():
+        evaluation = trainer.run()
+    trainer.processes.close()
+    return evaluation
 
 
 class Trainer:
@@ -54,10 +61,14 @@ class Trainer:
     def __init__(self, config: RunConfig):
         if config.trainer.num_threads is not None:
             torch.set_num_threads(config.trainer.num_threads)
+        self.processes = Processes(config.trainer.timeout_s)
+        device = process_device(resolve_device(config.model.device))
+        self.model = config.model.model_copy(update={"device": device})  # as this process has it
         self.config, self.output_dir = config, Path(config.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        if problem := self.processes.agree(self.misfit(config)):
+            raise SharedError(problem)
         # Rewards come first: what they lack should be known before a large model is loaded.
-        device = resolve_device(config.model.device)
         self.trained = config.rewards.train
         self.scorer = Scorer(self.trained, device)
         known = [reward.key for reward in self.trained]
@@ -65,81 +76,164 @@ class Trainer:
         self.watching = Scorer([reward for reward in watched if reward.key not in known], device)
         caching = any(reward.cache for reward in (*self.trained, *watched))
         self.cache = ScoreCache(self.output_dir / "scores.sqlite") if caching else None
-        self.family = load_family(config.model)
+        seed = derive_seed(config.seed, "prompts")
+        self.prompts, held_out = open_split(config.prompts, seed, config.evaluation.seed)
+        self.held_out = [held_out.prompt(i) for i in range(config.evaluation.num_prompts)]
+        self.family = self.load_family()
         transformer = self.family.transformer
         suffixes, excluded = self.family.lora_targets(config.lora.targets)
         lora.inject(transformer, config.lora, suffixes, excluded, derive_seed(config.seed, "lora"))
         if config.trainer.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.parameters = lora.parameters(transformer)
-        self.averaged = {name: p.detach().clone() for name, p in self.parameters.items()}
+        if config.trainer.strategy == "fsdp" and self.processes.count > 1:
+            shard(transformer, self.family.blocks, set(self.parameters.values()))
+        if config.model.compile:
+            # A block has a variant for every batch size, with gradient and without; beyond 8 it would run uncompiled.
+            torch._dynamo.config.cache_size_limit = 64
+            for block in self.family.blocks:
+                block.compile()
+        averaging = config.optimizer.ema_decay > 0
+        self.averaged = {n: p.detach().clone() if averaging else p.detach() for n, p in self.parameters.items()}
         self.optimizer = make_optimizer(config.optimizer, self.parameters.values())
         self.counter = EvaluationCounter(transformer)
-        self.device = next(iter(self.parameters.values())).device
+        self.device = self.family.device
 
         module = registry.load(algorithms, config.algorithm.name)
         self.algorithm: Algorithm = module.Algorithm(config.algorithm, config.rollout)
-        self.sigmas = flow_sigmas(config.rollout.num_steps, config.rollout.shift or self.family.settings["shift"])
-        seed = derive_seed(config.seed, "prompts")
-        self.prompts, held_out = open_split(config.prompts, seed, config.evaluation.seed)
-        self.held_out = [held_out.prompt(i) for i in range(config.evaluation.num_prompts)]
-        self.warn_of_long_prompts()
+        self.sigmas = self.family.sigmas(config.rollout.num_steps, config.rollout.shift)
+        self.groups = self.processes.share(config.rollout.prompts_per_iteration)  # this process's, of each iteration
+        self.warn_of_mixed_gpus()
+        if self.processes.is_main:
+            self.warn_of_long_prompts()
         self.iteration = self.skipped_in_a_row = 0
         if config.resume is not None:
-            self.restore(checkpoint.load(config.resume, self.output_dir, str(self.device)))
+            self.restore(self.processes.broadcast(self.checkpoint(config.resume)))
+
+    def warn_of_mixed_gpus(self) -> None:
+        """The slowest sets the pace."""
+        own = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        names = self.processes.gather(own)
+        if self.processes.is_main and len(set(names)) > 1:
+            log.warning(
+                "processes run on different devices (%s): each iteration waits for the slowest, and the one with the "
+                "least memory sets the micro-batch; CUDA_VISIBLE_DEVICES chooses",
+                ", ".join(names),
+            )
+
+    def misfit(self, config: RunConfig) -> str | None:
+        """What of the configuration does not fit the number of processes."""
+        groups, count = config.rollout.prompts_per_iteration, self.processes.count
+        if groups < count:
+            return f"rollout.prompts_per_iteration must be at least the number of processes ({count}), got {groups}"
+        if count > 1 and config.trainer.strategy == "fsdp":
+            if groups % count:
+                return (
+                    f"rollout.prompts_per_iteration must be a multiple of the number of processes ({count}) with "
+                    f"trainer.strategy=fsdp, got {groups}"
+                )
+            if config.rollout.merge_adapter:
+                return "rollout.merge_adapter must be false with trainer.strategy=fsdp, got true"
+        return None
+
+    def load_family(self) -> BaseFamily:
+        """The model; with `model.text_encoders: cache` its encoders come and go before the transformer is loaded."""
+        model = self.model
+        if model.text_encoders != "cache":
+            return load_family(model)
+        cache = EmbeddingCache(self.output_dir / "embeddings", model)
+        last = self.config.trainer.num_iterations * self.config.rollout.prompts_per_iteration
+        texts = [prompt.text for prompt in (*map(self.prompts.prompt, range(last)), *self.held_out)]
+        missing = cache.missing([*texts, model.negative_prompt])
+        mine = [missing[i] for i in self.processes.share(len(missing))]
+        if mine:
+            log.info("encoding %d prompts into %s", len(mine), cache.folder)
+            cache.fill(load_family(model, "text"), mine)
+        self.processes.gather(None)  # all files are there
+        family = load_family(model, "image")
+        family.cache = cache
+        return family
+
+    def checkpoint(self, resume: str) -> dict[str, Any]:
+        """The state to resume from, on the main process; the others get it from there."""
+        problem, state = None, {}
+        if self.processes.is_main:
+            try:
+                state = checkpoint.load(resume, self.output_dir, "cpu")
+            except UserError as error:
+                problem = str(error)
+        if problem := self.processes.agree(problem):
+            raise SharedError(problem)
+        return state
 
     def run(self) -> Metrics:
         """Algorithm 1: per iteration roll out P groups, score them, and move the anchors."""
-        config, total = self.config, self.config.trainer.num_iterations
-        (self.output_dir / "config.yaml").write_text(dump_config(config))
+        config, total, processes = self.config, self.config.trainer.num_iterations, self.processes
+        console.quiet = not processes.is_main
         trained = sum(p.numel() for p in self.parameters.values())
-        console.print(opening(config, trained, sum(p.numel() for p in self.family.transformer.parameters()) - trained))
-        metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.iteration if config.resume else None)
+        frozen = sum(p.numel() for p in self.family.transformer.parameters()) - trained
+        console.print(opening(config, trained, frozen, processes.count))
+        metrics_file = None
+        if processes.is_main:
+            (self.output_dir / "config.yaml").write_text(dump_config(config))
+            metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.iteration if config.resume else None)
         with progress_bar() as bar, interrupt_asked() as interrupted:
             task = bar.add_task("train", total=total, completed=self.iteration, status="evaluating the base model")
             first, evaluation = Clock(), Metrics()
             if self.iteration == 0:
                 with first("evaluation"):
                     evaluation = self.evaluate()
-                metrics_file.write(0, evaluation | first.seconds)
+                if metrics_file is not None:
+                    metrics_file.write(0, evaluation | first.seconds)
             last = self.iteration >= total
             while not last:
-                clock, nfe = Clock(), self.counter.start()
-                prompts = [self.prompts.prompt(i) for i in self.prompt_indices()]
-                text = self.family.encode([prompt.text for prompt in prompts])
-                rollouts, pending = [], []
-                with clock("rollout"):
-                    for prompt, rollout in zip(prompts, self.roll_out(text), strict=True):
-                        rollouts.append(rollout)
-                        pending.append(self.scorer.submit(same_prompt(prompt, self.decode(rollout))))
-                with clock("reward"):  # what is left to wait for
-                    batch = self.collect(rollouts, pending)
-                    advantages = self.algorithm.advantages(batch)
-                with clock("update"):
-                    policy = self.update(rollouts, advantages, text)
-                self.iteration += 1
-                last = self.iteration == total or interrupted()
+                metrics, clock = self.step(), Clock()
+                last = self.iteration == total or processes.any(interrupted())
                 if self.iteration == 1:
                     evaluations = -(-total // config.evaluation.every)
                     once_s = first.seconds["time/evaluation_s"]
-                    console.print(estimate(sum(clock.seconds.values()), total - 1, once_s, evaluations))
-
-                metrics = self.describe(batch) | policy | nfe.per_sample(batch.rewards.numel())
+                    console.print(estimate(iteration_seconds(metrics), total - 1, once_s, evaluations))
                 if self.iteration % config.evaluation.every == 0 or self.iteration == total:
                     with clock("evaluation"):
                         evaluation = self.evaluate()
-                    metrics |= evaluation
-                metrics |= clock.seconds
-                metrics_file.write(self.iteration, metrics)
+                    metrics |= evaluation | clock.seconds
+                if metrics_file is not None:
+                    metrics_file.write(self.iteration, metrics)
                 if self.iteration % config.trainer.save_every == 0 or last:
-                    checkpoint.save(self.output_dir, self.iteration, self.state(), config.trainer.keep_checkpoints)
+                    self.save()
                 bar.update(task, completed=self.iteration, status=status_line(metrics, self.trained))
         if self.iteration < total:
-            raise UserError(f"stopped after iteration {self.iteration} of {total}; go on with resume=latest")
+            raise SharedError(f"stopped after iteration {self.iteration} of {total}; go on with resume=latest")
         adapter = self.export()
-        report.write_summary(self.output_dir)
-        console.print(closing(self.output_dir, adapter))
+        if processes.is_main:
+            report.write_summary(self.output_dir)
+            console.print(closing(self.output_dir, adapter))
         return evaluation
+
+    def step(self) -> Metrics:
+        """One iteration: draw and score P groups, move the adapter, say what came of it."""
+        clock, nfe = Clock(), self.counter.start()
+        prompts = [self.prompts.prompt(i) for i in self.prompt_indices()]
+        rollouts, pending = [], []
+        with clock("rollout"):
+            text = self.family.encode([prompt.text for prompt in prompts])
+            for prompt, rollout in zip(prompts, self.roll_out(text), strict=True):
+                rollouts.append(rollout.to("cpu"))
+                samples = self.samples([prompt] * len(rollout.final), self.decode(rollout))
+                pending.append(self.scorer.submit(samples))
+        with clock("reward"):  # what is left to wait for
+            batch = self.collect(rollouts, pending)
+            advantages = self.algorithm.advantages(batch)
+        with clock("update"):
+            policy = self.update(rollouts, advantages, text)
+        self.iteration += 1
+        nfe_per_sample = nfe.per_sample(batch.rewards.numel(), self.processes)
+        return self.describe(batch) | policy | nfe_per_sample | clock.seconds
+
+    def save(self) -> None:
+        """Write a checkpoint; all processes hold the same state."""
+        if self.processes.is_main:
+            checkpoint.save(self.output_dir, self.iteration, self.state(), self.config.trainer.keep_checkpoints)
 
     def warn_of_long_prompts(self) -> None:
         """Say which encoder reads only the beginnings of some of the first thousand prompts or of the held-out ones."""
@@ -149,13 +243,13 @@ class Trainer:
                 log.warning("%s reads %d tokens: %d of %d prompts are cut there", name, limit, longer, len(texts))
 
     def prompt_indices(self) -> range:
-        """Positions of this iteration's prompts in the source."""
-        count = self.config.rollout.prompts_per_iteration
-        return range(self.iteration * count, (self.iteration + 1) * count)
+        """Positions of this process's prompts of this iteration in the source."""
+        start = self.iteration * self.config.rollout.prompts_per_iteration
+        return range(start + self.groups.start, start + self.groups.stop)
 
     @torch.no_grad()
     def roll_out(self, text: TextEmbeds) -> Iterator[Rollout]:
-        """P groups under the old weights, in turn; forward passes of at most `rollout.micro_batch_size` samples."""
+        """This process's groups under the old weights, in turn; `rollout.micro_batch_size` samples a forward pass."""
         size = self.config.rollout.micro_batch_size or self.config.rollout.group_size
         at_once = max(1, size // self.config.rollout.group_size)  # groups that share their forward passes
 
@@ -163,21 +257,36 @@ class Trainer:
             groups, samples = latents.shape[:2]
             owners = torch.arange(first, first + groups).repeat_interleave(samples)
             chunks = zip(latents.flatten(0, 1).split(size), owners.split(size), strict=True)
-            parts = [self.family.velocity(x.to(self.device), sigma, text[group.tolist()]).cpu() for x, group in chunks]
+            parts = [self.family.velocity(x, sigma, text[group.tolist()]) for x, group in chunks]
             return torch.cat(parts).view(latents.shape)
 
-        seeds = [derive_seed(self.config.seed, "rollout", self.iteration, group) for group in range(len(text))]
-        merged = lora.merged(self.family.transformer) if self.config.rollout.merge_adapter else nullcontext()
-        with merged:
+        seeds = [derive_seed(self.config.seed, "rollout", self.iteration, group) for group in self.groups]
+        with self.rollout_weights():
             for first in range(0, len(text), at_once):
                 now = seeds[first : first + at_once]
-                yield from self.algorithm.rollout(velocity_fn, self.sigmas, self.family.latent_shape, now)
+                yield from self.algorithm.rollout(velocity_fn, self.sigmas, self.family.latent_shape, now, self.device)
+
+    def rollout_weights(self) -> AbstractContextManager[None]:
+        """The adapter beside the base, or added into it."""
+        return lora.merged(self.family.transformer) if self.config.rollout.merge_adapter else nullcontext()
 
     def decode(self, rollout: Rollout) -> list[Image.Image]:
-        """The G images of a rollout, `rollout.micro_batch_size` at a time."""
-        clean = rollout.latents[-1]
-        chunks = clean.split(self.config.rollout.micro_batch_size or len(clean))
-        return [image for chunk in chunks for image in self.family.decode(chunk.to(self.device))]
+        """The images of a rollout's G samples, `rollout.micro_batch_size` samples at a time."""
+        chunks = rollout.final.split(self.config.rollout.micro_batch_size or len(rollout.final))
+        return [image for chunk in chunks for image in self.family.decode(chunk)]
+
+    def samples(self, prompts: Sequence[Prompt], images: list[Image.Image]) -> Samples:
+        """What rewards see of candidates of one prompt: the image, or some frames of the video, evenly spaced."""
+        count, total = self.frames, self.family.num_frames
+        chosen = [(2 * i + 1) * total // (2 * count) for i in range(count)]
+        shown = [images[start + i] for start in range(0, len(images), total) for i in chosen]
+        repeated = [prompt for prompt in prompts for _ in chosen]
+        return Samples(shown, [p.text for p in repeated], [p.metadata for p in repeated], len(shown))
+
+    @property
+    def frames(self) -> int:
+        """How many pictures of each sample are scored."""
+        return min(self.config.rewards.frames, self.family.num_frames)
 
     def collect(self, rollouts: list[Rollout], pending: list[Callable[[], dict[str, Tensor]]]) -> RewardBatch:
         """Scores of P groups as one batch; a sample whose latents are not finite has none.
@@ -185,17 +294,27 @@ class Trainer:
         Raises:
             UserError: a reward is none, or failed for more than `rewards.max_failed_share`; a checkpoint is written.
         """
-        finite = torch.stack([rollout.latents[-1].flatten(1).isfinite().all(1) for rollout in rollouts])  # (P, G)
+        finite = torch.stack([rollout.final.flatten(1).isfinite().all(1) for rollout in rollouts])  # (P, G)
+        scores, problem = {}, None
         try:
             groups = [wait() for wait in pending]
-            scores = {label: torch.stack([group[label] for group in groups]) for label in groups[0]}
-            scores = {label: raw.where(finite, torch.nan) for label, raw in scores.items()}
-            if broken := self.broken(scores):
-                raise UserError(broken)
+            own = {label: torch.stack([self.per_sample(group[label]) for group in groups]) for label in groups[0]}
+            scores = {label: raw.where(finite, torch.nan) for label, raw in own.items()}
         except UserError as error:
-            checkpoint.save(self.output_dir, self.iteration, self.state(), self.config.trainer.keep_checkpoints)
-            raise UserError(f"iteration {self.iteration + 1}: {error}, then go on with resume=latest") from None
+            problem = str(error)
+        problem = self.processes.agree(problem)
+        if problem is None:
+            shares = self.processes.gather(scores)
+            scores = {label: torch.cat([share[label] for share in shares]) for label in scores}
+            problem = self.broken(scores)
+        if problem is not None:
+            self.save()
+            raise SharedError(f"iteration {self.iteration + 1}: {problem}, then go on with resume=latest")
         return combine(scores, self.trained, self.config.rewards.combine)
+
+    def per_sample(self, scores: Tensor) -> Tensor:
+        """The mean over the frames of each sample."""
+        return scores.view(-1, self.frames).mean(1)
 
     def broken(self, scores: dict[str, Tensor]) -> str | None:
         """What is wrong where too many scores failed."""
@@ -210,26 +329,33 @@ class Trainer:
         return None
 
     def update(self, rollouts: list[Rollout], advantages: Tensor, text: TextEmbeds) -> Metrics:
-        """Every optimizer update of this iteration."""
+        """Every optimizer update of this iteration; gradients are sums over all processes' transitions."""
         updates = self.algorithm.updates(advantages, derive_seed(self.config.seed, "updates", self.iteration))
+        sizes, advantages = [len(update) for update in updates], advantages[self.groups.start : self.groups.stop]
         factor = learning_rate_factor(self.config.optimizer, self.iteration, self.config.trainer.num_iterations)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.learning_rate * factor
-        chunks = [chunked(update, self.config.trainer.micro_batch_size) for update in updates]
+        chunks = [self.own_chunks(update) for update in updates]
         # The first update starts at the old weights; later ones need the old velocities before it moves them.
         old: list[Sequence[Tensor | None]] = [[None] * len(chunks[0])]
         with torch.no_grad():
-            old += [[self.velocities(chunk, rollouts, text) for chunk in update] for update in chunks[1:]]
+            old += [[self.velocities(chunk, rollouts, text).cpu() for chunk in update] for update in chunks[1:]]
         rows, norms, skipped = [], [], 0
-        for update, old_velocities in zip(chunks, old, strict=True):
-            size, finite = sum(map(len, update)), True
+        for update, old_velocities, size in zip(chunks, old, sizes, strict=True):
+            own, finite = [], True
             for chunk, old_velocity in zip(update, old_velocities, strict=True):
                 losses, metrics = self.losses(chunk, rollouts, advantages, text, old_velocity)
                 finite = finite and bool(losses.isfinite().all())
                 (losses.sum() / size).backward()
-                rows += metrics
+                own += metrics
+            everywhere = self.processes.gather((own, finite))
+            rows += [row for own, _ in everywhere for row in own]
+            if self.processes.count > 1:
+                for parameter in self.parameters.values():
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                self.processes.sum_([p.grad for p in self.parameters.values() if p.grad is not None])
             norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
-            if finite and norm.isfinite():
+            if all(finite for _, finite in everywhere) and norm.isfinite():
                 self.optimizer.step()
                 self.average()
                 norms.append(norm.item())
@@ -240,7 +366,7 @@ class Trainer:
                 log.warning("iteration %d: loss or gradient is not finite; update skipped", self.iteration + 1)
             self.optimizer.zero_grad()
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
+            raise SharedError(
                 f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite; lower "
                 f"optimizer.learning_rate ({self.config.optimizer.learning_rate}) and go on with resume=latest"
             )
@@ -253,8 +379,23 @@ class Trainer:
             | {"policy/skipped_updates": float(skipped)}
         )
 
+    def own_chunks(self, update: list[Transition]) -> list[list[Transition]]:
+        """An update's transitions of this process's groups, which are counted from 0 here, as micro-batches.
+
+        FSDP needs as many forward passes on every process: what is missing is filled with empty micro-batches.
+        """
+        size = self.config.trainer.micro_batch_size
+        own = [t._replace(group=t.group - self.groups.start) for t in update if t.group in self.groups]
+        chunks = chunked(own, size)
+        if self.config.trainer.strategy == "fsdp":
+            shares = self.processes.shares(self.config.rollout.prompts_per_iteration)
+            most = max(sum(t.group in groups for t in update) for groups in shares)
+            chunks += [[]] * (-(-most // size) - len(chunks))
+        return chunks
+
     def velocities(self, chunk: list[Transition], rollouts: list[Rollout], text: TextEmbeds) -> Tensor:
-        """Velocities (M, C, H, W) at the starts of transitions, in one forward pass."""
+        """Velocities (M, C, H, W) at the starts of transitions, in one forward pass; of none, that of any one."""
+        chunk = chunk or [Transition(0, 0, 0)]
         latents = torch.stack([rollouts[t.group].latents[t.step, t.sample] for t in chunk]).to(self.device)
         sigmas = torch.stack([rollouts[t.group].sigmas[t.step] for t in chunk]).to(self.device)
         return self.family.velocity(latents, sigmas, text[[t.group for t in chunk]])
@@ -273,6 +414,8 @@ class Trainer:
             with torch.no_grad(), lora.disabled(self.family.transformer):
                 reference = list(self.velocities(chunk, rollouts, text).cpu())
         current = self.velocities(chunk, rollouts, text).cpu()
+        if not chunk:
+            return current.flatten()[:0].sum(0, keepdim=True), []  # no loss, and a backward pass all the same
         old = current.detach() if old is None else old.cpu()
         terms = [
             self.algorithm.loss(rollouts[t.group], advantages[t.group], t, Velocities(new, before, base))
@@ -284,6 +427,8 @@ class Trainer:
     def average(self) -> None:
         """Move the averaged weights towards the live ones; without an average they are the live ones."""
         decay = self.config.optimizer.ema_decay
+        if not decay:
+            return
         for name, parameter in self.parameters.items():
             self.averaged[name].lerp_(parameter, 1 - decay)
 
@@ -291,25 +436,45 @@ class Trainer:
         """Held-out prompts, fixed seeds, averaged weights: metrics, every single score, and a picture grid."""
         config, texts = self.config.evaluation, [prompt.text for prompt in self.held_out]
         seeds = [config.seed + i for i in range(len(texts))]
+        own = self.processes.share(len(texts))
+        drawn = list(own)
+        if self.config.trainer.strategy == "fsdp":  # as many forward passes on every process
+            drawn += [own.start] * (max(map(len, self.processes.shares(len(texts)))) - len(own))
         with self.counter.paused(), lora.swapped(self.family.transformer, self.averaged):
-            text = self.family.encode(texts)
-            images = draw(self.family, text, seeds, self.config.rollout.solver, self.sigmas.to(self.device))
-        samples = Samples(images, texts, [prompt.metadata for prompt in self.held_out])
-        pending = [scorer.submit(samples, self.cache) for scorer in (self.scorer, self.watching)]
-        scores = {label: raw for wait in pending for label, raw in wait().items()}
+            text = self.family.encode([texts[i] for i in drawn])
+            images = draw(self.family, text, [seeds[i] for i in drawn], self.config.rollout.solver, self.sigmas)
+        scores = self.score(own, images[: len(own) * self.family.num_frames])
         if broken := self.broken(scores):
             if self.iteration == 0:
-                raise UserError(f"evaluation of the base model: {broken}")
+                raise SharedError(f"evaluation of the base model: {broken}")
             log.warning("evaluation at iteration %d: %s", self.iteration, broken)  # a trained adapter is worth more
-        shown, stem = slice(config.num_samples), f"{self.iteration:06d}"
-        report.save_grid(self.output_dir / "samples" / f"{stem}.png", images[shown], texts[shown])
-        save_scores(self.output_dir / "evaluations" / f"{stem}.jsonl", texts, seeds, scores)
+        count, frames, stem = config.num_samples, self.family.num_frames, f"{self.iteration:06d}"
+        sent = images[frames // 2 :: frames][: max(0, min(len(own), count - own.start))]  # of a video its middle
+        shown = [image for share in self.processes.gather(sent) for image in share]
+        if self.processes.is_main:
+            report.save_grid(self.output_dir / "samples" / f"{stem}.png", shown, texts[: len(shown)])
+            save_scores(self.output_dir / "evaluations" / f"{stem}.jsonl", texts, seeds, scores)
         means = {label: raw.nanmean().item() for label, raw in scores.items()}
         metrics = {f"eval/{label}_mean": mean for label, mean in means.items()}
         metrics["eval/reward_mean"] = self.weighted(means)
         if config.strict is not None:
             metrics["eval/strict_accuracy"] = means[strict_reward(self.config)[0].key]
         return metrics
+
+    def score(self, own: range, images: list[Image.Image]) -> dict[str, Tensor]:
+        """Scores (N,) by every reward of all held-out images, of which this process has drawn its own."""
+        samples = self.samples([self.held_out[i] for i in own], images)
+        samples = replace(samples, group_size=self.frames)  # each a group of its own
+        scores, problem = {}, None
+        try:
+            pending = [scorer.submit(samples, self.cache) for scorer in (self.scorer, self.watching)]
+            scores = {label: self.per_sample(raw) for wait in pending for label, raw in wait().items()}
+        except UserError as error:
+            problem = str(error)
+        if problem := self.processes.agree(problem):
+            raise SharedError(problem)
+        shares = self.processes.gather(scores)
+        return {label: torch.cat([share[label] for share in shares]) for label in scores}
 
     def weighted(self, means: dict[str, float]) -> float:
         """The weighted sum of raw means: what the curve shows."""
@@ -359,13 +524,15 @@ class Trainer:
         self.iteration = state["iteration"]
 
     def export(self) -> Path:
-        """Write `adapter/pytorch_lora_weights.safetensors` and prove it in a fresh pipeline."""
+        """Write `adapter/pytorch_lora_weights.safetensors` and prove that diffusers loads it as it was trained."""
         path = self.output_dir / "adapter" / FILE_NAME
         with self.counter.paused(), lora.swapped(self.family.transformer, self.averaged):
-            save_adapter(path, self.family, self.config)
+            if self.processes.is_main:
+                save_adapter(path, self.family, self.config)
+            self.processes.gather(None)  # the file is there
             text = self.family.encode([self.held_out[0].text])
             latents = gaussian_noise((1, *self.family.latent_shape), 0).to(self.device)
-            check_export(path, self.family, load_family(self.config.model), text, latents)
+            check_export(path, self.family, text, latents)
         return path
 
 
@@ -379,7 +546,7 @@ class EvaluationCounter:
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.active:
-            samples = len(kwargs["hidden_states"])
+            samples = len(args[0] if args else kwargs["hidden_states"])
             if torch.is_grad_enabled():
                 self.theta += samples
             else:
@@ -399,9 +566,10 @@ class EvaluationCounter:
         finally:
             self.active = True
 
-    def per_sample(self, samples: int) -> Metrics:
-        """NFE divided by the samples of the iteration."""
-        return {"nfe/old_per_sample": self.old / samples, "nfe/theta_per_sample": self.theta / samples}
+    def per_sample(self, samples: int, processes: Processes) -> Metrics:
+        """NFE of all processes divided by the samples of the iteration."""
+        old, theta = map(sum, zip(*processes.gather((self.old, self.theta)), strict=True))
+        return {"nfe/old_per_sample": old / samples, "nfe/theta_per_sample": theta / samples}
 
 
 @contextmanager
@@ -441,16 +609,16 @@ class Clock:
         self.seconds[f"time/{stage}_s"] = time.perf_counter() - start
 
 
+def iteration_seconds(metrics: Metrics) -> float:
+    """How long an iteration took, without an evaluation."""
+    return sum(metrics[f"time/{stage}_s"] for stage in ("rollout", "reward", "update"))
+
+
 def strict_reward(config: RunConfig) -> list[RewardConfig]:
     """The pass-or-fail reward of the evaluation, if there is one."""
     name = config.evaluation.strict
     given = {reward.name: reward for reward in (*config.rewards.train, *config.evaluation.rewards)}
     return [] if name is None else [given.get(name, RewardConfig(name=name))]
-
-
-def same_prompt(prompt: Prompt, images: list[Image.Image]) -> Samples:
-    """One group of candidates."""
-    return Samples(images, [prompt.text] * len(images), [prompt.metadata] * len(images), len(images))
 
 
 def chunked(items: list[Transition], size: int) -> list[list[Transition]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -22,17 +22,39 @@ class TextEmbeds:
     def __getitem__(self, rows: Sequence[int]) -> TextEmbeds:
         return TextEmbeds({name: tensor[list(rows)] for name, tensor in self.tensors.items()})
 
+    @classmethod
+    def join(cls, alone: Sequence[dict[str, Tensor]]) -> TextEmbeds:
+        """Conditionings of single prompts, each (1, ...), as rows; shorter sequences are padded with zeros."""
+        names = alone[0] if alone else {}
+        return cls({name: _join([one[name] for one in alone]) for name in names})
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    longest = max(tensor.shape[1] for tensor in tensors) if tensors[0].ndim > 1 else 0
+    if all(tensor.ndim == 1 or tensor.shape[1] == longest for tensor in tensors):
+        return torch.cat([*tensors])
+    joined = tensors[0].new_zeros(len(tensors), longest, *tensors[0].shape[2:])
+    for row, tensor in enumerate(tensors):
+        joined[row, : tensor.shape[1]] = tensor[0]
+    return joined
+
 
 @dataclass(frozen=True)
 class Rollout:
     """One group of candidates under the old weights.
 
-    latents: (K + 1, G, C, H, W) float32, from noise to clean.
+    latents: (W + 1, G, C, H, W) float32, from noise on: the starts and ends of the W steps that may be trained.
     sigmas: (K + 1,) float32.
+    final: (G, C, H, W) float32, clean.
     """
 
     latents: Tensor
     sigmas: Tensor
+    final: Tensor
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 @dataclass(frozen=True)

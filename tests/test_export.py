@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ngrpo_lora import flow_sigmas, gaussian_noise, lora
+from ngrpo_lora import gaussian_noise, lora
 from ngrpo_lora.config import ModelConfig, RolloutConfig, parse_config
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.export import FILE_NAME, AdapterInfo, check_export, read_adapter, read_metadata
@@ -111,7 +111,7 @@ def test_the_header_describes_the_adapter(adapter: Path, finished_run: FinishedR
     assert own["model"]["path"] == "embedded"
     assert own["model"]["guidance_scale"] == settings["guidance_scale"]  # resolved, not "what the model recommends"
     assert own["model"]["max_sequence_length"] == settings["max_sequence_length"]
-    assert own["rollout"]["shift"] == settings["shift"]
+    assert own["rollout"]["shift"] == finished_run.trainer.family.shift(4)
     assert (own["rollout"]["solver"], own["rollout"]["num_steps"]) == ("dpmpp_2m", 4)
     assert own["code_version"]
 
@@ -121,10 +121,10 @@ def test_the_header_describes_the_adapter(adapter: Path, finished_run: FinishedR
 
 
 def test_what_the_header_says_is_read_back(adapter: Path, finished_run: FinishedRun):
-    info, config, settings = read_adapter(adapter), finished_run.trainer.config, finished_run.trainer.family.settings
-    resolved = {name: settings[name] for name in ("guidance_scale", "max_sequence_length")}
-    assert info.model == config.model.model_copy(update=resolved)
-    assert info.rollout == config.rollout.model_copy(update={"shift": settings["shift"]})
+    info, config, family = read_adapter(adapter), finished_run.trainer.config, finished_run.trainer.family
+    assert {"guidance_scale", "max_sequence_length"} <= family.settings.keys()
+    assert info.model == config.model.model_copy(update=family.settings)
+    assert info.rollout == config.rollout.model_copy(update={"shift": family.shift(4)})
 
 
 # Files that are wrong -----------------------------------------------------------------------------------------------
@@ -142,14 +142,14 @@ def test_the_export_check_passes_the_file_and_no_other(
     factor: float, adapter: Path, finished_run: FinishedRun, tmp_path: Path
 ):
     trainer = finished_run.trainer
-    path, fresh = rewrite(adapter, tmp_path / "copy.safetensors", factor), load_family(trainer.config.model)
+    path = rewrite(adapter, tmp_path / "copy.safetensors", factor)
     text, latents = trainer.family.encode(PROMPTS[:1]), gaussian_noise((1, *trainer.family.latent_shape), 0)
     with lora.swapped(trainer.family.transformer, trainer.averaged):
         if factor == 1.0:
-            assert check_export(path, trainer.family, fresh, text, latents) < 1e-3
+            assert check_export(path, trainer.family, text, latents) < 1e-3
         else:
             with pytest.raises(UserError, match=r"copy\.safetensors differs from the trained one by"):
-                check_export(path, trainer.family, fresh, text, latents)
+                check_export(path, trainer.family, text, latents)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5, 2.0])
@@ -162,13 +162,12 @@ def test_the_export_check_of_a_16_bit_model_allows_for_rounding_only(
     trainer.run()
     path = rewrite(tmp_path / "adapter" / FILE_NAME, tmp_path / "copy.safetensors", factor)
     text, latents = trainer.family.encode(PROMPTS[:1]), gaussian_noise((1, *trainer.family.latent_shape), 0)
-    fresh = load_family(trainer.config.model)
     with lora.swapped(trainer.family.transformer, trainer.averaged):
         if factor == 1.0:
-            assert 0 < check_export(path, trainer.family, fresh, text, latents) < 0.2
+            assert 0 < check_export(path, trainer.family, text, latents) < 0.2
         else:
             with pytest.raises(UserError, match=r"copy\.safetensors differs from the trained one by"):
-                check_export(path, trainer.family, fresh, text, latents)
+                check_export(path, trainer.family, text, latents)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "garbage", "truncated", "folder"])
@@ -256,8 +255,7 @@ def test_the_sampled_images_are_those_of_the_run(finished_run: FinishedRun, samp
 
 def test_strength_scales_the_adapter_and_0_is_the_base(adapter: Path, finished_run: FinishedRun, sampled: np.ndarray):
     family = load_family(ModelConfig())
-    sigmas = flow_sigmas(4, float(family.settings["shift"]))
-    base = pixels(draw(family, family.encode(PROMPTS), [3, 3], "dpmpp_2m", sigmas))
+    base = pixels(draw(family, family.encode(PROMPTS), [3, 3], "dpmpp_2m", family.sigmas(4)))
     assert np.array_equal(pixels(sample_images(adapter, None, PROMPTS, [3], strength=0.0)), base)
     distances = [
         np.abs(pixels(sample_images(adapter, None, PROMPTS, [3], strength=strength)) - base).mean()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ngrpo_lora.solvers import VelocityFn
@@ -25,12 +26,18 @@ class Algorithm(Protocol):
     """The `policy/...` metrics of every `loss`."""
 
     def rollout(
-        self, velocity_fn: VelocityFn, sigmas: Tensor, latent_shape: tuple[int, ...], seeds: Sequence[int]
+        self,
+        velocity_fn: VelocityFn,
+        sigmas: Tensor,
+        latent_shape: tuple[int, ...],
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
     ) -> list[Rollout]:
         """Draw P groups, one per seed: initial noises, which steps are stochastic, and how samples branch.
 
         `velocity_fn(latents, sigma)` takes (P, S, C, H, W), any number S of samples of every group, and keeps
-        to the memory limits itself. A group is a function of its seed. An algorithm that needs more than
+        to the memory limits itself. Noise is drawn on the CPU; all else stays on `device` and never waits for it.
+        A group is a function of its seed. An algorithm that needs more than
         latents later (its step noises, a tree) returns its own subclass of Rollout.
         """
         ...

@@ -91,7 +91,7 @@ class Config(AlgorithmConfig, frozen=True):
 
 @dataclass(frozen=True)
 class NeighborRollout(Rollout):
-    """A rollout with its predictions of the clean image, clean: (K, G, C, H, W)."""
+    """A rollout with its predictions of the clean image, clean: (W, G, C, H, W)."""
 
     clean: Tensor
 
@@ -105,25 +105,36 @@ class Algorithm:
         self.config = config
         self.group_size, self.num_steps = rollout.group_size, rollout.num_steps
         self.solve = SOLVERS[rollout.solver]
+        self.window = config.train_window or rollout.num_steps  # W
         self.needs_reference = config.reference_weight > 0
 
     def rollout(
-        self, velocity_fn: VelocityFn, sigmas: Tensor, latent_shape: tuple[int, ...], seeds: Sequence[int]
+        self,
+        velocity_fn: VelocityFn,
+        sigmas: Tensor,
+        latent_shape: tuple[int, ...],
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
     ) -> list[Rollout]:
         """Neighbours of each group's noise (Eq. 7), followed by the deterministic solver to the end."""
-        noise = torch.stack([self.neighborhood(latent_shape, seed) for seed in seeds])  # (P, G, C, H, W)
-        clean = []
+        noise = torch.stack([self.neighborhood(latent_shape, seed) for seed in seeds]).to(device)  # (P, G, C, H, W)
+        window, clean = self.window, []
 
         def recorded(latents: Tensor, sigma: float) -> Tensor:
             velocity = velocity_fn(latents, sigma)
-            if self.config.distance == "clean":
+            if self.config.distance == "clean" and len(clean) < window:
                 clean.append(latents - sigma * velocity)
             return velocity
 
-        latents = torch.stack(self.solve(recorded, noise, sigmas), 1)  # (P, K + 1, G, C, H, W)
+        steps = self.solve(recorded, noise, sigmas)
+        latents, final = torch.stack(steps[: window + 1], 1), steps[-1]  # (P, W + 1, G, C, H, W), (P, G, C, H, W)
         if self.config.distance == "latent":
-            return [Rollout(group, sigmas) for group in latents]
-        return [NeighborRollout(group, sigmas, c) for group, c in zip(latents, torch.stack(clean, 1), strict=True)]
+            return [Rollout(group, sigmas, end) for group, end in zip(latents, final, strict=True)]
+        predictions = torch.stack(clean, 1)  # (P, W, G, C, H, W)
+        return [
+            NeighborRollout(group, sigmas, end, prediction)
+            for group, end, prediction in zip(latents, final, predictions, strict=True)
+        ]
 
     def neighborhood(self, latent_shape: tuple[int, ...], seed: int) -> Tensor:
         """The initial noises of one group, (G, C, H, W)."""
@@ -141,7 +152,6 @@ class Algorithm:
 
     def updates(self, advantages: Tensor, seed: int) -> list[list[Transition]]:
         """B anchors a group that has advantages (symmetric sampling), K steps each, dealt out to the updates."""
-        window = self.config.train_window or self.num_steps
         generator = torch.Generator().manual_seed(seed)
         updates: list[list[Transition]] = [[] for _ in range(self.config.updates_per_rollout)]
         for group, row in enumerate(advantages):
@@ -151,7 +161,7 @@ class Algorithm:
             transitions = [
                 Transition(group, anchor, step)
                 for anchor in anchors.tolist()
-                for step in torch.randperm(window, generator=generator)[: self.config.num_train_steps].tolist()
+                for step in torch.randperm(self.window, generator=generator)[: self.config.num_train_steps].tolist()
             ]
             for position, index in enumerate(torch.randperm(len(transitions), generator=generator).tolist()):
                 updates[position % len(updates)].append(transitions[index])

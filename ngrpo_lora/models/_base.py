@@ -1,24 +1,47 @@
-"""The contract between the trainer and a model family."""
+"""What every model family has in common; a family is a subclass named `Family` in a file of its own.
+
+A family says how its model is asked for velocities; loading, placement, guidance by two passes, the schedule and
+LoRA files are the same for all and are diffusers' own.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import diffusers
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.offload import swap_blocks
+from ngrpo_lora.quantization import check_quantization, pipeline_quantization
+from ngrpo_lora.solvers import flow_sigmas
 from ngrpo_lora.types import TextEmbeds
 
+if TYPE_CHECKING:
+    from ngrpo_lora.embeddings import EmbeddingCache
 
-class Family(Protocol):
-    """One flow model behind a few verbs. Latents are unpacked (B, C, H, W) float32, noise at sigma 1."""
+Parts = Literal["all", "text", "image"]
 
-    transformer: Any
-    """The diffusers model (an nn.Module) that velocities come from and the adapter is put on."""
 
-    latent_shape: tuple[int, ...]
-    """(C, H, W) at the configured size."""
+class BaseFamily:
+    """One flow model behind a few verbs. Latents are unpacked (B, C, H, W), of video (B, C, F, H, W), float32.
+
+    A subclass sets the class attributes and defines `latent_shape_of`, `encode_alone`, `forward` and, where
+    diffusers' usual VAE scaling does not fit, `decode`.
+    """
+
+    pipeline_class: ClassVar[str]
+    """Name of the diffusers pipeline, by which `model.family: auto` finds the family."""
+
+    text_encoders: ClassVar[tuple[str, ...]]
+    """Pipeline components that are only needed to encode prompts; a model may come without some of them."""
 
     architecture: str
     """`modelspec.architecture` of the base, by which model managers find it."""
@@ -26,31 +49,273 @@ class Family(Protocol):
     kohya_version: str
     """`ss_base_model_version` of the base, for the same purpose."""
 
-    settings: dict[str, float | int]
-    """Resolved guidance, shift and sequence length, for the adapter's metadata."""
+    attention: ClassVar[tuple[str, ...]]
+    """Suffixes of the attention layers that LoRA adapts."""
 
-    def __init__(self, config: ModelConfig, device: str): ...
+    feed_forward: ClassVar[tuple[str, ...]]
+    """Suffixes of the feed-forward layers that LoRA adapts too, where asked for."""
 
-    def lora_targets(self, targets: str) -> tuple[list[str], list[str]]:
-        """(suffixes to adapt, full names to leave out) of `lora.targets`."""
-        ...
+    not_adapted: ClassVar[tuple[str, ...]] = ()
+    """Full names of layers that a suffix would find and that must stay as they are."""
+
+    distilled_guidance: ClassVar[bool] = False
+    """Whether one pass is a guided one, or the model is drawn without guidance."""
+
+    default_guidance: float
+    """Guidance where the configuration gives none."""
+
+    default_tokens: ClassVar[int] = 512
+    """Prompt tokens where the configuration gives none."""
+
+    size_multiple: int = 16
+    """Height and width are multiples of it."""
+
+    num_frames: int = 1
+    """Pictures per sample: more than one of a video model."""
+
+    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all"):
+        """Load the pipeline, or only the part of it that encodes prompts, or only the part that draws.
+
+        Raises:
+            UserError: not a model of this family, or it cannot be loaded, or the size does not fit it.
+        """
+        self.config, self.device, self.dtype = config, torch.device(device), getattr(torch, config.dtype)
+        self.negative: TextEmbeds | None = None  # of guidance by two passes, encoded with the first prompts
+        self.cache: EmbeddingCache | None = None  # where there are no text encoders
+        self.pipeline = self.load(parts)
+        self.pipeline.set_progress_bar_config(disable=True)
+        guidance = self.default_guidance if config.guidance_scale is None else config.guidance_scale
+        self.settings: dict[str, float | int] = {
+            "guidance_scale": guidance,
+            "max_sequence_length": config.max_sequence_length or self.max_tokens(),
+        }
+        encoders: list[nn.Module | None] = [getattr(self.pipeline, name) for name in self.text_encoders]
+        self.encoders = [encoder.requires_grad_(False).eval() for encoder in encoders if encoder is not None]
+        if config.text_encoders == "keep":
+            for encoder in self.encoders:
+                encoder.to(self.device)
+        if parts == "text":
+            return
+        multiple = self.size_multiple
+        for side, size_px in (("height_px", config.height_px), ("width_px", config.width_px)):
+            if size_px % multiple:
+                raise UserError(f"model.{side} must be a multiple of {multiple} for this model, got {size_px}")
+        self.transformer: Any = self.pipeline.transformer.requires_grad_(False).eval()
+        self.vae: Any = self.pipeline.vae.requires_grad_(False).eval()
+        if self.num_frames == 1 and config.num_frames not in (None, 1):
+            raise UserError(f"model.num_frames must be null for {config.path!r}, which draws no videos")
+        self.place()
+        self.latent_shape = self.latent_shape_of(config)
+
+    # What a family defines
+
+    def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
+        """(C, H, W) of one sample at the configured size, (C, F, H, W) of a video."""
+        raise NotImplementedError
+
+    def encode_alone(self, prompt: str) -> dict[str, Tensor]:
+        """One prompt -> its conditioning by name, each (1, ...).
+
+        Sequences of other lengths are padded with zeros when prompts are put together: give the number of tokens
+        as `lengths`, (1,) int64 on the CPU, and cut or mask by it in `forward`.
+        """
+        raise NotImplementedError
+
+    def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Of what `encode_alone` gives for a prompt of so many tokens, without the 1: for `ngrpo plan`."""
+        raise NotImplementedError
+
+    def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
+        """One pass: (B, C, H, W) in the model's dtype, (B,) float32, B rows -> velocity of the latents' shape."""
+        raise NotImplementedError
 
     def tokenizers(self) -> dict[str, tuple[Any, int]]:
         """By name: each tokenizer and how many tokens of a prompt reach its encoder."""
-        ...
+        raise NotImplementedError
 
-    def encode(self, prompts: list[str]) -> TextEmbeds:
-        """Prompts -> conditioning, no gradient."""
-        ...
+    def max_tokens(self) -> int:
+        """Prompt tokens where the configuration gives none."""
+        return self.default_tokens
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance takes a second pass, without the prompt."""
+        return not self.distilled_guidance and self.settings["guidance_scale"] > 1
+
+    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """Classifier-free guidance (arXiv 2207.12598) on velocities."""
+        return unconditional + self.settings["guidance_scale"] * (conditional - unconditional)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Clean latents (B, ...) -> B * num_frames RGB images, frames of a sample together."""
+        config = self.vae.config
+        scaled = latents.to(self.vae.dtype) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return self.pipeline.image_processor.postprocess(self.vae.decode(scaled, return_dict=False)[0], "pil")
+
+    # What all have in common
+
+    def load(self, parts: Parts) -> Any:
+        """The diffusers pipeline of this family, by `from_pretrained`."""
+        config = self.config
+        kind = getattr(diffusers, self.pipeline_class)
+        quantized = None
+        if parts != "text":
+            check_quantization(config.quantization, self.device.type)
+            quantized = pipeline_quantization(config.quantization, self.dtype)
+        try:
+            # bitsandbytes quantises on the current GPU, which need not be this process's.
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                return kind.from_pretrained(
+                    self.source,
+                    revision=config.revision,
+                    dtype={"default": self.dtype, "vae": self.vae_dtype},
+                    quantization_config=quantized,
+                    **dict.fromkeys(self.left_out(parts)),
+                )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:  # what diffusers raises for bad folders
+            raise UserError(
+                f"model.path {config.path!r} could not be loaded as a {self.pipeline_class}: {error}"
+            ) from error
+
+    def left_out(self, parts: Parts) -> tuple[str, ...]:
+        """Pipeline components that are not loaded."""
+        return {"text": ("transformer", "vae"), "image": self.text_encoders, "all": ()}[parts]
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The VAE's number type."""
+        return self.dtype
+
+    @property
+    def source(self) -> str:
+        """What diffusers loads from: a folder or a Hub id."""
+        return str(self.config.path)
+
+    def place(self) -> None:
+        """Move what draws to its device, and set how it computes there."""
+        if self.config.swap_blocks:
+            swap_blocks(self.blocks, self.config.swap_blocks, self.device)
+        self.transformer.to(self.device)
+        self.vae.to(self.device)
+        if self.config.vae_tiling:
+            self.vae.enable_tiling()
+        if self.config.attention is not None:
+            self.use_attention(self.config.attention)
+
+    def use_attention(self, backend: str) -> None:
+        """Compute attention by one of diffusers' backends.
+
+        Raises:
+            UserError: there is none of that name, or it cannot run here, or has no backward pass.
+        """
+        try:
+            self.transformer.set_attention_backend(backend)
+            probe = torch.randn(1, 64, 2, 64, device=self.device, dtype=self.dtype, requires_grad=True)
+            # Some kernels are for inference only: gradients would leave out all that passes through attention.
+            dispatch_attention_fn(probe, probe, probe).sum().backward()
+        except Exception as error:  # packages of others raise what they like
+            raise UserError(f"model.attention={backend} cannot be used for training here: {error}") from error
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's repeated blocks, in the order in which they run: the entries of its lists of modules."""
+        lists = [child for child in self.transformer.children() if isinstance(child, nn.ModuleList)]
+        return [block for blocks in lists for block in blocks]
+
+    def lora_targets(self, targets: str) -> tuple[list[str], list[str]]:
+        """(suffixes to adapt, full names to leave out) of `lora.targets`."""
+        layers = self.attention + self.feed_forward if targets == "attention+feed_forward" else self.attention
+        return [*layers], [name for name in self.not_adapted if name.endswith(layers)]
+
+    def shift(self, num_steps: int) -> float:
+        """The timestep shift of the model's own scheduler at this size: `exp(mu)`, or a constant."""
+        scheduler = self.pipeline.scheduler.config
+        if scheduler.get("use_dynamic_shifting", False):
+            return math.exp(self.mu(num_steps))
+        return scheduler.get("shift") or scheduler.get("flow_shift") or 1.0
+
+    def mu(self, num_steps: int) -> float:
+        """Linear in the image tokens between the scheduler's two points (FLUX.1, SD3.5)."""
+        scheduler = self.pipeline.scheduler.config
+        slope = (scheduler.max_shift - scheduler.base_shift) / (
+            scheduler.max_image_seq_len - scheduler.base_image_seq_len
+        )
+        return scheduler.base_shift + slope * (self.image_tokens - scheduler.base_image_seq_len)
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one sample: patches of 2 x 2 latents, unless a family says otherwise."""
+        return math.prod(self.latent_shape[1:]) // 4
+
+    def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:
+        """(K + 1,) noise levels at `shift`, or at the model's own."""
+        return flow_sigmas(num_steps, shift or self.shift(num_steps))
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextEmbeds:
+        """Prompts -> conditioning on the model's device, no gradient.
+
+        Each prompt is encoded alone: kernels round differently for different batch sizes, and an image must not
+        depend on what is drawn beside it.
+        """
+        if self.cache is not None:
+            if self.guided and self.negative is None:
+                self.negative = self.cache.encode([self.config.negative_prompt], self.device)
+            return self.cache.encode(prompts, self.device)
+        with self.awake():
+            if self.guided and self.negative is None:
+                self.negative = TextEmbeds.join([self.encode_alone(self.config.negative_prompt)])
+            alone = {prompt: self.encode_alone(prompt) for prompt in dict.fromkeys(prompts)}
+        return TextEmbeds.join([alone[prompt] for prompt in prompts])
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """The text encoders on the device, and back in system memory where they wait there."""
+        away = self.config.text_encoders != "keep" and self.device.type != "cpu"
+        if away:
+            for encoder in self.encoders:
+                encoder.to(self.device)
+        try:
+            yield
+        finally:
+            if away:
+                for encoder in self.encoders:
+                    encoder.to("cpu")
+
+    def release_encoders(self) -> None:
+        """Forget the text encoders; `encode` needs a cache from now on."""
+        self.encoders = []
+        self.pipeline.register_modules(**dict.fromkeys(self.text_encoders))
 
     def velocity(self, latents: Tensor, sigma: Tensor | float, text: TextEmbeds) -> Tensor:
-        """(B, C, H, W), scalar or (B,), B rows -> velocity (B, C, H, W) float32, with gradient where enabled."""
-        ...
+        """(B, ...), scalar or (B,), B rows -> velocity (B, ...) float32, with gradient where enabled.
 
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Clean latents (B, C, H, W) -> B RGB images, no gradient."""
-        ...
+        Sigma reaches the model unrounded, as a float. Guidance by two passes guides here too, so that rollouts,
+        updates and pictures see the same velocity.
+        """
+        batch = len(latents)
+        if isinstance(sigma, Tensor):
+            sigmas = sigma.to(self.device, torch.float32).expand(batch)
+        else:
+            sigmas = torch.full((batch,), sigma, device=self.device)
+        inputs = latents.to(self.dtype)
+        velocity = self.forward(inputs, sigmas, text).float()
+        if not self.guided:
+            return velocity
+        assert self.negative is not None, "encode() comes before velocity()"
+        return self.guide(velocity, self.forward(inputs, sigmas, self.negative[[0] * batch]).float())
 
-    def load_adapter(self, path: str, strength: float) -> None:
-        """Put an exported adapter on the model, by diffusers' own loader."""
-        ...
+    def load_adapter(self, path: str, strength: float, name: str = "default") -> None:
+        """Put a LoRA file on the model and make it the active adapter, by diffusers' own loader.
+
+        Raises:
+            UserError: the file holds no LoRA, or one of another model.
+        """
+        try:
+            self.pipeline.load_lora_weights(path, adapter_name=name)
+            self.pipeline.set_adapters(name, strength)
+        except (ValueError, KeyError, RuntimeError) as error:  # what diffusers and PEFT raise for files that do not fit
+            raise UserError(
+                f"adapter {path!r} is no LoRA of this model: {error}; give the model it was trained on"
+            ) from error

@@ -14,7 +14,6 @@ from PIL import Image
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.prompts import open_prompts
 from ngrpo_lora.sampling import draw, load_family
-from ngrpo_lora.solvers import flow_sigmas
 
 HERE = Path(__file__).parent
 COUNT, COLUMNS, SIDE_PX, SEED = 192, 16, 64, 2000
@@ -25,7 +24,7 @@ def main() -> None:
     source = open_prompts("world:held_out", SEED)
     prompts = [source.prompt(i) for i in range(COUNT)]
     family = load_family(ModelConfig())
-    sigmas = flow_sigmas(8, float(family.settings["shift"]))
+    sigmas = family.sigmas(8)
     images = draw(family, family.encode(prompts), [SEED + i for i in range(COUNT)], "dpmpp_2m", sigmas)
     sheet = Image.new("RGB", (COLUMNS * SIDE_PX, COUNT // COLUMNS * SIDE_PX))
     for i, image in enumerate(images):

@@ -1,0 +1,5 @@
+"""`python -m ngrpo_lora` is `ngrpo`."""
+
+from ngrpo_lora.cli import app
+
+app()

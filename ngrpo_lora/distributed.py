@@ -1,0 +1,230 @@
+"""One run as several processes: who owns which groups, how they agree, and how `ngrpo train` starts them.
+
+Every process owns whole groups and computes what it can alone; scores and metrics are gathered, LoRA gradients are
+summed. Because a number is the sum over all transitions wherever they were computed, and every random number is a
+function of the run's seed and the group's position, a run does not depend on the number of processes but for the
+order of float additions. DistributedDataParallel's hooks would instead need as many backward passes on every
+process, which groups without advantages do not give.
+
+Started by `ngrpo train` itself, by `accelerate launch` or by `torchrun`: all set RANK, WORLD_SIZE and MASTER_ADDR.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ngrpo_lora.errors import UserError
+
+__all__ = ["Processes", "is_loss", "launch", "launched", "process_count", "process_device", "shard"]
+
+T = TypeVar("T")
+GRACE_S = 20.0  # what the others get to end by themselves once one process has failed
+
+
+def launched() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def process_device(device: str) -> str:
+    """This process's own GPU where the configuration says `cuda`."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched() else device
+
+
+def process_count(device: str, asked: int | None) -> int:
+    """How many processes `ngrpo train` starts: as many as asked for, else one for each GPU that may be used.
+
+    Raises:
+        UserError: more are asked for than there are GPUs.
+    """
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if asked is not None and asked > 1 and (gpus or device.startswith("cuda")) and asked > gpus:
+        raise UserError(
+            f"--num-processes must be at most the number of GPUs ({gpus}) for model.device={device}, got {asked}; "
+            "model.device=cpu runs several on a CPU"
+        )
+    return asked or gpus or 1
+
+
+class Processes:
+    """This process and its peers. Alone, every method is the identity."""
+
+    def __init__(self, timeout_s: float = 1800.0):
+        self.rank, self.count = 0, 1
+        if not launched():
+            return
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            try:
+                dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            except (RuntimeError, ValueError) as error:
+                where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                raise UserError(
+                    f"processes could not meet at {where} ({first_line(error)}); is the port in use, or the address "
+                    "reachable? choose another MASTER_PORT or --main_process_port"
+                ) from None
+        self.rank, self.count, self.timeout_s = dist.get_rank(), dist.get_world_size(), timeout_s
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def shares(self, total: int) -> list[range]:
+        """`total` items as one consecutive part for each process; parts differ by one at most."""
+        bounds = [total * rank // self.count for rank in range(self.count + 1)]
+        return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+    def share(self, total: int) -> range:
+        """This process's part."""
+        return self.shares(total)[self.rank]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in their order, on every process; tensors should be on the CPU."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        with self.contact():
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """The main process's value, on every process."""
+        return self.gather(value if self.is_main else None)[0]  # pyright: ignore[reportReturnType]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so anywhere."""
+        return any(self.gather(flag))
+
+    def agree(self, problem: str | None) -> str | None:
+        """The first problem that any process has, on every process, so that all stop together."""
+        problems = self.gather(problem)
+        for rank, found in enumerate(problems):
+            if found is not None:
+                same = all(other == found for other in problems)
+                return found if same else f"process {rank} of {self.count}: {found}"
+        return None
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one dtype and device by their sums over the processes, in one message."""
+        if self.count == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        with self.contact():
+            dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    @contextmanager
+    def contact(self) -> Iterator[None]:
+        """Turn the loss of a peer, or waiting too long for one, into a message.
+
+        Raises:
+            UserError: a process has ended, or none answered within the timeout.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_loss(error):
+                raise
+            if re.search("time(d )?out", str(error), re.IGNORECASE):
+                why = (
+                    f"waited for the others longer than trainer.timeout_s ({self.timeout_s:g}); raise it, or speed up "
+                    "what they wait for (a reward, most often)"
+                )
+            else:
+                why = f"lost another process, whose own message says why ({first_line(error)})"
+            raise UserError(f"process {self.rank} of {self.count} {why}; go on with resume=latest") from None
+
+    def close(self) -> None:
+        """Leave the others in order; without it they would report a lost connection."""
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def shard(transformer: nn.Module, blocks: Sequence[nn.Module], replicated: set[nn.Parameter]) -> None:
+    """Divide the frozen base among the processes (FSDP2), block by block; `replicated` stays whole everywhere."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    device = next(transformer.parameters()).device.type
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, ignored_params=replicated)
+    fully_shard(transformer, mesh=mesh, ignored_params=replicated)
+
+
+def is_loss(error: RuntimeError) -> bool:
+    """Whether an error is the communication library's own: a peer is gone, or did not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def first_line(error: Exception) -> str:
+    """The gist of a long message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def launch(count: int, command: Sequence[str]) -> int:
+    """Run `command` as `count` processes of this machine; returns the exit status of the first that failed, or 0.
+
+    Ctrl-C reaches all of them from the terminal; this process only waits. When one fails, the others end by
+    themselves within seconds, as their next exchange with it does; what is left after a while is terminated.
+    """
+    port = free_port()
+    processes = []
+    for rank in range(count):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(subprocess.Popen([*command], env=os.environ | {k: str(v) for k, v in place.items()}))
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    terminate = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])
+    try:
+        return wait_for(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGTERM, terminate)
+
+
+def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; after the first failure only for a while."""
+    status, deadline = 0, None
+    while any(process.poll() is None for process in processes):
+        for rank, process in enumerate(processes):
+            if process.poll() and not status:
+                status, deadline = process.returncode, time.monotonic() + GRACE_S
+                if status < 0:
+                    name = signal.Signals(-status).name
+                    sys.stderr.write(
+                        f"ngrpo: process {rank} of {len(processes)} was killed ({name}"
+                        f"{', often for lack of memory' if name == 'SIGKILL' else ''}); go on with resume=latest\n"
+                    )
+        if deadline is not None and time.monotonic() > deadline:
+            for process in processes:
+                process.terminate()
+            deadline = time.monotonic() + GRACE_S
+        time.sleep(0.1)
+    return status or next((process.returncode for process in processes if process.returncode), 0)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,63 @@
+"""Text embeddings of a run's prompts, made before it, so that the encoders are never there beside the transformer.
+
+`model.text_encoders: cache`. One safetensors file a prompt, named by the digest of prompt and encoder settings.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.devices import resolve_device, resolve_dtype
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.types import TextEmbeds
+
+__all__ = ["EmbeddingCache"]
+
+DECIDING = ("path", "revision", "dtype", "max_sequence_length", "negative_prompt")
+
+
+class EmbeddingCache:
+    """Conditionings on disk, one file a prompt."""
+
+    def __init__(self, folder: Path, model: ModelConfig):
+        self.folder = folder
+        dtype = resolve_dtype(model.dtype, resolve_device(model.device))
+        self.settings = json.dumps([model.model_copy(update={"dtype": dtype}).model_dump()[key] for key in DECIDING])
+
+    def file(self, prompt: str) -> Path:
+        """Where the conditioning of a prompt is."""
+        digest = hashlib.sha256(f"{self.settings}\x1f{prompt}".encode()).hexdigest()
+        return self.folder / f"{digest[:32]}.safetensors"
+
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts that have yet to be encoded, each once."""
+        return [prompt for prompt in dict.fromkeys(prompts) if not self.file(prompt).is_file()]
+
+    def fill(self, family: BaseFamily, prompts: Sequence[str]) -> None:
+        """Encode what is missing, one prompt at a time, and free the encoders."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad(), family.awake():
+            for prompt in self.missing(prompts):
+                tensors = {name: tensor.cpu().contiguous() for name, tensor in family.encode_alone(prompt).items()}
+                partial = self.file(prompt).with_suffix(f".{os.getpid()}")
+                save_file(tensors, partial)
+                os.replace(partial, self.file(prompt))
+        family.release_encoders()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def encode(self, prompts: Sequence[str], device: torch.device) -> TextEmbeds:
+        """What `BaseFamily.encode` gives, from disk. What decides shapes (`lengths`) stays on the CPU."""
+        alone = {prompt: load_file(self.file(prompt)) for prompt in dict.fromkeys(prompts)}
+        text = TextEmbeds.join([alone[prompt] for prompt in prompts])
+        return TextEmbeds({k: v if k == "lengths" else v.to(device) for k, v in text.tensors.items()})

@@ -1,0 +1,180 @@
+"""Peak memory and floating-point operations of PyTorch code, counted and not guessed.
+
+`Meter` follows every tensor from its birth to its death. It does so on the CPU with real numbers, and on the meta
+device, where tensors have shapes and no contents: there a model of any size runs forward and backward within seconds
+and without weights. A deep model is measured on a few of its blocks, `thin`, for blocks that are alike cost alike.
+
+What is counted is what operators return. What kernels use inside themselves (workspaces of convolutions and of fused
+attention) and what an allocator loses between tensors is not.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+__all__ = ["Meter", "attention_on_meta", "thin"]
+
+aten = torch.ops.aten
+
+
+class Meter(TorchDispatchMode):
+    """Live bytes of the tensors made while it is entered, their peak, and FLOPs (two a multiply-add).
+
+    Args:
+        counts: blocks of a thinned model, and for how many blocks each of them stands.
+    """
+
+    def __init__(self, counts: dict[nn.Module, int] | None = None):
+        super().__init__()
+        self.live, self.call, self.in_backward = 0, 0, False
+        # One entry for what precedes the first call of a block, and one for each call.
+        self.stands_for, self.starts, self.peaks, self.operations = [1], [0], [0], [0]
+        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.counts, self.hooks = counts or {}, []
+
+    def __enter__(self) -> Meter:
+        for block, count in self.counts.items():
+            self.hooks.append(block.register_forward_pre_hook(self._before(count)))
+            self.hooks.append(block.register_forward_hook(self._after))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self.hooks:
+            hook.remove()
+
+    @property
+    def peak(self) -> int:
+        """Most bytes alive at once, in the model with all its blocks.
+
+        While a block computes, forward or backward, all blocks before it hold what they have kept for the backward
+        pass: those that a block of the thinned model stands for as much as itself.
+        """
+        kept = [after - before for before, after in pairwise([*self.starts, self.live])]
+        most = missing = 0
+        for count, held, peak in zip(self.stands_for, kept, self.peaks, strict=True):
+            missing += (count - 1) * held
+            most = max(most, peak + missing)
+        return most
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of matrix products, convolutions and attention, in the model with all blocks."""
+        return sum(count * own for count, own in zip(self.stands_for, self.operations, strict=True))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if formula := FLOPS.get(func.overloadpacket):
+            self.operations[self.call] += formula(*args, **(kwargs or {}), out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage(), func)
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage, func: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.storages or any(returned.alias_info for returned in func._schema.returns):
+            return  # a view, or written in place
+
+        def forget(_: object) -> None:
+            del self.storages[key]
+            self.live -= size
+
+        self.storages[key] = weakref.ref(storage, forget)
+        self.live += size
+        self.peaks[self.call] = max(self.peaks[self.call], self.live)
+
+    def _before(self, count: int) -> Callable[[nn.Module, Any], None]:
+        def start(block: nn.Module, args: Any) -> None:
+            if not self.in_backward:  # where gradient checkpointing calls blocks again
+                self.call = len(self.starts)
+                self.stands_for.append(count)
+                self.starts.append(self.live)
+                self.peaks.append(self.live)
+                self.operations.append(0)
+
+        return start
+
+    def _after(self, block: nn.Module, args: Any, output: Any) -> None:
+        call = self.call
+
+        def return_to(gradient: Tensor) -> None:
+            self.call, self.in_backward = call, True
+
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad and not self.in_backward:
+                tensor.register_hook(return_to)
+
+
+def thin(model: nn.Module) -> dict[nn.Module, int]:
+    """Leave three of every row of equal blocks in `model`: for how many blocks each one stands.
+
+    The first is unlike the others for what it is given, the last for what follows; the middle one stands for all else.
+    """
+    counts: dict[nn.Module, int] = {}
+    for name, blocks in [*model.named_children()]:
+        if isinstance(blocks, nn.ModuleList):
+            rows = [[*row] for _, row in groupby(blocks, lambda b: [(n, p.shape) for n, p in b.named_parameters()])]
+            kept = [(row, min(len(row), 3)) for row in rows]
+            counts |= {row[i]: len(row) - 2 if (i, left) == (1, 3) else 1 for row, left in kept for i in range(left)}
+            setattr(model, name, nn.ModuleList(row[i] for row, left in kept for i in range(left)))
+    return counts
+
+
+@contextmanager
+def attention_on_meta() -> Iterator[None]:
+    """Attention as fused kernels do it, which never hold a matrix of all pairs of tokens: the meta device's does."""
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = fused_attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """(B, heads, tokens, D) each -> (B, heads, tokens, D), with what FlashAttention keeps for the backward pass."""
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    attend = aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    # Five products of the size of the forward pass's two: the scores once more, and four gradients.
+    return sdpa_flop_count(query.shape, key.shape, value.shape) * 5 // 2
+
+
+FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}

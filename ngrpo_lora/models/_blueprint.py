@@ -1,0 +1,153 @@
+"""Models without their weights: what the small JSON files of a model say, and its family on the meta device.
+
+There everything has a shape and nothing has contents, so that a model of any size is made within a second, and
+forward and backward passes through it can be counted (`ngrpo_lora.memory`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+import yaml
+from torch import Tensor, nn
+
+from ngrpo_lora import models, registry
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.models._index import family_of_pipeline, hub_file, model_index
+from ngrpo_lora.types import TextEmbeds
+
+__all__ = ["Blueprint", "blank_text", "make_family", "read_blueprint"]
+
+ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
+EMBEDDED = Path(__file__).parents[1] / "world" / "model"
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A pipeline by its parts.
+
+    pipeline: its class. settings: what it is made with besides its parts. parts: by name, each with its `class` and
+    `config`, or with the number of its `parameters`. origin: where this is from, in words.
+    """
+
+    pipeline: str
+    settings: dict[str, Any]
+    parts: dict[str, dict[str, Any]]
+    origin: str
+
+    def parameters(self, name: str) -> int:
+        """How many parameters a part has; a part that the model comes without has none."""
+        part = self.parts.get(name)
+        if part is None:
+            return 0
+        if "parameters" not in part:
+            part["parameters"] = sum(weight.numel() for weight in self.make(name).parameters())
+        return part["parameters"]
+
+    def make(self, name: str) -> nn.Module:
+        """A part, on the meta device."""
+        kind, config = self.parts[name]["class"], self.parts[name]["config"]
+        with torch.device("meta"):
+            if name in ("transformer", "vae"):
+                return getattr(diffusers, kind).from_config(config)
+            model = getattr(transformers, kind)
+            return model(model.config_class.from_dict(config))
+
+
+def read_blueprint(config: ModelConfig) -> Blueprint:
+    """The blueprint of `model.path`: a folder's or the Hub's, or, of a model out of reach, the package's own.
+
+    Raises:
+        UserError: no such model, or it cannot be reached and the package does not know it.
+    """
+    try:
+        return read_files(config.path, config.revision)
+    except UserError:
+        known = yaml.safe_load(ARCHITECTURES.read_text(encoding="utf-8"))["models"].get(config.path)
+        if known is None:
+            raise
+    parts = {name: part for name, part in known.items() if name not in ("pipeline", "settings")}
+    return Blueprint(known["pipeline"], known.get("settings", {}), parts, "the package's own figures")
+
+
+@cache
+def read_files(path: str, revision: str | None) -> Blueprint:
+    """From `model_index.json` and the `config.json` of every part."""
+    folder = EMBEDDED if path == "embedded" else Path(path)
+    local = folder.is_dir()
+    index = model_index(str(folder) if local else path, revision)
+    parts: dict[str, dict[str, Any]] = {}
+    for name, entry in index.items():
+        if not isinstance(entry, list) or entry[0] is None:
+            continue
+        file = {"scheduler": "scheduler_config.json"}.get(name, "config.json")
+        if name.startswith(("tokenizer", "processor")):
+            file = "tokenizer_config.json"
+        source = folder / name / file if local else Path(hub_file(path, f"{name}/{file}", revision))
+        try:
+            parts[name] = {"class": entry[1], "config": json.loads(source.read_text(encoding="utf-8"))}
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.path {path!r}: {name}/{file} cannot be read: {error}") from None
+    settings = {name: value for name, value in index.items() if name[0] != "_" and not isinstance(value, list)}
+    return Blueprint(index["_class_name"], settings, parts, f"config.json files of {path}")
+
+
+def make_family(blueprint: Blueprint, config: ModelConfig) -> BaseFamily:
+    """The part of a family that draws, on the meta device, in `model.dtype`; its pictures are never made.
+
+    Raises:
+        UserError: there is no family for the pipeline, or the size does not fit it.
+    """
+    family = registry.load(models, family_of_pipeline(config, blueprint.pipeline)).Family
+    parts: dict[str, Any] = {}
+    for name, part in blueprint.parts.items():
+        if name in ("transformer", "vae"):
+            parts[name] = in_dtype(blueprint.make(name), getattr(torch, config.dtype))
+        elif name == "scheduler":
+            parts[name] = getattr(diffusers, part["class"]).from_config(part["config"])
+    kind = getattr(diffusers, blueprint.pipeline)
+    absent = [name for name in kind._get_signature_keys(kind)[0] if name not in parts]
+    pipeline = kind(**parts, **dict.fromkeys(absent), **blueprint.settings)
+    for name in absent:
+        if name.startswith("tokenizer"):
+            limit = blueprint.parts.get(name, {}).get("config", {}).get("model_max_length", 2**63)
+            setattr(pipeline, name, SimpleNamespace(model_max_length=limit))
+    pipeline.image_processor = pipeline.video_processor = SimpleNamespace(
+        postprocess=lambda pixels, form: [], postprocess_video=lambda pixels, form: []
+    )
+    on_meta = type("Family", (family,), {"load": lambda self, parts: pipeline})
+    return on_meta(config, "meta", "image")
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """As `from_pretrained` loads it: all but what the model's class keeps in float32."""
+    exempt = model._keep_in_fp32_modules or []
+    for name, weight in model.named_parameters():
+        if not any(part in exempt for part in name.split(".")):
+            weight.data = weight.data.to(dtype)
+    for buffer in model.buffers():
+        if buffer.dtype == torch.float32:
+            buffer.data = buffer.data.to(dtype)
+    return model
+
+
+def blank_text(family: BaseFamily, prompts: int) -> TextEmbeds:
+    """The conditioning of so many prompts of full length, without contents."""
+    tokens = int(family.settings["max_sequence_length"])
+    tensors: dict[str, Tensor] = {}
+    for name, shape in family.text_shapes(tokens).items():
+        if name == "lengths":  # decides shapes, and is on the CPU
+            tensors[name] = torch.full((prompts,), tokens)
+        else:
+            tensors[name] = torch.zeros(prompts, *shape, dtype=family.dtype, device=family.device)
+    return TextEmbeds(tensors)

@@ -1,0 +1,130 @@
+"""Which family a model belongs to, by the small `model_index.json` that every diffusers model has."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ngrpo_lora import models, registry
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.errors import UserError
+
+__all__ = ["family_of", "model_index"]
+
+INDEX = "model_index.json"
+
+
+def family_of(config: ModelConfig) -> str:
+    """The name of the family: `model.family`, or for `auto` the one whose pipeline the model names.
+
+    Raises:
+        UserError: no such model, no access to it, or no family for its pipeline.
+    """
+    if config.path == "embedded":
+        return family_of_pipeline(config, "FluxPipeline")
+    return family_of_pipeline(config, str(model_index(config.path, config.revision).get("_class_name")))
+
+
+def family_of_pipeline(config: ModelConfig, pipeline: str) -> str:
+    """`family_of` for a model of which the pipeline's class is known.
+
+    Raises:
+        UserError: no family for it, or `model.family` is another one.
+    """
+    known = {pipeline_class(name): name for name in registry.names(models)}
+    if config.family == "auto":
+        if pipeline not in known:
+            raise UserError(
+                f"model.path {config.path!r} is a {pipeline}, for which there is no family; there are "
+                f"{', '.join(f'{family} ({kind})' for kind, family in sorted(known.items()))}"
+            )
+        return known[pipeline]
+    if config.family in known.values() and known.get(pipeline) != config.family:
+        right = f"model.family={known[pipeline]} or auto" if pipeline in known else "another model.path"
+        raise UserError(
+            f"model.family={config.family} does not fit model.path {config.path!r}, a {pipeline}; give {right}"
+        )
+    return config.family
+
+
+def pipeline_class(name: str) -> str:
+    """`pipeline_class` of the family's file, which is read and not imported."""
+    (path,) = (folder / f"{name}.py" for folder in map(Path, models.__path__) if (folder / f"{name}.py").is_file())
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "pipeline_class":
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"{path} names no pipeline_class")
+
+
+def model_index(path: str, revision: str | None = None) -> dict[str, Any]:
+    """`model_index.json` of a folder or of a model on the Hub.
+
+    Raises:
+        UserError: there is none, or it cannot be had: no such model, gated, no network.
+    """
+    file = Path(path) / INDEX
+    if not Path(path).is_dir():
+        file = Path(hub_file(path, INDEX, revision))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"model.path must be a diffusers folder, but {path!r} holds no {INDEX}") from None
+    except ValueError as error:
+        raise UserError(f"model.path {path!r}: {INDEX} is no JSON: {error}") from None
+
+
+def hub_file(repo: str, name: str, revision: str | None = None) -> str:
+    """Path of a small file of a model on the Hub, downloaded or from the cache.
+
+    Raises:
+        UserError: what stands in the way, with the remedy.
+    """
+    what = f"model.path {repo!r}"
+    try:
+        return hf_hub_download(repo, name, revision=revision)
+    except GatedRepoError:
+        raise UserError(
+            f"{what} is gated and this account has no access: accept its licence at https://huggingface.co/{repo}, "
+            "then `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"{what} has no revision {revision!r}; drop model.revision or give a branch, tag or commit"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{what} is not on the Hub, or is private: check the spelling, or `hf auth login` with its account"
+        ) from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"{what} is not in the local cache and the Hub cannot be reached ({first_line(error)}); "
+            "download it with `hf download` while online, or give a local folder"
+        ) from None
+    except EntryNotFoundError:
+        raise UserError(
+            f"{what} holds no {name}: it is no diffusers model; give the repository in diffusers format"
+        ) from None
+    except HfHubHTTPError as error:
+        raise UserError(f"{what}: the Hub answered {first_line(error)}; try again later") from None
+    except Exception as error:  # the client's network errors (httpx) share no base with the above
+        raise UserError(
+            f"{what}: the Hub cannot be reached ({first_line(error)}); go online or give a local folder"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """The gist of a long message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

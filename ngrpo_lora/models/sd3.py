@@ -1,0 +1,135 @@
+"""Stable Diffusion 3.5 Medium and Large, and 3 Medium: `stabilityai/stable-diffusion-3.5-medium`, `-3.5-large`,
+`-3-medium-diffusers` and fine-tunes of them.
+
+Source of the conventions: diffusers' `StableDiffusion3Pipeline`
+(pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py).
+
+- Time: the transformer takes 1000 * sigma, from 1000 (noise) to 0, and gives `noise - clean`.
+- Latents: 16 channels, not packed, with the VAE's scale and shift.
+- Prompts: the states of two CLIPs (77 tokens), followed by T5's (256), zeros in a folder without T5; and both CLIPs'
+  pooled states. Always of the same length, no mask.
+- Guidance: two passes at 4.5 (3.5 Medium), 3.5 (3.5 Large) or 7.0 (3 Medium). 3.5 Large Turbo has Large's
+  configuration and is distilled: give `model.guidance_scale=1`.
+- Schedule: a constant shift of 3, by which the lowest of the 1000 training times is shifted twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import diffusers
+import torch
+from torch import Tensor
+
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.models._base import BaseFamily, Parts
+from ngrpo_lora.models._index import model_index
+from ngrpo_lora.solvers import shifted
+from ngrpo_lora.types import TextEmbeds
+
+GUIDANCE = {"3-medium": 7.0, "3.5-medium": 4.5, "3.5-large": 3.5}
+
+
+class Family(BaseFamily):
+    """See `_base.BaseFamily` for the contract."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    attention = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    feed_forward = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+    default_tokens = 256
+
+    @property
+    def version(self) -> Literal["3-medium", "3.5-medium", "3.5-large"]:
+        """Of the three only 3.5 Medium has blocks with a second attention, and only 3 Medium no normalised queries."""
+        config = self.pipeline.transformer.config
+        if config.qk_norm is None:
+            return "3-medium"
+        return "3.5-medium" if config.dual_attention_layers else "3.5-large"
+
+    @property
+    def architecture(self) -> str:
+        """As Stability AI's own files have it."""
+        return f"stable-diffusion-v{self.version}"
+
+    @property
+    def kohya_version(self) -> str:
+        """As sd-scripts has it."""
+        return self.version.replace(".", "-")
+
+    @property
+    def default_guidance(self) -> float:
+        """Each model card's."""
+        return GUIDANCE[self.version]
+
+    @property
+    def not_adapted(self) -> tuple[str, ...]:
+        """The last block's queries of the prompt, from which nothing follows."""
+        return (f"transformer_blocks.{self.pipeline.transformer.config.num_layers - 1}.attn.add_q_proj",)
+
+    def left_out(self, parts: Parts) -> tuple[str, ...]:
+        """T5 too where the model comes without it; diffusers wants to be told."""
+        index = model_index(self.source, self.config.revision)
+        absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None]
+        return (*super().left_out(parts), *absent)
+
+    def load(self, parts: Parts) -> Any:
+        """The pipeline; where only prompts are encoded, with a transformer that has a configuration and no weights."""
+        pipeline = super().load(parts)
+        if parts == "text":
+            kind = diffusers.SD3Transformer2DModel
+            config: Any = kind.load_config(self.source, subfolder="transformer", revision=self.config.revision)
+            with torch.device("meta"):
+                pipeline.register_modules(transformer=kind.from_config(config))
+        return pipeline
+
+    def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
+        """The VAE's channels and cells."""
+        scale = self.pipeline.vae_scale_factor
+        return (self.transformer.config.in_channels, config.height_px // scale, config.width_px // scale)
+
+    def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:
+        """(K + 1,) noise levels of K times from 1 to the shifted 1 / 1000, shifted (again), and 0.
+
+        The last step is therefore a very small one, as in the reference code and in diffusers.
+        """
+        shift = shift or self.shift(num_steps)
+        lowest = shifted(torch.tensor(1e-3, dtype=torch.float64), shift).item()
+        times = torch.linspace(1, lowest, num_steps, dtype=torch.float64)
+        return torch.cat([shifted(times, shift), times.new_zeros(1)]).float()
+
+    def tokenizers(self) -> dict[str, tuple[Any, int]]:
+        """CLIP's two, whose vocabularies are one, and T5's where there is one."""
+        clip, t5 = self.pipeline.tokenizer, self.pipeline.tokenizer_3
+        own = {"CLIP": (clip, clip.model_max_length)}
+        return own | ({"T5": (t5, int(self.settings["max_sequence_length"]))} if t5 else {})
+
+    def encode_alone(self, prompt: str) -> dict[str, Tensor]:
+        """The three encoders' states, and CLIP's pooled ones."""
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            [prompt],
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=int(self.settings["max_sequence_length"]),
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """CLIP's 77 states before T5's, and pooled ones."""
+        config = self.transformer.config
+        return {
+            "prompt_embeds": (77 + tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
+    def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
+        """The transformer, which makes patches by itself."""
+        return self.transformer(
+            hidden_states=latents,
+            timestep=1000 * sigmas,
+            encoder_hidden_states=text.tensors["prompt_embeds"],
+            pooled_projections=text.tensors["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0]

@@ -1,0 +1,121 @@
+"""Wan text-to-video (Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan2.1-T2V-14B-Diffusers, Wan2.2-TI2V-5B-Diffusers).
+
+Source of the conventions: diffusers' `WanPipeline` (pipelines/wan/pipeline_wan.py). The transformer takes
+1000 * sigma and gives `noise - clean`. Latents are (C, 1 + (frames - 1) / 4, H / 8, W / 8), of Wan 2.2 H / 16 and
+W / 16, standardised channel by channel (`latents_mean`, `latents_std`). UMT5's embeddings are cut at the prompt's end
+and padded with zeros to 512 tokens, which are not masked. Without a first picture all timesteps of Wan 2.2's
+`expand_timesteps` are equal: one a sample says the same.
+
+Guidance by two passes, 5.0 recommended. Sigmas run from 1 linearly to 0 before `flow_shift`, as in Wan's own code;
+diffusers' UniPC scheduler starts 1e-6 lower and is up to 0.001 higher before the shift. Wan 2.2's A14B models, a
+pair of transformers of which each draws one part of the steps, are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.models._base import BaseFamily, Parts
+from ngrpo_lora.models._index import model_index
+from ngrpo_lora.types import TextEmbeds
+
+
+class Family(BaseFamily):
+    """See `_base.BaseFamily` for the contract."""
+
+    pipeline_class = "WanPipeline"
+    text_encoders = ("text_encoder",)
+    kohya_version = "wan"
+    attention = ("to_q", "to_k", "to_v", "to_out.0")
+    feed_forward = ("ffn.net.0.proj", "ffn.net.2")
+    default_guidance = 5.0
+
+    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all"):
+        super().__init__(config, device, parts)
+        self.settings["num_frames"] = self.num_frames
+
+    def load(self, parts: Parts) -> Any:
+        """The pipeline; what this family cannot draw is refused before weights are read."""
+        config, frames = self.config, self.config.num_frames
+        if frames is not None and frames % 4 != 1:
+            below = max(1, frames - (frames - 1) % 4)
+            raise UserError(
+                f"model.num_frames must be 4 k + 1 (1, 5, 9, ...) for Wan, got {frames}; the nearest are {below} and "
+                f"{below + 4}"
+            )
+        if model_index(config.path, config.revision).get("transformer_2", [None])[0] is not None:
+            raise UserError(
+                f"model.path {config.path!r} has two transformers, and one LoRA cannot train both; give Wan 2.1 or "
+                "Wan2.2-TI2V-5B"
+            )
+        return super().load(parts)
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """float32, as in the model cards' examples."""
+        return torch.float32
+
+    @property
+    def architecture(self) -> str:
+        """Wan 2.2's only single transformer is TI2V-5B."""
+        return "wan2.2-ti2v-5b" if self.pipeline.config.expand_timesteps else "wan2.1"
+
+    @property
+    def num_frames(self) -> int:
+        """Five seconds: at 16 frames a second, of Wan 2.2 at 24."""
+        return self.config.num_frames or (121 if self.pipeline.config.expand_timesteps else 81)
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels of a patch."""
+        return self.pipeline.vae_scale_factor_spatial * self.pipeline.transformer.config.patch_size[1]
+
+    def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
+        """(C, F, H, W); the first frame has latents of its own."""
+        frames = (self.num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
+        cell_px = self.pipeline.vae_scale_factor_spatial
+        channels = self.transformer.config.in_channels
+        return (channels, frames, config.height_px // cell_px, config.width_px // cell_px)
+
+    def tokenizers(self) -> dict[str, tuple[Any, int]]:
+        """UMT5's."""
+        return {"UMT5": (self.pipeline.tokenizer, int(self.settings["max_sequence_length"]))}
+
+    def encode_alone(self, prompt: str) -> dict[str, Tensor]:
+        """UMT5 states, then zeros."""
+        embeds, _ = self.pipeline.encode_prompt(
+            [prompt],
+            do_classifier_free_guidance=False,
+            max_sequence_length=int(self.settings["max_sequence_length"]),
+            device=self.device,
+        )
+        return {"prompt_embeds": embeds}
+
+    def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """UMT5's states."""
+        return {"prompt_embeds": (tokens, self.transformer.config.text_dim)}
+
+    def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
+        """The transformer."""
+        return self.transformer(
+            hidden_states=latents,
+            timestep=sigmas * 1000,
+            encoder_hidden_states=text.tensors["prompt_embeds"].to(self.dtype),
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Undo the standardisation and decode; frames of a sample follow one another."""
+        config = self.vae.config
+        mean, std = (
+            latents.new_tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
+        )
+        pixels = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        return [frame for video in self.pipeline.video_processor.postprocess_video(pixels, "pil") for frame in video]

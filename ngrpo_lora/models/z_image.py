@@ -1,0 +1,84 @@
+"""Z-Image and Z-Image-Turbo: `Tongyi-MAI/Z-Image`, `Tongyi-MAI/Z-Image-Turbo` and fine-tunes of them.
+
+Source of the conventions: diffusers' `ZImagePipeline` (pipelines/z_image/pipeline_z_image.py).
+
+- Time: the transformer takes `1 - sigma`, from 0 (noise) to 1, and gives `clean - noise`.
+- Latents: 16 channels of FLUX.1's VAE. The transformer takes lists, one (C, 1, H, W) and one (tokens, features) per
+  sample, makes tokens of 2 x 2 cells, and pads by itself.
+- Prompts: Qwen3 reads them as a chat turn; its last state but one counts.
+- Guidance: two passes, `conditional + scale * (conditional - unconditional)`, so that a scale is one less than
+  elsewhere and 0 is none. 5.0 by default (the model card: 3 to 5). Turbo is distilled and drawn at 0, in one pass.
+- Schedule: a constant shift, 6 of the base model and 3 of Turbo, by which the two are told apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.types import TextEmbeds
+
+TURBO_SHIFT = 3.0
+
+
+class Family(BaseFamily):
+    """See `_base.BaseFamily` for the contract."""
+
+    pipeline_class = "ZImagePipeline"
+    text_encoders = ("text_encoder",)
+    architecture = "Z-Image"
+    kohya_version = "z_image"
+    attention = ("to_q", "to_k", "to_v", "to_out.0")
+    feed_forward = ("w1", "w2", "w3")
+
+    @property
+    def default_guidance(self) -> float:
+        """5.0 of the base model, none of Turbo."""
+        return 0.0 if self.pipeline.scheduler.config.shift == TURBO_SHIFT else 5.0
+
+    @property
+    def guided(self) -> bool:
+        """A scale of 1 is not the absence of guidance here; 0 is."""
+        return self.settings["guidance_scale"] > 0
+
+    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """Guidance as in Imagen's Eq. 2 with `w - 1`."""
+        return conditional + self.settings["guidance_scale"] * (conditional - unconditional)
+
+    def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
+        """The VAE's channels and cells."""
+        scale = self.pipeline.vae_scale_factor
+        return (self.transformer.config.in_channels, config.height_px // scale, config.width_px // scale)
+
+    def tokenizers(self) -> dict[str, tuple[Any, int]]:
+        """The chat turn around a prompt takes some of the tokens."""
+        tokenizer = self.pipeline.tokenizer
+        turn = tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return {"Qwen3": (tokenizer, int(self.settings["max_sequence_length"]) - len(tokenizer(turn)["input_ids"]))}
+
+    def encode_alone(self, prompt: str) -> dict[str, Tensor]:
+        """States of the chat turn."""
+        (embeds,), _ = self.pipeline.encode_prompt(
+            [prompt],
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=int(self.settings["max_sequence_length"]),
+        )
+        return {"prompt_embeds": embeds[None], "lengths": torch.tensor([len(embeds)])}
+
+    def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """States and their number."""
+        return {"prompt_embeds": (tokens, self.transformer.config.cap_feat_dim), "lengths": ()}
+
+    def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
+        """The transformer on images of one frame and on prompts at their own lengths."""
+        lengths = text.tensors["lengths"].tolist()
+        prompts = [row[:length] for row, length in zip(text.tensors["prompt_embeds"], lengths, strict=True)]
+        images = self.transformer([*latents.unsqueeze(2)], 1 - sigmas, prompts, return_dict=False)[0]
+        return -torch.stack(images).squeeze(2)

@@ -1,0 +1,282 @@
+"""What every family has to do, checked against diffusers' own pipeline on a tiny model of the true classes.
+
+A family's test saves such a model to a folder (`model_folder`), runs the stock pipeline on it (`record`) and calls
+the checks. Latents are unpacked, (B, C, H, W) or (B, C, F, H, W), everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from conftest import MakeConfig
+from diffusers import FlowMatchEulerDiscreteScheduler
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
+
+from ngrpo_lora import lora
+from ngrpo_lora.config import LoraConfig, ModelConfig
+from ngrpo_lora.export import FILE_NAME
+from ngrpo_lora.models._base import BaseFamily, Parts
+from ngrpo_lora.noise import gaussian_noise
+from ngrpo_lora.sampling import draw, load_family
+from ngrpo_lora.solvers import SOLVERS
+from ngrpo_lora.trainer import Trainer
+
+PROMPTS = ["a red star", "two blue circles", "a photo of a heart above a cross, at dusk"]
+TOLERANCE = 1e-5  # relative, of float32
+
+
+# Tiny parts
+
+
+def byte_vocabulary(*others: str) -> dict[str, int]:
+    """The 256 symbols of byte-level BPE and other tokens, numbered."""
+    return {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *others])}
+
+
+def clip_tokenizer(max_tokens: int = 77) -> CLIPTokenizer:
+    """CLIP's, with bytes for tokens."""
+    final = [f"{symbol}</w>" for symbol in byte_vocabulary()]
+    vocabulary = byte_vocabulary(*final, "<|startoftext|>", "<|endoftext|>")
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=max_tokens)
+
+
+def t5_tokenizer(max_tokens: int = 512) -> T5Tokenizer:
+    """T5's, with letters for tokens."""
+    pieces = [(piece, -2.0) for piece in "▁abcdefghijklmnopqrstuvwxyz0123456789.,"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=max_tokens)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Qwen's, with bytes for tokens and a chat template of turns."""
+    vocabulary = byte_vocabulary("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    return tokenizer
+
+
+def model_folder(pipeline: Any, folder: Path) -> Path:
+    """Save a tiny pipeline whose every weight is random: what starts as zero would hide what is wrong with it."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in pipeline.transformer.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02, generator=generator)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, parts: Parts = "all", **settings: Any) -> Any:
+    """Our family of a folder, found by the pipeline's class, on the CPU."""
+    return load_family(ModelConfig(path=str(folder), device="cpu", **settings), parts)
+
+
+def stock(folder: Path, pipeline_class: str, **parts: Any) -> Any:
+    """diffusers' own pipeline of a folder."""
+    pipeline = getattr(diffusers, pipeline_class).from_pretrained(folder, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class GivenSigmas(FlowMatchEulerDiscreteScheduler):
+    """diffusers' Euler solver on noise levels (K + 1,) given beforehand, for pipelines that take none."""
+
+    def __init__(self, sigmas: Tensor):
+        super().__init__()
+        self.given = sigmas
+
+    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, **_: Any) -> None:
+        """As if the noise levels were the model's own."""
+        super().set_timesteps(sigmas=self.given[:-1].tolist(), device=device)
+
+
+# What diffusers does
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One sampling run of a stock pipeline.
+
+    latents: K + 1, the noise first. velocities: K, guided, as the scheduler got them. sigmas: (K + 1,).
+    """
+
+    latents: list[Tensor]
+    velocities: list[Tensor]
+    sigmas: Tensor
+    images: list[Image.Image]
+
+
+def record(pipeline: Any, unpack: Callable[[Tensor], Tensor] = lambda x: x, **call: Any) -> Recording:
+    """Run a stock pipeline and keep what passes through its scheduler; `unpack` gives latents our shape."""
+    latents, velocities, own_step = [], [], pipeline.scheduler.step
+
+    @functools.wraps(own_step)
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = own_step(model_output, timestep, sample, *args, **kwargs)
+        latents[len(velocities) :] = [unpack(sample), unpack(result[0])]
+        velocities.append(unpack(model_output))
+        return result
+
+    pipeline.scheduler.step = step
+    try:
+        drawn = pipeline(**call, output_type="pil", return_dict=False)[0]
+    finally:
+        del pipeline.scheduler.step
+    images = drawn if isinstance(drawn[0], Image.Image) else [frame for video in drawn for frame in video]
+    return Recording(latents, velocities, pipeline.scheduler.sigmas.clone(), images)
+
+
+def noise_of(family: BaseFamily, seed: int = 0) -> Tensor:
+    """(1, ...) initial noise of the family's shape."""
+    return gaussian_noise((1, *family.latent_shape), seed)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over that of what is expected."""
+    assert actual.shape == expected.shape
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# The checks
+
+
+@torch.no_grad()
+def check_velocities(family: BaseFamily, prompt: str, recording: Recording) -> None:
+    """On the pipeline's own latents our guided velocity is what its scheduler got."""
+    text = family.encode([prompt])
+    for latents, sigma, expected in zip(recording.latents, recording.sigmas, recording.velocities, strict=False):
+        assert relative_error(family.velocity(latents, sigma.item(), text), expected) <= TOLERANCE
+
+
+@torch.no_grad()
+def check_sampling(family: BaseFamily, prompt: str, recording: Recording, solver: str = "euler") -> None:
+    """From the same noise our solver on the family's own schedule takes the pipeline's path to its pictures."""
+    sigmas = family.sigmas(len(recording.velocities))
+    torch.testing.assert_close(sigmas, recording.sigmas.float(), rtol=1e-6, atol=1e-7)
+    text = family.encode([prompt])
+    path = SOLVERS[solver](lambda x, sigma: family.velocity(x, sigma, text), recording.latents[0], sigmas)
+    for latents, expected in zip(path, recording.latents, strict=True):
+        assert relative_error(latents, expected) <= TOLERANCE
+    for image, expected in zip(family.decode(path[-1]), recording.images, strict=True):
+        pixels = np.asarray(expected).astype(int)
+        assert pixels.std() > 1  # not one colour
+        assert np.abs(np.asarray(image).astype(int) - pixels).max() <= 1
+
+
+@torch.no_grad()
+def check_neighbours(family: BaseFamily, prompts: Sequence[str] = PROMPTS, tolerance: float = TOLERANCE) -> None:
+    """A picture is the same to the bit whatever is drawn beside it; a batch of velocities, to float rounding."""
+    text, seeds, sigmas = family.encode(prompts), range(len(prompts)), family.sigmas(2)
+    assert len(text) == len(prompts)
+    if "lengths" in text.tensors:
+        assert len(set(text.tensors["lengths"].tolist())) > 1
+    together = draw(family, text, seeds, "euler", sigmas)
+    latents = torch.cat([noise_of(family, seed) for seed in seeds])
+    levels = torch.linspace(0.9, 0.3, len(prompts))
+    velocities = family.velocity(latents, levels, text)
+    for row, prompt in enumerate(prompts):
+        alone = family.encode([prompt])
+        at = row * family.num_frames
+        pictures = draw(family, alone, [row], "euler", sigmas)
+        assert [p.tobytes() for p in pictures] == [p.tobytes() for p in together[at : at + len(pictures)]]
+        single = family.velocity(latents[[row]], levels[row].item(), alone)
+        assert torch.equal(single, family.velocity(latents[[row]], levels[row].item(), text[[row]]))
+        assert relative_error(velocities[[row]], single) <= tolerance
+
+
+@torch.no_grad()
+def check_half_precision(folder: Path, **settings: Any) -> None:
+    """In bfloat16 the model computes nearly the same, and what leaves it is float32."""
+    half, full = (load(folder, dtype=dtype, **settings) for dtype in ("bfloat16", "float32"))
+    assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
+    velocities = [family.velocity(noise_of(family), 0.5, family.encode(PROMPTS[:1])) for family in (half, full)]
+    assert {v.dtype for v in velocities} == {torch.float32}
+    assert relative_error(*velocities) <= 0.05
+    assert len(half.decode(noise_of(half))) == half.num_frames
+
+
+def check_targets(family: BaseFamily, attention: set[str], feed_forward: set[str]) -> None:
+    """Both `lora.targets` adapt exactly the layers meant, by their full names."""
+    for targets, expected in (("attention", attention), ("attention+feed_forward", attention | feed_forward)):
+        transformer = copy.deepcopy(family.transformer)
+        lora.inject(transformer, LoraConfig(rank=2), *family.lora_targets(targets), seed=0)
+        names = {name.partition(".lora_A")[0] for name in lora.parameters(transformer) if ".lora_A" in name}
+        assert names == expected
+
+
+def check_training(make_config: MakeConfig, folder: Path, output_dir: Path, *settings: str) -> Trainer:
+    """Two iterations train the LoRA and nothing else, and a stock pipeline draws with what is exported.
+
+    Alpha is not the rank and weights are averaged, so that the file differs from the live parameters.
+    """
+    prompts = output_dir / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
+    common = [
+        f"model.path={folder}",
+        "model.device=cpu",
+        f"prompts.train={prompts}",
+        f"prompts.held_out={prompts}",
+        "evaluation.strict=null",
+        "rollout.group_size=3",
+        "lora.rank=4",
+        "lora.alpha=8",
+        "optimizer.ema_decay=0.5",
+    ]
+    trainer = Trainer(make_config(output_dir / "run", *common, *settings))
+    family, trained = trainer.family, set(trainer.parameters)
+    parts = {"transformer": family.transformer, "vae": family.vae} | dict(enumerate(family.encoders))
+    start = {(part, name): w.clone() for part, module in parts.items() for name, w in module.state_dict().items()}
+    trainer.run()
+    for part, module in parts.items():
+        for name, weight in module.state_dict().items():
+            adapted = part == "transformer" and name in trained
+            assert torch.equal(weight, start[part, name]) != adapted, name
+
+    seen: list[tuple[Any, Any]] = []
+    remember = family.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
+    with torch.no_grad(), lora.swapped(family.transformer, trainer.averaged):
+        text = family.encode(PROMPTS[:1])
+        velocity = family.velocity(noise_of(family), 0.5, text)
+        remember.remove()
+        with lora.merged(family.transformer):
+            assert relative_error(family.velocity(noise_of(family), 0.5, text), velocity) <= TOLERANCE
+        expected = [first(family.transformer(*args, **kwargs)) for args, kwargs in seen]
+        with lora.disabled(family.transformer):
+            base = [first(family.transformer(*args, **kwargs)) for args, kwargs in seen]
+    pipeline = stock(folder, family.pipeline_class)
+    file = output_dir / "run" / "adapter" / FILE_NAME
+    pipeline.load_lora_weights(file.parent, adapter_name=lora.ADAPTER_NAME)
+    loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name=lora.ADAPTER_NAME)
+    assert {f"transformer.{name}" for name in loaded} == set(load_file(file))
+    with torch.no_grad():
+        actual = [first(pipeline.transformer(*args, **kwargs)) for args, kwargs in seen]
+    for ours, theirs, bare in zip(expected, actual, base, strict=True):
+        assert relative_error(theirs, ours) <= TOLERANCE
+        assert relative_error(bare, ours) > 10 * TOLERANCE
+    return trainer
+
+
+def first(output: Any) -> Tensor:
+    """The transformer's answer, out of the tuples and lists that it comes in."""
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output
