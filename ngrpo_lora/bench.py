@@ -1,7 +1,10 @@
-"""What each speed setting is worth on this machine: `ngrpo bench overhead`.
+"""Measure this machine: what each speed setting is worth, and what a model costs.
 
-One configuration is timed as it is, then once with each setting the other way, then again as it is, so that a
-machine that drifts shows. Every variant is a real trainer: its own model, prompts, rewards and updates.
+`ngrpo bench overhead` times one configuration as it is, then once with each setting the other way, then again as it
+is, so that a machine that drifts shows. Every variant is a real trainer: its own model, prompts, rewards and updates.
+
+`ngrpo bench gpu` needs no weights: a model of the configured shape with random ones is drawn with and trained, size by
+size and batch by batch; time and memory do not depend on what the weights are.
 """
 
 from __future__ import annotations
@@ -10,16 +13,22 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from ngrpo_lora.config import RunConfig, parse_config
+from ngrpo_lora import lora
+from ngrpo_lora.config import ModelConfig, RunConfig, parse_config
+from ngrpo_lora.devices import resolve_device, resolve_dtype
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.models._blueprint import blank_text, make_family, read_blueprint
+from ngrpo_lora.optimizers import make_optimizer
 from ngrpo_lora.trainer import Trainer
 
-__all__ = ["Timing", "measure", "overhead_table", "variants"]
+__all__ = ["Cost", "Timing", "gpu_table", "measure", "measure_cost", "overhead_table", "variants"]
 
 STAGES = ("rollout", "reward", "update")
 
@@ -140,3 +149,123 @@ def overhead_table(config: RunConfig, iterations: int, tell: Callable[[str], Non
             f"| {name} | {s['rollout']:.3f} s | {s['forwards'] / s['rollout']:.0%} | {s['reward']:.3f} s "
             f"| {s['update']:.3f} s | {timing.total_s:.3f} s | {timing.total_s / first.total_s:.2f} | {peak} |"
         )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Median seconds and peak GiB (None on a CPU) of the stages of one size and batch."""
+
+    seconds: dict[str, float]
+    peak_gib: dict[str, float | None]
+
+
+def gpu_table(
+    config: RunConfig, sizes_px: Sequence[int], batches: Sequence[int], repeats: int, tell: Callable[[str], None]
+) -> None:
+    """Measure every size and batch of a configuration's model and tell each as a line of a Markdown table."""
+    model = config.model
+    dtype = resolve_dtype(model.dtype, resolve_device(model.device))
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    tell(
+        f"{model.path}, random weights, {dtype}, quantization {model.quantization}, compile "
+        f"{str(model.compile).lower()}, LoRA rank {config.lora.rank}, {config.optimizer.name}, gradient checkpointing "
+        f"{str(config.trainer.gradient_checkpointing).lower()}, PyTorch {torch.__version__}, {name}"
+    )
+    tell("")
+    tell("| size | batch | forward | forward + backward | optimizer step | decode | peak GiB, in this order |")
+    tell("|---|---|---|---|---|---|---|")
+    for size_px in sizes_px:
+        for batch in batches:
+            try:
+                cost = measure_cost(config, size_px, batch, repeats)
+            except torch.OutOfMemoryError:
+                tell(f"| {size_px} px | {batch} | out of memory | | | | |")
+                break
+            times = " | ".join(f"{seconds:.3f} s" for seconds in cost.seconds.values())
+            peaks = ", ".join("-" if gib is None else f"{gib:.2f}" for gib in cost.peak_gib.values())
+            tell(f"| {size_px} px | {batch} | {times} | {peaks} |")
+            gc.collect()
+
+
+def measure_cost(config: RunConfig, size_px: int, batch: int, repeats: int) -> Cost:
+    """Draw and train with random weights: medians of `repeats` calls after one that warms up."""
+    model = config.model.model_copy(update={"height_px": size_px, "width_px": size_px})
+    family = random_family(config, model)
+    transformer = family.transformer
+    lora.inject(transformer, config.lora, *family.lora_targets(config.lora.targets), seed=0)
+    if config.trainer.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if model.compile:
+        transformer.compile_repeated_blocks()
+    parameters = lora.parameters(transformer)
+    optimizer = make_optimizer(config.optimizer, parameters.values())
+    text, latents = blank_text(family, batch), torch.randn(batch, *family.latent_shape, device=family.device)
+    if family.guided:
+        family.negative = blank_text(family, 1)
+
+    def forward() -> None:
+        with torch.no_grad():
+            family.velocity(latents, 0.5, text)
+
+    def update() -> None:
+        family.velocity(latents, 0.5, text).square().mean().backward()
+
+    def decode() -> None:
+        with torch.no_grad():
+            family.decode(latents[:1])
+
+    stages = {"forward": forward, "update": update, "step": optimizer.step, "decode": decode}
+    seconds, peaks = {}, {}
+    for name, stage in stages.items():
+        stage()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        seconds[name] = statistics.median(timed(stage) for _ in range(repeats))
+        peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    return Cost(seconds, peaks)
+
+
+def random_family(config: RunConfig, model: ModelConfig) -> BaseFamily:
+    """The part of the configured model that draws, with random weights, quantised as the configuration says."""
+    device = resolve_device(model.device)
+    model = model.model_copy(update={"dtype": resolve_dtype(model.dtype, device)})
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, model.dtype))  # or a large model would first be made in float32
+    try:
+        family = make_family(read_blueprint(model), model, device)
+    finally:
+        torch.set_default_dtype(default)
+    if model.quantization in ("nf4", "int8"):
+        for block in family.blocks:
+            quantize_linears(block, model.quantization, family.device)
+    elif model.quantization != "none":
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Float8WeightOnlyConfig,
+            Int8WeightOnlyConfig,
+            quantize_,
+        )
+
+        kind = Int8WeightOnlyConfig if model.quantization == "int8_torchao" else Float8WeightOnlyConfig
+        quantize_(family.transformer, kind())
+    return family
+
+
+def quantize_linears(module: nn.Module, kind: str, device: torch.device) -> None:
+    """Put bitsandbytes' layers in place of the linear ones within a module, as diffusers does when it loads."""
+    from bitsandbytes import nn as bnb
+
+    for name, child in module.named_children():
+        if not isinstance(child, nn.Linear):
+            quantize_linears(child, kind, device)
+            continue
+        features, weight = (child.in_features, child.out_features, child.bias is not None), child.weight.data
+        if kind == "nf4":
+            layer = bnb.Linear4bit(*features, compute_dtype=weight.dtype, quant_type="nf4")
+            # pyright reads the signature of torch's Parameter
+            layer.weight = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4")  # pyright: ignore
+        else:
+            layer = bnb.Linear8bitLt(*features, has_fp16_weights=False)
+            layer.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)  # pyright: ignore
+        layer.bias = child.bias
+        setattr(module, name, layer.to(device).requires_grad_(False))

@@ -87,12 +87,16 @@ def train(
     arguments: RunArguments = None,
     num_processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes on this machine; default: one for each GPU.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Processes on this machine; default: one for each GPU, trainer.cpu_processes on a CPU.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Train a LoRA: `ngrpo train` for the embedded demo, `ngrpo train run.yaml trainer.num_iterations=100`.
 
-    All GPUs of this machine take part. For several machines start it with `accelerate launch -m ngrpo_lora train ...`.
+    All GPUs of this machine take part. For several machines start it with `torchrun ... -m ngrpo_lora train ...`.
     """
     from ngrpo_lora.config import load_config
     from ngrpo_lora.preflight import check_run
@@ -108,11 +112,25 @@ def train(
         _train(config)
         return
     check_run(config)
-    count = distributed.process_count(config.model.device, num_processes)
+    count = distributed.process_count(config.model.device, num_processes, config.trainer.cpu_processes)
+    _warn_of_shortage(config, count)
     if count == 1:
         _train(config)
     elif status := distributed.launch(count, [sys.executable, "-m", "ngrpo_lora", "train", *(arguments or [])]):
         raise typer.Exit(status if status > 0 else 1)
+
+
+def _warn_of_shortage(config: RunConfig, gpus: int) -> None:
+    """Say before anything large is downloaded that the GPU is too small, and what would make the run fit."""
+    import torch
+
+    if not (torch.cuda.is_available() and config.model.device.startswith(("auto", "cuda"))):
+        return
+    from ngrpo_lora.plan_report import shortage
+
+    free = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    if text := shortage(config, free, gpus):
+        typer.echo(f"ngrpo: {text}", err=True)
 
 
 def _train(config: RunConfig) -> None:
@@ -132,37 +150,164 @@ def _problem(check: Callable[[RunConfig], None], config: RunConfig) -> str | Non
 
 @app.command()
 def sample(
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; repeat for several prompts.")],
-    adapter: Annotated[
-        Path | None, typer.Option(help="LoRA file, or the folder of a run; without it the base model draws.")
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeat for several prompts.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image of every prompt.")] = 0,
+    prompts: Annotated[
+        str | None, typer.Option(help="More of them: a source as in prompts.train, such as mine.txt or hpdv2:test.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="How many to take of --prompts.")] = 24,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:STRENGTH]",
+            help="LoRA file of any trainer, or the folder of a run; repeated, they draw together. Without it the base "
+            "model draws.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the first image of every prompt; default: 0.")
+    ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Images per prompt, with seeds SEED, SEED + 1, ...")] = 1,
-    strength: Annotated[float, typer.Option(help="Scale of the adapter; 0 is the base model.")] = 1.0,
+    strength: Annotated[
+        float | None, typer.Option(help="Of adapters that have none beside their name; 1 is as trained, 0 the base.")
+    ] = None,
+    base_too: Annotated[bool, typer.Option("--base-too", help="Draw everything with the base model too.")] = False,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Each adapter draws alone: grid.png has prompts by adapters.")
+    ] = False,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="A picture that this command drew: draw it again, with what else is given changed."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="embedded, a diffusers folder or a Hub id; default: the model that the adapter names."),
     ] = None,
+    steps: Annotated[int | None, typer.Option(help="Solver steps; default: the first adapter's, as all below.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Timestep shift.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    solver: Annotated[str | None, typer.Option(help="dpmpp_2m or euler.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the PNG files; made when missing.")] = Path("samples"),
 ) -> None:
-    """Draw images, or videos as animated PNG; the same prompt and seed give the same pixels, whatever else is drawn."""
-    if not all(text.strip() for text in prompt):
+    """Draw images, or videos as animated PNG; the same prompt and seed give the same pixels, whatever else is drawn.
+
+    Every file says how it was drawn, so that --like can draw it again.
+    """
+    if not all(text.strip() for text in prompt or []):
         raise ConfigError("--prompt must not be empty; say what to draw, for example --prompt 'a red star'")
-    weights = None if adapter is None else _adapter_file("--adapter", adapter)
+    if not (prompt or prompts or like):
+        raise ConfigError("--prompt, --prompts or --like must be given, for example --prompt 'a red star'")
+
+    from ngrpo_lora.adapter_file import find_adapter, parse_weighted
+
+    chosen = [parse_weighted(text, 1.0 if strength is None else strength) for text in adapter or []]
+    adapters = [(find_adapter(path, "--adapter"), factor) for path, factor in chosen]
     _make_folder(output)
 
+    from ngrpo_lora import sampling
     from ngrpo_lora.pictures import save_png
-    from ngrpo_lora.sampling import sample_images
 
-    seeds = list(range(seed, seed + num_images))
-    images = sample_images(adapter=weights, model=model, prompts=prompt, seeds=seeds, strength=strength)
-    frames = len(images) // (len(prompt) * num_images)  # more than one of a video model
-    for index, first in enumerate(range(0, len(images), frames)):  # prompt-major
-        text, image_seed = prompt[index // num_images], seeds[index % num_images]
-        slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "prompt"
-        path = output / f"{index // num_images:03d}-{slug}-seed{image_seed}.png"
-        save_png(path, images[first], {"prompt": text, "seed": str(image_seed)}, images[first + 1 : first + frames])
+    texts = [*(prompt or []), *(sampling.listed_prompts(prompts, num_prompts) if prompts else [])]
+    info = sampling.drawing_settings(adapters[0][0] if adapters else None, model)
+    if like is not None:
+        recipe = sampling.read_recipe(like, same_adapters=not adapters)
+        info = sampling.on_this_machine(recipe.info, model)
+        texts, seed = texts or [recipe.prompt], recipe.seed if seed is None else seed
+        adapters = adapters or [(path, own if strength is None else strength) for path, own in recipe.adapters]
+    options = {"steps": steps, "shift": shift, "guidance": guidance, "solver": solver, "height": height, "width": width}
+    info = sampling.with_settings(info, options)
+    columns = sampling.columns_of(adapters, grid, base_too)
+    seeds = range(seed or 0, (seed or 0) + num_images)
+    cells, captions = [], []
+    for drawing in sampling.draw_columns(info, columns, texts, seeds):
+        slug = re.sub(r"[^a-z0-9]+", "-", drawing.prompt.lower()).strip("-")[:60] or "prompt"
+        label = f"-{drawing.column.label}" if len(columns) > 1 else ""
+        path = output / f"{drawing.row:03d}-{slug}-seed{drawing.seed}{label}.png"
+        save_png(path, drawing.frames[0], drawing.text, drawing.frames[1:])
         typer.echo(path)
+        cells.append(drawing.frames[len(drawing.frames) // 2])
+        captions.append(f"{drawing.column.label}, seed {drawing.seed}\n{drawing.prompt}")
+    if grid:
+        from ngrpo_lora.report import save_grid
+
+        save_grid(output / "grid.png", cells, captions, len(columns), caption_lines=3)
+        typer.echo(output / "grid.png")
+
+
+@app.command()
+def info(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="LoRA files of any trainer, or runs.", show_default=False)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
+) -> None:
+    """Say what LoRA files are and want: trainer, base, ranks, alpha, layers, effect, and how to draw with them."""
+    from ngrpo_lora.adapter_report import describe, lines
+
+    said = [describe(file) for file in files]
+    if as_json:
+        typer.echo(json.dumps(said, indent=1))
+        return
+
+    from rich.table import Table
+    from rich.text import Text
+
+    for one in said:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, value in lines(one):
+            table.add_row(Text(name, style="bold"), Text(value))
+        _show(table)
+        typer.echo()
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_FILE", help="A run, or a LoRA file of any trainer.")],
+    form: Annotated[str, typer.Option("--format", help="diffusers, comfyui or kohya.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; default: beside the adapter, NAME-FORMAT.safetensors.")
+    ] = None,
+) -> None:
+    """Write an adapter in another format, with its alpha folded in."""
+    if form not in ("diffusers", "comfyui", "kohya"):
+        raise ConfigError(f"--format must be diffusers, comfyui or kohya, got {form!r}")
+
+    from ngrpo_lora.adapter_file import convert, read_adapter_file, save_tensors
+
+    file = read_adapter_file(source)
+    target = output or file.path.with_name(f"{file.path.stem}-{form}.safetensors")
+    save_tensors(target, *convert(file, form))
+    typer.echo(target)
+
+
+@app.command()
+def merge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE[:WEIGHT]...", help="LoRA files or runs; weight 1 if not given.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The LoRA file to write; with --base a folder, which is made.")],
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Reduce to this rank, by SVD; default: the sum of ranks, which is exact.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Merge into this model: embedded, or a diffusers folder.")] = None,
+) -> None:
+    """Add up adapters into one, or into the weights of a base model."""
+    from ngrpo_lora.adapter_file import parse_weighted, save_tensors
+    from ngrpo_lora.merging import merge as merge_adapters
+    from ngrpo_lora.merging import merge_into_base
+
+    merged = merge_adapters([parse_weighted(text) for text in adapters], rank)
+    if base is None:
+        save_tensors(output, merged.tensors(), merged.metadata)
+    else:
+        merge_into_base(merged, base, output)
+    typer.echo(output if rank is None else f"{output}: relative error {merged.error:.3g} at rank {rank}")
 
 
 Rewards = Annotated[
@@ -262,9 +407,11 @@ def compare(
     """Compare adapters with their base on the same prompts and seeds, by rewards and by your own eyes."""
     if not votes and not (adapters and reward):
         raise ConfigError("ADAPTER and --reward must be given, for example ngrpo compare runs/demo --reward world")
-    files = [_adapter_file("ADAPTER", adapter) for adapter in adapters or []]
 
     from ngrpo_lora import comparison
+    from ngrpo_lora.adapter_file import find_adapter
+
+    files = [find_adapter(adapter, "ADAPTER") for adapter in adapters or []]
 
     if votes:
         typer.echo(comparison.votes_table(comparison.read_votes(votes)))
@@ -277,6 +424,37 @@ def compare(
     differences = comparison.compare_adapters(entered, drawn, seeds, seed, configs, output, place)
     typer.echo(comparison.differences_table(differences))
     typer.echo(f"\nside by side: {output / 'side_by_side.html'}\nblind vote:   {output / 'blind.html'}")
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.", show_default=False)],
+    repo: Annotated[str | None, typer.Option(help="owner/name; default: the run's own hub.repo.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a repository that is made.", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made when missing, or refs/pr/N.")] = None,
+    pull_request: Annotated[
+        bool | None, typer.Option("--pull-request/--no-pull-request", help="Open one.", show_default=False)
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+) -> None:
+    """Push a run to the Hub: its newest adapter, with model card, pictures, curve and figures."""
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"RUN must be the output folder of a run, but {str(run)!r} holds no config.yaml")
+
+    from ngrpo_lora.config import load_config
+
+    given = {"repo": repo, "private": private, "revision": revision, "create_pr": pull_request}
+    given["commit_message"] = message
+    overrides = [f"hub.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    hub = load_config(run / "config.yaml", overrides).hub
+    if hub.repo is None:
+        raise ConfigError("--repo must be given, as the run's hub.repo is null; for example --repo owner/name")
+
+    from ngrpo_lora.hub import push_run
+
+    typer.echo(push_run(run, hub))
 
 
 @app.command()
@@ -318,6 +496,30 @@ def overhead(
     overhead_table(config, iterations, typer.echo)
 
 
+@bench_app.command()
+def gpu(
+    arguments: RunArguments = None,
+    size: Annotated[
+        list[int] | None, typer.Option(min=16, help="Height and width, px; repeat for several.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Samples per forward pass; repeat for several.", show_default=False)
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each stage.")] = 3,
+) -> None:
+    """What a model costs here: time and peak memory by size and batch, with random weights, so nothing is downloaded.
+
+    Sizes are the configuration's, batches 1, 2 and 4, unless given.
+    """
+    from ngrpo_lora.config import load_config
+
+    config = load_config(*_split(arguments))
+
+    from ngrpo_lora.bench import gpu_table
+
+    gpu_table(config, size or [config.model.height_px], batch or [1, 2, 4], repeats, typer.echo)
+
+
 prompts_app = typer.Typer(help="Look at prompts before training on them.", no_args_is_help=True)
 app.add_typer(prompts_app, name="prompts")
 
@@ -340,16 +542,6 @@ def inspect(
     from ngrpo_lora.prompt_report import inspect_sources
 
     _show(inspect_sources(sources, model, held_out, seed, show))
-
-
-def _adapter_file(what: str, path: Path) -> Path:
-    """The LoRA file itself, also when its folder or its run's folder is given."""
-    name = "pytorch_lora_weights.safetensors"
-    for candidate in (path, path / name, path / "adapter" / name):
-        if candidate.is_file():
-            return candidate
-    where = f"{str(path)!r} holds no {name}" if path.is_dir() else f"{str(path)!r} does not exist"
-    raise ConfigError(f"{what} must be a LoRA file or a run's folder, but {where}")
 
 
 def _make_folder(output: Path) -> None:

@@ -24,6 +24,7 @@ from rich.progress import track
 from scipy import stats
 
 from ngrpo_lora import pages, registry, report, rewards
+from ngrpo_lora.adapter_file import adapter_label
 from ngrpo_lora.config import RewardConfig, load_config, parse_config
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.pictures import Picture, read_png_text, save_png
@@ -463,7 +464,7 @@ def contestants(adapters: Sequence[Path], model: str | None, base: bool, device:
     infos = [drawing_settings(adapter, model, device) for adapter in adapters]
     found = [Contestant("base", None, infos[0])] if base else []
     for adapter, info in zip(adapters, infos, strict=True):
-        name, number = _label(adapter), 2
+        name, number = adapter_label(adapter), 2
         label = name
         while label in {"base", *(one.label for one in found)}:
             label, number = f"{name}-{number}", number + 1
@@ -477,13 +478,6 @@ def contestants(adapters: Sequence[Path], model: str | None, base: bool, device:
                     f"for {found[-len(adapters)].label}; compare each with its base in a call of its own"
                 )
     return found
-
-
-def _label(adapter: Path) -> str:
-    """The file's name, or that of the run's folder where the file is called what all are."""
-    folder = adapter.resolve().parent
-    run = folder.parent if folder.name == "adapter" else folder
-    return re.sub(r"[^\w.-]+", "-", run.name if adapter.stem == "pytorch_lora_weights" else adapter.stem)
 
 
 def draw(contestant: Contestant, prompts: Sequence[Prompt], seeds: Sequence[int], folder: Path) -> list[Picture]:

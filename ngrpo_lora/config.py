@@ -36,6 +36,7 @@ __all__ = [
     "AlgorithmConfig",
     "ConfigError",
     "EvaluationConfig",
+    "HubConfig",
     "LoraConfig",
     "ModelConfig",
     "ModelRewardConfig",
@@ -385,6 +386,12 @@ class LoraConfig(Section, frozen=True):
     targets: Literal["attention", "attention+feed_forward"] = Field(
         default="attention+feed_forward", description="Which layers of the transformer blocks are adapted."
     )
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="LoRA file of any trainer, or its folder, to start from; null: from nothing. The reference stays "
+        "the base, and a resumed run has weights of its own.",
+    )
 
     @property
     def resolved_alpha(self) -> float:
@@ -427,6 +434,11 @@ class TrainerConfig(Section, frozen=True):
     save_every: int = Field(default=50, ge=1, description="Iterations between checkpoints.")
     keep_checkpoints: int = Field(default=3, ge=1, description="How many checkpoints stay on disk.")
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads; null: PyTorch's choice.")
+    cpu_processes: int = Field(
+        default=1,
+        ge=1,
+        description="Processes of a run on a CPU: of two cores, two processes make more than two threads of one.",
+    )
     strategy: Literal["replicated", "fsdp"] = Field(
         default="replicated",
         description="Of several processes: each has the whole base, or they share it in pieces (FSDP2). LoRA gradients "
@@ -463,6 +475,47 @@ class EvaluationConfig(Section, frozen=True):
         return value if value is None else _check_reward_name(value)
 
 
+class HubConfig(Section, frozen=True):
+    """Where the adapter is pushed, with a model card. `hub=owner/name` is short for hub.repo."""
+
+    repo: str | None = Field(
+        default=None, description="Hub repository, owner/name, made when missing; null: nothing is pushed."
+    )
+    push: Literal["end", "checkpoints"] = Field(
+        default="end", description="end: once, after training; checkpoints: also beside it, after every checkpoint."
+    )
+    private: bool = Field(default=False, description="A repository that is made is a private one.")
+    revision: str | None = Field(
+        default=None, min_length=1, description="Branch, made when missing, or refs/pr/N; null: the default branch."
+    )
+    create_pr: bool = Field(default=False, description="Open a pull request; the repository must exist.")
+    commit_message: str | None = Field(
+        default=None, min_length=1, description="Of every push; null: what was trained, and for how long."
+    )
+    timeout_s: float = Field(default=1800.0, gt=0, description="A push that takes longer has failed.")
+
+    @field_validator("repo")
+    @classmethod
+    def _hub_id(cls, value: str | None) -> str | None:
+        if value is not None and re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", value, re.ASCII) is None:
+            raise ValueError(f"must be owner/name, of letters, digits, -, _ and ., got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> HubConfig:
+        if self.create_pr and self.revision is not None:
+            raise ValueError(
+                f"hub.revision must be null with hub.create_pr=true, got {self.revision!r}; a pull request is opened "
+                "against the default branch, and refs/pr/N as hub.revision goes on with one"
+            )
+        return self
+
+
+def _hub_section(value: Any) -> Any:
+    """`owner/name` and null stand for the whole section."""
+    return {"repo": value} if value is None or isinstance(value, str) else value
+
+
 class RunConfig(Section, frozen=True):
     """Everything that defines a run."""
 
@@ -480,6 +533,9 @@ class RunConfig(Section, frozen=True):
     trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig(), description=TrainerConfig.__doc__)
     evaluation: EvaluationConfig = Field(
         default_factory=lambda: EvaluationConfig(), description=EvaluationConfig.__doc__
+    )
+    hub: Annotated[HubConfig, BeforeValidator(_hub_section)] = Field(
+        default_factory=lambda: HubConfig(), description=HubConfig.__doc__
     )
     output_dir: str = Field(default="runs/default", min_length=1, description="Folder of this run; made when missing.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of LoRA initialisation, prompt order and noises.")
@@ -502,6 +558,8 @@ class RunConfig(Section, frozen=True):
             raise ValueError(f"rollout.merge_adapter must be false with {given}, got true")
         if trainer.strategy == "fsdp" and (quantized or swapped):
             raise ValueError(f"trainer.strategy must be replicated with {given}, got fsdp")
+        if trainer.strategy == "fsdp" and self.rollout.merge_adapter:
+            raise ValueError("rollout.merge_adapter must be false with trainer.strategy=fsdp, got true")
         return self
 
 
@@ -644,6 +702,8 @@ def _written_out(data: dict[str, Any]) -> dict[str, Any]:
     long = dict(data)
     if "rewards" in data:
         long["rewards"] = _reward_section(data["rewards"])
+    if "hub" in data:
+        long["hub"] = _hub_section(data["hub"])
     if isinstance(data.get("algorithm"), str):
         long["algorithm"] = {"name": data["algorithm"]}
     return long
@@ -702,6 +762,8 @@ def _apply(data: dict[str, Any], overrides: Sequence[str]) -> None:
                 node[part] = {"name": node[part]}
             if depth == 1 and part == "rewards" and node.get(part) is not None:
                 node[part] = _reward_section(node[part])
+            if depth == 1 and part == "hub":
+                node[part] = _hub_section(node.get(part))
             if node.get(part) is None:
                 node[part] = {}
             node = node[part]
@@ -811,7 +873,7 @@ def _nearest_key(key: str, keys: Sequence[str]) -> str:
     """The known key with the same last part, else the one whose last part is spelt most alike, in words."""
     prefix, _, leaf = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == prefix}
-    leaves = {k.rpartition(".")[2]: k for k in keys}
+    leaves = {k.rpartition(".")[2]: k for k in reversed(keys)}  # the first of its name
     for known in (siblings, leaves):
         close = difflib.get_close_matches(leaf, known, n=1, cutoff=0.6)
         if close:

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.errors import UserError
 
 __all__ = ["Processes", "is_loss", "launch", "launched", "process_count", "process_device", "shard"]
@@ -45,8 +46,10 @@ def process_device(device: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched() else device
 
 
-def process_count(device: str, asked: int | None) -> int:
+def process_count(device: str, asked: int | None, on_cpu: int = 1) -> int:
     """How many processes `ngrpo train` starts: as many as asked for, else one for each GPU that may be used.
+
+    On a CPU it is `on_cpu`, if there are as many cores.
 
     Raises:
         UserError: more are asked for than there are GPUs.
@@ -57,6 +60,8 @@ def process_count(device: str, asked: int | None) -> int:
             f"--num-processes must be at most the number of GPUs ({gpus}) for model.device={device}, got {asked}; "
             "model.device=cpu runs several on a CPU"
         )
+    if not gpus and device in ("auto", "cpu") and resolve_device(device) == "cpu":
+        return asked or min(on_cpu, os.cpu_count() or 1)
     return asked or gpus or 1
 
 
@@ -156,13 +161,19 @@ class Processes:
             dist.destroy_process_group()
 
 
-def shard(transformer: nn.Module, blocks: Sequence[nn.Module], replicated: set[nn.Parameter]) -> None:
-    """Divide the frozen base among the processes (FSDP2), block by block; `replicated` stays whole everywhere."""
+def shard(
+    transformer: nn.Module, blocks: Sequence[nn.Module], replicated: set[nn.Parameter], device: torch.device
+) -> None:
+    """Divide the frozen base among the processes (FSDP2), block by block; `replicated` stays whole everywhere.
+
+    The base comes from system memory: no device ever holds more than its pieces and one whole block.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    device = next(transformer.parameters()).device.type
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    for parameter in replicated:
+        parameter.data = parameter.data.to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=replicated)
     fully_shard(transformer, mesh=mesh, ignored_params=replicated)
@@ -189,6 +200,8 @@ def launch(count: int, command: Sequence[str]) -> int:
     for rank in range(count):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        if not torch.cuda.is_available():
+            place |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // count))}
         processes.append(subprocess.Popen([*command], env=os.environ | {k: str(v) for k, v in place.items()}))
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     terminate = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])

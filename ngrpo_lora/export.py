@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from peft.utils import get_peft_model_state_dict
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ngrpo_lora import lora
+from ngrpo_lora.adapter_file import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.tracking import read_metrics
 from ngrpo_lora.types import TextEmbeds
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -62,9 +63,11 @@ def describe_adapter(keys: list[str], family: BaseFamily, config: RunConfig) -> 
     rollout = config.rollout.model_copy(update={"shift": shift})
     own = {
         "code_version": code_version(),
+        "family": type(family).__module__.rpartition(".")[2],
         "model": model.model_dump(mode="json"),
         "rollout": rollout.model_dump(mode="json"),
         "rewards": [reward.model_dump(mode="json") for reward in config.rewards.train],
+        "held_out": held_out(Path(config.output_dir) / "metrics.jsonl"),
         "config": config.model_dump(mode="json"),
     }
     return {
@@ -84,27 +87,25 @@ def describe_adapter(keys: list[str], family: BaseFamily, config: RunConfig) -> 
     }
 
 
+def held_out(metrics: Path) -> dict[str, Any]:
+    """Means of a run's first and last evaluation so far; empty where there are no two."""
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    rows = [row for row in rows if row.get("eval/reward_mean") is not None]
+    if len(rows) < 2:
+        return {}
+    before, after = (
+        {key.removeprefix("eval/"): value for key, value in row.items() if "eval/" in key}
+        for row in (rows[0], rows[-1])
+    )
+    return {"iteration": rows[-1]["step"], "before": before, "after": after}
+
+
 def code_version() -> str:
     """This package's version, `unknown` in a bare source tree."""
     try:
         return version("ngrpo-lora")
     except PackageNotFoundError:
         return "unknown"
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The header metadata of a safetensors file.
-
-    Raises:
-        UserError: no such file, or not a safetensors file.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except FileNotFoundError:
-        raise UserError(f"adapter {str(path)!r} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"adapter {str(path)!r} is no readable safetensors file: {error}") from None
 
 
 def read_adapter(path: str | Path) -> AdapterInfo:
@@ -136,7 +137,8 @@ def check_export(path: Path, family: BaseFamily, text: TextEmbeds, latents: Tens
     with lora.disabled(family.transformer):
         effect = rms(live - family.velocity(latents, 0.5, text))
     try:
-        family.load_adapter(str(path), 1.0, "exported")
+        family.pipeline.load_lora_weights(str(path), adapter_name="exported")
+        family.pipeline.set_adapters("exported")
         difference = rms(family.velocity(latents, 0.5, text) - live)
     finally:
         lora.remove(family.transformer, "exported")

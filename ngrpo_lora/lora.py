@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ngrpo_lora.adapter_file import AdapterFile, examples
 from ngrpo_lora.config import LoraConfig
 from ngrpo_lora.errors import UserError
 
@@ -33,13 +34,42 @@ def inject(transformer: Any, config: LoraConfig, suffixes: list[str], excluded: 
         target_modules=suffixes,
         exclude_modules=exclude,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU
         torch.manual_seed(seed)
         try:
             transformer.add_adapter(peft_config, adapter_name=ADAPTER_NAME)
         except ValueError as error:
             raise UserError(f"lora.targets fits no layer of {type(transformer).__name__}: {error}") from error
     cast_training_params(transformer, torch.float32)
+
+
+@torch.no_grad()
+def start_from(transformer: nn.Module, file: AdapterFile, left_out: Sequence[str]) -> None:
+    """Give the injected LoRA the effect of a file's.
+
+    Ranks that the file does not have keep their random lora_A and a lora_B of zeros, as if just injected.
+
+    Args:
+        left_out: layers that are not adapted. Those within a block are without effect, and may be in the file.
+    Raises:
+        UserError: the file adapts other layers of this model, or has a higher rank.
+    """
+    own: dict[str, Any] = {name: m for name, m in transformer.named_modules() if isinstance(m, LoraLayer)}
+    layers = {name: layer for name, layer in file.layers.items() if "." not in name or name not in left_out}
+    if more := [name for name in layers if name not in own]:
+        raise UserError(
+            f"lora.init_from {str(file.path)!r} adapts {len(more)} layers that lora.targets leaves out "
+            f"({examples(more)}); set lora.targets=attention+feed_forward, or give an adapter of blocks alone"
+        )
+    for name, layer in layers.items():
+        down, up = (part[ADAPTER_NAME].weight for part in (own[name].lora_A, own[name].lora_B))
+        if layer.rank > len(down):
+            rank = max(layer.rank for layer in layers.values())
+            raise UserError(
+                f"lora.rank must be at least {rank}, that of lora.init_from {str(file.path)!r}, got {len(down)}"
+            )
+        down[: layer.rank] = layer.down
+        up[:, : layer.rank] = layer.folded / own[name].scaling[ADAPTER_NAME]
 
 
 def parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -28,6 +29,22 @@ __all__ = ["Meter", "attention_on_meta", "thin"]
 aten = torch.ops.aten
 
 
+@dataclass
+class Call:
+    """One call of a block that stands for `count` blocks; bytes.
+
+    start: alive before it. forward, backward: most alive in it and until the next. returned: alive when the backward
+    pass comes to it.
+    """
+
+    count: int
+    start: int
+    forward: int = 0
+    backward: int = 0
+    returned: int | None = None
+    flops: int = 0
+
+
 class Meter(TorchDispatchMode):
     """Live bytes of the tensors made while it is entered, their peak, and FLOPs (two a multiply-add).
 
@@ -38,8 +55,7 @@ class Meter(TorchDispatchMode):
     def __init__(self, counts: dict[nn.Module, int] | None = None):
         super().__init__()
         self.live, self.call, self.in_backward = 0, 0, False
-        # One entry for what precedes the first call of a block, and one for each call.
-        self.stands_for, self.starts, self.peaks, self.operations = [1], [0], [0], [0]
+        self.calls = [Call(1, 0)]  # what precedes the first call of a block, and every call
         self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.counts, self.hooks = counts or {}, []
 
@@ -58,27 +74,37 @@ class Meter(TorchDispatchMode):
     def peak(self) -> int:
         """Most bytes alive at once, in the model with all its blocks.
 
-        While a block computes, forward or backward, all blocks before it hold what they have kept for the backward
-        pass: those that a block of the thinned model stands for as much as itself.
+        While a block computes, blocks before it hold what they keep for the backward pass; in that pass, blocks after
+        it have left something behind: where the model is called twice, gradients that wait for those of the first
+        call. A block of the thinned model stands for others that do so as much as itself.
         """
-        kept = [after - before for before, after in pairwise([*self.starts, self.live])]
-        most = missing = 0
-        for count, held, peak in zip(self.stands_for, kept, self.peaks, strict=True):
-            missing += (count - 1) * held
-            most = max(most, peak + missing)
+        starts = [*(call.start for call in self.calls), self.live]
+        keep = [
+            (call.count - 1) * (after - before)
+            for call, (before, after) in zip(self.calls, pairwise(starts), strict=True)
+        ]
+        leave = [0] * len(keep)
+        for index, (earlier, call) in enumerate(pairwise(self.calls), 1):
+            if call.returned is not None and earlier.returned is not None:
+                leave[index] = (call.count - 1) * (earlier.returned - call.returned) + keep[index]
+        most, before, after = 0, 0, sum(leave)
+        for call, kept, left in zip(self.calls, keep, leave, strict=True):
+            after -= left
+            most = max(most, call.forward + before + kept, call.backward + before + max(kept, left) + after)
+            before += kept
         return most
 
     @property
     def flops(self) -> int:
         """Floating-point operations of matrix products, convolutions and attention, in the model with all blocks."""
-        return sum(count * own for count, own in zip(self.stands_for, self.operations, strict=True))
+        return sum(call.count * call.flops for call in self.calls)
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if formula := FLOPS.get(func.overloadpacket):
-            self.operations[self.call] += formula(*args, **(kwargs or {}), out_val=result)
+            self.calls[self.call].flops += formula(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._follow(tensor.untyped_storage(), func)
@@ -95,28 +121,35 @@ class Meter(TorchDispatchMode):
 
         self.storages[key] = weakref.ref(storage, forget)
         self.live += size
-        self.peaks[self.call] = max(self.peaks[self.call], self.live)
+        self._observe()
+
+    def _observe(self) -> None:
+        call = self.calls[self.call]
+        if self.in_backward:
+            call.backward = max(call.backward, self.live)
+        else:
+            call.forward = max(call.forward, self.live)
 
     def _before(self, count: int) -> Callable[[nn.Module, Any], None]:
         def start(block: nn.Module, args: Any) -> None:
             if not self.in_backward:  # where gradient checkpointing calls blocks again
-                self.call = len(self.starts)
-                self.stands_for.append(count)
-                self.starts.append(self.live)
-                self.peaks.append(self.live)
-                self.operations.append(0)
+                self.call = len(self.calls)
+                self.calls.append(Call(count, self.live, forward=self.live))
 
         return start
 
     def _after(self, block: nn.Module, args: Any, output: Any) -> None:
-        call = self.call
+        index = self.call
 
-        def return_to(gradient: Tensor) -> None:
-            self.call, self.in_backward = call, True
+        def come_back(gradient: Tensor) -> None:
+            self.call, self.in_backward = index, True
+            if self.calls[index].returned is None:
+                self.calls[index].returned = self.live
+            self._observe()
 
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad and not self.in_backward:
-                tensor.register_hook(return_to)
+                tensor.register_hook(come_back)
 
 
 def thin(model: nn.Module) -> dict[nn.Module, int]:

@@ -31,7 +31,7 @@ __all__ = ["GIB", "MARGIN", "Evaluations", "Plan", "make_plan"]
 
 GIB = 2**30
 CONTEXT = 0.75 * GIB
-SLACK = 0.1
+SLACK = 0.3
 MARGIN = 0.07  # cards have up to 6% less than their name says, and some of it is the desktop's
 PROCESS = 4 * GIB  # Python, PyTorch, CUDA's libraries
 ENCODING = 0.05
@@ -79,15 +79,20 @@ class Evaluations:
 class Plan:
     """What a run needs; sizes in bytes.
 
-    origin: where the model's figures are from. parameters: of each of its networks and of the adapter. gpu: on each
-    GPU, by stage and item. system: system memory of this machine, by stage and item; all there is on a CPU. disk: text
-    embeddings. flops_per_forward: one pass of the transformer for one sample. flops: one iteration on all GPUs, but
-    for encoding, rewards and evaluation. notes: what could not be counted.
+    origin: where the model's figures are from.
+    parameters: of each of its networks and of the adapter.
+    gpu: on each GPU, by stage and item.
+    system: system memory of this machine, by stage and item; without a GPU (`on_cpu`) all of it is there.
+    disk: text embeddings.
+    flops_per_forward: one pass of the transformer for one sample.
+    flops: one iteration on all GPUs, but for encoding, rewards and evaluation.
+    notes: what could not be counted.
     """
 
     origin: str
     parameters: dict[str, int]
     gpus: int
+    on_cpu: bool
     gpu: dict[str, Items]
     system: dict[str, Items]
     disk: float
@@ -111,9 +116,9 @@ class Plan:
         """Most that system memory holds."""
         return max(sum(items.values()) for items in self.system.values())
 
-    def fits(self, gpu_memory: float) -> bool:
-        """Whether GPUs with so many bytes, by their names, are enough."""
-        return self.peak <= (1 - MARGIN) * gpu_memory
+    def fits(self, memory: float) -> bool:
+        """Whether GPUs with so many bytes, by their names, are enough; on a CPU, whether system memory is."""
+        return (self.system_peak if self.on_cpu else self.peak) <= (1 - MARGIN) * memory
 
 
 @dataclass(frozen=True)
@@ -220,8 +225,7 @@ def make_plan(config: RunConfig, gpus: int = 1) -> Plan:
     gpu: dict[str, Items] = {
         "load": always | {"transformer": whole, "LoRA": 0, "optimizer": 0},
         "encode": {"rewards": resting} | encoding if model.text_encoders == "cache" else evaluating | encoding,
-        "rollout": scored
-        | {"LoRA": adapter + average + merged, "activations": forward.peak + unpacked + scoring},
+        "rollout": scored | {"LoRA": adapter + average + merged, "activations": forward.peak + unpacked + scoring},
         "decode": scored | {"activations": decode.peak + scoring},
         "update": always
         | {"gradients": adapter, "text embeddings": texts, "activations": max(backward.peak + unpacked, root)},
@@ -248,7 +252,7 @@ def make_plan(config: RunConfig, gpus: int = 1) -> Plan:
     loading = {"processes": PROCESS, "rewards": training["rewards"], "weights": read}
     system = {"load": loading, "train": training}
     if on_cpu:
-        system = {"train": training | {"as a GPU": max(sum(items.values()) for items in gpu.values())}}
+        system = {"train": training | {"networks and tensors": max(sum(items.values()) for items in gpu.values())}}
 
     evaluations = rehearsal.evaluations(rollout.prompts_per_iteration, drawn.passes)
     per_forward = forward.flops / drawn_together / drawn.passes
@@ -261,6 +265,7 @@ def make_plan(config: RunConfig, gpus: int = 1) -> Plan:
         parameters={"transformer": drawn.parameters, "LoRA": sum(drawn.lora)}
         | {name: blueprint.parameters(name) for name in networks_of_model},
         gpus=gpus,
+        on_cpu=on_cpu,
         gpu={stage: nonzero(items) for stage, items in gpu.items()},
         system={stage: nonzero(items, gpus) for stage, items in system.items()},
         disk=prompt * prompts if model.text_encoders == "cache" else 0,
@@ -321,8 +326,8 @@ def reward_networks(config: RunConfig) -> tuple[dict[str, Items], tuple[str, ...
     for reward in (*config.rewards.train, *config.evaluation.rewards):
         if not isinstance(reward, ModelRewardConfig):
             continue
-        itemsize = 4 if reward.dtype == "float32" else 2
         place = "system" if "cpu" in (reward.device, config.model.device) else "offload" if reward.offload else "gpu"
+        itemsize = 4 if reward.dtype == "float32" or (place, reward.dtype) == ("system", "auto") else 2
         paths = [value for value in reward.model_dump().values() if value in REWARD_PARAMETERS]
         found[place] |= {path: itemsize * REWARD_PARAMETERS[path] for path in paths}
         if reward.path not in paths:

@@ -25,7 +25,8 @@ def plan_table(plan: Plan) -> Any:
         column.justify = "right"
     for item in dict.fromkeys(item for items in plan.gpu.values() for item in items):
         table.add_row(item, *(f"{items[item] / GIB:.2f}" if item in items else "" for items in plan.gpu.values()))
-    table.add_row("each GPU", *(f"{sum(items.values()) / GIB:.2f}" for items in plan.gpu.values()), style="bold")
+    sums = (f"{sum(items.values()) / GIB:.2f}" for items in plan.gpu.values())
+    table.add_row("CPU" if plan.on_cpu else "each GPU", *sums, style="bold")
     return table
 
 
@@ -59,20 +60,22 @@ def plan_lines(plan: Plan, tflops: float | None = None, seconds_per_forward: flo
 
 def in_words(count: float) -> str:
     """12.3 M, and the like."""
-    size, unit = next((size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= size or unit == "k")
+    size, unit = (1e9, "B") if count >= 1e9 else (1e6, "M") if count >= 1e6 else (1e3, "k")
     return f"{count / size:.3g} {unit}"
 
 
-def verdict(plan: Plan, gpu_memory: float | None, advice: Sequence[str] | None) -> str:
+def verdict(plan: Plan, memory: float | None, advice: Sequence[str] | None) -> str:
     """The peak, whether it fits and what would make it fit."""
-    needs = f"needs {plan.peak / GIB:.1f} GiB ({plan.stage}) on each GPU and {plan.system_peak / GIB:.1f} GiB of system"
-    if gpu_memory is None:
-        return f"{needs} memory"
-    usable = f"{(1 - MARGIN) * gpu_memory / GIB:.1f} GiB that a GPU of {gpu_memory / GIB:g} GiB can be counted on for"
-    if plan.fits(gpu_memory):
-        return f"{needs} memory; fits the {usable}"
+    needs = f"needs {plan.system_peak / GIB:.1f} GiB of system memory"
+    if not plan.on_cpu:
+        needs += f" and {plan.peak / GIB:.1f} GiB on each GPU ({plan.stage})"
+    if memory is None:
+        return needs
+    usable = f"the {(1 - MARGIN) * memory / GIB:.1f} GiB that can be counted on of {memory / GIB:g} GiB"
+    if plan.fits(memory):
+        return f"{needs}: fits {usable}"
     remedy = "no setting makes it fit: more or larger GPUs, or a smaller model" if advice is None else " ".join(advice)
-    return f"{needs} memory; more than the {usable}\nwhat fits: {remedy}"
+    return f"{needs}: more than {usable}\nwhat fits: {remedy}"
 
 
 def plan_values(plan: Plan, gpu_memory: float | None, advice: Sequence[str] | None) -> dict[str, Any]:
@@ -131,8 +134,9 @@ def ways(config: RunConfig, gpus: int) -> Iterator[Settings]:
 
 def network_keys(config: RunConfig) -> Iterator[str]:
     """The rewards that run networks."""
-    for section, rewards in (("rewards.train", config.rewards.train), ("evaluation.rewards", config.evaluation.rewards)):
-        yield from (f"{section}.{i}" for i, reward in enumerate(rewards) if isinstance(reward, ModelRewardConfig))
+    rewards = {f"rewards.train.{i}": reward for i, reward in enumerate(config.rewards.train)}
+    rewards |= {f"evaluation.rewards.{i}": reward for i, reward in enumerate(config.evaluation.rewards)}
+    yield from (key for key, reward in rewards.items() if isinstance(reward, ModelRewardConfig))
 
 
 def lookup(data: Any, key: str) -> Any:

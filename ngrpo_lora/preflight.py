@@ -19,7 +19,10 @@ from ngrpo_lora.quantization import check_quantization
 __all__ = ["check_run"]
 
 # What a resumed run may change: where it runs, how long, what it reports; nothing that changes its updates.
-MAY_CHANGE = ("output_dir", "resume", "evaluation.", "trainer.", "model.device", "rollout.micro_batch_size")
+MAY_CHANGE = (
+    *("output_dir", "resume", "hub.", "evaluation.", "trainer.", "rollout.micro_batch_size"),
+    *("model.device", "model.swap_blocks", "model.text_encoders", "model.vae_tiling"),
+)
 
 
 def check_run(config: RunConfig) -> None:
@@ -29,8 +32,11 @@ def check_run(config: RunConfig) -> None:
         ConfigError: one line per problem.
     """
     problems = [*_prompts(config), *_functions(config), *_model(config), *_packages(config), *_output_dir(config)]
+    problems += _init_from(config)
     if not problems:
         problems = [*_not_writable(Path(config.output_dir)), *_family(config)]
+    if not problems:
+        problems = [*_hub(config)]  # last, as it may make the repository
     if problems:
         raise ConfigError(problems)
 
@@ -73,6 +79,34 @@ def _family(config: RunConfig) -> Iterator[str]:
         family_of(config.model)
     except UserError as error:
         yield str(error)
+
+
+def _init_from(config: RunConfig) -> Iterator[str]:
+    """Whether the adapter to start from can be read, and has room in the new one; a resumed run does not need it."""
+    if config.lora.init_from is None or config.resume is not None:
+        return
+
+    from ngrpo_lora.adapter_file import read_adapter_file
+
+    try:
+        layers = read_adapter_file(config.lora.init_from).layers
+    except UserError as error:
+        yield f"lora.init_from: {error}"
+        return
+    rank, room = max(layer.rank for layer in layers.values()), config.lora.rank
+    if rank > room:
+        yield f"lora.rank must be at least {rank}, that of lora.init_from {config.lora.init_from!r}, got {room}"
+
+
+def _hub(config: RunConfig) -> Iterator[str]:
+    """Whether the run can be pushed; without `hub.repo` nothing is asked."""
+    if config.hub.repo is not None:
+        from ngrpo_lora.hub import check_access
+
+        try:
+            check_access(config.hub)
+        except UserError as error:
+            yield str(error)
 
 
 def _packages(config: RunConfig) -> Iterator[str]:

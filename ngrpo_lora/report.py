@@ -15,9 +15,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from PIL import Image, ImageDraw, ImageFont
 
+from ngrpo_lora.pictures import save_png
 from ngrpo_lora.tracking import read_metrics, read_scores, series
 
 CELL_PX, CAPTION_LINES, LINE_PX = 160, 2, 17
+NUM_SHOWN = 4
 CAPTION_PX = CAPTION_LINES * LINE_PX
 
 
@@ -45,6 +47,13 @@ def save_grid(
         canvas.multiline_text((x + 4, y + CELL_PX), "\n".join(lines), fill="black", font=font, spacing=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def save_shown(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """The first few pictures in full size, each with its prompt and seed: `0.png`, `1.png`, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(images[:NUM_SHOWN]):
+        save_png(folder / f"{index}.png", image, {"prompt": prompts[index], "seed": str(seeds[index])})
 
 
 def write_comparison(runs: Sequence[Path], path: Path) -> Path:

@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ngrpo_lora import models, registry
+from ngrpo_lora.adapter_file import adapter_label
+from ngrpo_lora.adapter_report import digest
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.devices import resolve_device, resolve_dtype
-from ngrpo_lora.export import AdapterInfo, read_adapter
+from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.export import AdapterInfo, code_version, read_adapter
 from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._index import family_of
 from ngrpo_lora.noise import gaussian_noise
+from ngrpo_lora.pictures import read_png_text
+from ngrpo_lora.prompt_files import read_prompts
+from ngrpo_lora.prompts import BUILTIN_SOURCES, open_prompts
 from ngrpo_lora.quantization import NEED_GPU
 from ngrpo_lora.solvers import SOLVERS
 from ngrpo_lora.types import TextEmbeds
 
+OPTIONS = {
+    "steps": "num_steps",
+    "shift": "shift",
+    "solver": "solver",
+    "guidance": "guidance_scale",
+    "height": "height_px",
+    "width": "width_px",
+}
+"""Options of `ngrpo sample`, and the settings that they change."""
 
-def load_family(config: ModelConfig, parts: Parts = "all") -> BaseFamily:
+
+def load_family(config: ModelConfig, parts: Parts = "all", divided: bool = False) -> BaseFamily:
     """The model family of a configuration on its device, loaded without the libraries' notes and bars.
 
     Raises:
@@ -36,7 +57,7 @@ def load_family(config: ModelConfig, parts: Parts = "all") -> BaseFamily:
         logging.disable_progress_bar()
     device = resolve_device(config.device)
     config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, device)})
-    return registry.load(models, family_of(config)).Family(config, device, parts)
+    return registry.load(models, family_of(config)).Family(config, device, parts, divided)
 
 
 @torch.no_grad()
@@ -68,9 +89,29 @@ class Sampler:
 
     def __init__(self, info: AdapterInfo, adapter: str | Path | None = None, strength: float = 1.0):
         self.family, self.solver = load_family(info.model), info.rollout.solver
-        if adapter is not None:
-            self.family.load_adapter(str(adapter), strength)
         self.sigmas = self.family.sigmas(info.rollout.num_steps, info.rollout.shift)
+        self.names: dict[Path, str] = {}  # of the adapters that are on the model, active or not
+        if adapter is not None:
+            self.use([(Path(adapter), strength)])
+
+    def use(self, adapters: Sequence[tuple[Path, float]]) -> None:
+        """Draw with these LoRA files together, each at its strength, from now on; with none, the base itself.
+
+        Raises:
+            UserError: as `BaseFamily.load_adapter`.
+        """
+        strengths: dict[str, float] = {}
+        for path, strength in adapters:
+            if path not in self.names:
+                name = f"adapter_{len(self.names)}"
+                self.family.load_adapter(str(path), strength, name)
+                self.names[path] = name
+            strengths[self.names[path]] = strengths.get(self.names[path], 0.0) + strength
+        if strengths:
+            self.family.transformer.enable_adapters()
+            self.family.pipeline.set_adapters([*strengths], [*strengths.values()])
+        elif self.names:
+            self.family.transformer.disable_adapters()
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image.Image]:
         """One image per prompt and seed, of a video model `num_frames`, drawn when they are asked for."""
@@ -87,6 +128,11 @@ def drawing_settings(adapter: str | Path | None, model: str | None, device: str 
         UserError: not an adapter.
     """
     info = read_adapter(adapter) if adapter is not None else AdapterInfo(ModelConfig(), RolloutConfig())
+    return on_this_machine(info, model, device)
+
+
+def on_this_machine(info: AdapterInfo, model: str | None, device: str = "auto") -> AdapterInfo:
+    """Settings of elsewhere with the device of here; `model` replaces the base that they name."""
     config = info.model.model_copy(update={"device": device} | ({"path": model} if model else {}))
     if config.quantization in NEED_GPU and not resolve_device(device).startswith("cuda"):
         config = config.model_copy(update={"quantization": "none"})  # pictures differ by its rounding
@@ -113,3 +159,143 @@ def sample_images(
     """
     sampler = Sampler(drawing_settings(adapter, model), adapter, strength)
     return list(sampler([prompt for prompt in prompts for _ in seeds], [*seeds] * len(prompts)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures that say how they were drawn
+
+
+@dataclass(frozen=True)
+class Column:
+    """What draws: LoRA files with their strengths, all at once; none is the base."""
+
+    label: str
+    adapters: tuple[tuple[Path, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One sample, of a video all frames, and the PNG text with which `--like` draws it again."""
+
+    column: Column
+    row: int
+    prompt: str
+    seed: int
+    frames: list[Image.Image]
+    text: dict[str, str]
+
+
+def columns_of(adapters: Sequence[tuple[Path, float]], apart: bool, base_too: bool) -> list[Column]:
+    """The base where it is wanted, and the adapters together, or each of them apart."""
+    columns = [Column("base")] if base_too or not adapters else []
+    groups = [(one,) for one in adapters] if apart else [tuple(adapters)] if adapters else []
+    for group in groups:
+        label = "+".join(adapter_label(path) + ("" if strength == 1 else f"x{strength:g}") for path, strength in group)
+        same = sum(re.sub(r"-\d+$", "", column.label) == label for column in columns)
+        columns.append(Column(f"{label}-{same + 1}" if same else label, group))
+    return columns
+
+
+def draw_columns(
+    info: AdapterInfo, columns: Sequence[Column], prompts: Sequence[str], seeds: Sequence[int]
+) -> Iterator[Drawing]:
+    """Every prompt with every seed (prompt-major) by every column, drawn when it is asked for.
+
+    Raises:
+        UserError: no such model, or a file that is no adapter, or fits no layer of the model.
+    """
+    sampler = Sampler(info)
+    for column in columns:  # an adapter that does not fit should be known before an hour of drawing
+        sampler.use(column.adapters)
+    settings = shown_settings(info, sampler.family)
+    digests = {path: digest(path) for column in columns for path, _ in column.adapters}
+    for number, prompt in enumerate(prompts):
+        text = sampler.family.encode([prompt])
+        for seed in seeds:
+            for column in columns:
+                sampler.use(column.adapters)
+                frames = draw(sampler.family, text, [seed], sampler.solver, sampler.sigmas)
+                adapters = [
+                    {"file": str(path.resolve()), "sha256": digests[path], "strength": strength}
+                    for path, strength in column.adapters
+                ]
+                own = {"ngrpo": json.dumps(settings | {"adapters": adapters}, sort_keys=True)}
+                yield Drawing(column, number, prompt, seed, frames, {"prompt": prompt, "seed": str(seed)} | own)
+
+
+def shown_settings(info: AdapterInfo, family: BaseFamily) -> dict[str, Any]:
+    """All that a picture depends on beside adapters, prompt and seed, with what the model recommends written out."""
+    shift = info.rollout.shift or family.shift(info.rollout.num_steps)
+    rollout = {"solver": info.rollout.solver, "num_steps": info.rollout.num_steps, "shift": shift}
+    model = info.model.model_copy(update=family.settings).model_dump(mode="json")
+    return {"code_version": code_version(), "model": model, "rollout": rollout}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a picture was drawn."""
+
+    info: AdapterInfo
+    adapters: tuple[tuple[Path, float], ...]
+    prompt: str
+    seed: int
+
+
+def read_recipe(path: Path, same_adapters: bool = True) -> Recipe:
+    """What `ngrpo sample` wrote into a picture.
+
+    Args:
+        same_adapters: the files must be there, unchanged; otherwise they are not looked at.
+    Raises:
+        UserError: not such a picture, or an adapter has gone or is another one now.
+    """
+    text = read_png_text(path)
+    try:
+        own = json.loads(text["ngrpo"])
+        info = AdapterInfo(ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"]))
+        adapters = [(Path(one["file"]), one["sha256"], float(one["strength"])) for one in own["adapters"]]
+        prompt, seed = text["prompt"], int(text["seed"])
+    except (ValidationError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"--like must be a PNG file that `ngrpo sample` wrote, but {str(path)!r} is none") from None
+    for file, sha256, _ in adapters if same_adapters else []:
+        if not file.is_file() or digest(file) != sha256:
+            what = "has changed since" if file.is_file() else "is not there any more"
+            raise UserError(f"{str(path)!r} was drawn with {str(file)!r}, which {what}; give the one with --adapter")
+    return Recipe(info, tuple((file, strength) for file, _, strength in adapters), prompt, seed)
+
+
+def with_settings(info: AdapterInfo, changes: Mapping[str, str | float | None]) -> AdapterInfo:
+    """Other settings, by the names of the command's options; None leaves one as it is.
+
+    Raises:
+        ConfigError: one line per value that is not possible.
+    """
+    given = {OPTIONS[option]: value for option, value in changes.items() if value is not None}
+    model, rollout = (
+        part.model_dump() | {key: value for key, value in given.items() if key in type(part).model_fields}
+        for part in (info.model, info.rollout)
+    )
+    try:
+        return AdapterInfo(ModelConfig.model_validate(model), RolloutConfig.model_validate(rollout))
+    except ValidationError as error:
+        named = {field: option for option, field in OPTIONS.items()}
+        raise ConfigError(
+            f"--{named[str(detail['loc'][0])]} {detail['msg'].removeprefix('Value error, ')}"
+            + ("" if ", got " in detail["msg"] else f", got {detail['input']!r}")
+            for detail in error.errors()
+        ) from None
+
+
+def listed_prompts(source: str, count: int) -> list[str]:
+    """The first prompts of a source, in the order of its file.
+
+    Raises:
+        ConfigError: no such source.
+    """
+    try:
+        if source in BUILTIN_SOURCES:
+            endless = open_prompts(source, 0)
+            return [endless.prompt(index).text for index in range(count)]
+        return [prompt.text for prompt in read_prompts(source).prompts[:count]]
+    except ConfigError as error:
+        raise ConfigError(f"--prompts {error}") from None

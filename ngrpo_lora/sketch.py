@@ -71,8 +71,9 @@ class Sketch:
                 transformer.disable_gradient_checkpointing()
             for weight in lora.parameters(transformer).values():
                 weight.grad = torch.zeros_like(weight)
+            latents = self.blank_latents(batch)
             with attention_on_meta(), Meter(self.counts) as meter, torch.set_grad_enabled(backward):
-                velocity = family.velocity(self.blank_latents(batch), 0.5, text)
+                velocity = family.velocity(latents, 0.5, text)
                 if backward:
                     velocity.sum().backward()
             self.velocities[key] = Cost(meter.peak, meter.flops)
@@ -84,8 +85,9 @@ class Sketch:
         if key not in self.decodings:
             vae = self.family.vae
             (vae.enable_tiling if tiling else vae.disable_tiling)()
+            latents = self.blank_latents(batch)
             with attention_on_meta(), Meter() as meter:
-                self.family.decode(self.blank_latents(batch))
+                self.family.decode(latents)
             self.decodings[key] = Cost(meter.peak, meter.flops)
         return self.decodings[key]
 

@@ -28,6 +28,7 @@ from ngrpo_lora.distributed import Processes, process_device, shard
 from ngrpo_lora.embeddings import EmbeddingCache
 from ngrpo_lora.errors import SharedError, UserError
 from ngrpo_lora.export import FILE_NAME, check_export, save_adapter
+from ngrpo_lora.hub import Pusher
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.noise import derive_seed, gaussian_noise
 from ngrpo_lora.optimizers import learning_rate_factor, make_optimizer
@@ -63,7 +64,10 @@ class Trainer:
             torch.set_num_threads(config.trainer.num_threads)
         self.processes = Processes(config.trainer.timeout_s)
         device = process_device(resolve_device(config.model.device))
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
         self.model = config.model.model_copy(update={"device": device})  # as this process has it
+        self.divided = config.trainer.strategy == "fsdp" and self.processes.count > 1  # the base, among processes
         self.config, self.output_dir = config, Path(config.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if problem := self.processes.agree(self.misfit(config)):
@@ -83,11 +87,13 @@ class Trainer:
         transformer = self.family.transformer
         suffixes, excluded = self.family.lora_targets(config.lora.targets)
         lora.inject(transformer, config.lora, suffixes, excluded, derive_seed(config.seed, "lora"))
+        if config.lora.init_from is not None and config.resume is None:
+            lora.start_from(transformer, self.family.read_adapter(config.lora.init_from), excluded)
         if config.trainer.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.parameters = lora.parameters(transformer)
-        if config.trainer.strategy == "fsdp" and self.processes.count > 1:
-            shard(transformer, self.family.blocks, set(self.parameters.values()))
+        if self.divided:
+            shard(transformer, self.family.blocks, set(self.parameters.values()), self.family.device)
         if config.model.compile:
             # A block has a variant for every batch size, with gradient and without; beyond 8 it would run uncompiled.
             torch._dynamo.config.cache_size_limit = 64
@@ -126,21 +132,18 @@ class Trainer:
         groups, count = config.rollout.prompts_per_iteration, self.processes.count
         if groups < count:
             return f"rollout.prompts_per_iteration must be at least the number of processes ({count}), got {groups}"
-        if count > 1 and config.trainer.strategy == "fsdp":
-            if groups % count:
-                return (
-                    f"rollout.prompts_per_iteration must be a multiple of the number of processes ({count}) with "
-                    f"trainer.strategy=fsdp, got {groups}"
-                )
-            if config.rollout.merge_adapter:
-                return "rollout.merge_adapter must be false with trainer.strategy=fsdp, got true"
+        if self.divided and groups % count:
+            return (
+                f"rollout.prompts_per_iteration must be a multiple of the number of processes ({count}) with "
+                f"trainer.strategy=fsdp, got {groups}"
+            )
         return None
 
     def load_family(self) -> BaseFamily:
         """The model; with `model.text_encoders: cache` its encoders come and go before the transformer is loaded."""
         model = self.model
         if model.text_encoders != "cache":
-            return load_family(model)
+            return load_family(model, divided=self.divided)
         cache = EmbeddingCache(self.output_dir / "embeddings", model)
         last = self.config.trainer.num_iterations * self.config.rollout.prompts_per_iteration
         texts = [prompt.text for prompt in (*map(self.prompts.prompt, range(last)), *self.held_out)]
@@ -150,7 +153,7 @@ class Trainer:
             log.info("encoding %d prompts into %s", len(mine), cache.folder)
             cache.fill(load_family(model, "text"), mine)
         self.processes.gather(None)  # all files are there
-        family = load_family(model, "image")
+        family = load_family(model, "image", self.divided)
         family.cache = cache
         return family
 
@@ -170,6 +173,7 @@ class Trainer:
         """Algorithm 1: per iteration roll out P groups, score them, and move the anchors."""
         config, total, processes = self.config, self.config.trainer.num_iterations, self.processes
         console.quiet = not processes.is_main
+        pusher = Pusher(self.output_dir, config.hub) if config.hub.repo is not None and processes.is_main else None
         trained = sum(p.numel() for p in self.parameters.values())
         frozen = sum(p.numel() for p in self.family.transformer.parameters()) - trained
         console.print(opening(config, trained, frozen, processes.count))
@@ -201,6 +205,8 @@ class Trainer:
                     metrics_file.write(self.iteration, metrics)
                 if self.iteration % config.trainer.save_every == 0 or last:
                     self.save()
+                    if pusher is not None and config.hub.push == "checkpoints" and not last:
+                        pusher.start()
                 bar.update(task, completed=self.iteration, status=status_line(metrics, self.trained))
         if self.iteration < total:
             raise SharedError(f"stopped after iteration {self.iteration} of {total}; go on with resume=latest")
@@ -208,6 +214,8 @@ class Trainer:
         if processes.is_main:
             report.write_summary(self.output_dir)
             console.print(closing(self.output_dir, adapter))
+        if pusher is not None:
+            console.print(f"pushed to                 {pusher.finish()}")
         return evaluation
 
     def step(self) -> Metrics:
@@ -231,9 +239,12 @@ class Trainer:
         return self.describe(batch) | policy | nfe_per_sample | clock.seconds
 
     def save(self) -> None:
-        """Write a checkpoint; all processes hold the same state."""
+        """Write a checkpoint, and into it the adapter as it is; all processes hold the same state."""
         if self.processes.is_main:
-            checkpoint.save(self.output_dir, self.iteration, self.state(), self.config.trainer.keep_checkpoints)
+            keep = self.config.trainer.keep_checkpoints
+            folder = checkpoint.save(self.output_dir, self.iteration, self.state(), keep)
+            with lora.swapped(self.family.transformer, self.averaged):
+                save_adapter(folder / FILE_NAME, self.family, self.config)
 
     def warn_of_long_prompts(self) -> None:
         """Say which encoder reads only the beginnings of some of the first thousand prompts or of the held-out ones."""
@@ -387,7 +398,7 @@ class Trainer:
         size = self.config.trainer.micro_batch_size
         own = [t._replace(group=t.group - self.groups.start) for t in update if t.group in self.groups]
         chunks = chunked(own, size)
-        if self.config.trainer.strategy == "fsdp":
+        if self.divided:
             shares = self.processes.shares(self.config.rollout.prompts_per_iteration)
             most = max(sum(t.group in groups for t in update) for groups in shares)
             chunks += [[]] * (-(-most // size) - len(chunks))
@@ -438,7 +449,7 @@ class Trainer:
         seeds = [config.seed + i for i in range(len(texts))]
         own = self.processes.share(len(texts))
         drawn = list(own)
-        if self.config.trainer.strategy == "fsdp":  # as many forward passes on every process
+        if self.divided:  # as many forward passes on every process
             drawn += [own.start] * (max(map(len, self.processes.shares(len(texts)))) - len(own))
         with self.counter.paused(), lora.swapped(self.family.transformer, self.averaged):
             text = self.family.encode([texts[i] for i in drawn])
@@ -452,7 +463,9 @@ class Trainer:
         sent = images[frames // 2 :: frames][: max(0, min(len(own), count - own.start))]  # of a video its middle
         shown = [image for share in self.processes.gather(sent) for image in share]
         if self.processes.is_main:
-            report.save_grid(self.output_dir / "samples" / f"{stem}.png", shown, texts[: len(shown)])
+            samples = self.output_dir / "samples"
+            report.save_grid(samples / f"{stem}.png", shown, texts[: len(shown)])
+            report.save_shown(samples / ("last" if self.iteration else "first"), shown, texts, seeds)
             save_scores(self.output_dir / "evaluations" / f"{stem}.jsonl", texts, seeds, scores)
         means = {label: raw.nanmean().item() for label, raw in scores.items()}
         metrics = {f"eval/{label}_mean": mean for label, mean in means.items()}

@@ -44,6 +44,7 @@ SMALL_RUN = [
     "lora.rank=4",
     "optimizer.learning_rate=1e-2",
     "trainer.num_iterations=2",
+    "trainer.cpu_processes=1",
     "evaluation.num_prompts=2",
     "evaluation.every=2",
 ]

@@ -105,7 +105,9 @@ def test_describe_lists_every_key():
 
 
 def test_train_hands_the_checked_config_to_the_trainer(trained: list[RunConfig], tmp_path: Path):
-    result = CliRunner().invoke(app, ["train", f"output_dir={tmp_path / 'new' / 'run'}", "seed=5"])
+    result = CliRunner().invoke(
+        app, ["train", "--num-processes", "1", f"output_dir={tmp_path / 'new' / 'run'}", "seed=5"]
+    )
     assert result.exit_code == 0, result.output
     assert [config.seed for config in trained] == [5]
     assert (tmp_path / "new" / "run").is_dir()
@@ -187,7 +189,7 @@ def test_resume_may_change_length_and_evaluation(
     make_run(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     words = [f"resume={resume}", "trainer.num_iterations=900", "trainer.save_every=7", "evaluation.every=3"]
-    result = CliRunner().invoke(app, ["train", f"output_dir={tmp_path / 'run'}", *words])
+    result = CliRunner().invoke(app, ["train", "--num-processes", "1", f"output_dir={tmp_path / 'run'}", *words])
     assert result.exit_code == 0, result.output
     assert trained[0].trainer.num_iterations == 900
 
@@ -199,7 +201,9 @@ def test_a_missing_8bit_package_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)
     )
-    result = CliRunner().invoke(app, ["train", "optimizer.name=lion_8bit", f"output_dir={tmp_path / 'run'}"])
+    result = CliRunner().invoke(
+        app, ["train", "--num-processes", "1", "optimizer.name=lion_8bit", f"output_dir={tmp_path / 'run'}"]
+    )
     assert result.exit_code == 2
     assert "ngrpo-lora[8bit]" in result.output
 
@@ -209,41 +213,8 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, t
     fake.train = lambda config: 1 / 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ngrpo_lora.trainer", fake)
     monkeypatch.setattr(ngrpo_lora, "trainer", fake, raising=False)
-    result = CliRunner().invoke(app, ["train", f"output_dir={tmp_path / 'run'}"])
+    result = CliRunner().invoke(app, ["train", "--num-processes", "1", f"output_dir={tmp_path / 'run'}"])
     assert isinstance(result.exception, ZeroDivisionError)
-
-
-@pytest.fixture
-def drawn(nothing_heavy: None, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """Arguments that reached `sample_images`, which is replaced by one that draws its seeds."""
-    seen: list[dict] = []
-
-    def sample_images(*, adapter, model, prompts, seeds, strength):  # noqa: ANN001
-        seen.append(locals())
-        return [Image.new("RGB", (2, 2), (seed, i, 0)) for i, _ in enumerate(prompts) for seed in seeds]
-
-    fake = type(sys)("ngrpo_lora.sampling")
-    fake.sample_images = sample_images  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ngrpo_lora.sampling", fake)
-    return seen
-
-
-def test_sample_writes_one_picture_per_prompt_and_seed(drawn: list[dict], tmp_path: Path):
-    adapter = tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors"
-    adapter.parent.mkdir(parents=True)
-    adapter.touch()
-    words = ["sample", "--adapter", str(tmp_path / "run"), "--prompt", "a red star", "--prompt", "Two  hearts!"]
-    out = tmp_path / "pictures" / "new"
-    words += ["--seed", "7", "--num-images", "2", "--strength", "0.5", "--output", str(out)]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
-    assert drawn[0]["adapter"] == adapter
-    assert drawn[0]["seeds"] == [7, 8]
-    assert drawn[0]["strength"] == 0.5
-    assert drawn[0]["model"] is None
-    names = ["000-a-red-star-seed7", "000-a-red-star-seed8", "001-two-hearts-seed7", "001-two-hearts-seed8"]
-    assert sorted(path.stem for path in out.iterdir()) == names
-    assert Image.open(out / "001-two-hearts-seed8.png").getpixel((0, 0)) == (8, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +223,8 @@ def test_sample_writes_one_picture_per_prompt_and_seed(drawn: list[dict], tmp_pa
         (["--prompt", "a star", "--adapter", "gone.safetensors"], "'gone.safetensors' does not exist"),
         (["--prompt", "a star", "--adapter", "."], "holds no pytorch_lora_weights.safetensors"),
         (["--prompt", "  "], "--prompt must not be empty"),
+        ([], "--prompt, --prompts or --like must be given"),
+        (["--prompt", "a star", "--adapter", "x:nan"], "the strength of an adapter must be finite, got nan for 'x'"),
         (["--prompt", "a star", "--output", "file.txt"], "--output must be a writable folder"),
     ],
 )
@@ -306,3 +279,16 @@ def test_a_reward_is_described_with_its_settings():
 
 def test_an_unknown_reward_names_the_nearest():
     assert "did you mean pickscore?" in refuse("rewards", "pikscore")
+
+
+def test_the_demo_runs_as_two_processes_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from ngrpo_lora import distributed
+
+    started: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr(distributed.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(distributed, "launch", lambda count, words: started.append((count, words)) or 0)
+    result = CliRunner().invoke(app, ["train", "demo", "model.device=cpu", f"output_dir={tmp_path / 'run'}"])
+    assert result.exit_code == 0, result.output
+    ((count, words),) = started
+    assert count == 2
+    assert words[1:] == ["-m", "ngrpo_lora", "train", "demo", "model.device=cpu", f"output_dir={tmp_path / 'run'}"]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.distributed import Processes, free_port, process_count
-from ngrpo_lora.errors import UserError
+from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.export import FILE_NAME
 
 SEVERAL = ["rollout.prompts_per_iteration=4", "evaluation.num_prompts=5", "evaluation.num_samples=3"]
@@ -217,6 +217,14 @@ def test_fewer_groups_than_processes_are_refused_before_the_model_loads(
         )
 
 
+def test_what_a_divided_base_cannot_do_is_refused(context: Any, make_config: MakeConfig, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"rollout\.merge_adapter must be false with trainer\.strategy=fsdp"):
+        make_config(tmp_path, "trainer.strategy=fsdp", "rollout.merge_adapter=true")
+    uneven = make_config(tmp_path, *SEVERAL, "trainer.strategy=fsdp", "rollout.prompts_per_iteration=3")
+    for error, _ in run(context, 2, train, uneven):
+        assert "rollout.prompts_per_iteration must be a multiple of the number of processes (2)" in str(error)
+
+
 def command(count: int, output_dir: Path, make_config: MakeConfig, *overrides: str) -> list[str]:
     """`ngrpo train` of a file with these settings, as several processes."""
     from ngrpo_lora.config import dump_config
@@ -262,5 +270,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
     assert process_count("cuda", 1) == 1
     assert process_count("cuda:1", None) == 1
     assert process_count("cpu", 4) == 4
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert [process_count("cpu", None, on_cpu) for on_cpu in (1, 2, 5)] == [1, 2, 3]
     with pytest.raises(UserError, match=r"--num-processes must be at most the number of GPUs \(2\)"):
         process_count("auto", 3)

@@ -224,7 +224,7 @@ LAYER = "transformer.single_transformer_blocks.0.attn.to_q"
 def test_a_file_that_does_not_fit_the_model_is_an_error(tensors: dict[str, tuple[int, ...]], tmp_path: Path):
     path = tmp_path / "other.safetensors"
     save_file({name: torch.ones(shape) for name, shape in tensors.items()}, path)
-    with pytest.raises(UserError, match=r"other\.safetensors' is no LoRA of this model"):
+    with pytest.raises(UserError, match=r"other\.safetensors' is no LoRA"):
         sample_images(path, None, PROMPTS[:1], [0])
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from ngrpo_lora import lora
 from ngrpo_lora.config import LoraConfig
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.models.flux import ATTENTION, FEED_FORWARD
+from ngrpo_lora.models.flux import Family
+
+ATTENTION, FEED_FORWARD = list(Family.attention), list(Family.feed_forward)
 
 BLOCK, SINGLE = "transformer_blocks.0.", "single_transformer_blocks.0."
 

@@ -46,30 +46,36 @@ def needs(kind: str) -> None:
     pytest.importorskip(quantization.PACKAGES[kind])
 
 
+def plain(weight: Any) -> Tensor:
+    """A copy of a weight's numbers, which torchao's types cannot be compared by."""
+    return weight.dequantize() if "torchao" in type(weight).__module__ else weight.detach().clone()
+
+
 def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-# Measured: nf4 0.134 and 0.208, int8 0.009 and 0.010, int8_torchao 0.008 and 0.013, float8_torchao 0.036 and 0.045.
+# Root mean squares relative to the base and to the adapter's effect; measured are 0.134 and 0.115 for nf4, 0.0146 and
+# 0.0143 for int8, 0.0100 and 0.0092 for int8_torchao, 0.0366 and 0.0310 for float8_torchao.
 @pytest.mark.parametrize(
     ("kind", "base_error", "effect_error"),
-    [("nf4", 0.2, 0.3), ("int8", 0.02, 0.03), ("int8_torchao", 0.02, 0.03), ("float8_torchao", 0.06, 0.08)],
+    [("nf4", 0.17, 0.15), ("int8", 0.02, 0.02), ("int8_torchao", 0.015, 0.015), ("float8_torchao", 0.05, 0.045)],
 )
 def test_a_quantised_base_trains_an_adapter_that_does_the_same_on_the_whole_base(
     make_config: MakeConfig, tmp_path: Path, device: str, kind: str, base_error: float, effect_error: float
 ):
     needs(kind)
     settings = [f"model.quantization={kind}", f"model.device={device}", "trainer.gradient_checkpointing=true"]
-    trainer = Trainer(make_config(tmp_path, *settings, "rollout.group_size=3", "evaluation.num_prompts=1"))
+    settings += ["rollout.group_size=3", "evaluation.num_prompts=1"]
+    settings += ["optimizer.learning_rate=5e-2"]  # the adapter then does as much as the base
+    trainer = Trainer(make_config(tmp_path, *settings))
     family: Any = trainer.family
     assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
-    frozen = {n: p.detach().clone() for n, p in family.transformer.named_parameters() if not p.requires_grad}
-    before = family.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
+    frozen = {n: plain(p) for n, p in family.transformer.named_parameters() if not p.requires_grad}
     trainer.run()
-    assert family.transformer.transformer_blocks[0].attn.to_q.base_layer.weight is before
     for name, weight in family.transformer.named_parameters():
         if not weight.requires_grad:
-            assert torch.equal(weight, frozen[name]), name
+            assert torch.equal(plain(weight), frozen[name]), name
     assert any(p.any() for name, p in trainer.parameters.items() if "lora_B" in name)
 
     seen: dict[str, Any] = {}

@@ -17,8 +17,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from PIL import Image
 from torch import Tensor, nn
 
+from ngrpo_lora.adapter_file import AdapterFile, check_fits, read_adapter_file, state_dict, warn_of_alpha
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.errors import UserError
+from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.offload import swap_blocks
 from ngrpo_lora.quantization import check_quantization, pipeline_quantization
 from ngrpo_lora.solvers import flow_sigmas
@@ -73,9 +74,11 @@ class BaseFamily:
     num_frames: int = 1
     """Pictures per sample: more than one of a video model."""
 
-    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all"):
+    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all", divided: bool = False):
         """Load the pipeline, or only the part of it that encodes prompts, or only the part that draws.
 
+        Args:
+            divided: the transformer stays in system memory, from where FSDP brings each process its pieces.
         Raises:
             UserError: not a model of this family, or it cannot be loaded, or the size does not fit it.
         """
@@ -104,7 +107,7 @@ class BaseFamily:
         self.vae: Any = self.pipeline.vae.requires_grad_(False).eval()
         if self.num_frames == 1 and config.num_frames not in (None, 1):
             raise UserError(f"model.num_frames must be null for {config.path!r}, which draws no videos")
-        self.place()
+        self.place(divided)
         self.latent_shape = self.latent_shape_of(config)
 
     # What a family defines
@@ -192,11 +195,12 @@ class BaseFamily:
         """What diffusers loads from: a folder or a Hub id."""
         return str(self.config.path)
 
-    def place(self) -> None:
+    def place(self, divided: bool) -> None:
         """Move what draws to its device, and set how it computes there."""
         if self.config.swap_blocks:
             swap_blocks(self.blocks, self.config.swap_blocks, self.device)
-        self.transformer.to(self.device)
+        if not divided:
+            self.transformer.to(self.device)
         self.vae.to(self.device)
         if self.config.vae_tiling:
             self.vae.enable_tiling()
@@ -306,16 +310,24 @@ class BaseFamily:
         assert self.negative is not None, "encode() comes before velocity()"
         return self.guide(velocity, self.forward(inputs, sigmas, self.negative[[0] * batch]).float())
 
-    def load_adapter(self, path: str, strength: float, name: str = "default") -> None:
-        """Put a LoRA file on the model and make it the active adapter, by diffusers' own loader.
+    def read_adapter(self, path: str) -> AdapterFile:
+        """A LoRA file of any trainer, with layers that this model has.
 
         Raises:
             UserError: the file holds no LoRA, or one of another model.
         """
-        try:
-            self.pipeline.load_lora_weights(path, adapter_name=name)
-            self.pipeline.set_adapters(name, strength)
-        except (ValueError, KeyError, RuntimeError) as error:  # what diffusers and PEFT raise for files that do not fit
-            raise UserError(
-                f"adapter {path!r} is no LoRA of this model: {error}; give the model it was trained on"
-            ) from error
+        file = read_adapter_file(path, type(self).__module__.rpartition(".")[2])
+        check_fits(file, self.transformer)
+        warn_of_alpha(file)
+        return file
+
+    def load_adapter(self, path: str, strength: float, name: str = "default") -> None:
+        """Put a LoRA file of any trainer on the model and make it the active adapter, by diffusers' own loader.
+
+        Raises:
+            UserError: as `read_adapter`, or the strength is not finite.
+        """
+        if not math.isfinite(strength):
+            raise ConfigError(f"the strength of an adapter must be finite, got {strength}; 1 is as trained, 0 the base")
+        self.pipeline.load_lora_weights(state_dict(self.read_adapter(path).layers), adapter_name=name)
+        self.pipeline.set_adapters(name, strength)

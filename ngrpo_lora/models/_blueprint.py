@@ -17,7 +17,9 @@ import diffusers
 import torch
 import transformers
 import yaml
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from ngrpo_lora import models, registry
 from ngrpo_lora.config import ModelConfig
@@ -54,10 +56,10 @@ class Blueprint:
             part["parameters"] = sum(weight.numel() for weight in self.make(name).parameters())
         return part["parameters"]
 
-    def make(self, name: str) -> nn.Module:
-        """A part, on the meta device."""
+    def make(self, name: str, device: str = "meta") -> nn.Module:
+        """A part, without contents, or with random ones on another device."""
         kind, config = self.parts[name]["class"], self.parts[name]["config"]
-        with torch.device("meta"):
+        with torch.device(device):
             if name in ("transformer", "vae"):
                 return getattr(diffusers, kind).from_config(config)
             model = getattr(transformers, kind)
@@ -65,19 +67,22 @@ class Blueprint:
 
 
 def read_blueprint(config: ModelConfig) -> Blueprint:
-    """The blueprint of `model.path`: a folder's or the Hub's, or, of a model out of reach, the package's own.
+    """The blueprint of `model.path`: the package's own of a model that it knows, else the folder's or the Hub's.
 
     Raises:
-        UserError: no such model, or it cannot be reached and the package does not know it.
+        UserError: no such model, or it cannot be reached.
     """
-    try:
+    known = None if config.revision else architectures().get(config.path)
+    if known is None:
         return read_files(config.path, config.revision)
-    except UserError:
-        known = yaml.safe_load(ARCHITECTURES.read_text(encoding="utf-8"))["models"].get(config.path)
-        if known is None:
-            raise
     parts = {name: part for name, part in known.items() if name not in ("pipeline", "settings")}
     return Blueprint(known["pipeline"], known.get("settings", {}), parts, "the package's own figures")
+
+
+@cache
+def architectures() -> dict[str, dict[str, Any]]:
+    """The models that the package knows, by their Hub ids."""
+    return yaml.safe_load(ARCHITECTURES.read_text(encoding="utf-8"))["models"]
 
 
 @cache
@@ -102,17 +107,19 @@ def read_files(path: str, revision: str | None) -> Blueprint:
     return Blueprint(index["_class_name"], settings, parts, f"config.json files of {path}")
 
 
-def make_family(blueprint: Blueprint, config: ModelConfig) -> BaseFamily:
-    """The part of a family that draws, on the meta device, in `model.dtype`; its pictures are never made.
+def make_family(blueprint: Blueprint, config: ModelConfig, device: str = "meta") -> BaseFamily:
+    """The part of a family that draws, in `model.dtype`, with the weights of `Blueprint.make`; it gives no pictures.
 
     Raises:
         UserError: there is no family for the pipeline, or the size does not fit it.
     """
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
     family = registry.load(models, family_of_pipeline(config, blueprint.pipeline)).Family
     parts: dict[str, Any] = {}
     for name, part in blueprint.parts.items():
         if name in ("transformer", "vae"):
-            parts[name] = in_dtype(blueprint.make(name), getattr(torch, config.dtype))
+            parts[name] = in_dtype(blueprint.make(name, device), getattr(torch, config.dtype))
         elif name == "scheduler":
             parts[name] = getattr(diffusers, part["class"]).from_config(part["config"])
     kind = getattr(diffusers, blueprint.pipeline)
@@ -125,8 +132,8 @@ def make_family(blueprint: Blueprint, config: ModelConfig) -> BaseFamily:
     pipeline.image_processor = pipeline.video_processor = SimpleNamespace(
         postprocess=lambda pixels, form: [], postprocess_video=lambda pixels, form: []
     )
-    on_meta = type("Family", (family,), {"load": lambda self, parts: pipeline})
-    return on_meta(config, "meta", "image")
+    weightless = type("Family", (family,), {"load": lambda self, parts: pipeline})
+    return weightless(config, device, "image")
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:

@@ -32,8 +32,8 @@ class Family(BaseFamily):
     default_guidance = 3.5
     distilled_guidance = True
 
-    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all"):
-        super().__init__(config, device, parts)
+    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all", divided: bool = False):
+        super().__init__(config, device, parts, divided)
         if parts != "text":
             _, height, width = self.latent_shape
             ids = self.pipeline._prepare_latent_image_ids(1, height // 2, width // 2, self.device, self.dtype)

@@ -38,8 +38,8 @@ class Family(BaseFamily):
     )
     feed_forward = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 
-    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all"):
-        super().__init__(config, device, parts)
+    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all", divided: bool = False):
+        super().__init__(config, device, parts, divided)
         tokens = int(self.settings["max_sequence_length"])
         self.text_ids = self.pipeline._prepare_text_ids(torch.empty(1, tokens, 1)).to(self.device)
         if parts != "text":

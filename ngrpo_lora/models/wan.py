@@ -36,8 +36,8 @@ class Family(BaseFamily):
     feed_forward = ("ffn.net.0.proj", "ffn.net.2")
     default_guidance = 5.0
 
-    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all"):
-        super().__init__(config, device, parts)
+    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all", divided: bool = False):
+        super().__init__(config, device, parts, divided)
         self.settings["num_frames"] = self.num_frames
 
     def load(self, parts: Parts) -> Any:

@@ -12,6 +12,7 @@ import yaml
 
 __all__ = ["Preset", "describe_presets", "preset_files"]
 
+MEMORY = re.compile(r"-(?:(\d+)x)?(\d+)gb$")
 NEEDS = re.compile(r"^# Needs (.+) by `ngrpo plan`; measured: (.+)\.$", re.MULTILINE)
 
 
@@ -27,21 +28,24 @@ class Preset:
 
 
 def preset_files() -> Iterator[Preset]:
-    """All presets; those for a memory size after what they extend."""
-    files = {path.stem: path for path in Path(__file__).parent.glob("*.yaml")}
-    texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    data = {name: yaml.safe_load(text) for name, text in texts.items()}
-    for name in sorted(files, key=lambda name: (data[name].get("extends", name), memory(name))):
-        base = data[name].get("extends", name)
-        head = NEEDS.search(texts[name])
+    """All presets, each model's by memory."""
+    files = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.yaml")}
+    own = {name: yaml.safe_load(text) for name, text in files.items()}
+
+    def model_of(name: str) -> str:
+        given = own[name].get("model", {}).get("path")
+        return given or (model_of(own[name]["extends"]) if "extends" in own[name] else "embedded")
+
+    for name in sorted(files, key=lambda name: (MEMORY.sub("", name), memory(name))):
+        head = NEEDS.search(files[name])
         needs, measured = head.groups() if head else ("", "")
-        purpose = texts[name].splitlines()[0].removeprefix("# ").rstrip(".:")
-        yield Preset(name, data[base]["model"].get("path", "embedded"), purpose, needs, measured)
+        purpose = files[name].splitlines()[0].removeprefix("# ").rstrip(".:")
+        yield Preset(name, model_of(name), purpose, needs, measured)
 
 
 def memory(name: str) -> int:
     """GB of all GPUs that a name ends with, 0 of one that names none."""
-    found = re.search(r"-(?:(\d+)x)?(\d+)gb$", name)
+    found = MEMORY.search(name)
     return int(found[1] or 1) * int(found[2]) if found else 0
 
 
@@ -49,7 +53,7 @@ def describe_presets() -> Any:
     """The presets as a table of rich's."""
     from rich.table import Table
 
-    table = Table("preset", "what for", "needs", "measured", box=None, pad_edge=False)
+    table = Table("preset", "model", "what for", "needs", "measured", box=None, pad_edge=False)
     for preset in preset_files():
-        table.add_row(preset.name, preset.purpose, preset.needs, preset.measured)
+        table.add_row(preset.name, preset.model, preset.purpose, preset.needs, preset.measured)
     return table

@@ -1,0 +1,17 @@
+"""FLUX.1 (dev, schnell, Krea) with an adapter of ngrpo-lora, drawn as in training.
+
+pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline="pipelines/flux.py", trust_remote_code=True)
+"""
+
+from diffusers import FluxPipeline
+
+from .neighbor_grpo import NeighborGRPOMixin
+from .scheduling_flow_dpm import FlowDPMSolverMultistepScheduler
+
+
+class NeighborGRPOFluxPipeline(NeighborGRPOMixin, FluxPipeline):
+    """`FluxPipeline` and what `neighbor_grpo` adds."""
+
+    scheduler_class = FlowDPMSolverMultistepScheduler
+    unguided = None
+    packs_latents = True

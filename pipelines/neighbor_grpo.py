@@ -1,0 +1,383 @@
+"""What the pipelines beside this file add to diffusers' own.
+
+- The exact scheduler: pictures are those that the trainer saw.
+- An adapter's own settings, from its header: what a call leaves out is as in training.
+- Every picture is drawn alone, and is a function of weights, prompt, seed and settings, to the bit.
+- `neighbors`: a group around one seed, as Neighbor GRPO perturbs it (arXiv 2511.16955, Eq. 7).
+
+Needs what diffusers needs for LoRA, and no package of ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils import get_adapter_name, logging
+from huggingface_hub import hf_hub_download, model_info
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+log = logging.get_logger(__name__)
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+SOLVER_ORDER = {"euler": 1, "dpmpp_2m": 2}
+WHERE = ("weight_name", "subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only")
+
+StockPipeline: Any = object  # in whose place the next base of the class comes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an adapter wants to be drawn with. `own_shift` is its run's configuration: None is the base's own rule."""
+
+    num_steps: int
+    solver: str
+    shift: float
+    own_shift: float | None
+    guidance_scale: float
+    negative_prompt: str
+    max_sequence_length: int
+    height: int
+    width: int
+    perturbation_strength: float | None
+
+
+class NeighborGRPOMixin(StockPipeline):
+    """The first base of a class whose second is a stock pipeline; the attributes say how that one works."""
+
+    scheduler_class: ClassVar[Any]
+    """`FlowDPMSolverMultistepScheduler`, imported by the pipeline's own file, where diffusers looks for imports."""
+
+    guided_by: ClassVar[str] = "guidance_scale"
+    """The argument that takes an adapter's guidance."""
+
+    unguided: ClassVar[float | None] = 1.0
+    """The highest guidance that takes one pass; None: guidance is distilled, and there is no negative prompt."""
+
+    packs_latents: ClassVar[bool] = False
+    """Whether `latents` are tokens of 2 x 2 cells."""
+
+    _settings: dict[str, Settings] = {}  # by adapter, in the order of loading
+    _texts: dict[str, Any] | None = None  # embeddings of the prompt that is being drawn
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *args: Any,
+        seeds: int | Sequence[int] | None = None,
+        neighbors: int | None = None,
+        perturbation_strength: float | None = None,
+        solver: Literal["dpmpp_2m", "euler"] | None = None,
+        shift: float | None = None,
+        **call: Any,
+    ) -> Any:
+        """Draw one picture after the other, with all arguments of the stock pipeline and five more.
+
+        What is left out is as the active adapter's header says: steps, solver, shift, guidance, negative prompt,
+        prompt tokens, size. Of several adapters the first loaded is heard.
+
+        Args:
+            seeds: every prompt is drawn with every seed, prompt-major; in place of `generator`.
+            neighbors: G; every seed gives a group of G pictures, whose noises `sqrt(1 - r^2) * base + r * delta_i`
+                are those of a trainer's group of that seed.
+            perturbation_strength: r in (0, 1]; default: the adapter's in training.
+            solver: DPM-Solver++ 2M by default, or Euler's method.
+            shift: of the schedule; default: the adapter's at its own size, otherwise the base's.
+        Returns:
+            As the stock pipeline.
+        Raises:
+            ValueError: arguments that do not go together, or a size that the model does not have.
+        """
+        call = inspect.signature(super().__call__).bind_partial(*args, **call).arguments
+        call = {name: value for name, value in call.items() if value is not None}
+        settings = self._active_settings()
+        if settings is not None:
+            call = self._defaults(settings, call) | call
+            if perturbation_strength is None:
+                perturbation_strength = settings.perturbation_strength
+        height, width = (call.setdefault(side, self._default_side()) for side in ("height", "width"))
+        multiple = 2 * self.vae_scale_factor
+        if height % multiple or width % multiple:
+            raise ValueError(f"height and width must be multiples of {multiple} here, got {height} and {width}")
+        scheduler = self._exact_scheduler(settings, height, width, solver, shift)
+        return_dict, images_per_prompt = call.pop("return_dict", True), call.pop("num_images_per_prompt", None)
+        prompts = split_prompts(call)
+        shape = self._latent_shape(height, width)
+        if seeds is not None:
+            if images_per_prompt is not None or "generator" in call or "latents" in call:
+                raise ValueError("seeds stands for num_images_per_prompt, generator and latents: give either")
+            seeds = [seeds] if isinstance(seeds, int) else seeds
+            if not seeds:
+                raise ValueError("seeds must hold one seed at least, got none")
+            noises = [noise for seed in seeds for noise in seeded_noises(shape, seed, neighbors, perturbation_strength)]
+            noises = [self._packed(noise) for noise in noises] * len(prompts)
+        elif neighbors is not None:
+            raise ValueError(f"neighbors={neighbors} needs seeds, around which neighbours are drawn, got none")
+        else:
+            noises = self._stock_noises(call, shape, len(prompts) * (images_per_prompt or 1))
+
+        outputs, own_scheduler = [], self.scheduler
+        self.scheduler = scheduler
+        try:
+            for i, noise in enumerate(noises):
+                prompt, first = divmod(i, len(noises) // len(prompts))
+                if first == 0:
+                    self._texts = {}
+                outputs.append(super().__call__(**call, **prompts[prompt], latents=noise))
+                if self.interrupt:
+                    break
+        finally:
+            self.scheduler, self._texts = own_scheduler, None
+        images = join([output.images for output in outputs])
+        return type(outputs[0])(images=images) if return_dict else (images,)
+
+    def encode_prompt(self, *args: Any, **call: Any) -> Any:
+        """As the stock pipeline, but once for all pictures of a prompt."""
+        if self._texts is None or call.get("prompt_embeds") is not None:
+            return super().encode_prompt(*args, **call)
+        key = repr((args, call))
+        if key not in self._texts:
+            self._texts[key] = super().encode_prompt(*args, **call)
+        return self._texts[key]
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **options: Any,
+    ) -> None:
+        """As the stock pipeline; and remember how the adapter wants to be drawn with.
+
+        Raises:
+            ValueError: no safetensors file or several, metadata that cannot be read, or a LoRA of another model.
+        """
+        source, settings = pretrained_model_name_or_path_or_dict, None
+        if not isinstance(source, dict):
+            source = find_file(str(source), {name: options.pop(name) for name in WHERE if name in options})
+            settings = read_settings(source)
+        name = adapter_name or get_adapter_name(self.transformer)
+        super().load_lora_weights(source, adapter_name=name, hotswap=hotswap, **options)
+        if not any(name in names for names in self.get_list_adapters().values()):
+            what = "the tensors" if isinstance(source, dict) else f"adapter {str(source)!r}"
+            raise ValueError(f"{what} fit no layer of this model; load the base that they were trained on")
+        others = {other: kept for other, kept in self._settings.items() if other != name}
+        self._settings = others if settings is None else others | {name: settings}
+
+    def _active_settings(self) -> Settings | None:
+        """Of the first loaded of the adapters that are active, or fused into the weights."""
+        names = self._settings if self.num_fused_loras else self.get_active_adapters()
+        active = {name: settings for name, settings in self._settings.items() if name in names}
+        if len(set(active.values())) > 1:
+            first, *others = active
+            log.warning(f"adapters {', '.join(others)} want other settings than {first}, loaded first, which is heard")
+        return next(iter(active.values()), None)
+
+    def _defaults(self, settings: Settings, call: dict[str, Any]) -> dict[str, Any]:
+        """An adapter's settings as arguments of the stock pipeline."""
+        defaults: dict[str, Any] = {
+            "num_inference_steps": settings.num_steps,
+            "height": settings.height,
+            "width": settings.width,
+            "max_sequence_length": settings.max_sequence_length,
+            self.guided_by: settings.guidance_scale,
+        }
+        guidance = call.get(self.guided_by, settings.guidance_scale)
+        if self.unguided is not None and guidance > self.unguided and "negative_prompt_embeds" not in call:
+            defaults["negative_prompt"] = settings.negative_prompt
+        return defaults
+
+    def _exact_scheduler(
+        self, settings: Settings | None, height: int, width: int, solver: str | None, shift: float | None
+    ) -> Any:
+        """In place of the Euler scheduler that models come with; any other is the user's choice and stays."""
+        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            if solver is not None or shift is not None:
+                kind = type(self.scheduler).__name__
+                raise ValueError(f"solver and shift are for a FlowMatchEulerDiscreteScheduler, got a {kind}: set it up")
+            return self.scheduler
+        if settings is not None:
+            at_home = (height, width) == (settings.height, settings.width)
+            solver = settings.solver if solver is None else solver
+            shift = (settings.shift if at_home else settings.own_shift) if shift is None else shift
+        solver = "dpmpp_2m" if solver is None else solver
+        if solver not in SOLVER_ORDER:
+            raise ValueError(f"solver must be one of {', '.join(SOLVER_ORDER)}, got {solver!r}")
+        constant = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
+        return self.scheduler_class.from_config(self.scheduler.config, solver_order=SOLVER_ORDER[solver], **constant)
+
+    def _default_side(self) -> int:
+        """Height and width in pixels, where neither caller nor adapter says."""
+        return self.default_sample_size * self.vae_scale_factor
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(1, C, H, W), before packing."""
+        channels = self.transformer.config.in_channels // (4 if self.packs_latents else 1)
+        return (1, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+
+    def _packed(self, noise: Tensor) -> Tensor:
+        """Latents as the stock pipeline takes them."""
+        return self._pack_latents(noise, *noise.shape) if self.packs_latents else noise
+
+    def _stock_noises(self, call: dict[str, Any], shape: tuple[int, ...], count: int) -> list[Tensor]:
+        """Take `latents` or `generator` out of a call: what they give, or the global generator, one by one."""
+        latents, generator = call.pop("latents", None), call.pop("generator", None)
+        given = latents if latents is not None else generator
+        if isinstance(given, Tensor | list) and len(given) != count:
+            raise ValueError(f"latents and lists of generators must be as many as pictures, {count}, got {len(given)}")
+        if latents is not None:
+            return list(latents.split(1))
+        generators = generator if isinstance(generator, list) else [generator] * count
+        return [
+            self._packed(torch.randn(shape, generator=one, device=one.device if one else None)) for one in generators
+        ]
+
+
+def split_prompts(call: dict[str, Any]) -> list[dict[str, Any]]:
+    """Take what belongs to single prompts out of a call, and give the arguments of each.
+
+    Raises:
+        ValueError: not as many of one argument as there are prompts.
+    """
+    of_prompts = {name: call.pop(name) for name in [*call] if "prompt" in name}
+    main = of_prompts.get("prompt", of_prompts.get("prompt_embeds", ""))
+    count = 1 if isinstance(main, str) else len(main)
+    for name, value in of_prompts.items():
+        if not count or not isinstance(value, str) and len(value) != count:
+            raise ValueError(f"{name} must be one value or as many as there are prompts, {count}, got {len(value)}")
+    return [{name: row(value, i) for name, value in of_prompts.items()} for i in range(count)]
+
+
+def row(value: Any, i: int) -> Any:
+    """What of an argument belongs to prompt i: a string, never a list of one, which Z-Image writes into."""
+    if isinstance(value, str):
+        return value
+    return value[i] if isinstance(value[i], str) else value[i : i + 1]
+
+
+def seeded_noises(
+    shape: tuple[int, ...], seed: int, neighbors: int | None, perturbation_strength: float | None
+) -> list[Tensor]:
+    """The noise of a seed, or the noises of the G neighbours around it (Eq. 7), float32 from the CPU.
+
+    Raises:
+        ValueError: fewer than one neighbour, or a radius outside (0, 1].
+    """
+    if neighbors is None:
+        return [gaussian_noise(shape, seed)]
+    if neighbors < 1 or perturbation_strength is None or not 0 < perturbation_strength <= 1:
+        raise ValueError(
+            "neighbors must be at least 1 and perturbation_strength in (0, 1], "
+            f"got {neighbors} and {perturbation_strength}"
+        )
+    base = math.sqrt(1 - perturbation_strength**2) * gaussian_noise(shape, derive_seed(seed, "base"))
+    deltas = (gaussian_noise(shape, derive_seed(seed, "delta", i)) for i in range(neighbors))
+    return [base + perturbation_strength * delta for delta in deltas]
+
+
+def gaussian_noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Standard normal float32 noise from a generator of its own on the CPU."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def derive_seed(*labels: object) -> int:
+    """A 63-bit seed from labels, the trainer's."""
+    digest = hashlib.sha256("\x1f".join(map(str, labels)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def join(parts: list[Any]) -> Any:
+    """Pictures of several calls, of whatever output type."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [image for part in parts for image in part]
+
+
+def find_file(source: str, where: dict[str, Any]) -> Path:
+    """The safetensors file that `load_lora_weights` means: a file, or that of a folder or of a repository of the Hub.
+
+    Raises:
+        ValueError: there is none, or there are several, or another kind of file is asked for.
+    """
+    path, name = Path(source), where.pop("weight_name", None)
+    if path.is_file() or name is not None:
+        if Path(name or source).suffix != ".safetensors":
+            raise ValueError(f"adapters must be .safetensors files, got {name or source!r}: pickles can run code")
+    if path.is_file():
+        return path
+    if path.suffix == ".safetensors":
+        raise ValueError(f"adapter {source!r} does not exist")
+    if path.is_dir():
+        folder = path / (where.get("subfolder") or "")
+        return folder / (name or the_adapter(source, [file.name for file in folder.glob("*.safetensors")]))
+    try:
+        return Path(hf_hub_download(source, name or FILE_NAME, **where))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        if name is not None:
+            raise
+    folder = f"{where['subfolder']}/" if where.get("subfolder") else ""
+    siblings = model_info(source, revision=where.get("revision"), token=where.get("token")).siblings or []
+    inside = [file.rfilename.removeprefix(folder) for file in siblings if file.rfilename.startswith(folder)]
+    return Path(hf_hub_download(source, the_adapter(source, [name for name in inside if "/" not in name]), **where))
+
+
+def the_adapter(source: str, files: list[str]) -> str:
+    """The file named as adapters are, or the only one.
+
+    Raises:
+        ValueError: none, or several.
+    """
+    names = sorted(file for file in files if file.endswith(".safetensors"))
+    if FILE_NAME in names:
+        return FILE_NAME
+    if len(names) != 1:
+        raise ValueError(f"{source!r} must hold one adapter, got {', '.join(names) or 'none'}; choose with weight_name")
+    return names[0]
+
+
+def read_settings(path: Path) -> Settings | None:
+    """What the header of an adapter says; None: the adapter is another trainer's, and says nothing.
+
+    Raises:
+        ValueError: no safetensors file, or what it says cannot be understood.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"adapter {str(path)!r} is no readable safetensors file ({error}); get it again") from None
+    if "ngrpo" not in header:
+        return None
+    try:
+        own = json.loads(header["ngrpo"])
+        model, rollout, run = own["model"], own["rollout"], own.get("config", {})  # of merged adapters none
+        return Settings(
+            num_steps=rollout["num_steps"],
+            solver=rollout["solver"],
+            shift=rollout["shift"],
+            own_shift=run.get("rollout", {}).get("shift"),
+            guidance_scale=model["guidance_scale"],
+            negative_prompt=model["negative_prompt"],
+            max_sequence_length=model["max_sequence_length"],
+            height=model["height_px"],
+            width=model["width_px"],
+            perturbation_strength=run.get("algorithm", {}).get("perturbation_strength"),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"adapter {str(path)!r} has ngrpo metadata that this pipeline cannot read ({error!r}); "
+            "get the pipeline of the version that it was exported with"
+        ) from None

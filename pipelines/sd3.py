@@ -1,0 +1,15 @@
+"""Stable Diffusion 3.5 and 3 with an adapter of ngrpo-lora, drawn as in training.
+
+pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline="pipelines/sd3.py", trust_remote_code=True)
+"""
+
+from diffusers import StableDiffusion3Pipeline
+
+from .neighbor_grpo import NeighborGRPOMixin
+from .scheduling_flow_dpm import FlowDPMSolverMultistepScheduler
+
+
+class NeighborGRPOStableDiffusion3Pipeline(NeighborGRPOMixin, StableDiffusion3Pipeline):
+    """`StableDiffusion3Pipeline` and what `neighbor_grpo` adds."""
+
+    scheduler_class = FlowDPMSolverMultistepScheduler

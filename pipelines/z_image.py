@@ -1,0 +1,19 @@
+"""Z-Image and Z-Image-Turbo with an adapter of ngrpo-lora, drawn as in training.
+
+pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline="pipelines/z_image.py", trust_remote_code=True)
+"""
+
+from diffusers import ZImagePipeline
+
+from .neighbor_grpo import NeighborGRPOMixin
+from .scheduling_flow_dpm import FlowDPMSolverMultistepScheduler
+
+
+class NeighborGRPOZImagePipeline(NeighborGRPOMixin, ZImagePipeline):
+    """`ZImagePipeline` and what `neighbor_grpo` adds."""
+
+    scheduler_class = FlowDPMSolverMultistepScheduler
+    unguided = 0.0
+
+    def _default_side(self) -> int:
+        return 1024

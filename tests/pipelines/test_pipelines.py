@@ -1,0 +1,614 @@
+"""The pipelines as a user gets them, by `custom_pipeline`, against the trainer and diffusers' own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from conftest import FinishedRun, MakeConfig
+from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, FluxPipeline
+from diffusers.utils import dynamic_modules_utils
+from hub_server import HubServer, Repository
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ngrpo_lora import lora
+from ngrpo_lora.export import FILE_NAME, read_adapter, read_metadata
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.models.flux import EMBEDDED
+from ngrpo_lora.noise import derive_seed
+from ngrpo_lora.pictures import read_png_text
+from ngrpo_lora.sampling import load_family, sample_images
+from ngrpo_lora.solvers import SOLVERS
+from ngrpo_lora.trainer import Trainer
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+
+import test_flux2_klein
+import test_qwen_image
+import test_sd3
+import test_wan
+import test_z_image
+from family_checks import check_sampling, load, noise_of, record, relative_error, stock
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["a red star", "two blue circles"]
+LONG = "a photo of a heart above a cross, at dusk"
+FAMILIES = ["flux", "sd3", "qwen_image", "z_image"]
+
+sd3_folder, qwen_image_folder, z_image_folder = test_sd3.folder, test_qwen_image.folder, test_z_image.folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _module_cache(tmp_path_factory: pytest.TempPathFactory):
+    """diffusers copies custom pipelines there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base, an adapter trained on it, and the same in our pipeline, the stock one and the trainer's family."""
+
+    name: str
+    base: Path
+    adapter: Path
+    ours: Any
+    stock: Any
+    family: BaseFamily
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        """The stock pipeline's latents in the family's shape."""
+        if self.ours.packs_latents:
+            size, scale = self.family.config, self.ours.vae_scale_factor
+            latents = self.ours._unpack_latents(latents, size.height_px, size.width_px, scale)
+        return latents.reshape(-1, *self.family.latent_shape)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """What the adapter says, as a caller of the stock pipeline has to."""
+        info, settings = read_adapter(self.adapter), self.family.settings
+        call: dict[str, Any] = {"num_inference_steps": info.rollout.num_steps, "output_type": "latent"}
+        call |= {"height": info.model.height_px, "width": info.model.width_px}
+        call |= {"max_sequence_length": settings["max_sequence_length"]}
+        call[self.ours.guided_by] = settings["guidance_scale"]
+        return call | ({} if self.name == "flux" else {"negative_prompt": info.model.negative_prompt})
+
+
+def open_pipeline(base: Path, file: str, **options: Any) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(
+        base, custom_pipeline=file, trust_remote_code=True, dtype=torch.float32, **options
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def exact(pipeline: Any, ours: Any, **changes: Any) -> Any:
+    """A stock pipeline with the exact scheduler: one line of a user."""
+    pipeline.scheduler = ours.scheduler_class.from_config(pipeline.scheduler.config, **changes)
+    return pipeline
+
+
+def make_case(name: str, base: Path, adapter: Path) -> Case:
+    ours = open_pipeline(base, str(ROOT / "pipelines" / f"{name}.py"))
+    ours.load_lora_weights(adapter, adapter_name="default")
+    info = read_adapter(adapter)
+    family = load_family(info.model.model_copy(update={"device": "cpu"}))
+    family.load_adapter(str(adapter), 1.0)
+    other = exact(stock(base, family.pipeline_class, dtype=torch.float32), ours)
+    other.load_lora_weights(adapter)
+    return Case(name, base, adapter, ours, other, family)
+
+
+@pytest.fixture(scope="session")
+def flux(finished_run: FinishedRun) -> Case:
+    return make_case("flux", EMBEDDED, finished_run.output_dir / "adapter" / FILE_NAME)
+
+
+@pytest.fixture(scope="session")
+def get_case(
+    flux: Case, make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[str], Case]:
+    """By name; the adapters of the other families are of two iterations."""
+    cases = {"flux": flux}
+    settings = {
+        "sd3": {"height_px": 32, "width_px": 32},
+        "qwen_image": {"height_px": 32, "width_px": 48, "negative_prompt": "'blurry'"},
+        "z_image": {"height_px": 32, "width_px": 48},
+    }
+
+    def train(name: str) -> Case:
+        base, output = request.getfixturevalue(f"{name}_folder"), tmp_path_factory.mktemp(name)
+        prompts = output / "prompts.txt"
+        prompts.write_text("\n".join(PROMPTS))
+        config = make_config(
+            output,
+            *(f"model.{key}={value}" for key, value in settings[name].items()),
+            *(f"{key}={value}" for key, value in {"prompts.train": prompts, "prompts.held_out": prompts}.items()),
+            *(f"model.path={base}", "model.device=cpu", "evaluation.strict=null"),
+            *("rollout.group_size=2", "algorithm.num_anchors=1", "algorithm.updates_per_rollout=1", "lora.alpha=8"),
+        )
+        Trainer(config).run()
+        return make_case(name, base, output / "adapter" / FILE_NAME)
+
+    def get(name: str) -> Case:
+        if name not in cases:
+            cases[name] = train(name)
+        return cases[name]
+
+    return get
+
+
+@pytest.fixture(params=FAMILIES)
+def case(get_case: Callable[[str], Case], request: pytest.FixtureRequest) -> Case:
+    return get_case(request.param)
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def latents_of(pipeline: Any, **call: Any) -> Tensor:
+    return pipeline(**{"prompt": PROMPTS[0], "seeds": 7, "output_type": "latent", **call}).images
+
+
+@torch.no_grad()
+def trained_latents(family: BaseFamily, noise: Tensor, num_steps: int = 4) -> Tensor:
+    text = family.encode(PROMPTS[:1])
+    return SOLVERS["dpmpp_2m"](lambda x, sigma: family.velocity(x, sigma, text), noise, family.sigmas(num_steps))[-1]
+
+
+# The trainer's pictures ---------------------------------------------------------------------------------------------
+
+
+def test_latents_are_the_trainers_in_ours_and_in_the_stock_pipeline_with_the_scheduler(case: Case):
+    noise = noise_of(case.family, 7)
+    expected = trained_latents(case.family, noise)
+    ours = latents_of(case.ours)
+    packed = case.ours._packed(noise)
+    theirs = case.stock(PROMPTS[0], latents=packed, **case.call).images
+    assert torch.equal(ours, theirs)
+    assert relative_error(case.unpack(ours), expected) <= 1e-6
+    if case.name == "flux":
+        assert torch.equal(case.unpack(ours), expected)
+
+
+def test_pictures_are_those_of_ngrpo_sample(case: Case):
+    prompts, seeds = [PROMPTS[0], LONG], [3, 4] if case.name == "flux" else [3]
+    expected = pixels(sample_images(case.adapter, None, prompts, seeds))
+    actual = pixels(case.ours(prompts, seeds=seeds).images)
+    assert expected.std() > 1
+    assert np.abs(actual - expected).max() <= (0 if case.name == "flux" else 1)
+
+
+def test_pictures_are_those_that_the_run_was_evaluated_with(case: Case):
+    shown = sorted((case.adapter.parents[1] / "samples" / "last").glob("*.png"))
+    assert shown
+    for path in shown:
+        text = read_png_text(path)
+        (image,) = case.ours(text["prompt"], seeds=int(text["seed"])).images
+        assert np.abs(pixels([image]) - pixels([Image.open(path)])).max() <= 1
+
+
+def test_without_the_adapters_settings_other_pictures_are_drawn(case: Case):
+    """What a stock pipeline does on its own: other steps, another solver."""
+    theirs = case.stock(
+        PROMPTS[0], latents=case.ours._packed(noise_of(case.family, 7)), **case.call | {"num_inference_steps": 8}
+    )
+    assert relative_error(theirs.images, latents_of(case.ours)) > 1e-3
+    assert relative_error(latents_of(case.ours, solver="euler"), latents_of(case.ours)) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["flux2_klein", "wan"])
+def test_the_scheduler_drops_into_other_pipelines(name: str, flux: Case, tmp_path: Path):
+    if name == "wan":
+        base, settings = test_wan.make_folder(tmp_path, second=False), dict(test_wan.SMALL, guidance_scale=5.0)
+        more: dict[str, Any] = {"num_frames": 5, "negative_prompt": ""}
+    else:
+        base, settings, more = test_flux2_klein.make_folder(tmp_path, distilled=False), test_flux2_klein.SIZE, {}
+    family = load(base, **settings)
+    recording = record(
+        exact(stock(base, family.pipeline_class), flux.ours),
+        lambda x: x.transpose(1, 2).reshape(1, *family.latent_shape) if x.ndim == 3 else x,
+        prompt=LONG,
+        latents=noise_of(family),
+        num_inference_steps=4,
+        guidance_scale=family.settings["guidance_scale"],
+        height=settings["height_px"],
+        width=settings["width_px"],
+        max_sequence_length=64,
+        **more,
+    )
+    check_sampling(family, LONG, recording, "dpmpp_2m")
+
+
+# One picture, one seed ----------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_the_same_to_the_bit_whatever_is_drawn_with_it(case: Case):
+    prompts = [PROMPTS[0], LONG]
+    together = latents_of(case.ours, prompt=prompts, seeds=[5, 9])
+    assert len(together) == 4
+    for row, (prompt, seed) in enumerate((prompt, seed) for prompt in prompts for seed in (5, 9)):
+        assert torch.equal(together[[row]], latents_of(case.ours, prompt=prompt, seeds=seed))
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 9) * 2]
+    by_generator = case.ours(prompts, generator=generators, num_images_per_prompt=2, output_type="latent").images
+    assert torch.equal(by_generator, together)
+
+
+def test_one_generator_draws_the_noises_that_the_stock_pipeline_draws(flux: Case):
+    call = flux.call | {"prompt": PROMPTS, "num_images_per_prompt": 2}
+    ours, theirs = (
+        pipeline(**call, generator=torch.Generator().manual_seed(3)).images for pipeline in (flux.ours, flux.stock)
+    )
+    assert relative_error(ours, theirs) < 1e-5
+    torch.manual_seed(3)
+    assert torch.equal(flux.ours(**call).images, ours)
+
+
+def test_neighbours_have_the_noises_and_the_pictures_of_a_training_group(flux: Case, finished_run: FinishedRun):
+    trainer = finished_run.trainer
+    seed = derive_seed(trainer.config.seed, "rollout", trainer.iteration, 0)
+    module = sys.modules[type(flux.ours).__mro__[1].__module__]
+    shape = trainer.family.latent_shape
+    noises = torch.cat(module.seeded_noises((1, *shape), seed, 4, 0.5))
+    assert torch.equal(noises, trainer.algorithm.neighborhood(shape, seed))  # pyright: ignore[reportAttributeAccessIssue]
+    assert module.derive_seed(seed, "delta", 3) == derive_seed(seed, "delta", 3)
+
+    with torch.no_grad(), lora.swapped(trainer.family.transformer, trainer.averaged):
+        rollout = next(iter(trainer.roll_out(trainer.family.encode(PROMPTS[:1] * len(trainer.groups)))))
+        pictures = trainer.family.decode(rollout.final)
+    group = flux.ours(PROMPTS[0], seeds=seed, neighbors=4)
+    assert np.abs(pixels(group.images) - pixels(pictures)).max() <= 1
+    wide = flux.ours(PROMPTS[0], seeds=[seed, 1], neighbors=2, perturbation_strength=1.0, output_type="latent").images
+    assert torch.equal(wide[[1]], latents_of(flux.ours, seeds=derive_seed(seed, "delta", 1)))
+
+
+# What diffusers' users expect ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 1.5])
+def test_strengths_are_those_of_the_trainers_family(strength: float, flux: Case):
+    try:
+        flux.ours.set_adapters("default", strength)
+        flux.family.pipeline.set_adapters("default", strength)
+        ours, expected = latents_of(flux.ours), trained_latents(flux.family, noise_of(flux.family, 7))
+        if strength == 0:
+            with lora.disabled(flux.family.transformer):
+                expected = trained_latents(flux.family, noise_of(flux.family, 7))
+    finally:
+        flux.ours.set_adapters("default")
+        flux.family.pipeline.set_adapters("default", 1.0)
+    assert torch.equal(flux.unpack(ours), expected)
+
+
+@pytest.fixture
+def pipeline(flux: Case) -> Any:
+    """One of our own, with the adapter."""
+    pipeline = open_pipeline(EMBEDDED, str(ROOT / "pipelines" / "flux.py"))
+    pipeline.load_lora_weights(flux.adapter, adapter_name="first")
+    return pipeline
+
+
+def rewrite(adapter: Path, path: Path, factor: float = 1.0, **rollout: Any) -> Path:
+    """A copy of another strength, and with other settings."""
+    tensors = {name: tensor * factor if ".lora_B." in name else tensor for name, tensor in load_file(adapter).items()}
+    metadata = read_metadata(adapter)
+    own = json.loads(metadata["ngrpo"])
+    own["rollout"] |= rollout
+    save_file(tensors, path, metadata | {"ngrpo": json.dumps(own)})
+    return path
+
+
+def test_several_adapters_add_up_and_the_first_loaded_is_heard(
+    flux: Case, pipeline: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    full, base = latents_of(pipeline), latents_of(pipeline, num_inference_steps=4)
+    pipeline.load_lora_weights(rewrite(flux.adapter, tmp_path / "same.safetensors"), adapter_name="same")
+    pipeline.set_adapters(["first", "same"], [0.25, 0.75])
+    assert relative_error(latents_of(pipeline), full) < 1e-6
+    other = rewrite(flux.adapter, tmp_path / "other.safetensors", -1.0, num_steps=3, solver="euler")
+    pipeline.load_lora_weights(other, adapter_name="other")
+    pipeline.set_adapters(["other", "first"])
+    both = latents_of(pipeline)
+    assert "adapters other want other settings than first, loaded first, which is heard" in caplog.text
+    pipeline.disable_lora()
+    assert relative_error(both, latents_of(pipeline, seeds=7)) < 1e-6
+    pipeline.enable_lora()
+    pipeline.set_adapters("other")
+    assert torch.equal(latents_of(pipeline), latents_of(pipeline, num_inference_steps=3, solver="euler"))
+    assert relative_error(base, full) == 0
+
+
+def test_a_fused_adapter_draws_the_same_and_is_still_heard(flux: Case, pipeline: Any):
+    full = latents_of(pipeline)
+    pipeline.disable_lora()
+    base = latents_of(pipeline)
+    pipeline.enable_lora()
+    pipeline.fuse_lora()
+    assert relative_error(latents_of(pipeline), full) < 1e-5
+    pipeline.unfuse_lora()
+    assert relative_error(latents_of(pipeline), full) < 1e-5
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    assert relative_error(latents_of(pipeline), full) < 1e-5
+    assert relative_error(base, full) > 1e-3
+
+
+def test_an_adapter_that_is_unloaded_is_not_heard(pipeline: Any):
+    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True
+        return tensors
+
+    pipeline.unload_lora_weights()
+    latents_of(pipeline, height=64, width=64, callback_on_step_end=callback)
+    assert pipeline.num_timesteps == 28
+
+
+def test_callbacks_see_every_step_and_may_interrupt(flux: Case):
+    steps: list[tuple[int, float]] = []
+
+    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append((step, timestep.item()))
+        pipe._interrupt = len(steps) == 6
+        return {"latents": tensors["latents"] * 1}
+
+    drawn = latents_of(flux.ours, seeds=[7, 8, 9], callback_on_step_end=callback)
+    assert [step for step, _ in steps] == [0, 1, 2, 3, 0, 1]
+    assert steps[0] == (0, 1000.0)
+    assert len(drawn) == 2
+    assert torch.equal(drawn[:1], latents_of(flux.ours))
+
+
+def test_every_output_type_and_tuples(flux: Case):
+    draw = flux.ours
+    images = draw(PROMPTS, seeds=[1, 2]).images
+    arrays, tensors = (draw(PROMPTS, seeds=[1, 2], output_type=kind).images for kind in ("np", "pt"))
+    assert (arrays.shape, tuple(tensors.shape)) == ((4, 64, 64, 3), (4, 3, 64, 64))
+    assert np.array_equal((arrays * 255).round().astype(int), pixels(images))
+    assert isinstance(draw(PROMPTS[0], seeds=1, return_dict=False), tuple)
+    assert type(draw(PROMPTS[0], seeds=1)).__name__ == "FluxPipelineOutput"
+
+
+def test_explicit_arguments_win(case: Case):
+    """Positional ones too; with all of them it is the stock pipeline."""
+    noise = case.ours._packed(noise_of(case.family, 7))
+    call = case.call | {"num_inference_steps": 3, case.ours.guided_by: 2.5, "output_type": "latent"}
+    if case.name == "flux":
+        call |= {"true_cfg_scale": 2.0}
+    call |= {"negative_prompt": "a cross"}
+    ours = case.ours(PROMPTS[0], latents=noise, **call).images
+    assert torch.equal(ours, case.stock(PROMPTS[0], latents=noise, **call).images)
+    assert (
+        relative_error(ours, case.ours(PROMPTS[0], latents=noise, **call | {"negative_prompt": "dusk"}).images) > 1e-6
+    )
+
+
+@torch.no_grad()
+def test_embeddings_in_place_of_prompts_draw_the_same(case: Case):
+    expected = latents_of(case.ours, prompt=PROMPTS, seeds=[1, 2])
+    tokens, negative = case.call["max_sequence_length"], case.call.get("negative_prompt")
+    options = {"max_sequence_length": tokens}
+    guided = {"do_classifier_free_guidance": True}
+    if case.name == "flux":
+        names = ("prompt_embeds", "pooled_prompt_embeds")
+        rows = [case.ours.encode_prompt(prompt, None, **options) for prompt in PROMPTS]
+    elif case.name == "sd3":
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        rows = [case.ours.encode_prompt(prompt, None, None, negative_prompt=negative, **options) for prompt in PROMPTS]
+    elif case.name == "qwen_image":
+        names = ("prompt_embeds",)
+        rows = [case.ours.encode_prompt(prompt, **options) for prompt in PROMPTS]
+    else:
+        names = ("prompt_embeds", "negative_prompt_embeds")
+        rows = [case.ours.encode_prompt(prompt, negative_prompt=negative, **guided, **options) for prompt in PROMPTS]
+    for row, embeds in enumerate(rows):
+        given = dict(zip(names, embeds, strict=False))
+        drawn = latents_of(case.ours, prompt=None, seeds=[1, 2], **given)
+        assert torch.equal(drawn, expected[2 * row : 2 * row + 2])
+
+
+def test_a_prompt_is_encoded_once_for_all_its_pictures(case: Case, monkeypatch: pytest.MonkeyPatch):
+    passes = []
+    encoder = getattr(case.ours, case.family.text_encoders[-1])
+    hook = encoder.register_forward_hook(lambda *_: passes.append(1))
+    latents_of(case.ours, seeds=[1])
+    once = len(passes)
+    latents_of(case.ours, seeds=[1, 2, 3])
+    hook.remove()
+    assert len(passes) == 2 * once
+
+
+def test_another_scheduler_is_left_as_it_is(flux: Case, pipeline: Any):
+    exact(pipeline, flux.ours, shift=5.0, solver_order=1)
+    assert torch.equal(latents_of(pipeline), latents_of(flux.ours, shift=5.0, solver="euler"))
+    with pytest.raises(ValueError, match="solver and shift are for a FlowMatchEulerDiscreteScheduler, got a FlowDPM"):
+        latents_of(pipeline, shift=3.0)
+
+
+def test_at_another_size_the_shift_is_the_bases_own(flux: Case, pipeline: Any):
+    base = pipeline.scheduler.config
+    pipeline.scheduler = type(pipeline.scheduler).from_config(base, use_dynamic_shifting=True)
+    seen: list[float] = []
+
+    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(timestep.item())
+        return tensors
+
+    for size in (64, 32):
+        latents_of(pipeline, height=size, width=size, callback_on_step_end=callback)
+    assert seen[1] == 900.0  # the adapter's shift of 3, of a time of 3 / 4
+    assert seen[5] == pytest.approx(1000 * 3 * (e := np.exp(0.5 + 0.65 * (4 - 256) / 3840)) / (1 + 3 * e), rel=1e-6)
+
+
+def test_a_pipeline_is_saved_and_opened_by_ours_and_by_diffusers(flux: Case, pipeline: Any, tmp_path: Path):
+    pipeline.unload_lora_weights()
+    pipeline(PROMPTS[0], seeds=7, num_inference_steps=2, height=64, width=64)
+    pipeline.save_pretrained(tmp_path)
+    again = open_pipeline(tmp_path, str(ROOT / "pipelines" / "flux.py"))
+    again.load_lora_weights(flux.adapter)
+    # Not to the bit: weights at another place of a file are at another place in memory, and other kernels run.
+    assert relative_error(latents_of(again), latents_of(flux.ours)) < 1e-6
+    theirs = exact(FluxPipeline.from_pretrained(tmp_path, dtype=torch.float32), flux.ours)
+    theirs.load_lora_weights(flux.adapter)
+    noise = flux.ours._packed(noise_of(flux.family, 7))
+    assert relative_error(theirs(PROMPTS[0], latents=noise, **flux.call).images, latents_of(flux.ours)) < 1e-6
+
+
+def test_a_folder_with_a_pipeline_file_is_a_custom_pipeline(flux: Case, tmp_path: Path):
+    for file in (ROOT / "pipelines").glob("*.py"):
+        shutil.copy(file, tmp_path / ("pipeline.py" if file.name == "flux.py" else file.name))
+    pipeline = open_pipeline(EMBEDDED, str(tmp_path))
+    pipeline.load_lora_weights(flux.adapter.parent)
+    assert torch.equal(latents_of(pipeline), latents_of(flux.ours))
+
+
+def test_the_scheduler_drops_into_img2img(flux: Case, monkeypatch: pytest.MonkeyPatch):
+    pipeline = exact(FluxImg2ImgPipeline.from_pipe(flux.stock), flux.ours)
+    pipeline.set_progress_bar_config(disable=True)
+    noised: list[Tensor] = []
+    scale_noise = pipeline.scheduler.scale_noise
+    monkeypatch.setattr(pipeline.scheduler, "scale_noise", lambda *args: noised.append(scale_noise(*args)) or noised[0])
+    image = Image.fromarray((np.random.default_rng(0).random((64, 64, 3)) * 255).astype(np.uint8))
+    call = {"num_inference_steps": 8, "max_sequence_length": 16, "height": 64, "width": 64, "output_type": "latent"}
+    drawn = pipeline(PROMPTS[0], image=image, strength=0.75, generator=torch.Generator().manual_seed(0), **call).images
+    text, sigmas = flux.family.encode(PROMPTS[:1]), flux.family.sigmas(8)[2:]
+    start = flux.unpack(flux.ours._packed(noised[0]) if noised[0].ndim == 4 else noised[0])
+    with torch.no_grad():
+        expected = SOLVERS["dpmpp_2m"](lambda x, sigma: flux.family.velocity(x, sigma, text), start, sigmas)[-1]
+    assert relative_error(flux.unpack(drawn), expected) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_compiled_transformer_draws_the_same(flux: Case, pipeline: Any):
+    pipeline.transformer.compile()
+    assert relative_error(latents_of(pipeline), latents_of(flux.ours)) < 1e-4
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"neighbors": 3, "seeds": None}, "neighbors=3 needs seeds"),
+        ({"neighbors": 0}, "neighbors must be at least 1"),
+        ({"neighbors": 2, "perturbation_strength": 0.0}, r"perturbation_strength in \(0, 1\], got 2 and 0.0"),
+        ({"num_images_per_prompt": 2}, "seeds stands for num_images_per_prompt, generator and latents"),
+        ({"generator": torch.Generator()}, "seeds stands for"),
+        ({"seeds": None, "generator": [torch.Generator()] * 3}, "must be as many as pictures, 1, got 3"),
+        ({"height": 100}, "height and width must be multiples of 16 here, got 100 and 64"),
+        ({"solver": "heun"}, "solver must be one of euler, dpmpp_2m, got 'heun'"),
+        ({"shift": 0.0}, "sigmas must decrease"),
+        ({"prompt": []}, "prompt must be one value or as many as there are prompts"),
+        ({"prompt": PROMPTS, "negative_prompt": ["a"] * 3}, "negative_prompt must be one value or .* 2, got 3"),
+        ({"seeds": []}, "seeds must hold one seed at least"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_errors(call: dict[str, Any], message: str, flux: Case):
+    with pytest.raises(ValueError, match=message):
+        latents_of(flux.ours, **call)
+    assert type(flux.ours.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
+def test_an_unknown_argument_is_an_error(flux: Case):
+    with pytest.raises(TypeError, match="num_inference_step"):
+        latents_of(flux.ours, num_inference_step=4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncated", "no readable safetensors file"),
+        ("pickle", r"adapters must be .safetensors files, got '.*adapter.bin': pickles can run code"),
+        ("missing", "does not exist"),
+        ("two", r"must hold one adapter, got a.safetensors, b.safetensors; choose with weight_name"),
+        ("none", "must hold one adapter, got none"),
+        ("other", "fit no layer of this model; load the base"),
+        ("metadata", "has ngrpo metadata that this pipeline cannot read"),
+    ],
+)
+def test_an_adapter_that_is_none_is_an_error(damage: str, message: str, flux: Case, tmp_path: Path):
+    path = tmp_path / "adapter.safetensors"
+    if damage == "truncated":
+        path.write_bytes(flux.adapter.read_bytes()[:3000])
+    elif damage == "pickle":
+        path = tmp_path / "adapter.bin"
+        torch.save(load_file(flux.adapter), path)
+    elif damage in ("two", "none"):
+        for name in ("a", "b") if damage == "two" else ():
+            shutil.copy(flux.adapter, tmp_path / f"{name}.safetensors")
+        path = tmp_path
+    elif damage == "other":
+        save_file(
+            {"unet.down.to_q.lora_A.weight": torch.ones(4, 8), "unet.down.to_q.lora_B.weight": torch.ones(8, 4)}, path
+        )
+    elif damage == "metadata":
+        save_file(load_file(flux.adapter), path, read_metadata(flux.adapter) | {"ngrpo": "{}"})
+    pipeline = open_pipeline(EMBEDDED, str(ROOT / "pipelines" / "flux.py"))
+    with pytest.raises(ValueError, match=message):
+        pipeline.load_lora_weights(path)
+
+
+def test_an_adapter_of_another_trainer_is_drawn_as_the_stock_pipeline_draws(flux: Case, pipeline: Any, tmp_path: Path):
+    path = tmp_path / "foreign.safetensors"
+    metadata = {name: text for name, text in read_metadata(flux.adapter).items() if name != "ngrpo"}
+    save_file(load_file(flux.adapter), path, metadata)
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(tmp_path)
+    assert pipeline._active_settings() is None
+    call = {name: value for name, value in flux.call.items() if name != "output_type"}
+    assert torch.equal(latents_of(pipeline, **call), latents_of(flux.ours))
+
+
+# The Hub, and the README ---------------------------------------------------------------------------------------------
+
+
+def test_pipeline_and_adapter_come_from_a_repository_of_the_hub(
+    flux: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pipelines = ROOT / "pipelines"
+    files = {path.name: path for path in pipelines.glob("*.py")} | {"pipeline.py": pipelines / "flux.py"}
+    contents = {name: path.read_bytes() for name, path in {**files, "named.safetensors": flux.adapter}.items()}
+    with HubServer() as server:
+        server.repositories["owner/adapter"] = Repository(branches={"main": contents})
+        constants = huggingface_hub.constants
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        pipeline = open_pipeline(EMBEDDED, "owner/adapter")
+        pipeline.load_lora_weights("owner/adapter")
+        assert type(pipeline).__module__.startswith("diffusers_modules.local.owner--adapter.")
+        assert torch.equal(latents_of(pipeline), latents_of(flux.ours))
+        server.repositories["owner/adapter"].branches["main"]["other.safetensors"] = b""
+        with pytest.raises(ValueError, match=r"must hold one adapter, got named.safetensors, other.safetensors"):
+            pipeline.load_lora_weights("owner/adapter")
+
+
+def test_the_quick_start_of_the_readme_runs_word_for_word(flux: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- quick start -->\n+```python\n(.*?)```", readme, re.DOTALL)
+    if found is None:
+        pytest.skip("the README has no quick start yet")
+    for name in ("ngrpo_lora", "pipelines"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(flux.adapter.parent, tmp_path / "runs" / "demo" / "adapter")
+    monkeypatch.chdir(tmp_path)
+    exec(found[1], {})
+    (path,) = tmp_path.glob("*.png")
+    with Image.open(path) as image:
+        assert np.array_equal(pixels([image]), pixels(flux.ours("a star above a heart", seeds=7).images))

@@ -1,0 +1,114 @@
+"""`ngrpo bench`: every variant is a real trainer, and a model of random weights costs what the real one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeConfig
+from torch import nn
+
+from ngrpo_lora import bench
+from ngrpo_lora.config import RunConfig
+from ngrpo_lora.errors import ConfigError
+
+
+@pytest.fixture
+def config(make_config: MakeConfig, tmp_path: Path) -> RunConfig:
+    return make_config(tmp_path / "run", "trainer.num_threads=1")
+
+
+def test_each_variant_differs_in_one_setting_and_the_first_is_measured_twice(config: RunConfig):
+    from ngrpo_lora.config import changed_keys
+
+    first, *others, last = bench.variants(config)
+    assert first[1] == last[1] == config
+    for name, variant in others:
+        (change,) = changed_keys(config, variant)
+        key, value = name.split("=")
+        assert change.startswith(f"{key}: ")
+        assert change.lower().endswith(f"-> {value}")
+    assert [name for name, _ in others][:2] == ["rollout.merge_adapter=true", "rollout.micro_batch_size=8"]
+
+
+def test_a_variant_is_timed_stage_by_stage_and_leaves_nothing(config: RunConfig):
+    timing = bench.measure("as configured", config, 1)
+    assert set(timing.seconds) == {"rollout", "reward", "update", "forwards"}
+    assert 0 < timing.seconds["forwards"] < timing.seconds["rollout"]
+    assert timing.total_s == pytest.approx(sum(timing.seconds[stage] for stage in bench.STAGES))
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_variant_that_cannot_run_is_a_line_of_the_table(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    def measure(name: str, variant: RunConfig, iterations: int) -> bench.Timing:
+        if variant.model.compile:
+            raise torch.OutOfMemoryError("CUDA out of memory\nmuch more text")
+        return bench.Timing(name, {"rollout": 2.0, "reward": 0.5, "update": 1.5, "forwards": 1.0}, 3.25)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    lines: list[str] = []
+    bench.overhead_table(config, 1, lines.append)
+    assert "| as configured | 2.000 s | 50% | 0.500 s | 1.500 s | 4.000 s | 1.00 | 3.25 |" in lines
+    assert "| model.compile=true | not possible here: CUDA out of memory | | | | | | |" in lines
+
+
+def test_random_weights_cost_time_at_every_size_and_batch(config: RunConfig):
+    lines: list[str] = []
+    bench.gpu_table(config, [32, 64], [1, 2], 1, lines.append)
+    assert lines[0].startswith("embedded, random weights, float32, quantization none")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]]
+    assert [row[:2] for row in cells] == [["32 px", "1"], ["32 px", "2"], ["64 px", "1"], ["64 px", "2"]]
+    assert all(float(cell.removesuffix(" s")) > 0 for row in cells for cell in row[2:6])
+
+
+def test_the_random_model_has_the_shapes_of_the_real_one(config: RunConfig):
+    from ngrpo_lora.sampling import load_family
+
+    real, blank = load_family(config.model), bench.random_family(config, config.model)
+    shapes = {name: weight.shape for name, weight in real.transformer.named_parameters()}
+    assert {name: weight.shape for name, weight in blank.transformer.named_parameters()} == shapes
+    assert blank.latent_shape == real.latent_shape
+
+
+@pytest.mark.parametrize(("kind", "error"), [("nf4", 0.15), ("int8", 0.02)])
+def test_layers_within_blocks_are_quantised_as_diffusers_does(kind: str, error: float):
+    from bitsandbytes import nn as bnb
+
+    block = nn.Sequential(nn.Linear(64, 128), nn.ModuleList([nn.Linear(128, 64, bias=False)])[0])
+    inputs = torch.randn(5, 64)
+    before = block(inputs)
+    bench.quantize_linears(block, kind, torch.device("cpu"))
+    layer = bnb.Linear4bit if kind == "nf4" else bnb.Linear8bitLt
+    assert all(isinstance(child, layer) for child in block)
+    difference = (block(inputs) - before).norm() / before.norm()
+    assert 0 < difference < error
+
+
+def test_settings_that_do_not_go_together_are_no_variants(config: RunConfig):
+    data = config.model_dump(mode="json")
+    data["model"]["swap_blocks"], data["trainer"]["gradient_checkpointing"] = 2, True
+    swapped = RunConfig.model_validate(data)
+    names = [name for name, _ in bench.variants(swapped)]
+    assert "rollout.merge_adapter=true" not in names
+    assert "trainer.gradient_checkpointing=false" not in names
+    with pytest.raises((ConfigError, ValueError)):
+        RunConfig.model_validate(data | {"rollout": data["rollout"] | {"merge_adapter": True}})
+
+
+def test_a_gpu_that_is_too_small_is_told_before_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """The card is made up; the plan is real."""
+    import torch
+
+    from ngrpo_lora import cli
+    from ngrpo_lora.config import load_config
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = load_config("demo", ["model.dtype=float32"])
+    for free_gib, told in ((64, False), (0.8, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index, free=free_gib: (int(free * 2**30), 2**33))
+        cli._warn_of_shortage(config, 1)
+        assert ("GiB are free; try " in capsys.readouterr().err) is told
