@@ -156,6 +156,13 @@ def _training(own: dict[str, Any], merged: list[dict[str, Any]]) -> dict[str, An
     return said
 
 
+def read_by(family: str | None, known: list[str]) -> str:
+    """Which readers know a file's names, and how those that could get others."""
+    could = [reader for reader in FORMATS.get(family or "", ()) if reader in ("diffusers", "comfyui")]
+    remedies = [f"`ngrpo export --format {reader}` for {reader}" for reader in could if reader not in known]
+    return "; ".join(filter(None, [", ".join(known), *remedies])) or "unknown"
+
+
 def lines(said: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A description in words: what, and its value."""
     rows = [("file", said["file"]), ("SHA-256", said["sha256"]), ("trainer", said["trainer"])]
@@ -168,7 +175,7 @@ def lines(said: Mapping[str, Any]) -> list[tuple[str, str]]:
     folded = "folded in" if said["alpha"]["folded"] else f"alpha / rank {strengths}, from {said['alpha']['source']}"
     rows += [
         ("family", said["family"] or "unknown"),
-        ("its names are read by", ", ".join(said["readers"]) or "neither diffusers nor ComfyUI; see `ngrpo export`"),
+        ("its names are read by", read_by(said["family"], said["readers"])),
         ("rank", ", ".join(f"{rank} ({count} layers)" for rank, count in said["ranks"].items())),
         ("alpha", "; ".join([folded] * (said["alpha"]["source"] != "unsaid") + [said["alpha"].get("advice", "")])),
         ("dtype", said["dtype"]),

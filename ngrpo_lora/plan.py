@@ -31,7 +31,7 @@ __all__ = ["GIB", "MARGIN", "Evaluations", "Plan", "make_plan"]
 
 GIB = 2**30
 CONTEXT = 0.75 * GIB
-SLACK = 0.3
+SLACK = 0.1
 MARGIN = 0.07  # cards have up to 6% less than their name says, and some of it is the desktop's
 PROCESS = 4 * GIB  # Python, PyTorch, CUDA's libraries
 ENCODING = 0.05

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -190,9 +189,11 @@ def columns_of(adapters: Sequence[tuple[Path, float]], apart: bool, base_too: bo
     columns = [Column("base")] if base_too or not adapters else []
     groups = [(one,) for one in adapters] if apart else [tuple(adapters)] if adapters else []
     for group in groups:
-        label = "+".join(adapter_label(path) + ("" if strength == 1 else f"x{strength:g}") for path, strength in group)
-        same = sum(re.sub(r"-\d+$", "", column.label) == label for column in columns)
-        columns.append(Column(f"{label}-{same + 1}" if same else label, group))
+        name = "+".join(adapter_label(path) + ("" if strength == 1 else f"x{strength:g}") for path, strength in group)
+        label, number = name, 2
+        while label in [column.label for column in columns]:
+            label, number = f"{name}-{number}", number + 1
+        columns.append(Column(label, group))
     return columns
 
 

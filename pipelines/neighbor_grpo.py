@@ -114,18 +114,15 @@ class NeighborGRPOMixin(StockPipeline):
         return_dict, images_per_prompt = call.pop("return_dict", True), call.pop("num_images_per_prompt", None)
         prompts = split_prompts(call)
         shape = self._latent_shape(height, width)
-        if seeds is not None:
+        if seeds is None:
+            if neighbors is not None:
+                raise ValueError(f"neighbors={neighbors} needs seeds, around which neighbours are drawn, got none")
+            noises = self._stock_noises(call, shape, len(prompts) * (images_per_prompt or 1))
+        else:
             if images_per_prompt is not None or "generator" in call or "latents" in call:
                 raise ValueError("seeds stands for num_images_per_prompt, generator and latents: give either")
-            seeds = [seeds] if isinstance(seeds, int) else seeds
-            if not seeds:
-                raise ValueError("seeds must hold one seed at least, got none")
-            noises = [noise for seed in seeds for noise in seeded_noises(shape, seed, neighbors, perturbation_strength)]
-            noises = [self._packed(noise) for noise in noises] * len(prompts)
-        elif neighbors is not None:
-            raise ValueError(f"neighbors={neighbors} needs seeds, around which neighbours are drawn, got none")
-        else:
-            noises = self._stock_noises(call, shape, len(prompts) * (images_per_prompt or 1))
+            around = seeded_noises(shape, seeds, neighbors, perturbation_strength)
+            noises = [self._packed(noise) for noise in around] * len(prompts)
 
         outputs, own_scheduler = [], self.scheduler
         self.scheduler = scheduler
@@ -267,23 +264,29 @@ def row(value: Any, i: int) -> Any:
 
 
 def seeded_noises(
-    shape: tuple[int, ...], seed: int, neighbors: int | None, perturbation_strength: float | None
+    shape: tuple[int, ...], seeds: int | Sequence[int], neighbors: int | None, perturbation_strength: float | None
 ) -> list[Tensor]:
-    """The noise of a seed, or the noises of the G neighbours around it (Eq. 7), float32 from the CPU.
+    """The noise of each seed, or the noises of the G neighbours around it (Eq. 7), float32 from the CPU.
 
     Raises:
-        ValueError: fewer than one neighbour, or a radius outside (0, 1].
+        ValueError: no seed, fewer than one neighbour, or a radius outside (0, 1].
     """
+    seeds = [seeds] if isinstance(seeds, int) else seeds
+    if not seeds:
+        raise ValueError("seeds must hold one seed at least, got none")
     if neighbors is None:
-        return [gaussian_noise(shape, seed)]
+        return [gaussian_noise(shape, seed) for seed in seeds]
     if neighbors < 1 or perturbation_strength is None or not 0 < perturbation_strength <= 1:
         raise ValueError(
             "neighbors must be at least 1 and perturbation_strength in (0, 1], "
             f"got {neighbors} and {perturbation_strength}"
         )
-    base = math.sqrt(1 - perturbation_strength**2) * gaussian_noise(shape, derive_seed(seed, "base"))
-    deltas = (gaussian_noise(shape, derive_seed(seed, "delta", i)) for i in range(neighbors))
-    return [base + perturbation_strength * delta for delta in deltas]
+    noises = []
+    for seed in seeds:
+        base = math.sqrt(1 - perturbation_strength**2) * gaussian_noise(shape, derive_seed(seed, "base"))
+        deltas = (gaussian_noise(shape, derive_seed(seed, "delta", i)) for i in range(neighbors))
+        noises += [base + perturbation_strength * delta for delta in deltas]
+    return noises
 
 
 def gaussian_noise(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -109,6 +109,7 @@ def test_a_grid_has_prompts_and_seeds_by_base_and_adapters_and_each_cell_is_as_d
 ):
     (tmp_path / "prompts.txt").write_text("a red star\ntwo blue circles\nleft out\n")
     words = ["--prompts", tmp_path / "prompts.txt", "--num-prompts", 2, "--num-images", 2, "--grid", "--base-too"]
+    words += ["--steps", 2]
     adapters = [f"{doubled}:0.5", str(doubled), str(adapter)]
     shown = run("sample", *words, *(x for one in adapters for x in ("--adapter", one)), "--output", tmp_path / "out")
     name = adapter.parents[1].name
@@ -119,14 +120,12 @@ def test_a_grid_has_prompts_and_seeds_by_base_and_adapters_and_each_cell_is_as_d
     with Image.open(shown[-1]) as sheet:
         assert sheet.width == 4 * 160
         assert sheet.height >= 4 * 160
-    settings = ["-p", "two blue circles", "--seed", 1]
-    alone = [
-        run("sample", *settings, "--adapter", adapter, "--strength", 0, "--output", tmp_path / "0")[0],
-        run("sample", *settings, "--adapter", adapters[0], "--output", tmp_path / "1")[0],
-    ]
-    assert np.array_equal(pixels(shown[12]), pixels(run("sample", *settings, "--output", tmp_path / "2")[0]))
-    assert np.array_equal(pixels(shown[13]), pixels(alone[1]))
-    assert not np.array_equal(pixels(shown[13]), pixels(shown[12]))
+    settings = ["-p", "two blue circles", "--seed", 1, "--steps", 2, "--output"]
+    (base,) = run("sample", *settings, tmp_path / "base")
+    (alone,) = run("sample", *settings, tmp_path / "alone", "--adapter", adapters[0])
+    assert np.array_equal(pixels(shown[12]), pixels(base))
+    assert np.array_equal(pixels(shown[13]), pixels(alone))
+    assert not np.array_equal(pixels(alone), pixels(base))
 
 
 def test_like_refuses_what_it_cannot_draw_again(adapter: Path, tmp_path: Path):
@@ -225,6 +224,7 @@ def test_info_tells_what_is_of_other_trainers_and_what_is_of_no_use_here(tmp_pat
     said = describe(tmp_path / "wan.safetensors")
     assert (said["family"], said["readers"]) == ("wan", ["diffusers"])  # ComfyUI has no such names of Wan
     assert said["draw"].endswith('--model MODEL --prompt "..."')
+    assert "diffusers; `ngrpo export --format comfyui` for comfyui" in "\n".join(run("info", said["file"]))
     save_file({"weight": torch.ones(1)}, tmp_path / "no.safetensors")
     assert "none of its keys is one of a LoRA (weight)" in refuse("info", tmp_path / "no.safetensors")
 

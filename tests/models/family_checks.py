@@ -193,6 +193,8 @@ def check_neighbours(family: BaseFamily, prompts: Sequence[str] = PROMPTS, toler
     velocities = family.velocity(latents, levels, text)
     for row, prompt in enumerate(prompts):
         alone = family.encode([prompt])
+        tokens = alone.tensors.get("lengths", torch.tensor([family.settings["max_sequence_length"]]))
+        assert {name: tuple(t.shape[1:]) for name, t in alone.tensors.items()} == family.text_shapes(int(tokens))
         at = row * family.num_frames
         pictures = draw(family, alone, [row], "euler", sigmas)
         assert [p.tobytes() for p in pictures] == [p.tobytes() for p in together[at : at + len(pictures)]]
