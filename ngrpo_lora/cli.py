@@ -129,7 +129,11 @@ def _warn_of_shortage(config: RunConfig, gpus: int) -> None:
     from ngrpo_lora.plan_report import shortage
 
     free = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
-    if text := shortage(config, free, gpus):
+    try:
+        text = shortage(config, free, gpus)
+    except UserError:  # a model that cannot be planned says so when it is loaded
+        return
+    if text is not None:
         typer.echo(f"ngrpo: {text}", err=True)
 
 

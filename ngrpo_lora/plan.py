@@ -290,7 +290,8 @@ def base_sizes(config: RunConfig, drawn: Sketch, gpus: int) -> tuple[float, floa
         return base, base, away
     if config.trainer.strategy == "fsdp" and gpus > 1:
         in_blocks = sum(drawn.blocks)  # whole are the one that computes, the one that is next, and what is in no block
-        return in_blocks / gpus + 2 * max(drawn.blocks) + weights - in_blocks, weights, 0
+        share = in_blocks / gpus + 2 * max(drawn.blocks) + weights - in_blocks
+        return share, share, 0
     return weights, weights, 0
 
 

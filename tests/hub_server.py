@@ -58,7 +58,7 @@ class HubServer:
         self.xorbs: dict[bytes, list[bytes]] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
-        self.before: Callable[[str], None] = lambda request: None
+        self.before: Callable[[str], object] = lambda request: None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import ngrpo_lora.hub
 from ngrpo_lora.cli import app
-from ngrpo_lora.config import HubConfig, RunConfig, load_config
+from ngrpo_lora.config import HubConfig, dump_config, load_config
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.hub import Pusher, check_access, push_run
 from ngrpo_lora.preflight import check_run
@@ -88,10 +88,11 @@ def test_a_push_is_one_commit_of_adapter_card_pictures_and_figures(hub: HubServe
 
 
 def test_the_pushed_configuration_runs_again_elsewhere(hub: HubServer, run: Path, tmp_path: Path):
-    original = load_config(run / "config.yaml", [f"hub={REPO}"])
+    original = load_config(run / "config.yaml", [f"hub={REPO}", "resume=latest"])
+    (run / "config.yaml").write_text(dump_config(original))
     push_run(run, original.hub)
     (tmp_path / "config.yaml").write_bytes(hub.files(REPO)["config.yaml"])
-    expected = original.model_copy(update={"hub": HubConfig(), "output_dir": "runs/name"})
+    expected = original.model_copy(update={"hub": HubConfig(), "resume": None, "output_dir": "runs/name"})
     assert load_config(tmp_path / "config.yaml") == expected
 
 
@@ -232,7 +233,7 @@ def test_no_connection_is_said_before_training(endpoint: str, hub: HubServer, mo
 
 def test_a_hub_that_never_answers_is_given_up(hub: HubServer, monkeypatch: pytest.MonkeyPatch):
     answer = threading.Event()
-    hub.before = lambda request: answer.wait(30) and None
+    hub.before = lambda request: answer.wait(30)
     monkeypatch.setattr(ngrpo_lora.hub, "CHECK_TIMEOUT_S", 0.2)
     assert "the Hub cannot be reached (no answer)" in before_training(HubConfig(repo=REPO))
     answer.set()
@@ -328,7 +329,7 @@ def test_waiting_has_an_end(hub: HubServer, run: Path, waits: list[float]):
 
 def test_a_push_that_hangs_is_given_up(hub: HubServer, run: Path):
     answer = threading.Event()
-    hub.before = lambda request: ("/commit/" in request and answer.wait(30) and None) or None
+    hub.before = lambda request: "/commit/" in request and answer.wait(30)
     message = refused(run, HubConfig(repo=REPO, timeout_s=1.0))
     answer.set()
     assert "failed: it took longer than hub.timeout_s (1 s); the adapter is safe in" in message
@@ -383,10 +384,8 @@ def test_training_outlives_every_failed_push_and_ends_with_the_command(
 
     hub.repositories[REPO] = Repository()
     hub.fail("POST", "/preupload/", 403, times=1000, body={"error": "read only"})
-    config: RunConfig = make_config(
-        tmp_path / "run", f"hub={REPO}", "hub.push=checkpoints", "trainer.save_every=1", "trainer.num_iterations=3"
-    )
-    config = config.model_copy(update={"hub": HubConfig(repo=REPO, push="checkpoints")})
+    settings = [f"hub={REPO}", "hub.push=checkpoints", "trainer.save_every=1", "trainer.num_iterations=3"]
+    config = make_config(tmp_path / "run", *settings)
     caplog.set_level(logging.WARNING, "ngrpo_lora.hub")
     with pytest.raises(UserError, match=f"push to {REPO} failed: the Hub answered 403 .read only.") as error:
         train(config)

@@ -7,6 +7,7 @@ LoRA files are the same for all and are diffusers' own.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -329,5 +330,8 @@ class BaseFamily:
         """
         if not math.isfinite(strength):
             raise ConfigError(f"the strength of an adapter must be finite, got {strength}; 1 is as trained, 0 the base")
-        self.pipeline.load_lora_weights(state_dict(self.read_adapter(path).layers), adapter_name=name)
+        layers = self.read_adapter(path).layers
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
+            self.pipeline.load_lora_weights(state_dict(layers), adapter_name=name)
         self.pipeline.set_adapters(name, strength)

@@ -180,9 +180,10 @@ def test_latents_are_the_trainers_in_ours_and_in_the_stock_pipeline_with_the_sch
     packed = case.ours._packed(noise)
     theirs = case.stock(PROMPTS[0], latents=packed, **case.call).images
     assert torch.equal(ours, theirs)
-    assert relative_error(case.unpack(ours), expected) <= 1e-6
     if case.name == "flux":
         assert torch.equal(case.unpack(ours), expected)
+    else:  # both passes of guidance in one batch, or norms summed in another order: at most 9e-7 where this was written
+        assert relative_error(case.unpack(ours), expected) <= 2e-6
 
 
 def test_pictures_are_those_of_ngrpo_sample(case: Case):
