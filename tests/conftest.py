@@ -58,7 +58,7 @@ def score(images, prompts, metadata):
 """
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _threads():
     """Two cores, as in CI, unless the environment says otherwise; results must not depend on it."""
     if "OMP_NUM_THREADS" not in os.environ:

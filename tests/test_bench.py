@@ -16,7 +16,7 @@ from ngrpo_lora.errors import ConfigError
 
 @pytest.fixture
 def config(make_config: MakeConfig, tmp_path: Path) -> RunConfig:
-    return make_config(tmp_path / "run", "trainer.num_threads=1")
+    return make_config(tmp_path / "run")
 
 
 def test_each_variant_differs_in_one_setting_and_the_first_is_measured_twice(config: RunConfig):

@@ -101,9 +101,11 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 def test_every_file_of_a_run_is_there(finished_run: FinishedRun):
     folder = finished_run.output_dir
     assert load_config(folder / "config.yaml") == finished_run.trainer.config
-    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["000000.png", "000002.png", "000004.png"]
+    grids, shown = ["000000.png", "000002.png", "000004.png"], ["0.png", "1.png"]
+    assert sorted(path.name for path in (folder / "samples").glob("*.png")) == grids
+    assert [sorted(p.name for p in (folder / "samples" / part).iterdir()) for part in ("first", "last")] == [shown] * 2
     assert [path.name for path in checkpoint.checkpoints(folder)] == ["iteration-000002", "iteration-000004"]
-    for picture in [folder / "summary.png", *(folder / "samples").iterdir()]:
+    for picture in [folder / "summary.png", *(folder / "samples").rglob("*.png")]:
         with Image.open(picture) as image:
             assert len(image.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 10, picture
     assert (folder / ADAPTER).is_file()

@@ -430,6 +430,7 @@ def test_the_command_serves_until_it_is_interrupted(own: str, tmp_path: Path, mo
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs of a script start with it ignored
     )
     try:
         assert process.stdout is not None
