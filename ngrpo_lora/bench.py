@@ -22,7 +22,7 @@ from torch import nn
 from ngrpo_lora import lora
 from ngrpo_lora.config import ModelConfig, RunConfig, parse_config
 from ngrpo_lora.devices import resolve_device, resolve_dtype
-from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.errors import ConfigError, UserError, first_line
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import blank_text, make_family, read_blueprint
 from ngrpo_lora.optimizers import make_optimizer
@@ -140,7 +140,7 @@ def overhead_table(config: RunConfig, iterations: int, tell: Callable[[str], Non
         try:
             timing = measure(name, variant, iterations)
         except (UserError, RuntimeError) as error:  # out of memory too: this variant is then no choice here
-            tell(f"| {name} | not possible here: {next(iter(str(error).splitlines()), '')} | | | | | | |")
+            tell(f"| {name} | not possible here: {first_line(error)} | | | | | | |")
             continue
         first = first or timing
         s = timing.seconds
@@ -196,7 +196,7 @@ def measure_cost(config: RunConfig, size_px: int, batch: int, repeats: int) -> C
     if config.trainer.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if model.compile:
-        transformer.compile_repeated_blocks()
+        family.compile_blocks()
     parameters = lora.parameters(transformer)
     optimizer = make_optimizer(config.optimizer, parameters.values())
     text, latents = blank_text(family, batch), torch.randn(batch, *family.latent_shape, device=family.device)

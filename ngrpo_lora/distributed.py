@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ngrpo_lora.devices import resolve_device
-from ngrpo_lora.errors import UserError
+from ngrpo_lora.errors import UserError, first_line
 
 __all__ = ["Processes", "is_loss", "launch", "launched", "process_count", "process_device", "shard"]
 
@@ -182,11 +182,6 @@ def shard(
 def is_loss(error: RuntimeError) -> bool:
     """Whether an error is the communication library's own: a peer is gone, or did not answer."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-
-
-def first_line(error: Exception) -> str:
-    """The gist of a long message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def launch(count: int, command: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "UserError"]
+__all__ = ["ConfigError", "SharedError", "UserError", "first_line"]
 
 
 class UserError(Exception):
@@ -21,3 +21,8 @@ class ConfigError(UserError, ValueError):
 
 class SharedError(UserError):
     """An error that every process of a run has; the main one says it for all."""
+
+
+def first_line(error: Exception) -> str:
+    """The gist of a long message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

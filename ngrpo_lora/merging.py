@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from ngrpo_lora.adapter_file import AdapterFile, Layer, examples, peft_metadata, read_adapter_file, state_dict
 from ngrpo_lora.adapter_report import digest, header_value
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.world import EMBEDDED
 
 __all__ = ["Merged", "merge", "merge_into_base"]
 
 KEPT = ("code_version", "family", "model", "rollout")  # of the first adapter's own metadata: how it is drawn
-EMBEDDED = Path(__file__).parent / "world" / "model"
 
 
 @dataclass(frozen=True)

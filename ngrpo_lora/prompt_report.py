@@ -17,10 +17,10 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.noise import derive_seed
 from ngrpo_lora.prompt_files import BUILTIN_SOURCES, Prompt, PromptTable, read_prompts
 from ngrpo_lora.prompts import divide, open_prompts, token_lengths
+from ngrpo_lora.world import EMBEDDED
 
 __all__ = ["inspect_sources", "load_tokenizers"]
 
-EMBEDDED = Path(__file__).parent / "world" / "model"
 NUM_DRAWN = 1000  # of an endless source
 
 

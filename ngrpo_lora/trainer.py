@@ -95,10 +95,7 @@ class Trainer:
         if self.divided:
             shard(transformer, self.family.blocks, set(self.parameters.values()), self.family.device)
         if config.model.compile:
-            # A block has a variant for every batch size, with gradient and without; beyond 8 it would run uncompiled.
-            torch._dynamo.config.cache_size_limit = 64
-            for block in self.family.blocks:
-                block.compile()
+            self.family.compile_blocks()
         averaging = config.optimizer.ema_decay > 0
         self.averaged = {n: p.detach().clone() if averaging else p.detach() for n, p in self.parameters.items()}
         self.optimizer = make_optimizer(config.optimizer, self.parameters.values())

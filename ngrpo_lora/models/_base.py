@@ -228,6 +228,13 @@ class BaseFamily:
         lists = [child for child in self.transformer.children() if isinstance(child, nn.ModuleList)]
         return [block for blocks in lists for block in blocks]
 
+    def compile_blocks(self) -> None:
+        """torch.compile each block by itself."""
+        # A block has a variant for every batch size, with gradient and without; beyond 8 it would run uncompiled.
+        torch._dynamo.config.cache_size_limit = 64
+        for block in self.blocks:
+            block.compile()
+
     def lora_targets(self, targets: str) -> tuple[list[str], list[str]]:
         """(suffixes to adapt, full names to leave out) of `lora.targets`."""
         layers = self.attention + self.feed_forward if targets == "attention+feed_forward" else self.attention

@@ -27,11 +27,11 @@ from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._index import family_of_pipeline, hub_file, model_index
 from ngrpo_lora.types import TextEmbeds
+from ngrpo_lora.world import EMBEDDED
 
 __all__ = ["Blueprint", "blank_text", "make_family", "read_blueprint"]
 
 ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
-EMBEDDED = Path(__file__).parents[1] / "world" / "model"
 
 
 @dataclass(frozen=True)

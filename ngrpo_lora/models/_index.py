@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from ngrpo_lora import models, registry
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.errors import UserError
+from ngrpo_lora.errors import UserError, first_line
 
 __all__ = ["family_of", "model_index"]
 
@@ -123,8 +123,3 @@ def hub_file(repo: str, name: str, revision: str | None = None) -> str:
         raise UserError(
             f"{what}: the Hub cannot be reached ({first_line(error)}); go online or give a local folder"
         ) from None
-
-
-def first_line(error: Exception) -> str:
-    """The gist of a long message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

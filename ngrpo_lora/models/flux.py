@@ -6,7 +6,6 @@ one; schnell and the embedded model are drawn without.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,7 @@ from torch import Tensor
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.types import TextEmbeds
-
-EMBEDDED = Path(__file__).parents[1] / "world" / "model"
+from ngrpo_lora.world import EMBEDDED
 
 
 class Family(BaseFamily):

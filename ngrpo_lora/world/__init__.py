@@ -3,3 +3,8 @@
 It gives the embedded FLUX model something to draw and a reward that reads pixels, so that the whole
 trainer runs on any laptop and its progress is provable.
 """
+
+from pathlib import Path
+
+EMBEDDED = Path(__file__).parent / "model"
+"""The diffusers folder behind `model.path: embedded`."""
