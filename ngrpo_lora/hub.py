@@ -105,7 +105,7 @@ def push(run: Path, hub: HubConfig) -> Pushed:
     """
     with tempfile.TemporaryDirectory(prefix=".push-", dir=run, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        iterations = stage(run, folder, str(hub.repo))
+        iterations = stage(run, folder, hub)
         message = hub.commit_message or f"LoRA after {iterations} iterations"
         return retried(lambda: _commit(folder, hub, message))
 
@@ -120,17 +120,23 @@ def _commit(folder: Path, hub: HubConfig, message: str) -> Pushed:
     return Pushed(f"{api.endpoint}/{repo}" + (f"/tree/{hub.revision}" if hub.revision else ""), hub.revision)
 
 
-def stage(run: Path, folder: Path, repo: str) -> int:
+def stage(run: Path, folder: Path, hub: HubConfig) -> int:
     """Put into `folder` what is pushed, as it is now; training goes on and replaces the run's own files.
 
     Returns:
         How many iterations the adapter was trained for.
     """
     from ngrpo_lora.comparison import compare_evaluations
-    from ngrpo_lora.model_card import base_license, write_card
+    from ngrpo_lora.model_card import base_license, read_pushed, write_card
+    from ngrpo_lora.pipeline_file import PIPELINE, SCHEDULER, has_pipeline, pipeline_file, scheduler_file
 
-    adapter = newest_adapter(run)
+    adapter, repo = newest_adapter(run), str(hub.repo)
     link(adapter, folder / ADAPTER)
+    family = read_pushed(folder / ADAPTER).family
+    if has_pipeline(family):
+        (folder / PIPELINE).write_text(pipeline_file(family), encoding="utf-8")
+    else:
+        (folder / SCHEDULER).write_text(scheduler_file(), encoding="utf-8")
     found = re.fullmatch(r"iteration-(\d+)", adapter.parent.name)
     iterations = int(found[1]) if found else read_metrics(run / "metrics.jsonl")[-1]["step"]
     config = load_config(run / "config.yaml")
@@ -147,7 +153,9 @@ def stage(run: Path, folder: Path, repo: str) -> int:
         differences = compare_evaluations(run, Path(figures))
         (table,) = Path(figures).glob("*.csv")
         shutil.copyfile(table, folder / "evaluation.csv")
-    card = write_card(folder, repo, config, iterations, differences, base_license(config.model.path))
+    branch = None if (hub.revision or "").startswith("refs/") else hub.revision  # a pull request is for the main one
+    license = base_license(config.model.path)
+    card = write_card(folder, repo, config, iterations, differences, license, branch)
     card.save(folder / "README.md")
     return iterations
 

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig
 from ngrpo_lora.export import FILE_NAME, read_metadata
 from ngrpo_lora.pictures import read_png_text
+from ngrpo_lora.pipeline_file import PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
 
 if TYPE_CHECKING:
     from ngrpo_lora.comparison import Difference
@@ -116,6 +117,7 @@ def write_card(
     iterations: int,
     differences: Sequence[Difference],
     license: dict[str, str],
+    revision: str | None = None,
 ) -> ModelCard:
     """The card of what lies in `folder` as it will in the repository.
 
@@ -123,6 +125,7 @@ def write_card(
         folder: adapter, `summary.png`, `samples/`; all but the adapter may be missing.
         iterations: how many the adapter was trained for.
         differences: last evaluation against first, one a reward; none without two evaluations.
+        revision: branch that the adapter is on; None: the main one.
     """
     adapter, pictures = read_pushed(folder / FILE_NAME), shown_pictures(folder)
     base, video = adapter.hub_id, (adapter.model.num_frames or 1) > 1 or adapter.family == "wan"
@@ -143,8 +146,8 @@ def write_card(
     sections = [
         introduction(repo, config, base, bool(pictures)),
         gains(differences, pictures, (folder / "summary.png").is_file(), iterations),
-        usage(repo, adapter, pictures),
-        training(repo, config, adapter, iterations),
+        usage(repo, revision, adapter, pictures),
+        training(repo, revision, config, adapter, iterations),
         limitations(config, bool(differences)),
         f"## Citation\n\n```bibtex\n{CITATION}\n```",
     ]
@@ -196,22 +199,28 @@ def gains(differences: Sequence[Difference], pictures: Sequence[Shown], summary:
     return "\n\n".join(["## What it gained", *parts]) if parts else ""
 
 
-def usage(repo: str, adapter: Adapter, pictures: Sequence[Shown]) -> str:
+def usage(repo: str, revision: str | None, adapter: Adapter, pictures: Sequence[Shown]) -> str:
     """diffusers, `ngrpo sample`, ComfyUI."""
     prompt, seed = (pictures[0].prompt, pictures[0].seed) if pictures else ("a red star", 0)
     rollout, model = adapter.rollout, adapter.model
     solver = "flow DPM-Solver++ 2M" if rollout.solver == "dpmpp_2m" else "Euler"
-    text = f"## Use it\n\n```python\n{diffusers_usage(repo, adapter, prompt, seed)}\n```\n\n"
-    if rollout.solver == "dpmpp_2m":
-        text += (
-            f"Training and the pictures above used {solver} on the same noise levels, which the scheduler of the "
-            "snippet, Euler's, approximates. Exactly as in training:\n\n"
-        )
-    shell = "'" + " ".join(prompt.split()).replace("'", "'\\''") + "'"
-    text += (
-        f"```\nhf download {repo} {FILE_NAME} --local-dir .\n"
-        f"ngrpo sample --adapter {FILE_NAME} --prompt {shell} --seed {seed}\n```"
+    file = PIPELINE if has_pipeline(adapter.family) else SCHEDULER
+    exact = f"{rollout.num_steps} steps of {solver}, shift {rollout.shift:.4g}, guidance {model.guidance_scale:g}"
+    reads = ", which it reads from the adapter, " if file == PIPELINE else " "
+    text = (
+        f"## Use it\n\n```python\n{diffusers_usage(repo, revision, adapter, prompt, seed)}\n```\n\n"
+        f"This draws as in training: {exact}, {model.width_px} x {model.height_px} px{reads}and with noise levels that "
+        f"are never cut to integers. `trust_remote_code` runs one file, [{file}]({file}), which needs no other package "
+        "than diffusers does for LoRA. By the command line, to the same pixels:\n\n"
     )
+    shell = "'" + " ".join(prompt.split()).replace("'", "'\\''") + "'"
+    if revision is None:
+        text += f"```\nngrpo sample --adapter {repo} --prompt {shell} --seed {seed}\n```"
+    else:
+        text += (
+            f"```\nhf download {repo} {FILE_NAME} --revision {revision} --local-dir .\n"
+            f"ngrpo sample --adapter {FILE_NAME} --prompt {shell} --seed {seed}\n```"
+        )
     if adapter.hub_id is None:
         return text
     sampler = "the sampler `euler`"
@@ -227,45 +236,82 @@ def usage(repo: str, adapter: Adapter, pictures: Sequence[Shown]) -> str:
     )
 
 
-def diffusers_usage(repo: str, adapter: Adapter, prompt: str, seed: int) -> str:
-    """Python that draws one picture with the stock pipeline and the run's settings."""
-    model, rollout = adapter.model, adapter.rollout
-    embedded = model.path == "embedded"
-    source = "EMBEDDED" if embedded else repr(adapter.hub_id or f"path/to/{Path(model.path).name}")
-    source += f", revision={model.revision!r}" if model.revision else ""
+def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: int) -> str:
+    """Python that draws one picture as in training, by the pipeline of the repository or its scheduler alone."""
+    model, embedded = adapter.model, adapter.model.path == "embedded"
+    base = "EMBEDDED" if embedded else repr(adapter.hub_id or f"path/to/{Path(model.path).name}")
+    base += f", revision={model.revision!r}" if model.revision else ""
     dtype, device = "bfloat16" if model.dtype == "auto" else model.dtype, "cpu" if embedded else "cuda"
-    guidance = "true_cfg_scale" if adapter.family == "qwen_image" else "guidance_scale"  # its other one is distilled
-    settings: dict[str, Any] = {"prompt": prompt}
-    if model.negative_prompt or adapter.family == "qwen_image":  # which guides only where this is given
-        settings["negative_prompt"] = model.negative_prompt
-    settings |= {"height": model.height_px, "width": model.width_px, "num_inference_steps": rollout.num_steps}
-    settings |= {guidance: model.guidance_scale, "max_sequence_length": model.max_sequence_length}
-    if adapter.family == "wan" and model.num_frames:
-        settings["num_frames"] = model.num_frames
+    where = repr(repo) if revision is None else f"{repo!r}, revision={revision!r}"
+    head = ["import torch", "from diffusers import DiffusionPipeline"]
+    own = ["from ngrpo_lora.world import EMBEDDED"] if embedded else []
+    if has_pipeline(adapter.family):
+        branch = "" if revision is None else f"custom_revision={revision!r}, "
+        lines = [
+            *head,
+            *own,
+            "",
+            "pipeline = DiffusionPipeline.from_pretrained(",
+            f"    {base}, custom_pipeline={repo!r}, {branch}trust_remote_code=True, dtype=torch.{dtype}",
+            f').to("{device}")',
+            f"pipeline.load_lora_weights({where})",
+            f"image = pipeline({prompt!r}, seeds={seed}).images[0]",
+            'image.save("image.png")',
+        ]
+        return "\n".join(lines)
+    video, settings = adapter.family == "wan", {"prompt": prompt} | call_settings(adapter)
     lines = [
-        "import torch",
-        "from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler",
-        *(["from diffusers.utils import export_to_video"] if adapter.family == "wan" else []),
-        *(["from ngrpo_lora.models.flux import EMBEDDED"] if embedded else []),
+        *head,
+        *(["from diffusers.utils import export_to_video"] if video else []),
+        "from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module",
+        *own,
         "",
-        f'pipeline = DiffusionPipeline.from_pretrained({source}, dtype=torch.{dtype}).to("{device}")',
-        f"pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift={rollout.shift!r})",
-        f"pipeline.load_lora_weights({repo!r})",
-        f"{'video' if adapter.family == 'wan' else 'image'} = pipeline(",
+        "Scheduler = get_class_from_dynamic_module(",
+        f"    {where}, module_file={SCHEDULER!r}, class_name={SCHEDULER_CLASS!r}, trust_remote_code=True",
+        ")",
+        f'pipeline = DiffusionPipeline.from_pretrained({base}, dtype=torch.{dtype}).to("{device}")',
+        f"pipeline.scheduler = Scheduler.from_config(pipeline.scheduler.config, {scheduler_settings(adapter)})",
+        f"pipeline.load_lora_weights({where})",
+        f"{'video' if video else 'image'} = pipeline(",
         *(f"    {name}={value!r}," for name, value in settings.items()),
         f'    generator=torch.Generator("cpu").manual_seed({seed}),',
-        ").frames[0]" if adapter.family == "wan" else ").images[0]",
-        'export_to_video(video, "video.mp4", fps=16)' if adapter.family == "wan" else 'image.save("image.png")',
+        ").frames[0]" if video else ").images[0]",
+        'export_to_video(video, "video.mp4", fps=16)' if video else 'image.save("image.png")',
     ]
     return "\n".join(lines)
 
 
-def training(repo: str, config: RunConfig, adapter: Adapter, iterations: int) -> str:
+def call_settings(adapter: Adapter) -> dict[str, Any]:
+    """How a run draws, as arguments of a stock pipeline."""
+    model, rollout = adapter.model, adapter.rollout
+    settings: dict[str, Any] = {}
+    if model.negative_prompt and adapter.family != "flux2_klein":  # whose pipeline takes none
+        settings["negative_prompt"] = model.negative_prompt
+    settings |= {"height": model.height_px, "width": model.width_px, "num_inference_steps": rollout.num_steps}
+    settings |= {"guidance_scale": model.guidance_scale, "max_sequence_length": model.max_sequence_length}
+    if adapter.family == "wan" and model.num_frames:
+        settings["num_frames"] = model.num_frames
+    if adapter.family == "sana":  # its times begin at 0.999, and small sizes are not drawn larger
+        levels = [round(0.999 * (1 - step / rollout.num_steps), 6) for step in range(rollout.num_steps)]
+        settings |= {"sigmas": levels, "use_resolution_binning": False}
+    return settings
+
+
+def scheduler_settings(adapter: Adapter) -> str:
+    """A run's shift and solver, as arguments of the scheduler; multistep configurations have a name of their own."""
+    shift = f"flow_shift={adapter.rollout.shift!r}"
+    if adapter.family == "flux2_klein":
+        shift = f"shift={adapter.rollout.shift!r}, use_dynamic_shifting=False"
+    return shift if adapter.rollout.solver == "dpmpp_2m" else f"{shift}, solver_order=1"
+
+
+def training(repo: str, revision: str | None, config: RunConfig, adapter: Adapter, iterations: int) -> str:
     """Settings as a table, and the command that runs it again."""
+    branch = f" --revision {revision}" if revision else ""
     rows = [(name, cell(str(value))) for name, value in settings(config, adapter, iterations)]
     return (
         f"## How it was trained\n\n{table(('setting', 'value'), rows)}\n\nAgain, with all settings "
-        f"([config.yaml](config.yaml)):\n\n```\nhf download {repo} config.yaml --local-dir .\n"
+        f"([config.yaml](config.yaml)):\n\n```\nhf download {repo} config.yaml{branch} --local-dir .\n"
         "ngrpo train config.yaml\n```"
     )
 

@@ -26,6 +26,7 @@ from ngrpo_lora.cli import app
 from ngrpo_lora.config import HubConfig, dump_config, load_config
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.hub import Pusher, check_access, push_run
+from ngrpo_lora.pipeline_file import pipeline_file
 from ngrpo_lora.preflight import check_run
 
 REPO = "owner/name"
@@ -78,7 +79,9 @@ def test_a_push_is_one_commit_of_adapter_card_pictures_and_figures(hub: HubServe
     files = hub.files(REPO)
     pictures = {"summary.png", *(f"samples/00000{i}.png" for i in (0, 2, 4))}
     pictures |= {f"samples/{part}/{i}.png" for part in ("first", "last") for i in (0, 1)}
-    assert set(files) == {".gitattributes", "README.md", "config.yaml", "evaluation.csv", ADAPTER, *pictures}
+    named = {".gitattributes", "README.md", "config.yaml", "evaluation.csv", "pipeline.py", ADAPTER}
+    assert set(files) == named | pictures
+    assert files["pipeline.py"].decode() == pipeline_file("flux")
     assert files[ADAPTER] == (run / "adapter" / ADAPTER).read_bytes()
     assert files["samples/last/1.png"] == (run / "samples/last/1.png").read_bytes()
     assert files["evaluation.csv"].startswith(b"run,prompt,seed,reward,before,after")
@@ -401,7 +404,7 @@ def test_training_outlives_every_failed_push_and_ends_with_the_command(
 
 
 END_TO_END = """if True:
-    import json, sys
+    import ast, json, re, sys
     import torch
     from diffusers import FluxPipeline
     from huggingface_hub import ModelCard, hf_hub_download
@@ -420,7 +423,12 @@ END_TO_END = """if True:
     card = ModelCard.load("owner/name")
     snippet = card.text.partition("```python")[2].partition("```")[0]
     exec(snippet)
-    print(json.dumps({"tensors": len(exported), "different": different, "size": image.size}))
+    assert type(pipeline).__module__.startswith("diffusers_modules.local.owner--name."), type(pipeline)
+    prompt, seed = re.search(r"pipeline\\((.*), seeds=(\\d+)\\)", snippet).groups()
+    adapter = "run/adapter/pytorch_lora_weights.safetensors"
+    (expected,) = sample_images(adapter, None, [ast.literal_eval(prompt)], [int(seed)])
+    same = image.tobytes() == expected.tobytes()
+    print(json.dumps({"tensors": len(exported), "different": different, "size": image.size, "same": same}))
 """
 
 
@@ -447,6 +455,7 @@ def test_a_run_pushes_itself_and_stock_diffusers_loads_it_by_its_name(tmp_path: 
         assert answer["tensors"] > 10
         assert answer["different"] == []
         assert answer["size"] == [64, 64]
+        assert answer["same"]  # as the trainer draws it, to the bit
         assert hub.repositories[REPO].private
         assert hub.xorbs
         assert hub.files(REPO)[ADAPTER] == (tmp_path / "run" / "adapter" / ADAPTER).read_bytes()

@@ -24,6 +24,7 @@ from ngrpo_lora.config import RunConfig, load_config
 from ngrpo_lora.model_card import LICENSES, base_license, cell, diffusers_usage, read_pushed, write_card
 from ngrpo_lora.models._index import pipeline_class
 from ngrpo_lora.pictures import save_png
+from ngrpo_lora.pipeline_file import has_pipeline
 
 FLUX = "black-forest-labs/FLUX.1-dev"
 MISS = 'a "red" star\n---\nlicense: mit | two | `x` <b>bold</b> *three* _four_ [a](b) $x$ \\'
@@ -53,7 +54,7 @@ def make_folder(folder: Path, config: RunConfig, prompts: list[str], family: str
             text = {"prompt": prompt, "seed": str(1000 + index)}
             save_png(folder / "samples" / part / f"{index}.png", Image.new("RGB", (8, 8)), text)
     Image.new("RGB", (8, 8)).save(folder / "summary.png")
-    for name in ("config.yaml", "evaluation.csv"):
+    for name in ("config.yaml", "evaluation.csv", "pipeline.py"):
         (folder / name).touch()
     return folder
 
@@ -189,7 +190,7 @@ def test_a_base_in_a_folder_is_named_without_its_place(tmp_path: Path):
     assert card.data.to_dict()["license"] == "mit"
     assert "base_model" not in card.data.to_dict()
     assert "secret" not in card.content
-    assert "from_pretrained('path/to/my-flux', dtype=torch.bfloat16).to(\"cuda\")" in card.text
+    assert "    'path/to/my-flux', custom_pipeline='owner/my_lora', trust_remote_code=True, dtype=torch.bf" in card.text
 
 
 def test_every_preset_has_a_licence_for_its_base():
@@ -223,15 +224,32 @@ def test_the_licence_is_the_base_s_own_where_it_can_be_read(monkeypatch: pytest.
 @pytest.mark.parametrize("family", registry.names(models))
 def test_the_snippet_calls_each_family_s_pipeline_by_names_that_it_has(family: str, tmp_path: Path):
     frames = ["model.num_frames=17"] if family == "wan" else []
-    config = make_config("model.negative_prompt=blurry", *frames) if family == "qwen_image" else make_config(*frames)
+    config = make_config("model.negative_prompt=blurry", *frames)
     adapter = read_pushed(make_folder(tmp_path, config, [], family) / "pytorch_lora_weights.safetensors")
-    code = ast.parse(diffusers_usage("owner/name", adapter, MISS, 7))
+    code = ast.parse(diffusers_usage("owner/name", None, adapter, MISS, 7))
     (call,) = [n for n in ast.walk(code) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "pipeline"]
-    given = {k.arg: k.value.value for k in call.keywords if k.arg and isinstance(k.value, ast.Constant)}
+    given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg and k.arg != "generator"}
+    if has_pipeline(family):  # which reads the rest from the adapter
+        assert given == {"seeds": 7}
+        assert ast.literal_eval(call.args[0]) == MISS
+        return
     kind = getattr(diffusers, pipeline_class(family))
     assert given.keys() <= inspect.signature(kind.__call__).parameters.keys()
     assert (given["prompt"], given["height"], given["width"]) == (MISS, 720, 704)
-    guidance = {"qwen_image": "true_cfg_scale"}.get(family, "guidance_scale")
-    assert (given[guidance], given["num_inference_steps"]) == (3.5, config.rollout.num_steps)
-    assert (family == "qwen_image") == ("negative_prompt" in given)
+    assert (given["guidance_scale"], given["num_inference_steps"]) == (3.5, config.rollout.num_steps)
+    assert given.get("negative_prompt") == (None if family == "flux2_klein" else "blurry")
     assert (family == "wan") == ("num_frames" in given)
+
+
+def test_an_adapter_on_a_branch_is_used_from_there(tmp_path: Path):
+    config = make_config()
+    folder = make_folder(tmp_path, config, ["a"])
+    text = write_card(folder, "owner/name", config, 300, [], {}, "v1").text
+    for part in (
+        "custom_pipeline='owner/name', custom_revision='v1'",
+        "load_lora_weights('owner/name', revision='v1')",
+        "hf download owner/name pytorch_lora_weights.safetensors --revision v1 --local-dir .",
+        "hf download owner/name config.yaml --revision v1 --local-dir .",
+    ):
+        assert part in text
+    assert "revision" not in write_card(folder, "owner/name", config, 300, [], {}).text

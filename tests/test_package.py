@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ngrpo_lora.config import dump_config, load_config
+from ngrpo_lora.pipeline_file import pipeline_file
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ngrpo_lora"
@@ -36,6 +37,8 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path):
     missing = {path for path in ours - inside if "__pycache__" not in path}
     assert not missing
     assert {"ngrpo_lora/py.typed", "ngrpo_lora/presets/demo.yaml", "ngrpo_lora/cli.py"} <= inside
+    pipelines = {f"ngrpo_lora/pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.py")}
+    assert pipelines == {name for name in inside if name.startswith("ngrpo_lora/pipelines/")}
 
 
 def test_the_wheel_holds_nothing_else(wheel: Path):
@@ -59,3 +62,7 @@ def test_the_wheel_runs_without_the_repository(wheel: Path, tmp_path: Path):
     assert Path(run("-c", "import ngrpo_lora; print(ngrpo_lora.__file__)").strip()).is_relative_to(target)
     assert run(str(target / "bin" / "ngrpo"), "config") == dump_config(load_config())
     assert run(str(target / "bin" / "ngrpo"), "--version").startswith("ngrpo-lora ")
+    whole = "from ngrpo_lora.pipeline_file import *; print(sources()); print(pipeline_file('flux'), end='')"
+    folder, source = run("-c", whole).split("\n", 1)
+    assert Path(folder) == target / "ngrpo_lora" / "pipelines"
+    assert source == pipeline_file("flux")

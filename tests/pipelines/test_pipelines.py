@@ -25,10 +25,12 @@ from torch import Tensor
 
 from ngrpo_lora import lora
 from ngrpo_lora.export import FILE_NAME, read_adapter, read_metadata
+from ngrpo_lora.model_card import diffusers_usage, read_pushed
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models.flux import EMBEDDED
 from ngrpo_lora.noise import derive_seed
 from ngrpo_lora.pictures import read_png_text
+from ngrpo_lora.pipeline_file import SCHEDULER, pipeline_file, scheduler_file
 from ngrpo_lora.sampling import load_family, sample_images
 from ngrpo_lora.solvers import SOLVERS
 from ngrpo_lora.trainer import Trainer
@@ -37,6 +39,7 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 
 import test_flux2_klein
 import test_qwen_image
+import test_sana
 import test_sd3
 import test_wan
 import test_z_image
@@ -48,6 +51,7 @@ LONG = "a photo of a heart above a cross, at dusk"
 FAMILIES = ["flux", "sd3", "qwen_image", "z_image"]
 
 sd3_folder, qwen_image_folder, z_image_folder = test_sd3.folder, test_qwen_image.folder, test_z_image.folder
+sana_folder = test_sana.folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -170,6 +174,19 @@ def trained_latents(family: BaseFamily, noise: Tensor, num_steps: int = 4) -> Te
     return SOLVERS["dpmpp_2m"](lambda x, sigma: family.velocity(x, sigma, text), noise, family.sigmas(num_steps))[-1]
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The Hub that this process's client knows."""
+    constants = huggingface_hub.constants
+    with HubServer() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server
+
+
 # The trainer's pictures ---------------------------------------------------------------------------------------------
 
 
@@ -212,27 +229,77 @@ def test_without_the_adapters_settings_other_pictures_are_drawn(case: Case):
     assert relative_error(latents_of(case.ours, solver="euler"), latents_of(case.ours)) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["flux2_klein", "wan"])
-def test_the_scheduler_drops_into_other_pipelines(name: str, flux: Case, tmp_path: Path):
-    if name == "wan":
-        base, settings = test_wan.make_folder(tmp_path, second=False), dict(test_wan.SMALL, guidance_scale=5.0)
-        more: dict[str, Any] = {"num_frames": 5, "negative_prompt": ""}
-    else:
-        base, settings, more = test_flux2_klein.make_folder(tmp_path, distilled=False), test_flux2_klein.SIZE, {}
-    family = load(base, **settings)
+@dataclass(frozen=True)
+class Other:
+    """A family without a pipeline here: its base, and settings of the model."""
+
+    base: Path
+    settings: dict[str, Any]
+    call: dict[str, Any]
+    """What the stock pipeline has to be told beside them."""
+
+
+@pytest.fixture(params=["flux2_klein", "sana", "wan"])
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Other:
+    if request.param == "sana":
+        base, size = request.getfixturevalue("sana_folder"), {"height_px": 32, "width_px": 32}
+        times = [0.999 * (1 - step / 4) for step in range(4)]  # Sana's begin below 1
+        return Other(base, size | {"guidance_scale": 4.5}, {"use_resolution_binning": False, "sigmas": times})
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "wan":
+        settings = dict(test_wan.SMALL, guidance_scale=5.0)
+        return Other(test_wan.make_folder(folder, second=False), settings, {"num_frames": 5})
+    return Other(test_flux2_klein.make_folder(folder, distilled=False), test_flux2_klein.SIZE, {})
+
+
+def test_the_scheduler_drops_into_other_pipelines(other: Other, flux: Case):
+    family = load(other.base, **other.settings)
     recording = record(
-        exact(stock(base, family.pipeline_class), flux.ours),
+        exact(stock(other.base, family.pipeline_class), flux.ours),
         lambda x: x.transpose(1, 2).reshape(1, *family.latent_shape) if x.ndim == 3 else x,
         prompt=LONG,
         latents=noise_of(family),
         num_inference_steps=4,
         guidance_scale=family.settings["guidance_scale"],
-        height=settings["height_px"],
-        width=settings["width_px"],
-        max_sequence_length=64,
-        **more,
+        height=other.settings["height_px"],
+        width=other.settings["width_px"],
+        max_sequence_length=family.settings["max_sequence_length"],
+        **other.call,
     )
     check_sampling(family, LONG, recording, "dpmpp_2m")
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "euler"])
+def test_the_cards_snippet_of_other_families_draws_the_trainers_picture(
+    solver: str, other: Other, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer
+):
+    """Word for word, but for the GPU."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings = {f"model.{key}": value for key, value in other.settings.items()}
+    settings |= dict.fromkeys(("prompts.train", "prompts.held_out"), tmp_path / "prompts.txt")
+    settings |= {"model.path": other.base, "model.device": "cpu", "evaluation.strict": "null", "lora.alpha": 8}
+    settings |= {"rollout.solver": solver, "rollout.shift": 2.5, "trainer.num_iterations": 1}
+    settings |= {"rollout.group_size": 2, "algorithm.num_anchors": 1, "algorithm.updates_per_rollout": 1}
+    output = tmp_path / "run"
+    Trainer(make_config(output, *(f"{key}={value}" for key, value in settings.items()))).run()
+    adapter = output / "adapter" / FILE_NAME
+    hub.repositories["owner/name"] = Repository()
+    hub.files("owner/name")[FILE_NAME] = adapter.read_bytes()
+    hub.files("owner/name")[SCHEDULER] = scheduler_file().encode()
+
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / other.base.name).symlink_to(other.base)
+    monkeypatch.chdir(tmp_path)
+    code = diffusers_usage("owner/name", None, read_pushed(adapter), LONG, 7)
+    names: dict[str, Any] = {}
+    exec(code.replace('.to("cuda")', ""), names)
+    expected = pixels(sample_images(adapter, None, [LONG], [7]))
+    sigmas, scheduler = load(other.base, **other.settings).sigmas(4, 2.5), names["pipeline"].scheduler
+    torch.testing.assert_close(scheduler.sigmas, sigmas, rtol=0, atol=2e-6)  # Sana's times are written in six digits
+    assert scheduler.config.solver_order == {"dpmpp_2m": 2, "euler": 1}[solver]
+    drawn = [np.asarray(names["image"])] if "image" in names else (names["video"] * 255).round()
+    assert expected.std() > 1
+    assert np.abs(np.stack(drawn).astype(int) - expected).max() <= 1
 
 
 # One picture, one seed ----------------------------------------------------------------------------------------------
@@ -577,27 +644,18 @@ def test_an_adapter_of_another_trainer_is_drawn_as_the_stock_pipeline_draws(flux
 # The Hub, and the README ---------------------------------------------------------------------------------------------
 
 
-def test_pipeline_and_adapter_come_from_a_repository_of_the_hub(
-    flux: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    pipelines = ROOT / "pipelines"
-    files = {path.name: path for path in pipelines.glob("*.py")} | {"pipeline.py": pipelines / "flux.py"}
-    contents = {name: path.read_bytes() for name, path in {**files, "named.safetensors": flux.adapter}.items()}
-    with HubServer() as server:
-        server.repositories["owner/adapter"] = Repository(branches={"main": contents})
-        constants = huggingface_hub.constants
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-        pipeline = open_pipeline(EMBEDDED, "owner/adapter")
+def test_pipeline_and_adapter_come_from_a_repository_of_the_hub(case: Case, hub: HubServer):
+    """As a push leaves them."""
+    hub.repositories["owner/adapter"] = Repository()
+    files = hub.files("owner/adapter")
+    files |= {"pipeline.py": pipeline_file(case.name).encode(), "named.safetensors": case.adapter.read_bytes()}
+    pipeline = open_pipeline(case.base, "owner/adapter")
+    pipeline.load_lora_weights("owner/adapter")
+    assert type(pipeline).__module__.startswith("diffusers_modules.local.owner--adapter.")
+    assert torch.equal(latents_of(pipeline), latents_of(case.ours))
+    files["other.safetensors"] = b""
+    with pytest.raises(ValueError, match=r"must hold one adapter, got named.safetensors, other.safetensors"):
         pipeline.load_lora_weights("owner/adapter")
-        assert type(pipeline).__module__.startswith("diffusers_modules.local.owner--adapter.")
-        assert torch.equal(latents_of(pipeline), latents_of(flux.ours))
-        server.repositories["owner/adapter"].branches["main"]["other.safetensors"] = b""
-        with pytest.raises(ValueError, match=r"must hold one adapter, got named.safetensors, other.safetensors"):
-            pipeline.load_lora_weights("owner/adapter")
 
 
 def test_the_quick_start_of_the_readme_runs_word_for_word(flux: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
