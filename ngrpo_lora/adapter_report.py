@@ -48,13 +48,14 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, a damaged one, a pickle, or no LoRA at all.
     """
-    path = find_adapter(path, "FILE")
+    given, path = path, find_adapter(path, "FILE")
+    shown = str(path if Path(given).exists() else given)  # of the Hub by its name, not by its place in the cache
     metadata = read_metadata(path)
     with safe_open(path, "pt") as opened:
         keys = [*opened.keys()]
         types = Counter(opened.get_slice(key).get_dtype() for key in keys)
     (stored, _), *_ = types.most_common() or [("unknown", 0)]
-    said: dict[str, Any] = {"file": str(path), "sha256": digest(path), "dtype": DTYPES.get(stored, stored)}
+    said: dict[str, Any] = {"file": shown, "sha256": digest(path), "dtype": DTYPES.get(stored, stored)}
     said |= {"trainer": trainer(metadata, keys)} | _base(metadata)
     if any(re.search(UNET_KEYS, key) for key in keys):
         return said | {"unusable": "it adapts a U-Net (Stable Diffusion 1, 2 or XL), which is no flow model"}
@@ -71,7 +72,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     said |= {"ranks": {str(rank): count for rank, count in ranks.most_common()}, "layers": dict(kinds), "norm": norm}
     own, merged = header_value(metadata, "ngrpo", {}), header_value(metadata, "ngrpo_merged", [])
     model = "" if own else " --model MODEL"
-    said["draw"] = f'ngrpo sample --adapter {path}{model} --prompt "..."'
+    said["draw"] = f'ngrpo sample --adapter {shown}{model} --prompt "..."'
     return said | _training(own, merged)
 
 

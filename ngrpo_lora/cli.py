@@ -165,8 +165,8 @@ def sample(
         list[str] | None,
         typer.Option(
             metavar="FILE[:STRENGTH]",
-            help="LoRA file of any trainer, or the folder of a run; repeated, they draw together. Without it the base "
-            "model draws.",
+            help="LoRA file of any trainer, the folder of a run, or owner/name of the Hub; repeated, they draw "
+            "together. Without it the base model draws.",
         ),
     ] = None,
     seed: Annotated[
@@ -244,7 +244,10 @@ def sample(
 @app.command()
 def info(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="LoRA files of any trainer, or runs.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="FILE...", help="LoRA files of any trainer, runs, or owner/name of the Hub.", show_default=False
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
 ) -> None:
@@ -269,20 +272,26 @@ def info(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_FILE", help="A run, or a LoRA file of any trainer.")],
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="A LoRA file of any trainer, a run, or owner/name of the Hub.")
+    ],
     form: Annotated[str, typer.Option("--format", help="diffusers, comfyui or kohya.")],
     output: Annotated[
-        Path | None, typer.Option(help="The file to write; default: beside the adapter, NAME-FORMAT.safetensors.")
+        Path | None,
+        typer.Option(
+            help="The file to write; default: NAME-FORMAT.safetensors beside the adapter, of the Hub's ones here."
+        ),
     ] = None,
 ) -> None:
     """Write an adapter in another format, with its alpha folded in."""
     if form not in ("diffusers", "comfyui", "kohya"):
         raise ConfigError(f"--format must be diffusers, comfyui or kohya, got {form!r}")
 
-    from ngrpo_lora.adapter_file import convert, read_adapter_file, save_tensors
+    from ngrpo_lora.adapter_file import adapter_label, convert, find_adapter, read_adapter_file, save_tensors
 
-    file = read_adapter_file(source)
-    target = output or file.path.with_name(f"{file.path.stem}-{form}.safetensors")
+    file = read_adapter_file(find_adapter(source, "FILE"))
+    beside = file.path.with_stem(f"{file.path.stem}-{form}")
+    target = output or (beside if Path(source).exists() else Path(f"{adapter_label(file.path)}-{form}.safetensors"))
     save_tensors(target, *convert(file, form))
     typer.echo(target)
 
@@ -292,7 +301,9 @@ def merge(
     adapters: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE[:WEIGHT]...", help="LoRA files or runs; weight 1 if not given.", show_default=False
+            metavar="FILE[:WEIGHT]...",
+            help="LoRA files, runs, or owner/name of the Hub; weight 1 if not given.",
+            show_default=False,
         ),
     ],
     output: Annotated[Path, typer.Option(help="The LoRA file to write; with --base a folder, which is made.")],
@@ -385,7 +396,9 @@ def score(
 def compare(
     adapters: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="ADAPTER...", help="LoRA files, or folders of runs.", show_default=False),
+        typer.Argument(
+            metavar="ADAPTER...", help="LoRA files, folders of runs, or owner/name of the Hub.", show_default=False
+        ),
     ] = None,
     reward: Rewards = None,
     base: Annotated[bool, typer.Option(help="Compare with the base model; --no-base: with the first ADAPTER.")] = True,

@@ -389,8 +389,8 @@ class LoraConfig(Section, frozen=True):
     init_from: str | None = Field(
         default=None,
         min_length=1,
-        description="LoRA file of any trainer, or its folder, to start from; null: from nothing. The reference stays "
-        "the base, and a resumed run has weights of its own.",
+        description="LoRA file of any trainer, its folder, or owner/name of the Hub, to start from; null: from "
+        "nothing. The reference stays the base, and a resumed run has weights of its own.",
     )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -217,7 +218,7 @@ def draw_columns(
                 sampler.use(column.adapters)
                 frames = draw(sampler.family, text, [seed], sampler.solver, sampler.sigmas)
                 adapters = [
-                    {"file": str(path.resolve()), "sha256": digests[path], "strength": strength}
+                    {"file": os.path.abspath(path), "sha256": digests[path], "strength": strength}
                     for path, strength in column.adapters
                 ]
                 own = {"ngrpo": json.dumps(settings | {"adapters": adapters}, sort_keys=True)}

@@ -463,7 +463,7 @@ def base_velocity(latents: Tensor, text: TextEmbeds) -> Tensor:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("lora.init_from=gone", "lora.init_from: adapter must be a LoRA file or a run's folder, but 'gone' does not"),
+        ("lora.init_from=gone", r"lora.init_from: adapter must be a LoRA file, a run's .*, but 'gone' does not exist"),
         ("lora.rank=1", "lora.rank must be at least 4, that of lora.init_from"),
     ],
 )

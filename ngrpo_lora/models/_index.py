@@ -8,19 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
 from ngrpo_lora import models, registry
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.errors import UserError, first_line
+from ngrpo_lora.downloads import hub_errors
+from ngrpo_lora.errors import UserError
 
 __all__ = ["family_of", "model_index"]
 
@@ -93,33 +86,16 @@ def hub_file(repo: str, name: str, revision: str | None = None) -> str:
         UserError: what stands in the way, with the remedy.
     """
     what = f"model.path {repo!r}"
-    try:
-        return hf_hub_download(repo, name, revision=revision)
-    except GatedRepoError:
-        raise UserError(
-            f"{what} is gated and this account has no access: accept its licence at https://huggingface.co/{repo}, "
-            "then `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(
-            f"{what} has no revision {revision!r}; drop model.revision or give a branch, tag or commit"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{what} is not on the Hub, or is private: check the spelling, or `hf auth login` with its account"
-        ) from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"{what} is not in the local cache and the Hub cannot be reached ({first_line(error)}); "
-            "download it with `hf download` while online, or give a local folder"
-        ) from None
-    except EntryNotFoundError:
-        raise UserError(
-            f"{what} holds no {name}: it is no diffusers model; give the repository in diffusers format"
-        ) from None
-    except HfHubHTTPError as error:
-        raise UserError(f"{what}: the Hub answered {first_line(error)}; try again later") from None
-    except Exception as error:  # the client's network errors (httpx) share no base with the above
-        raise UserError(
-            f"{what}: the Hub cannot be reached ({first_line(error)}); go online or give a local folder"
-        ) from None
+    with hub_errors(what, repo, "a local folder"):
+        try:
+            return hf_hub_download(repo, name, revision=revision)
+        except RevisionNotFoundError:
+            raise UserError(
+                f"{what} has no revision {revision!r}; drop model.revision or give a branch, tag or commit"
+            ) from None
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            raise UserError(
+                f"{what} holds no {name}: it is no diffusers model; give the repository in diffusers format"
+            ) from None

@@ -1,0 +1,52 @@
+"""What stands in the way of a file of the Hub, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from ngrpo_lora.errors import UserError, first_line
+
+__all__ = ["hub_errors"]
+
+
+@contextmanager
+def hub_errors(what: str, repo: str, local: str) -> Iterator[None]:
+    """Put the client's errors into words: no such repository, no access to it, no network.
+
+    Args:
+        what: the setting and its value, with which the message begins.
+        local: what could be given instead, such as `a local folder`.
+    Raises:
+        UserError: in place of whatever was raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except GatedRepoError:
+        raise UserError(
+            f"{what} is gated and this account has no access: accept its licence at https://huggingface.co/{repo}, "
+            "then `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{what} is not on the Hub, or is private: check the spelling, or `hf auth login` with its account"
+        ) from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"{what} is not in the local cache and the Hub cannot be reached ({first_line(error)}); "
+            f"download it with `hf download` while online, or give {local}"
+        ) from None
+    except HfHubHTTPError as error:
+        raise UserError(f"{what}: the Hub answered {first_line(error)}; try again later") from None
+    except Exception as error:  # the client's network errors (httpx) share no base with the above
+        raise UserError(f"{what}: the Hub cannot be reached ({first_line(error)}); go online or give {local}") from None
