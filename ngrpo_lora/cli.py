@@ -537,6 +537,24 @@ def gpu(
     gpu_table(config, size or [config.model.height_px], batch or [1, 2, 4], repeats, typer.echo)
 
 
+@bench_app.command()
+def solver(
+    steps: Annotated[
+        list[int] | None, typer.Option(min=1, help="Solver steps; repeat for several.", show_default=False)
+    ] = None,
+    shift: Annotated[
+        list[float] | None, typer.Option(min=0.01, help="Timestep shift; repeat for several.", show_default=False)
+    ] = None,
+) -> None:
+    """What the solver errs by on a flow whose answer is known, its order, and what integer timesteps cost.
+
+    Steps are 4, 8, 16, ... 1024 and shifts 1 and 3, unless given.
+    """
+    from ngrpo_lora.bench_solver import solver_table
+
+    solver_table(steps or [2**power for power in range(2, 11)], shift or [1.0, 3.0], typer.echo)
+
+
 prompts_app = typer.Typer(help="Look at prompts before training on them.", no_args_is_help=True)
 app.add_typer(prompts_app, name="prompts")
 
