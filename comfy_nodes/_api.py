@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from dataclasses import fields
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
+import comfy.model_management
+import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io
 from PIL import Image
+from server import PromptServer
 from torch import Tensor
 
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.scoring import in_thread
+
+T = TypeVar("T")
 CATEGORY = "Neighbor GRPO"
 
 
@@ -35,3 +45,47 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     """IMAGE (B, H, W, C) in [0, 1] -> B RGB pictures, the inverse of `to_images`."""
     pixels = (images[..., :3].float().clamp(0, 1) * 255).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels.astype(np.uint8)]
+
+
+def show_text(text: str, node: type[io.ComfyNode]) -> None:
+    """Write below a node's widgets; a node that says so has `hidden=[io.Hidden.unique_id]`."""
+    PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+
+
+def own_folders() -> list[Path]:
+    """Where graphs may read: input, output, temp, and all folders of models; never that of the nodes."""
+    models = [
+        path
+        for name, (paths, _) in folder_paths.folder_names_and_paths.items()
+        if name != "custom_nodes"
+        for path in paths
+    ]
+    own = [folder_paths.get_input_directory(), folder_paths.get_output_directory(), folder_paths.get_temp_directory()]
+    return [Path(path).resolve() for path in (*own, folder_paths.models_dir, *models)]
+
+
+def check_path(value: str, what: str) -> None:
+    """Refuse a path out of ComfyUI's folders; a name of the Hub, which is no path, passes.
+
+    Raises:
+        ConfigError: it lies elsewhere.
+    """
+    path = Path(value).expanduser()
+    looks_like_one = path.is_absolute() or value.startswith((".", "~")) or ".." in path.parts or path.exists()
+    if looks_like_one and not any(path.resolve().is_relative_to(folder) for folder in own_folders()):
+        raise ConfigError(
+            f"{what} must lie in one of ComfyUI's folders, got {value!r}; put it into {folder_paths.models_dir!r}"
+        )
+
+
+def cancellable(call: Callable[..., T], *arguments: Any) -> T:
+    """Run in another thread, so that Cancel ends the wait; the call itself runs out unheard.
+
+    Raises:
+        InterruptProcessingException: cancelled.
+    """
+    future = in_thread(partial(call, *arguments))
+    while not future.done():
+        wait([future], 0.1)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+    return future.result()

@@ -55,6 +55,8 @@ __all__ = [
     "dump_config",
     "load_config",
     "parse_config",
+    "parse_reward_entries",
+    "parse_settings",
     "preset_names",
     "show_value",
 ]
@@ -81,7 +83,7 @@ def _listed(value: Any) -> Any:
 def _check_reward_name(name: str) -> str:
     """A file in rewards/, `package.module:function` or `file.py:function` (its file is looked for at the start)."""
     if ":" in name:
-        target, _, function = name.partition(":")
+        target, function = registry.split_reference(name)
         if not target or not function.isidentifier():
             raise ValueError(f"must be a reward's name, package.module:function or file.py:function, got {name!r}")
     else:
@@ -291,7 +293,7 @@ class RewardConfig(Section, frozen=True):
     @property
     def key(self) -> str:
         """The label; else the name of the reward, of its file, or of its function."""
-        target, _, function = self.name.partition(":")
+        target, function = registry.split_reference(self.name) if ":" in self.name else (self.name, "")
         own = target if function in ("", "score") else function
         return self.label or (Path(own).stem if own.endswith(".py") else own.rpartition(".")[2])
 
@@ -623,6 +625,38 @@ def parse_config(data: Mapping[str, Any]) -> RunConfig:
         return RunConfig.model_validate(dict(data))
     except ValidationError as error:
         raise ConfigError(_problems(error, data)) from None
+
+
+def parse_reward_entries(entries: Sequence[Any]) -> tuple[RewardConfig, ...]:
+    """Checked entries of `rewards.train`: names, mappings, or entries that are already checked.
+
+    Raises:
+        ConfigError: as `parse_config`; keys are the reward's own, without the section's name before them.
+    """
+    try:
+        return parse_config({"rewards": {"train": [*entries]}}).rewards.train
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"rewards\.train(\.[0-9]+)?[. ]?", "", line) for line in error.problems) from None
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """A section as people type it: lines of `key=value`, as for the command, or YAML.
+
+    Raises:
+        ConfigError: neither.
+    """
+    lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
+    settings: dict[str, Any] = {}
+    if all(re.match(r"[\w.]+\s*=", line) for line in lines):
+        _apply(settings, [re.sub(r"\s*=\s*", "=", line, count=1) for line in lines])
+        return settings
+    try:
+        found = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"settings must be lines of key=value, or YAML; the text {_yaml_problem(error)}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"settings must be lines of key=value, or YAML's key: value, got {text!r}")
+    return found
 
 
 def dump_config(config: RunConfig) -> str:

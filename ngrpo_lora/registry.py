@@ -20,7 +20,17 @@ from typing import Any
 
 from ngrpo_lora.errors import ConfigError
 
-__all__ = ["check_function", "check_name", "docstring", "load", "names", "nearest", "resolve_function", "source_digest"]
+__all__ = [
+    "check_function",
+    "check_name",
+    "docstring",
+    "load",
+    "names",
+    "nearest",
+    "resolve_function",
+    "source_digest",
+    "split_reference",
+]
 
 
 def names(package: ModuleType) -> list[str]:
@@ -61,9 +71,15 @@ def docstring(package: ModuleType, name: str) -> str:
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
+def split_reference(reference: str) -> tuple[str, str]:
+    """`package.module:function` or `file.py:function` in two; the file may be on a drive of Windows."""
+    target, _, function = reference.rpartition(":")
+    return target, function
+
+
 def check_function(reference: str) -> None:
     """Raise ConfigError when `reference` cannot lead to a function; imports no more than parent packages."""
-    target, _, function = reference.partition(":")
+    target, function = split_reference(reference)
     if not target or not function.isidentifier():
         raise ConfigError(f"must look like package.module:function or file.py:function, got {reference!r}")
     if target.endswith(".py"):
@@ -85,7 +101,7 @@ def resolve_function(reference: str) -> Callable[..., Any]:
         ConfigError: malformed, no such file or module, no such function (the nearest one is named).
     """
     check_function(reference)
-    target, _, function = reference.partition(":")
+    target, function = split_reference(reference)
     module = _load_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
     found = vars(module).get(function)
     if not callable(found):
@@ -95,8 +111,9 @@ def resolve_function(reference: str) -> Callable[..., Any]:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Import a file under a name of its own, once per path, so that pickling and repeated look-ups work."""
-    name = f"ngrpo_user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    """Import a file under a name of its own, once per contents, so that pickling and repeated look-ups work."""
+    contents = str(path.resolve()).encode() + path.read_bytes()
+    name = f"ngrpo_user_{path.stem}_{hashlib.sha256(contents).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
@@ -113,7 +130,7 @@ def _load_file(path: Path) -> ModuleType:
 
 def source_digest(reference: str) -> str:
     """SHA-256 of the file that holds the function behind `package.module:function` or `file.py:function`."""
-    target = reference.partition(":")[0]
+    target, _ = split_reference(reference)
     spec = None if target.endswith(".py") else importlib.util.find_spec(target)
     path = target if spec is None else spec.origin
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""

@@ -30,23 +30,35 @@ def save_grid(
     columns: int = 6,
     caption_lines: int = CAPTION_LINES,
 ) -> None:
+    """Write `draw_grid` to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(images, captions, columns, caption_lines).save(path)
+
+
+def draw_grid(
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    columns: int = 6,
+    caption_lines: int = CAPTION_LINES,
+    cell_px: int = CELL_PX,
+) -> Image.Image:
     """Images with their captions below, `columns` a row; small ones are enlarged without smoothing.
 
-    Captions keep their line breaks; what is more than `caption_lines` lines is left out.
+    Captions keep their line breaks; what is more than `caption_lines` lines is left out. Letters grow with the cell.
     """
-    rows, caption_px = -(-len(images) // columns), caption_lines * LINE_PX
-    sheet = Image.new("RGB", (columns * CELL_PX, rows * (CELL_PX + caption_px)), "white")
-    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    scale = cell_px / CELL_PX
+    rows, caption_px = -(-len(images) // columns), caption_lines * round(LINE_PX * scale)
+    sheet = Image.new("RGB", (columns * cell_px, rows * (cell_px + caption_px)), "white")
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11 * scale)
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = index % columns * CELL_PX, index // columns * (CELL_PX + caption_px)
-        resample = Image.Resampling.NEAREST if max(image.size) < CELL_PX else Image.Resampling.LANCZOS
-        scale = (CELL_PX - 6) / max(image.size)
-        size = (round(image.width * scale), round(image.height * scale))
-        sheet.paste(image.resize(size, resample), (x + (CELL_PX - size[0]) // 2, y + 3))
+        x, y = index % columns * cell_px, index // columns * (cell_px + caption_px)
+        resample = Image.Resampling.NEAREST if max(image.size) < cell_px else Image.Resampling.LANCZOS
+        factor = (cell_px - 6) / max(image.size)
+        size = (round(image.width * factor), round(image.height * factor))
+        sheet.paste(image.resize(size, resample), (x + (cell_px - size[0]) // 2, y + 3))
         lines = [part for line in caption.splitlines() for part in textwrap.wrap(line, 28)][:caption_lines]
-        canvas.multiline_text((x + 4, y + CELL_PX), "\n".join(lines), fill="black", font=font, spacing=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+        canvas.multiline_text((x + 4, y + cell_px), "\n".join(lines), fill="black", font=font, spacing=2 * scale)
+    return sheet
 
 
 def save_shown(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str], seeds: Sequence[int]) -> None:

@@ -85,6 +85,7 @@ class BoundReward:
         self.is_async = inspect.iscoroutinefunction(call)
         self.proven = False
         self.reported: set[type[Exception]] = set()
+        self.failures: Counter[str] = Counter()  # of the last call: how many images have no score, by reason
         self.one_at_a_time = threading.Lock()
 
     def __call__(self, samples: Samples, cache: ScoreCache | None = None) -> Tensor:
@@ -116,6 +117,7 @@ class BoundReward:
                 failures[f"{type(outcome).__name__}: {outcome}"] += len(rows)
             else:
                 scores[rows] = self.checked(outcome, len(rows))
+        self.failures = failures
         for reason, count in failures.items():
             log.warning("reward %s failed; %d of %d images are masked: %s", self.label, count, len(samples), reason)
         return scores

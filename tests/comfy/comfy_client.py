@@ -24,7 +24,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENGINE = Path(__file__).with_name("engine.py")
-PREVIEW = 4  # binary messages: a picture with metadata in front of it
+TEXT, PREVIEW = 3, 4  # binary messages: a text for a node; a picture with metadata in front of it
 
 Graph = dict[str, dict[str, Any]]
 
@@ -57,6 +57,8 @@ class Result:
     progress: list[tuple[str, int, int]] = field(default_factory=list)
     """(node, value, maximum), in order."""
     previews: list[Image.Image] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
+    """(node, what is written on it), in order."""
 
 
 class Comfy:
@@ -108,7 +110,7 @@ class Comfy:
             messages.settimeout(max(0.1, timeout_s - (time.monotonic() - start)))
             message = messages.recv()
             if isinstance(message, bytes):
-                self._picture(message, result)
+                self._binary(message, result)
                 continue
             kind, data = (content := json.loads(message))["type"], content["data"]
             if data.get("prompt_id", prompt) != prompt:
@@ -129,10 +131,12 @@ class Comfy:
         return result
 
     @staticmethod
-    def _picture(message: bytes, result: Result) -> None:
-        if struct.unpack(">I", message[:4])[0] == PREVIEW:
-            size = struct.unpack(">I", message[4:8])[0]
+    def _binary(message: bytes, result: Result) -> None:
+        kind, size = struct.unpack(">II", message[:8])
+        if kind == PREVIEW:
             result.previews.append(Image.open(BytesIO(message[8 + size :])))
+        elif kind == TEXT:
+            result.texts.append((message[8 : 8 + size].decode(), message[8 + size :].decode()))
 
     def interrupt(self) -> None:
         """What the Cancel button does."""
@@ -173,7 +177,7 @@ def start(base: Path, *arguments: str, link: bool = True) -> Comfy:
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=base,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost"},
         )
     comfy = Comfy(process, port, base, log)
     for _ in range(240):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +20,10 @@ else:
     from engine import declare_operators
 
     OPERATORS = declare_operators()  # diffusers imports torchvision where it is installed
+
+
+sys.path.append(str(Path(__file__).parents[1] / "rewards"))  # scripted_server.py
+os.environ["NGRPO_API_KEY_LOCALHOST"] = "the key of localhost"
 
 
 @pytest.fixture(scope="session")

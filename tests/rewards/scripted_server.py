@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,33 @@ class Answer:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     before: Callable[[], Any] = bool
+
+
+# In OpenAI's protocol
+
+CHAT, MODELS = "/v1/chat/completions", "/v1/models"
+
+
+def models(*names: str) -> Answer:
+    return Answer({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
+
+
+ONE_MODEL = models("vlm")
+
+
+def says(
+    text: str | None, logprobs: dict[str, float] | None = None, finish_reason: str = "stop", **settings: Any
+) -> Answer:
+    """A completion; `logprobs` are probabilities of the first token."""
+    first = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in (logprobs or {}).items()]
+    choice = {
+        "index": 0,
+        "finish_reason": finish_reason,
+        "message": {"role": "assistant", "content": text},
+        "logprobs": {"content": [{**first[0], "top_logprobs": first}]} if first else None,
+    }
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "vlm", "choices": [choice]}
+    return Answer(body, **settings)
 
 
 @dataclass(frozen=True)

@@ -17,37 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from scripted_server import Answer, ScriptedServer
+from scripted_server import CHAT, MODELS, ONE_MODEL, Answer, ScriptedServer, models, says
 
 from ngrpo_lora.config import parse_config
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.scoring import BoundReward, Samples, ScoreCache
 
-CHAT, MODELS = "/v1/chat/completions", "/v1/models"
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
 Serve = Callable[..., ScriptedServer]
-
-
-def models(*names: str) -> Answer:
-    return Answer({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
-
-
-ONE_MODEL = models("vlm")
-
-
-def says(
-    text: str | None, logprobs: dict[str, float] | None = None, finish_reason: str = "stop", **settings: Any
-) -> Answer:
-    """A completion; `logprobs` are probabilities of the first token."""
-    first = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in (logprobs or {}).items()]
-    choice = {
-        "index": 0,
-        "finish_reason": finish_reason,
-        "message": {"role": "assistant", "content": text},
-        "logprobs": {"content": [{**first[0], "top_logprobs": first}]} if first else None,
-    }
-    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "vlm", "choices": [choice]}
-    return Answer(body, **settings)
 
 
 @pytest.fixture

@@ -1,0 +1,447 @@
+"""Rewards in the graph: choose them, judge pictures by them, keep the best.
+
+A graph may come from a stranger. So it names no code but that of files in models/ngrpo_rewards, no file out of
+ComfyUI's folders, and no secret: a server's key is taken from an environment variable that is named for the server.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import comfy.model_management
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+from torch import Tensor
+
+from ngrpo_lora import registry, rewards
+from ngrpo_lora.config import RewardConfig, parse_reward_entries, parse_settings
+from ngrpo_lora.errors import ConfigError, first_line
+from ngrpo_lora.ranking import check_samples, each_its_own, rank
+from ngrpo_lora.rewards.judge import TEMPLATE
+from ngrpo_lora.scoring import Samples, Scorer
+
+from ._api import cancellable, check_path, schema, show_text, to_images, to_pictures
+
+FUNCTIONS = "ngrpo_rewards"
+"""Folder of models/ whose Python files hold rewards of one's own."""
+
+NO_FUNCTION = f"(no file in models/{FUNCTIONS})"
+SERVERS = ["judge", "unifiedreward", "vqascore"]
+SECRETS = {"api_key_env": "base_url", "token_env": "url"}
+"""Settings that name an environment variable, and the address that its value is sent to."""
+
+Entries = tuple[RewardConfig, ...]
+Rewards = io.Custom("NGRPO_REWARDS")
+
+
+class Chosen(Entries):
+    """NGRPO_REWARDS: entries as in `rewards.train`. What they load lives as long as ComfyUI keeps the node's output."""
+
+    scorer: Scorer | None = None
+
+    def load(self) -> Scorer:
+        """The rewards, loaded once."""
+        if self.scorer is None:
+            with torch.inference_mode(False):
+                self.scorer = Scorer(self, str(comfy.model_management.get_torch_device()))
+        return self.scorer
+
+
+def register_folder() -> None:
+    """Make models/ngrpo_rewards known to ComfyUI."""
+    folder = Path(folder_paths.models_dir) / FUNCTIONS
+    folder_paths.add_model_folder_path(FUNCTIONS, str(folder), is_default=True)
+    known, _ = folder_paths.folder_names_and_paths[FUNCTIONS]
+    folder_paths.folder_names_and_paths[FUNCTIONS] = (known, {".py"})
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+register_folder()
+
+
+def functions() -> list[str]:
+    """`file.py:function` of every function of images in models/ngrpo_rewards; files are read, not imported."""
+    found = []
+    for name in folder_paths.get_filename_list(FUNCTIONS):
+        path = folder_paths.get_full_path(FUNCTIONS, name)
+        with suppress(OSError, SyntaxError, ValueError):
+            body = ast.parse(Path(path).read_bytes()).body
+            defined = [one for one in body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
+            found += [f"{name}:{one.name}" for one in defined if one.name[0] != "_" and takes_images(one)]
+    return found
+
+
+def takes_images(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether it can be a reward, by its parameters' names."""
+    arguments = function.args
+    return bool({"image", "images"} & {one.arg for one in (*arguments.args, *arguments.kwonlyargs)})
+
+
+def key_variable(url: str) -> str:
+    """The environment variable for the key of a server: each host has its own, so that no graph can send it elsewhere.
+
+    `https://api.example-1.com/v1` -> NGRPO_API_KEY_API_EXAMPLE__1_COM
+    """
+    host = urlsplit(url).hostname or ""
+    if "_" in host:
+        raise ConfigError(f"the host of a server with a key must have no _ in its name, got {host!r}")
+    return "NGRPO_API_KEY_" + re.sub(r"\W", "_", host.replace("-", "__")).upper()
+
+
+def admitted(reward: RewardConfig) -> RewardConfig:
+    """An entry that a graph may ask for.
+
+    Raises:
+        ConfigError: a function elsewhere than in models/ngrpo_rewards, a path out of ComfyUI's folders, or a variable
+            of the environment.
+    """
+    if ":" in reward.name:
+        target, _ = registry.split_reference(reward.name)
+        folders = [Path(folder).resolve() for folder in folder_paths.get_folder_paths(FUNCTIONS)]
+        if not target.endswith(".py") or not any(Path(target).resolve().is_relative_to(one) for one in folders):
+            raise ConfigError(
+                f"name must be a reward's, or a function of a file in models/{FUNCTIONS}, got {reward.name!r}; graphs "
+                "run no other code"
+            )
+    for field in reward.model_fields_set - {"name", "label", "base_url", "url", "template", "pattern", "model"}:
+        value = getattr(reward, field)
+        if isinstance(value, str):
+            check_path(value, field)
+    for secret, address in SECRETS.items():
+        if secret in reward.model_fields_set:
+            raise ConfigError(
+                f"{secret} must not be in a graph, got {getattr(reward, secret)!r}; ComfyUI takes the key for this "
+                f"server from the environment variable {key_variable(getattr(reward, address))}"
+            )
+        if secret in type(reward).model_fields:
+            variable = key_variable(getattr(reward, address))
+            known = variable if variable in os.environ or secret == "token_env" else None
+            return reward.model_copy(update={secret: known})
+    return reward
+
+
+def entry(name: str, weight: float, settings: str, own: dict[str, Any] | None = None) -> RewardConfig:
+    """One checked reward; settings as text are over the others.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    given = parse_settings(settings) if settings.strip() else {}
+    for widget in ("name", "weight"):
+        if widget in given:
+            raise ConfigError(f"settings must leave {widget} to its widget, got {widget}={given[widget]!r}")
+    (found,) = parse_reward_entries([{"name": name, "weight": weight} | (own or {}) | given])
+    return admitted(found)
+
+
+def joined(earlier: Entries | None, reward: RewardConfig) -> Chosen:
+    """A chain, longer by one."""
+    return Chosen(parse_reward_entries([*(earlier or ()), reward]))
+
+
+def problem(name: str, weight: float, settings: str, own: dict[str, Any] | None = None) -> bool | str:
+    """What `validate_inputs` returns."""
+    try:
+        entry(name, weight, settings, own)
+    except ConfigError as error:
+        return str(error)
+    return True
+
+
+def weight_input() -> io.Float.Input:
+    """The weight of a reward."""
+    return io.Float.Input(
+        "weight",
+        default=1.0,
+        min=-1000.0,
+        max=1000.0,
+        step=0.05,
+        round=False,
+        tooltip="Weight in the sum of several rewards; negative minimises the reward, 0 is refused.",
+    )
+
+
+def settings_input(what: str) -> io.String.Input:
+    """Further settings as text."""
+    return io.String.Input(
+        "settings",
+        default="",
+        multiline=True,
+        tooltip=f"{what} One key=value a line, or YAML; empty: the defaults. An unknown key is refused.",
+    )
+
+
+def chain_input() -> io.Input:
+    """Rewards to go on from."""
+    return Rewards.Input("rewards", optional=True, tooltip="Further rewards; this one is added to them.")
+
+
+class Reward(io.ComfyNode):
+    """One reward of `ngrpo_lora/rewards`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = registry.names(rewards)
+        about = "\n".join(f"{name}: {first_line(ValueError(registry.docstring(rewards, name)))}" for name in names)
+        return schema(
+            "Reward",
+            display_name="Reward",
+            description="What pictures are judged by, for Score, Compare and Train. Nothing is loaded before it is "
+            "used. Several nodes in a chain make a weighted sum.",
+            inputs=[
+                io.Combo.Input("name", options=names, default="world", tooltip=about),
+                weight_input(),
+                settings_input("Settings of this reward, as `ngrpo rewards NAME` lists them: label, clip, device, ..."),
+                chain_input(),
+            ],
+            outputs=[Rewards.Output(display_name="rewards")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str = "", weight: float = 1.0, settings: str = "") -> bool | str:
+        return problem(name, weight, settings) if name else True
+
+    @classmethod
+    def execute(cls, name: str, weight: float, settings: str, rewards: Entries | None = None) -> io.NodeOutput:
+        return io.NodeOutput(joined(rewards, entry(name, weight, settings)))
+
+
+class RewardFunction(io.ComfyNode):
+    """A Python function of one's own."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "RewardFunction",
+            display_name="Reward by Function",
+            description=f"A Python function as a reward. It stands in a file of models/{FUNCTIONS}, for example\n\n"
+            "def score(images, prompts):\n    return [numpy.asarray(image).mean() for image in images]\n\n"
+            "Graphs come from anywhere: code in a graph, or elsewhere on this computer, is not run.",
+            inputs=[
+                io.Combo.Input(
+                    "function",
+                    options=functions() or [NO_FUNCTION],
+                    tooltip=f"FILE.py:FUNCTION in models/{FUNCTIONS}, with the parameters (images, prompts, metadata) "
+                    "or (image, prompt, metadata), of which the last two may be left out. R refreshes the list.",
+                ),
+                weight_input(),
+                settings_input("Settings of any reward: label, clip, range, batch_size, timeout_s, concurrency."),
+                chain_input(),
+            ],
+            outputs=[Rewards.Output(display_name="rewards")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, function: str = "", weight: float = 1.0, settings: str = "") -> bool | str:
+        if not function:
+            return True
+        if function not in functions():
+            there = ", ".join(functions()) or "none"
+            return f"function must be one of models/{FUNCTIONS}, which has {there}, got {function!r}"
+        return problem(reference(function), weight, settings)
+
+    @classmethod
+    def fingerprint_inputs(cls, function: str = "", **others: Any) -> str:
+        return registry.source_digest(reference(function)) if function in functions() else ""
+
+    @classmethod
+    def execute(cls, function: str, weight: float, settings: str, rewards: Entries | None = None) -> io.NodeOutput:
+        return io.NodeOutput(joined(rewards, entry(reference(function), weight, settings)))
+
+
+def reference(function: str) -> str:
+    """`file.py:function` with the file's whole path."""
+    name, own = registry.split_reference(function)
+    return f"{folder_paths.get_full_path_or_raise(FUNCTIONS, name)}:{own}"
+
+
+class VLMJudge(io.ComfyNode):
+    """A vision-language model that is asked about every picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "VLMJudge",
+            display_name="VLM Judge",
+            description="A vision-language model behind an OpenAI-compatible server (vLLM, SGLang, Ollama, ...) as a "
+            "reward. Its key is never in a graph: for https://api.openai.com/v1 it is the environment variable "
+            "NGRPO_API_KEY_API_OPENAI_COM, and likewise for every other host (a - is written __).",
+            inputs=[
+                io.Combo.Input(
+                    "judge",
+                    options=SERVERS,
+                    default="judge",
+                    tooltip="judge: a question of your own. unifiedreward: a model tuned to judge, 1 to 5. vqascore: "
+                    "how probable the model finds it that the picture shows the prompt, 0 to 1.",
+                ),
+                io.String.Input(
+                    "base_url", default="http://localhost:8000/v1", tooltip="Address of the server, with its /v1."
+                ),
+                io.String.Input("model", default="", tooltip="The model's name there; empty: the only one."),
+                io.String.Input(
+                    "question",
+                    default=TEMPLATE,
+                    multiline=True,
+                    tooltip="Of judge: {prompt} is where the prompt goes. The others have questions of their own.",
+                ),
+                io.Combo.Input(
+                    "answer",
+                    options=["number", "logprobs"],
+                    default="number",
+                    tooltip="Of judge: number is what follows `Score:` in the answer, 0 to 10 (else: pattern and "
+                    "score_range in settings); logprobs is how probable a yes is, 0 to 1.",
+                ),
+                weight_input(),
+                settings_input(
+                    "max_tokens, max_retries, attempt_timeout_s, concurrency, label, clip; of judge pattern and "
+                    "score_range; of unifiedreward version and aspect."
+                ),
+                chain_input(),
+            ],
+            outputs=[Rewards.Output(display_name="rewards")],
+        )
+
+    @classmethod
+    def own(cls, judge: str, base_url: str, model: str, question: str, answer: str) -> dict[str, Any]:
+        """The widgets as settings."""
+        asked = {"template": question, "answer": answer} if judge == "judge" else {}
+        return {"base_url": base_url.strip(), "model": model.strip() or None} | asked
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        judge: str = "",
+        base_url: str = "http://localhost",
+        model: str = "",
+        question: str = TEMPLATE,
+        answer: str = "number",
+        weight: float = 1.0,
+        settings: str = "",
+    ) -> bool | str:
+        if judge not in SERVERS:
+            return f"judge must be one of {', '.join(SERVERS)}, got {judge!r}" if judge else True
+        return problem(judge, weight, settings, cls.own(judge, base_url, model, question, answer))
+
+    @classmethod
+    def execute(
+        cls,
+        judge: str,
+        base_url: str,
+        model: str,
+        question: str,
+        answer: str,
+        weight: float,
+        settings: str,
+        rewards: Entries | None = None,
+    ) -> io.NodeOutput:
+        own = cls.own(judge, base_url, model, question, answer)
+        return io.NodeOutput(joined(rewards, entry(judge, weight, settings, own)))
+
+
+class Score(io.ComfyNode):
+    """Pictures judged and sorted."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "Score",
+            display_name="Score Images",
+            description="Judges a batch of pictures, sorts it and keeps the best. A reward that fails for a picture "
+            "gives it no score: it comes last, and the reason is said.",
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures; a batch of at least two to have a choice."),
+                Rewards.Input("rewards", tooltip="What they are judged by."),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="What the pictures should show: one line for all, or one line for each.",
+                ),
+                io.Int.Input("n", default=1, min=1, max=4096, tooltip="How many pictures `best` keeps."),
+                io.Combo.Input(
+                    "combine",
+                    options=["standardized", "raw"],
+                    default="standardized",
+                    tooltip="Several rewards, before they are weighted and added up: brought to mean 0 and deviation 1 "
+                    "over this batch, or as they are. One reward is always as it is.",
+                ),
+                io.String.Input(
+                    "metadata",
+                    default="",
+                    multiline=True,
+                    tooltip="What some rewards want to know beside the prompt (geneval: include; ocr: text): a YAML or "
+                    "JSON mapping in one line for all pictures, or one line for each.",
+                ),
+                io.Int.Input(
+                    "sheet_px", default=256, min=64, max=2048, tooltip="Width of a picture on the contact sheet."
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="sorted", tooltip="All pictures, best first."),
+                io.Image.Output(display_name="best", tooltip="The n best."),
+                io.String.Output(display_name="table", tooltip="Every score of every picture, best first."),
+                io.Float.Output(display_name="best score", tooltip="Of the best picture, the weighted sum."),
+                io.Float.Output(display_name="mean score", tooltip="Of all pictures that have one."),
+                io.Image.Output(display_name="sheet", tooltip="One picture of all, best first, with their scores."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        images: Tensor,
+        rewards: Entries,
+        prompt: str,
+        n: int,
+        combine: Literal["standardized", "raw"],
+        metadata: str,
+        sheet_px: int,
+    ) -> io.NodeOutput:
+        samples = samples_of(to_pictures(images), prompt, metadata)
+        scorer = cancellable((rewards if isinstance(rewards, Chosen) else Chosen(rewards)).load)
+        check_samples(scorer, samples)
+        ranking = rank(scorer, scores_of(scorer, samples), combine)
+        table = ranking.table()
+        show_text(table, cls)
+        sheet = to_images([ranking.sheet(samples.images, samples.prompts, 4, sheet_px)])
+        ordered = images[ranking.order]
+        shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (table,)}
+        return io.NodeOutput(ordered, ordered[:n], table, ranking.best, ranking.mean, sheet, ui=shown)
+
+
+def samples_of(pictures: Sequence[Image.Image], prompt: str, metadata: str) -> Samples:
+    """Pictures with what is said of them.
+
+    Raises:
+        ConfigError: another number of lines than one or one for each picture, or metadata that is no mapping.
+    """
+    lines = [line.strip() for line in prompt.splitlines() if line.strip()] or [""]
+    prompts = each_its_own(lines, len(pictures), "prompt")
+    mappings = [parse_settings(line) for line in metadata.splitlines() if line.strip()] or [{}]
+    group_size = len(pictures) if len({*prompts}) == 1 else 1
+    return Samples(pictures, prompts, each_its_own(mappings, len(pictures), "metadata"), group_size)
+
+
+def scores_of(scorer: Scorer, samples: Samples) -> dict[str, Tensor]:
+    """Scores (N,); where a network found no room beside ComfyUI's models, once more without them."""
+    scores = cancellable(scorer, samples)
+    if any("OutOfMemoryError" in reason for reward in scorer.rewards.values() for reason in reward.failures):
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache()
+        scores = cancellable(scorer, samples)
+    return scores
+
+
+NODES: list[type[io.ComfyNode]] = [Reward, RewardFunction, VLMJudge, Score]
