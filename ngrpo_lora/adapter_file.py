@@ -26,7 +26,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ngrpo_lora.adapter_names import FORMATS, KOHYA_PREFIX, NAMES, NATIVE_FORMATS, diffusers_names, guess_family
+from ngrpo_lora.adapter_names import (
+    FORMATS,
+    KOHYA_PREFIX,
+    NAMES,
+    NATIVE_FORMATS,
+    diffusers_names,
+    guess_family,
+    row_shares,
+)
 from ngrpo_lora.errors import ConfigError, UserError
 
 __all__ = [
@@ -354,7 +362,7 @@ def _split(path: Path, name: str, layer: Layer, parts: Sequence[str]) -> list[La
     """The layers that a fused one consists of, each with the ranks that reach it."""
     if len(parts) == 1:
         return [layer]
-    shares = _shares(parts)
+    shares = row_shares(parts)
     width, rest = divmod(len(layer.up), sum(shares))
     if rest:
         raise _refused(path, f"{name!r} is {len(layer.up)} wide, which {len(parts)} layers cannot share")
@@ -364,11 +372,6 @@ def _split(path: Path, name: str, layer: Layer, parts: Sequence[str]) -> list[La
         used[0] |= not used.any()  # a layer that is left as it is has a rank too
         split.append(Layer(layer.down[used], up[:, used], layer.scale))
     return split
-
-
-def _shares(parts: Sequence[str]) -> list[int]:
-    """Relative widths; FLUX.1's feed-forward layer is four times as wide as the attention beside it."""
-    return [4 if part.endswith("proj_mlp") else 1 for part in parts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -483,7 +486,7 @@ def _originals(file: AdapterFile, family: str) -> dict[str, Layer]:
             parts = [part.format(number) for part in forms]
             layers = [left.pop(part, None) for part in parts]
             if any(layers):
-                originals[form.format(number)] = _fuse(layers, _shares(parts))
+                originals[form.format(number)] = _fuse(layers, row_shares(parts))
     if left:
         raise UserError(
             f"adapter {str(file.path)!r} adapts layers that have no name in this format ({examples(left)}); "

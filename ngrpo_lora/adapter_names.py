@@ -9,10 +9,10 @@ Qwen-Image and Z-Image also `transformer.` and diffusers' name. For Wan it knows
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 
-__all__ = ["FORMATS", "KOHYA_PREFIX", "NAMES", "NATIVE_FORMATS", "diffusers_names", "guess_family"]
+__all__ = ["FORMATS", "KOHYA_PREFIX", "NAMES", "NATIVE_FORMATS", "diffusers_names", "guess_family", "original_rows"]
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "flux": ("diffusers", "comfyui", "kohya"),
@@ -206,6 +206,26 @@ def diffusers_names(name: str, family: str | None) -> tuple[str, ...]:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return _look_up(name, original) or (name,)
+
+
+def original_rows(layer: str, family: str) -> tuple[str, int, int, int] | None:
+    """The original layer that a diffusers layer is, or is rows of: (name, first, share, total), rows in shares.
+
+    None: it has no name there.
+    """
+    for number in (*re.findall(r"\d+", layer), ""):
+        for form, forms in NAMES[family].items():
+            parts = [part.format(number) for part in forms]
+            if layer in parts:
+                shares = row_shares(parts)
+                place = parts.index(layer)
+                return form.format(number), sum(shares[:place]), shares[place], sum(shares)
+    return None
+
+
+def row_shares(parts: Sequence[str]) -> list[int]:
+    """Relative widths; FLUX.1's feed-forward layer is four times as wide as the attention beside it."""
+    return [4 if part.endswith("proj_mlp") else 1 for part in parts]
 
 
 def guess_family(names: Mapping[str, tuple[int, ...]], header: Mapping[str, str]) -> str | None:

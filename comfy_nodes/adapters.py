@@ -1,0 +1,337 @@
+"""LoRA files of any trainer on a MODEL, with their own sampler and noise levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import comfy.lora
+import comfy.ops
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy.samplers import KSAMPLER
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ngrpo_lora.adapter_file import AdapterFile, examples, read_adapter_file, read_metadata, state_dict
+from ngrpo_lora.adapter_names import original_rows
+from ngrpo_lora.adapter_report import describe, lines
+from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.recommended import Recommendation, recommend
+from ngrpo_lora.strengths import StrengthSchedule, parse_schedule, progress
+
+from ._api import schema
+from .sampling import sample_flow, weightless
+
+FOLDER = "loras"
+ALPHA = ["fold in", "as ComfyUI reads it"]
+FAMILIES = {
+    "Flux": "flux",
+    "Flux2": "flux2_klein",
+    "Lumina2": "z_image",
+    "QwenImage": "qwen_image",
+    "SD3": "sd3",
+    "WAN21": "wan",
+}
+"""By ComfyUI's classes, which their variants descend from."""
+
+Patches = dict[Any, Any]
+"""As `comfy.lora.load_lora` gives them: by weight, or by (weight, rows), or by (weight, rows, function)."""
+
+
+def family_of(model: ModelPatcher) -> str:
+    """Which of our families a MODEL belongs to.
+
+    Raises:
+        UserError: none.
+    """
+    kinds = [kind.__name__ for kind in type(model.model).__mro__]
+    family = next((FAMILIES[kind] for kind in kinds if kind in FAMILIES), None)
+    if family is None:
+        raise UserError(
+            f"MODEL must be a flow model of {', '.join(sorted(set(FAMILIES.values())))}, got a {kinds[0]}; for others "
+            "there is ComfyUI's own LoraLoaderModelOnly"
+        )
+    return family
+
+
+def adapter_path(name: str) -> Path:
+    """A file of ComfyUI's loras folders by its name there.
+
+    Raises:
+        ConfigError: there is none, or the name leaves the folders.
+    """
+    path = folder_paths.get_full_path(FOLDER, name) if name in folder_paths.get_filename_list(FOLDER) else None
+    if path is None:
+        raise ConfigError(f"lora_name must be a file in ComfyUI's loras folder, got {name!r}; refresh the list with R")
+    return Path(path)
+
+
+def check_strength(strength: float) -> None:
+    """Raise ConfigError for one that is not finite."""
+    if not math.isfinite(strength):
+        raise ConfigError(f"strength must be finite, got {strength}; 1 is as trained, 0 the base")
+
+
+@dataclass(frozen=True)
+class FittingAdapter:
+    """A LoRA file that fits a MODEL, every layer of it."""
+
+    file: AdapterFile
+    family: str
+    patches: Patches
+
+
+def read_fitting(model: ModelPatcher, path: Path, alpha: str = ALPHA[0]) -> FittingAdapter:
+    """Read a LoRA file for a MODEL.
+
+    Raises:
+        UserError: no LoRA, or one of another model; a layer that has no place in the MODEL is an error too.
+    """
+    family = family_of(model)
+    with torch.inference_mode(False):
+        file = read_adapter_file(path, family)
+        layers = file.layers
+        if alpha == ALPHA[1] and file.alpha != "tensors":
+            layers = {name: replace(layer, scale=1.0) for name, layer in layers.items()}
+        weights = model.model.state_dict()
+        targets = places(model, weights, file, family)
+        patches = comfy.lora.load_lora(state_dict(layers), targets, log_missing=False)
+    assert len(patches) == len(layers), "two layers share a place, or ComfyUI does not read diffusers' names"
+    return FittingAdapter(file, family, patches)
+
+
+def places(model: ModelPatcher, weights: Mapping[str, Tensor], file: AdapterFile, family: str) -> dict[str, Any]:
+    """By the names of a file's layers: which weights of a MODEL they change, where it fuses layers with their rows.
+
+    Raises:
+        UserError: a layer is not there, or in another size.
+    """
+    known = comfy.lora.model_lora_keys_unet(model.model, {})
+    found: dict[str, Any] = {}
+    misfits: list[str] = []
+    for name, layer in file.layers.items():
+        target = known.get(f"transformer.{name}") or original_place(name, family, weights)
+        key, rows, *_ = (target, None) if isinstance(target, str) else target or ("", None)
+        shape = list(weights[key].shape) if key in weights else []
+        if rows is not None:
+            shape[0] = rows[2]
+        if shape != [len(layer.up), *layer.down.shape[1:]]:
+            misfits.append(name)
+        found[f"transformer.{name}"] = target
+    if misfits:
+        raise UserError(
+            f"adapter {file.path.name!r} is no LoRA of this MODEL, a {type(model.model).__name__} ({family}): "
+            f"{len(misfits)} of its {len(file.layers)} layers are not there or have another size "
+            f"({examples(misfits)}); by its layers it is one of {file.family or 'an unknown model'}"
+            f"{named_base(file)}; give the model that it was trained on"
+        )
+    return found
+
+
+def original_place(layer: str, family: str, weights: Mapping[str, Tensor]) -> Any:
+    """Where ComfyUI's own map does not know diffusers' name: by the name in the original code, which it follows."""
+    found = original_rows(layer, family)
+    if found is None:
+        return None
+    name, first, share, total = found
+    key = f"diffusion_model.{name}.weight"
+    if share == total or key not in weights:
+        return key
+    width = len(weights[key]) // total
+    return (key, (0, first * width, share * width))
+
+
+def named_base(file: AdapterFile) -> str:
+    """The base that a file names, to go on with."""
+    path = file.metadata.get("modelspec.title", "").removeprefix("Neighbor GRPO LoRA for ")
+    return f", trained on {path}" if "ngrpo" in file.metadata and path else ""
+
+
+def apply(model: ModelPatcher, adapter: FittingAdapter, strength: float, schedule: StrengthSchedule) -> ModelPatcher:
+    """A clone of a MODEL with an adapter on it; at strength 0 the MODEL itself."""
+    constant = schedule.constant
+    if not strength or constant == 0:
+        return model
+    patched = model.clone()
+    if constant is None:
+        Scheduled(adapter, strength, schedule).put_on(patched)
+    else:
+        patched.add_patches(adapter.patches, strength * constant)
+    return patched
+
+
+class Scheduled:
+    """An adapter whose strength follows the sampling: added to the weights as each layer is computed.
+
+    The MODEL's weights stay as they are, so that no step rounds what another one left.
+    """
+
+    def __init__(self, adapter: FittingAdapter, strength: float, schedule: StrengthSchedule):
+        self.adapter, self.strength, self.schedule = adapter, strength, schedule
+        self.now = 0.0
+        self.used = False
+
+    def put_on(self, model: ModelPatcher) -> None:
+        """Register with a MODEL.
+
+        Raises:
+            UserError: a layer of it cannot be changed while it computes.
+        """
+        for target, patch in self.adapter.patches.items():
+            key, rows, function = (*((target,) if isinstance(target, str) else target), None, None)[:3]
+            module = comfy.utils.get_attr(model.model, key.removesuffix(".weight"))
+            if not isinstance(module, comfy.ops.CastWeightBiasOp):
+                raise UserError(
+                    f"a schedule needs layers of ComfyUI's own, but {key!r} is of a {type(module).__name__}"
+                )
+            model.add_weight_wrapper(key, ScheduledPatch(self, key, patch, rows, function))
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"ngrpo_schedule_{id(self)}", self.at_noise_level)
+
+    def at_noise_level(
+        self,
+        executor: Any,
+        x: Tensor,
+        sigma: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Mapping[str, Any] = MappingProxyType({}),
+        **conditions: Any,
+    ) -> Tensor:
+        """One pass of the model, as `comfy.model_base.BaseModel.apply_model` has it."""
+        place = progress(sigma.max().item(), transformer_options["sample_sigmas"].tolist())
+        self.now, self.used = self.strength * self.schedule(place), False
+        result = executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **conditions)
+        if self.now and not self.used:
+            raise UserError(
+                "this MODEL takes no strength that changes from step to step: its layers compute with weights of "
+                "their own (GGUF, for one); leave the schedule empty"
+            )
+        return result
+
+
+class ScheduledPatch:
+    """One weight of a scheduled adapter, in the form of ModelPatcher's weight functions."""
+
+    def __init__(self, owner: Scheduled, key: str, patch: Any, rows: Any, function: Any):
+        self.owner, self.key, self.patch, self.rows, self.function = owner, key, patch, rows, function
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """A weight that is the layer's own copy -> the same with the adapter's part added."""
+        self.owner.used = True
+        if not self.owner.now:
+            return weight
+        patches = [(self.owner.now, self.patch, 1.0, self.rows, self.function)]
+        return comfy.lora.calculate_weight(patches, weight, self.key, intermediate_dtype=weight.dtype)
+
+    def move_to(self, device: torch.device) -> int:
+        """To where it is needed; bytes that it takes there."""
+        moved = tuple(part.to(device) if isinstance(part, Tensor) else part for part in self.patch.weights)
+        self.patch.weights = moved
+        return sum(part.nbytes for part in moved if isinstance(part, Tensor))
+
+
+def report(name: str, path: Path, adapter: FittingAdapter, recommendation: Recommendation) -> str:
+    """What `ngrpo info` says of a file, and what counts here."""
+    rows = dict(lines(describe(path))) | {"file": name}
+    rows.pop("draw")
+    info = recommendation.info
+    rows["settings"] = f"{rows['settings']} ({recommendation.source})" if "settings" in rows else recommendation.source
+    rows["drawn with"] = (
+        f"{info.rollout.num_steps} steps of {info.rollout.solver}, {info.model.width_px} x {info.model.height_px} px"
+    )
+    return "\n".join(f"{what}: {value}" for what, value in rows.items())
+
+
+class LoadAdapter(io.ComfyNode):
+    """A LoRA with its own sampler."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "LoadAdapter",
+            display_name="Load Adapter",
+            description="A LoRA on a MODEL, with the sampler, the noise levels, the guidance and the size that it was "
+            "trained with. Reads files of any trainer (diffusers, PEFT, kohya, ComfyUI); one that does not fit the "
+            "MODEL in every layer is an error. Several in a row add up.",
+            inputs=[
+                io.Model.Input("model", tooltip="FLUX, SD3, Qwen-Image, Z-Image, Wan, or the embedded model."),
+                io.Combo.Input(
+                    "lora_name", options=folder_paths.get_filename_list(FOLDER), tooltip="A file in the loras folder."
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=-20.0, max=20.0, step=0.05, tooltip="1: as trained; 0: the base."
+                ),
+                io.String.Input(
+                    "schedule",
+                    default="",
+                    tooltip="Factors of the strength over the steps, as place:factor from 0, the first step, to 1, the "
+                    "last, with straight lines between: 0:0, 0.3:1, 1:0.5. A place given twice is a jump. Empty: 1.",
+                ),
+                io.Combo.Input(
+                    "alpha",
+                    options=ALPHA,
+                    default=ALPHA[0],
+                    tooltip="alpha that stands in the header alone: ComfyUI's own loaders do not see it, and draw with "
+                    "another strength than diffusers. Fold in: as it was trained.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(),
+                io.Sampler.Output(tooltip="The solver of training."),
+                io.Sigmas.Output(tooltip="The noise levels of training."),
+                io.Float.Output("guidance", display_name="guidance", tooltip="For FluxGuidance, or as cfg."),
+                io.Int.Output("width", display_name="width", tooltip="Of training, in pixels."),
+                io.Int.Output("height", display_name="height", tooltip="Of training, in pixels."),
+                io.String.Output("info", display_name="info", tooltip="What the file says of itself."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str | None, strength: float = 1.0, schedule: str | None = "") -> bool | str:
+        try:
+            if lora_name is not None:
+                read_metadata(adapter_path(lora_name))
+            check_strength(strength or 0.0)
+            parse_schedule(schedule or "")
+        except UserError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **others: Any) -> tuple[Any, ...]:
+        state = adapter_path(lora_name).stat()
+        return state.st_mtime_ns, state.st_size
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, lora_name: str, strength: float, schedule: str, alpha: str) -> io.NodeOutput:
+        path = adapter_path(lora_name)
+        check_strength(strength)
+        adapter = read_fitting(model, path, alpha)
+        recommendation = recommend(path, adapter.family)
+        info = recommendation.info
+        family = weightless(recommendation.base, info.model.height_px, info.model.width_px)
+        sigmas = family.sigmas(info.rollout.num_steps, info.rollout.shift)
+        guidance = info.model.guidance_scale
+        text = report(lora_name, path, adapter, recommendation)
+        return io.NodeOutput(
+            apply(model, adapter, strength, parse_schedule(schedule)),
+            KSAMPLER(sample_flow, {"solver": info.rollout.solver}),
+            sigmas,
+            float(family.settings["guidance_scale"] if guidance is None else guidance),
+            info.model.width_px,
+            info.model.height_px,
+            text,
+            ui=ui.PreviewText(text),
+        )
+
+
+NODES: list[type[io.ComfyNode]] = [LoadAdapter]

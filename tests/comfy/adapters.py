@@ -1,0 +1,71 @@
+"""LoRA files for tests, of the embedded model, with an effect that shows; and the pictures that the trainer draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from comfy_client import Comfy
+from graphs import PROMPT
+from torch import Tensor, nn
+
+from ngrpo_lora.adapter_file import Layer, save_tensors, state_dict
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.noise import gaussian_noise
+from ngrpo_lora.solvers import SOLVERS
+
+
+def loras_folder(comfy: Comfy) -> Path:
+    """Where the server looks for LoRA files."""
+    folder = Path(comfy.base) / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def random_layers(family: BaseFamily, seed: int = 0, rank: int = 4, size: float = 1.0) -> dict[str, Layer]:
+    """Of every linear layer of every block."""
+    draw = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name, module in family.transformer.named_modules():
+        if "blocks." in name and isinstance(module, nn.Linear) and "norm" not in name:
+            down = torch.randn(rank, module.in_features, generator=draw) / module.in_features**0.5
+            up = torch.randn(module.out_features, rank, generator=draw) / module.out_features**0.5
+            layers[name] = Layer(down, size * up)
+    return layers
+
+
+def save_adapter(path: Path, layers: dict[str, Layer], header: dict[str, str]) -> Path:
+    """As the trainer writes it."""
+    save_tensors(path, state_dict(layers), header)
+    return path
+
+
+SEED = 3  # whose sampling makes rounding three times larger; of seed 7 it is ten times, near where paths part
+
+
+@torch.no_grad()
+def trainer_latents(
+    family: BaseFamily,
+    adapters: Sequence[tuple[dict[str, Layer], Callable[[int], float]]] = (),
+    seed: int = SEED,
+    steps: int = 8,
+    solver: str = "dpmpp_2m",
+    shift: float | None = None,
+) -> Tensor:
+    """The clean latents (1, ...) with adapters added into the weights, each at its strength for every step."""
+    sigmas = family.sigmas(steps, shift)
+    text = family.encode([PROMPT])
+    kept = {name: weight.clone() for name, weight in family.transformer.state_dict().items()}
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        family.transformer.load_state_dict(kept)
+        for layers, strength in adapters:
+            for name, layer in layers.items():
+                family.transformer.get_submodule(name).weight += strength(sigmas.tolist().index(sigma)) * layer.delta()
+        return family.velocity(latents, sigma, text)
+
+    noise = gaussian_noise((1, *family.latent_shape), seed)
+    latents = SOLVERS[solver](velocity, noise, sigmas)[-1]
+    family.transformer.load_state_dict(kept)
+    return latents
