@@ -27,7 +27,7 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.recommended import Recommendation, recommend
 from ngrpo_lora.strengths import StrengthSchedule, parse_schedule, progress
 
-from ._api import schema
+from ._api import schema, show_text
 from .sampling import sample_flow, weightless
 
 FOLDER = "loras"
@@ -60,6 +60,12 @@ def family_of(model: ModelPatcher) -> str:
             "there is ComfyUI's own LoraLoaderModelOnly"
         )
     return family
+
+
+def lora_input() -> io.Combo.Input:
+    """A choice among all LoRA files."""
+    files = folder_paths.get_filename_list(FOLDER)
+    return io.Combo.Input("lora_name", options=files, tooltip="A file in the loras folder.")
 
 
 def adapter_path(name: str) -> Path:
@@ -264,9 +270,7 @@ class LoadAdapter(io.ComfyNode):
             "MODEL in every layer is an error. Several in a row add up.",
             inputs=[
                 io.Model.Input("model", tooltip="FLUX, SD3, Qwen-Image, Z-Image, Wan, or the embedded model."),
-                io.Combo.Input(
-                    "lora_name", options=folder_paths.get_filename_list(FOLDER), tooltip="A file in the loras folder."
-                ),
+                lora_input(),
                 io.Float.Input(
                     "strength", default=1.0, min=-20.0, max=20.0, step=0.05, tooltip="1: as trained; 0: the base."
                 ),
@@ -293,6 +297,7 @@ class LoadAdapter(io.ComfyNode):
                 io.Int.Output("height", display_name="height", tooltip="Of training, in pixels."),
                 io.String.Output("info", display_name="info", tooltip="What the file says of itself."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -322,6 +327,7 @@ class LoadAdapter(io.ComfyNode):
         sigmas = family.sigmas(info.rollout.num_steps, info.rollout.shift)
         guidance = info.model.guidance_scale
         text = report(lora_name, path, adapter, recommendation)
+        show_text(text, cls)
         return io.NodeOutput(
             apply(model, adapter, strength, parse_schedule(schedule)),
             KSAMPLER(sample_flow, {"solver": info.rollout.solver}),

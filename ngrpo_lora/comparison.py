@@ -46,6 +46,7 @@ __all__ = [
     "differences_table",
     "distinct_prompts",
     "mean_interval",
+    "parameters",
     "parse_rewards",
     "read_votes",
     "score_pictures",
@@ -225,7 +226,7 @@ def check_rewards(configs: Sequence[RewardConfig], pictures: Sequence[Picture]) 
     """
     without = next((picture for picture in pictures if picture.prompt is None), None)
     for config in configs:
-        wanted = _parameters(config)
+        wanted = parameters(config)
         if {"images", "prompt"} <= wanted:
             raise ConfigError(f"--reward {config.key} judges whole groups of candidates, not single pictures")
         if without is not None and wanted & {"prompt", "prompts"}:
@@ -235,7 +236,7 @@ def check_rewards(configs: Sequence[RewardConfig], pictures: Sequence[Picture]) 
             )
 
 
-def _parameters(config: RewardConfig) -> set[str]:
+def parameters(config: RewardConfig) -> set[str]:
     """Names of what a reward is called with."""
     if ":" in config.name:
         function = registry.resolve_function(config.name)

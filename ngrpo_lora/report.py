@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ngrpo_lora.tracking import read_metrics, read_scores, series
 
 CELL_PX, CAPTION_LINES, LINE_PX = 160, 2, 17
 NUM_SHOWN = 4
+FRAME = "#1a9c3f"
 CAPTION_PX = CAPTION_LINES * LINE_PX
 
 
@@ -41,10 +42,12 @@ def draw_grid(
     columns: int = 6,
     caption_lines: int = CAPTION_LINES,
     cell_px: int = CELL_PX,
+    framed: Container[int] = (),
 ) -> Image.Image:
     """Images with their captions below, `columns` a row; small ones are enlarged without smoothing.
 
     Captions keep their line breaks; what is more than `caption_lines` lines is left out. Letters grow with the cell.
+    Those of the numbers `framed` have a green frame.
     """
     scale = cell_px / CELL_PX
     rows, caption_px = -(-len(images) // columns), caption_lines * round(LINE_PX * scale)
@@ -55,10 +58,18 @@ def draw_grid(
         resample = Image.Resampling.NEAREST if max(image.size) < cell_px else Image.Resampling.LANCZOS
         factor = (cell_px - 6) / max(image.size)
         size = (round(image.width * factor), round(image.height * factor))
-        sheet.paste(image.resize(size, resample), (x + (cell_px - size[0]) // 2, y + 3))
-        lines = [part for line in caption.splitlines() for part in textwrap.wrap(line, 28)][:caption_lines]
+        left = x + (cell_px - size[0]) // 2
+        if index in framed:
+            canvas.rectangle((left - 3, y, left + size[0] + 2, y + size[1] + 5), fill=FRAME)
+        sheet.paste(image.resize(size, resample), (left, y + 3))
+        lines = wrapped(caption)[:caption_lines]
         canvas.multiline_text((x + 4, y + cell_px), "\n".join(lines), fill="black", font=font, spacing=2 * scale)
     return sheet
+
+
+def wrapped(caption: str) -> list[str]:
+    """A caption's lines, as wide as a picture of a grid."""
+    return [part for line in caption.splitlines() for part in textwrap.wrap(line, 28)]
 
 
 def save_shown(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str], seeds: Sequence[int]) -> None:
