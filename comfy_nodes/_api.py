@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,16 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
 def show_text(text: str, node: type[io.ComfyNode]) -> None:
     """Write below a node's widgets; a node that says so has `hidden=[io.Hidden.unique_id]`."""
     PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+
+
+def register_folder(name: str, suffix: str) -> None:
+    """Make models/NAME, and its namesakes of extra_model_paths.yaml, known to ComfyUI for files of this suffix."""
+    folder = Path(folder_paths.models_dir) / name
+    folder_paths.add_model_folder_path(name, str(folder), is_default=True)
+    known, _ = folder_paths.folder_names_and_paths[name]
+    folder_paths.folder_names_and_paths[name] = (known, {suffix})
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def own_folders() -> list[Path]:

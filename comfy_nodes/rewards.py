@@ -29,7 +29,7 @@ from ngrpo_lora.ranking import check_samples, each_its_own, rank
 from ngrpo_lora.rewards.judge import TEMPLATE
 from ngrpo_lora.scoring import Samples, Scorer
 
-from ._api import cancellable, check_path, schema, show_text, to_images, to_pictures
+from ._api import cancellable, check_path, register_folder, schema, show_text, to_images, to_pictures
 
 FUNCTIONS = "ngrpo_rewards"
 """Folder of models/ whose Python files hold rewards of one's own."""
@@ -56,17 +56,7 @@ class Chosen(Entries):
         return self.scorer
 
 
-def register_folder() -> None:
-    """Make models/ngrpo_rewards known to ComfyUI."""
-    folder = Path(folder_paths.models_dir) / FUNCTIONS
-    folder_paths.add_model_folder_path(FUNCTIONS, str(folder), is_default=True)
-    known, _ = folder_paths.folder_names_and_paths[FUNCTIONS]
-    folder_paths.folder_names_and_paths[FUNCTIONS] = (known, {".py"})
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-register_folder()
+register_folder(FUNCTIONS, ".py")
 
 
 def functions() -> list[str]:

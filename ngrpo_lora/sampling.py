@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -19,14 +21,15 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ngrpo_lora import models, registry
-from ngrpo_lora.adapter_file import adapter_label
+from ngrpo_lora.adapter_file import adapter_label, read_metadata
 from ngrpo_lora.adapter_report import digest
-from ngrpo_lora.config import ModelConfig, RolloutConfig
+from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig, load_config, preset_names
 from ngrpo_lora.devices import resolve_device, resolve_dtype
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.export import AdapterInfo, code_version, read_adapter
 from ngrpo_lora.models._base import BaseFamily, Parts
-from ngrpo_lora.models._index import family_of
+from ngrpo_lora.models._blueprint import architectures
+from ngrpo_lora.models._index import family_of, model_index
 from ngrpo_lora.noise import gaussian_noise
 from ngrpo_lora.pictures import read_png_text
 from ngrpo_lora.prompt_files import read_prompts
@@ -76,23 +79,55 @@ def draw(
     """
     images = []
     for row, seed in enumerate(seeds):
-        one = text[[row]]
-        noise = gaussian_noise((1, *family.latent_shape), seed).to(family.device)
-        latents = SOLVERS[solver](lambda x, sigma, one=one: family.velocity(x, sigma, one), noise, sigmas)[-1]
-        images += family.decode(latents)
+        noise = gaussian_noise((1, *family.latent_shape), seed)
+        images += family.decode(solve(family, text[[row]], noise, solver, sigmas))
         progress()
     return images
+
+
+@torch.no_grad()
+def solve(
+    family: BaseFamily,
+    text: TextEmbeds,
+    noise: Tensor,
+    solver: str,
+    sigmas: Tensor,
+    before_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Noise (B, ...) -> clean latents (B, ...), `before_step` being called before each of the K steps."""
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        before_step()
+        return family.velocity(latents, sigma, text)
+
+    return SOLVERS[solver](velocity, noise.to(family.device), sigmas)[-1]
 
 
 class Sampler:
     """A model, with an adapter or without, that draws as its settings say."""
 
     def __init__(self, info: AdapterInfo, adapter: str | Path | None = None, strength: float = 1.0):
-        self.family, self.solver = load_family(info.model), info.rollout.solver
-        self.sigmas = self.family.sigmas(info.rollout.num_steps, info.rollout.shift)
+        self.family = load_family(info.model)
         self.names: dict[Path, str] = {}  # of the adapters that are on the model, active or not
+        self.settle(info)
         if adapter is not None:
             self.use([(Path(adapter), strength)])
+
+    def settle(self, info: AdapterInfo) -> None:
+        """Draw as these settings say from now on; what is loaded stays as it is loaded."""
+        self.info, self.solver = info, info.rollout.solver
+        self.sigmas = self.family.sigmas(info.rollout.num_steps, info.rollout.shift)
+
+    def at(self, info: AdapterInfo) -> Sampler:
+        """The same loaded model, with the same adapters, at other settings.
+
+        Raises:
+            UserError: the model cannot draw so.
+        """
+        other = copy(self)
+        other.family = self.family.at(info.model)
+        other.settle(info)
+        return other
 
     def use(self, adapters: Sequence[tuple[Path, float]]) -> None:
         """Draw with these LoRA files together, each at its strength, from now on; with none, the base itself.
@@ -113,6 +148,12 @@ class Sampler:
         elif self.names:
             self.family.transformer.disable_adapters()
 
+    def remove_adapters(self) -> None:
+        """Take all LoRA files off the model, so that their memory is free and changed files are read again."""
+        if self.names:
+            self.family.pipeline.unload_lora_weights()
+            self.names.clear()
+
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image.Image]:
         """One image per prompt and seed, of a video model `num_frames`, drawn when they are asked for."""
         for prompt, rows in groupby(zip(prompts, seeds, strict=True), itemgetter(0)):
@@ -129,6 +170,42 @@ def drawing_settings(adapter: str | Path | None, model: str | None, device: str 
     """
     info = read_adapter(adapter) if adapter is not None else AdapterInfo(ModelConfig(), RolloutConfig())
     return on_this_machine(info, model, device)
+
+
+def own_settings(path: str, adapter: Path | None = None) -> AdapterInfo:
+    """How a model is drawn: as the adapter says, else as its preset trains it, else as a preset of its family.
+
+    Only size, frames, steps and negative prompt are a preset's; shift and guidance are the model's own. A model
+    without a preset has the defaults, but 1024 x 1024 pixels.
+
+    Raises:
+        UserError: no such model, or not an adapter.
+    """
+    if adapter is not None and "ngrpo" in read_metadata(adapter):
+        info = read_adapter(adapter)
+        return AdapterInfo(info.model.model_copy(update={"path": path}), info.rollout)
+    if path == "embedded":
+        return AdapterInfo(ModelConfig(), RolloutConfig())
+    presets, known = preset_by_model(), architectures()
+    found = presets.get(path)
+    if found is None:
+        pipeline = known[path]["pipeline"] if path in known else model_index(path)["_class_name"]
+        alike = (run for model, run in presets.items() if known.get(model, {}).get("pipeline") == pipeline)
+        found = next(alike, None)
+    if found is None:
+        return AdapterInfo(ModelConfig(path=path, height_px=1024, width_px=1024), RolloutConfig())
+    kept = found.model.model_dump(include={"height_px", "width_px", "num_frames", "negative_prompt"})
+    return AdapterInfo(ModelConfig(path=path, **kept), RolloutConfig(num_steps=found.rollout.num_steps))
+
+
+@cache
+def preset_by_model() -> dict[str, RunConfig]:
+    """The shipped presets by `model.path`, the first of each."""
+    runs: dict[str, RunConfig] = {}
+    for name in preset_names():
+        run = load_config(name)
+        runs.setdefault(run.model.path, run)
+    return runs
 
 
 def on_this_machine(info: AdapterInfo, model: str | None, device: str = "auto") -> AdapterInfo:

@@ -10,7 +10,8 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from copy import copy
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import diffusers
 import torch
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from ngrpo_lora.embeddings import EmbeddingCache
 
 Parts = Literal["all", "text", "image"]
+ASKED_FOR = {"height_px", "width_px", "num_frames", "guidance_scale", "max_sequence_length", "negative_prompt"}
+"""Settings of a model that can change while it is loaded."""
 
 
 class BaseFamily:
@@ -84,32 +87,54 @@ class BaseFamily:
             UserError: not a model of this family, or it cannot be loaded, or the size does not fit it.
         """
         self.config, self.device, self.dtype = config, torch.device(device), getattr(torch, config.dtype)
-        self.negative: TextEmbeds | None = None  # of guidance by two passes, encoded with the first prompts
         self.cache: EmbeddingCache | None = None  # where there are no text encoders
         self.pipeline = self.load(parts)
         self.pipeline.set_progress_bar_config(disable=True)
-        guidance = self.default_guidance if config.guidance_scale is None else config.guidance_scale
-        self.settings: dict[str, float | int] = {
-            "guidance_scale": guidance,
-            "max_sequence_length": config.max_sequence_length or self.max_tokens(),
-        }
         encoders: list[nn.Module | None] = [getattr(self.pipeline, name) for name in self.text_encoders]
         self.encoders = [encoder.requires_grad_(False).eval() for encoder in encoders if encoder is not None]
         if config.text_encoders == "keep":
             for encoder in self.encoders:
                 encoder.to(self.device)
-        if parts == "text":
+        self.draws = parts != "text"
+        if self.draws:
+            self.transformer: Any = self.pipeline.transformer.requires_grad_(False).eval()
+            self.vae: Any = self.pipeline.vae.requires_grad_(False).eval()
+        self.settle(config)
+        if self.draws:
+            self.place(divided)
+
+    def settle(self, config: ModelConfig) -> None:
+        """Take over what a loaded model is asked for, `ASKED_FOR`.
+
+        Raises:
+            UserError: the model cannot draw so.
+        """
+        self.config = config
+        self.negative: TextEmbeds | None = None  # of guidance by two passes, encoded with the first prompts
+        guidance = self.default_guidance if config.guidance_scale is None else config.guidance_scale
+        self.settings: dict[str, float | int] = {
+            "guidance_scale": guidance,
+            "max_sequence_length": config.max_sequence_length or self.max_tokens(),
+        }
+        if not self.draws:
             return
         multiple = self.size_multiple
         for side, size_px in (("height_px", config.height_px), ("width_px", config.width_px)):
             if size_px % multiple:
                 raise UserError(f"model.{side} must be a multiple of {multiple} for this model, got {size_px}")
-        self.transformer: Any = self.pipeline.transformer.requires_grad_(False).eval()
-        self.vae: Any = self.pipeline.vae.requires_grad_(False).eval()
         if self.num_frames == 1 and config.num_frames not in (None, 1):
             raise UserError(f"model.num_frames must be null for {config.path!r}, which draws no videos")
-        self.place(divided)
         self.latent_shape = self.latent_shape_of(config)
+
+    def at(self, config: ModelConfig) -> Self:
+        """The same loaded model, its weights and adapters, asked for what `config` says; the rest of it does not count.
+
+        Raises:
+            UserError: as `settle`.
+        """
+        other = copy(self)
+        other.settle(self.config.model_copy(update=config.model_dump(include=ASKED_FOR)))
+        return other
 
     # What a family defines
 
@@ -153,9 +178,13 @@ class BaseFamily:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Clean latents (B, ...) -> B * num_frames RGB images, frames of a sample together."""
+        pixels = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(pixels, "pil")
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """Clean latents -> as the VAE has them, and ComfyUI in its graphs."""
         config = self.vae.config
-        scaled = latents.to(self.vae.dtype) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return self.pipeline.image_processor.postprocess(self.vae.decode(scaled, return_dict=False)[0], "pil")
+        return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
 
     # What all have in common
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.models._base import BaseFamily, Parts
+from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.types import TextEmbeds
 from ngrpo_lora.world import EMBEDDED
 
@@ -30,9 +30,10 @@ class Family(BaseFamily):
     default_guidance = 3.5
     distilled_guidance = True
 
-    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all", divided: bool = False):
-        super().__init__(config, device, parts, divided)
-        if parts != "text":
+    def settle(self, config: ModelConfig) -> None:
+        """The positions of image tokens too."""
+        super().settle(config)
+        if self.draws:
             _, height, width = self.latent_shape
             ids = self.pipeline._prepare_latent_image_ids(1, height // 2, width // 2, self.device, self.dtype)
             self.image_ids = ids

@@ -38,22 +38,19 @@ class Family(BaseFamily):
     )
     feed_forward = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 
-    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all", divided: bool = False):
-        super().__init__(config, device, parts, divided)
+    def settle(self, config: ModelConfig) -> None:
+        """The positions of tokens too."""
+        check_guidance(config, self.distilled_guidance)
+        super().settle(config)
         tokens = int(self.settings["max_sequence_length"])
         self.text_ids = self.pipeline._prepare_text_ids(torch.empty(1, tokens, 1)).to(self.device)
-        if parts != "text":
+        if self.draws:
             self.image_ids = self.pipeline._prepare_latent_ids(torch.empty(1, *self.latent_shape)).to(self.device)
 
     def load(self, parts: Parts) -> Any:
         """The pipeline; guidance that a distilled model cannot follow is refused before its weights are read."""
-        config = self.config
-        distilled = model_index(config.path, config.revision).get("is_distilled", False)
-        if distilled and config.guidance_scale not in (None, 1):
-            raise UserError(
-                f"model.guidance_scale must be 1 or null for {config.path!r}, which is distilled to draw without "
-                f"guidance, got {config.guidance_scale:g}; FLUX.2-klein-base takes guidance"
-            )
+        index = model_index(self.config.path, self.config.revision)
+        check_guidance(self.config, index.get("is_distilled", False))
         return super().load(parts)
 
     @property
@@ -141,3 +138,16 @@ class Family(BaseFamily):
         cells = self.pipeline._unpatchify_latents(latents * std + norm.running_mean.float().view(-1, 1, 1))
         pixels = self.vae.decode(cells.to(self.vae.dtype), return_dict=False)[0]
         return self.pipeline.image_processor.postprocess(pixels, "pil")
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """As they are: ComfyUI's VAE undoes batch norm and patches itself."""
+        return latents
+
+
+def check_guidance(config: ModelConfig, distilled: bool) -> None:
+    """Raise UserError for guidance that a distilled model cannot follow."""
+    if distilled and config.guidance_scale not in (None, 1):
+        raise UserError(
+            f"model.guidance_scale must be 1 or null for {config.path!r}, which is distilled to draw without "
+            f"guidance, got {config.guidance_scale:g}; FLUX.2-klein-base takes guidance"
+        )

@@ -94,11 +94,14 @@ class Family(BaseFamily):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Clean latents (B, C, H, W) -> B images, each the only frame of a video."""
-        config = self.vae.config
-        frame = latents.to(self.vae.dtype)[:, :, None]
-        mean, std = (frame.new_tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
-        video = self.vae.decode(frame * std + mean, return_dict=False)[0]
+        video = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0]
         return self.pipeline.image_processor.postprocess(video[:, :, 0], "pil")
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 1, H, W), not normalised."""
+        config, frame = self.vae.config, latents[:, :, None]
+        mean, std = (frame.new_tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        return frame * std + mean
 
 
 def cells(latents: Tensor) -> Tensor:

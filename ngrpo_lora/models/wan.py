@@ -36,19 +36,16 @@ class Family(BaseFamily):
     feed_forward = ("ffn.net.0.proj", "ffn.net.2")
     default_guidance = 5.0
 
-    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all", divided: bool = False):
-        super().__init__(config, device, parts, divided)
+    def settle(self, config: ModelConfig) -> None:
+        """A number of frames that latents can have."""
+        check_frames(config)
+        super().settle(config)
         self.settings["num_frames"] = self.num_frames
 
     def load(self, parts: Parts) -> Any:
         """The pipeline; what this family cannot draw is refused before weights are read."""
-        config, frames = self.config, self.config.num_frames
-        if frames is not None and frames % 4 != 1:
-            below = max(1, frames - (frames - 1) % 4)
-            raise UserError(
-                f"model.num_frames must be 4 k + 1 (1, 5, 9, ...) for Wan, got {frames}; the nearest are {below} and "
-                f"{below + 4}"
-            )
+        config = self.config
+        check_frames(config)
         if model_index(config.path, config.revision).get("transformer_2", [None])[0] is not None:
             raise UserError(
                 f"model.path {config.path!r} has two transformers, and one LoRA cannot train both; give Wan 2.1 or "
@@ -113,9 +110,24 @@ class Family(BaseFamily):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Undo the standardisation and decode; frames of a sample follow one another."""
+        pixels = self.vae.decode(self.vae_latents(latents).to(self.vae.dtype), return_dict=False)[0]
+        return [frame for video in self.pipeline.video_processor.postprocess_video(pixels, "pil") for frame in video]
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """Not standardised."""
         config = self.vae.config
         mean, std = (
             latents.new_tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
         )
-        pixels = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
-        return [frame for video in self.pipeline.video_processor.postprocess_video(pixels, "pil") for frame in video]
+        return latents * std + mean
+
+
+def check_frames(config: ModelConfig) -> None:
+    """Raise UserError for a number of frames that latents cannot have."""
+    frames = config.num_frames
+    if frames is not None and frames % 4 != 1:
+        below = max(1, frames - (frames - 1) % 4)
+        raise UserError(
+            f"model.num_frames must be 4 k + 1 (1, 5, 9, ...) for Wan, got {frames}; the nearest are {below} and "
+            f"{below + 4}"
+        )

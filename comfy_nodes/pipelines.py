@@ -1,0 +1,293 @@
+"""diffusers pipelines in the graph: drawn to the bit as `ngrpo sample` draws, also models that ComfyUI has none for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.export import AdapterInfo
+from ngrpo_lora.models._blueprint import architectures
+from ngrpo_lora.models._index import INDEX
+from ngrpo_lora.noise import gaussian_noise
+from ngrpo_lora.sampling import Sampler, own_settings, solve, with_settings
+from ngrpo_lora.solvers import SOLVERS
+
+from ._api import schema, to_images
+from .adapters import adapter_path
+
+Pipeline = io.Custom("NGRPO_PIPELINE")  # an `ngrpo_lora.sampling.Sampler`
+
+LOCAL = "diffusers/"
+"""Before the names of folders in models/diffusers, which might otherwise be names of the Hub."""
+
+OWN = "model's own"
+NO_LORA = "none"
+PREVIEW_PX = 512
+
+
+def local_models() -> dict[str, Path]:
+    """Diffusers folders below models/diffusers, by the name that the list shows."""
+    roots = [Path(root) for root in folder_paths.get_folder_paths("diffusers")]
+    found = [(root, file.parent) for root in roots for depth in ("*", "*/*") for file in root.glob(f"{depth}/{INDEX}")]
+    return {f"{LOCAL}{folder.relative_to(root).as_posix()}": folder for root, folder in sorted(found)}
+
+
+class LoadPipeline(io.ComfyNode):
+    """A diffusers pipeline."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "LoadPipeline",
+            display_name="Load Diffusers Pipeline",
+            description="A model in diffusers' format for Sample Pipeline. It stays loaded while this node does not "
+            "change; ComfyUI's own models leave the GPU first.",
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=["embedded", *local_models(), *architectures()],
+                    default="embedded",
+                    tooltip="The small model that ships with ngrpo-lora; a folder below models/diffusers; or a model "
+                    "of the Hub, which is downloaded once.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=["auto", "float32", "bfloat16", "float16"],
+                    default="auto",
+                    tooltip="Number type. auto: bfloat16 where the device computes in it, else float32; of the "
+                    "embedded model float32.",
+                ),
+                io.Combo.Input(
+                    "quantization",
+                    options=["none", "nf4", "int8", "int8_torchao", "float8_torchao"],
+                    default="none",
+                    tooltip="Storage of the transformer: nf4 takes a quarter of the memory, the others a half. nf4 and "
+                    "int8 need bitsandbytes and a GPU, the others torchao.",
+                ),
+                io.Combo.Input(
+                    "text_encoders",
+                    options=["keep", "offload"],
+                    default="offload",
+                    tooltip="keep: on the GPU; offload: in system memory between prompts.",
+                ),
+                io.Int.Input(
+                    "swap_blocks",
+                    default=0,
+                    min=0,
+                    max=200,
+                    tooltip="Transformer blocks that wait in system memory and visit the GPU in turn; only without "
+                    "quantization.",
+                ),
+                io.Boolean.Input(
+                    "vae_tiling", default=False, tooltip="Decode in overlapping tiles: less memory for large pictures."
+                ),
+            ],
+            outputs=[Pipeline.Output(display_name="pipeline")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, quantization: str = "none", swap_blocks: int = 0) -> bool | str:
+        if quantization != "none" and swap_blocks:
+            return f"swap_blocks must be 0 with quantization {quantization}, got {swap_blocks}"
+        return True
+
+    @classmethod
+    def execute(cls, model: str, dtype: str, swap_blocks: int, **options: Any) -> io.NodeOutput:
+        path = str(local_models().get(model, model))
+        device = comfy.model_management.get_torch_device()
+        if device.type != "cpu":
+            comfy.model_management.unload_all_models()
+            comfy.model_management.soft_empty_cache()
+        own = own_settings(path)
+        settings = own.model.model_dump() | options | {"device": str(device), "swap_blocks": swap_blocks}
+        settings["dtype"] = "float32" if model == "embedded" and dtype == "auto" else dtype
+        with torch.inference_mode(False):
+            return io.NodeOutput(Sampler(AdapterInfo(ModelConfig.model_validate(settings), own.rollout)))
+
+
+class PipelineSample(io.ComfyNode):
+    """Pictures drawn by a diffusers pipeline."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "PipelineSample",
+            display_name="Sample Pipeline",
+            description="Draws by the trainer's own code: the picture of `ngrpo sample` with the same prompt, seed and "
+            "settings, to the bit. Settings at 0 are those that the LoRA was trained with, or else the model's own.",
+            inputs=[
+                Pipeline.Input("pipeline", tooltip="Of Load Diffusers Pipeline."),
+                io.String.Input(
+                    "prompt", default="", multiline=True, tooltip="What to draw; every line is a prompt of its own."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=True,
+                    tooltip="Of the first picture of every prompt; the next have the next.",
+                ),
+                io.Int.Input("batch", default=1, min=1, max=4096, tooltip="Pictures of every prompt."),
+                io.Int.Input(
+                    "width", default=0, min=0, max=16384, step=16, tooltip="Pixels; 0: the LoRA's or model's."
+                ),
+                io.Int.Input("height", default=0, min=0, max=16384, step=16, tooltip="Pixels; 0: see width."),
+                io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Solver steps; 0: the LoRA's or model's."),
+                io.Combo.Input(
+                    "solver",
+                    options=[OWN, *SOLVERS],
+                    default=OWN,
+                    tooltip="dpmpp_2m or euler; model's own: the LoRA's, else dpmpp_2m.",
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.01,
+                    round=False,
+                    tooltip="Timestep shift; 0: the LoRA's or model's.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=False,
+                    tooltip="Guidance scale; 0: the LoRA's or model's.",
+                ),
+                io.Combo.Input(
+                    "lora",
+                    options=[NO_LORA, *folder_paths.get_filename_list("loras")],
+                    default=NO_LORA,
+                    tooltip="A LoRA file of any trainer in models/loras.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    round=False,
+                    tooltip="Of the LoRA: 1 is as trained, 0 the base.",
+                ),
+                io.Noise.Input(
+                    "noise",
+                    optional=True,
+                    tooltip="Noise in place of the seed's, such as that of Neighbor Noise: one row a picture, the same "
+                    "for every prompt.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="Prompt by prompt; of a video all frames."),
+                io.Latent.Output(
+                    display_name="latents", tooltip="The same before decoding, as ComfyUI's VAEs take them."
+                ),
+                io.String.Output(
+                    display_name="prompts", tooltip="One line for each picture, as Score Images takes them."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, prompt: str = "a prompt that another node gives") -> bool | str:
+        return bool(prompt.strip()) or "prompt must not be empty; say what to draw"
+
+    @classmethod
+    def fingerprint_inputs(cls, lora: str = NO_LORA, **others: Any) -> float:
+        """A LoRA that was trained on is another one."""
+        path = None if lora == NO_LORA else folder_paths.get_full_path("loras", lora)
+        return Path(path).stat().st_mtime if path else 0.0
+
+    @classmethod
+    def execute(
+        cls,
+        pipeline: Sampler,
+        prompt: str,
+        seed: int,
+        batch: int,
+        solver: str,
+        lora: str,
+        strength: float,
+        noise: Any = None,
+        **numbers: float,
+    ) -> io.NodeOutput:
+        prompts = [line.strip() for line in prompt.splitlines() if line.strip()]
+        if not prompts:
+            raise ConfigError("prompt must not be empty; say what to draw")
+        adapter = None if lora == NO_LORA else adapter_path(lora)
+        changes = {name: value or None for name, value in numbers.items()}
+        info = settings(pipeline, adapter, changes | {"solver": None if solver == OWN else solver})
+        with torch.inference_mode(False), torch.no_grad():
+            sampler = pipeline.at(info)
+            shape = sampler.family.latent_shape
+            if noise is None:
+                rows = torch.cat([gaussian_noise((1, *shape), seed + row) for row in range(batch)])
+            else:
+                rows = noise.generate_noise({"samples": torch.zeros(batch, *shape)}).float()
+            try:
+                sampler.use([(adapter, strength)] if adapter else [])
+                images, latents = draw(sampler, prompts, rows, cls)
+            finally:
+                sampler.remove_adapters()
+        lines = [text for text in prompts for _ in range(batch * sampler.family.num_frames)]
+        return io.NodeOutput(to_images(images), {"samples": latents}, "\n".join(lines))
+
+
+def settings(pipeline: Sampler, adapter: Path | None, changes: dict[str, Any]) -> AdapterInfo:
+    """What is drawn with: the widgets, else the LoRA's, else the model's.
+
+    Raises:
+        ConfigError: a value that is not possible, by the name of its widget.
+    """
+    own = own_settings(pipeline.info.model.path, adapter)
+    try:
+        return with_settings(own, changes)
+    except ConfigError as error:
+        raise ConfigError(line.removeprefix("--") for line in error.problems) from None
+
+
+def draw(
+    sampler: Sampler, prompts: list[str], noises: Tensor, node: type[io.ComfyNode]
+) -> tuple[list[Image.Image], Tensor]:
+    """Every prompt from every noise, each alone in its batch, with progress, previews and Cancel.
+
+    Returns:
+        Pictures, and latents (P * B, ...) as the VAE has them.
+    """
+    total = len(prompts) * len(noises) * (len(sampler.sigmas) - 1)
+    progress, done = comfy.utils.ProgressBar(total, node_id=node.hidden.unique_id), 0
+    images: list[Image.Image] = []
+    latents = []
+
+    def before_step() -> None:
+        nonlocal done
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        shown = ("JPEG", images[-1], PREVIEW_PX) if images and done % (len(sampler.sigmas) - 1) == 0 else None
+        progress.update_absolute(done, total, shown)
+        done += 1
+
+    for prompt in prompts:
+        text = sampler.family.encode([prompt])
+        for noise in noises.split(1):
+            clean = solve(sampler.family, text, noise, sampler.solver, sampler.sigmas, before_step)
+            images += sampler.family.decode(clean)
+            latents.append(sampler.family.vae_latents(clean.float()).cpu())
+    progress.update_absolute(total, total, ("JPEG", images[-1], PREVIEW_PX))
+    return images, torch.cat(latents)
+
+
+NODES: list[type[io.ComfyNode]] = [LoadPipeline, PipelineSample]
