@@ -19,7 +19,8 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.registry import nearest
 from ngrpo_lora.scoring import in_thread
 
 T = TypeVar("T")
@@ -46,6 +47,26 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     """IMAGE (B, H, W, C) in [0, 1] -> B RGB pictures, the inverse of `to_images`."""
     pixels = (images[..., :3].float().clamp(0, 1) * 255).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels.astype(np.uint8)]
+
+
+def listed(what: str, value: str, options: Sequence[str]) -> str:
+    """A choice of a list. ComfyUI 0.3.75 does not look whether what a graph says is in it.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if value not in options:
+        raise ConfigError(f"{what} must be one of {', '.join(options)}, got {value!r}{nearest(value, options)}")
+    return value
+
+
+def verdict(check: Callable[..., Any], *arguments: Any) -> bool | str:
+    """What `validate_inputs` returns: true, or the message of a check that fails."""
+    try:
+        check(*arguments)
+    except UserError as error:
+        return str(error)
+    return True
 
 
 def show_text(text: str, node: type[io.ComfyNode]) -> None:

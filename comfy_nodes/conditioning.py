@@ -14,7 +14,7 @@ from ngrpo_lora.conditioning import Conditioning, load_conditioning, save_condit
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.sampling import Sampler
 
-from ._api import register_folder, schema, show_text
+from ._api import listed, register_folder, schema, show_text, verdict
 from .pipelines import Pipeline
 
 EMBEDDINGS = "ngrpo_embeddings"
@@ -54,11 +54,7 @@ class SavePromptEmbeddings(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str = "prompt") -> bool | str:
-        try:
-            file_of(name)
-        except ConfigError as error:
-            return str(error)
-        return True
+        return verdict(file_of, name)
 
     @classmethod
     def execute(cls, conditioning: Conditioning, name: str, overwrite: bool) -> io.NodeOutput:
@@ -125,22 +121,28 @@ class LoadPromptEmbeddings(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str = "") -> bool | str:
-        there = folder_paths.get_filename_list(EMBEDDINGS)
-        if name and name not in there:
-            return f"name must be a file in models/{EMBEDDINGS}, which has {', '.join(there) or 'none'}, got {name!r}"
-        return True
+        return verdict(stored, name) if name else True
 
     @classmethod
-    def fingerprint_inputs(cls, name: str = "") -> float:
-        path = folder_paths.get_full_path(EMBEDDINGS, name)
-        return Path(path).stat().st_mtime if path else 0.0
+    def fingerprint_inputs(cls, name: str) -> int:
+        return stored(name).stat().st_mtime_ns
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
         with torch.inference_mode(False):
-            conditioning = load_conditioning(Path(folder_paths.get_full_path_or_raise(EMBEDDINGS, name)))
+            conditioning = load_conditioning(stored(name))
         show_text(described(conditioning), cls)
         return io.NodeOutput(conditioning)
+
+
+def stored(name: str) -> Path:
+    """A file in models/ngrpo_embeddings.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    there = folder_paths.get_filename_list(EMBEDDINGS)
+    return Path(folder_paths.get_full_path_or_raise(EMBEDDINGS, listed("name", name, there or [NO_FILE])))
 
 
 class EncodePrompt(io.ComfyNode):

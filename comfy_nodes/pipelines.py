@@ -13,16 +13,17 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.config import ModelConfig, parse_config
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.export import AdapterInfo
+from ngrpo_lora.models._base import ASKED_FOR
 from ngrpo_lora.models._blueprint import architectures
 from ngrpo_lora.models._index import INDEX
 from ngrpo_lora.noise import gaussian_noise
 from ngrpo_lora.sampling import Sampler, own_settings, solve, with_settings
 from ngrpo_lora.solvers import SOLVERS
 
-from ._api import schema, to_images
+from ._api import listed, schema, to_images, verdict
 from .adapters import adapter_path
 
 Pipeline = io.Custom("NGRPO_PIPELINE")  # an `ngrpo_lora.sampling.Sampler`
@@ -96,23 +97,44 @@ class LoadPipeline(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, quantization: str = "none", swap_blocks: int = 0) -> bool | str:
-        if quantization != "none" and swap_blocks:
-            return f"swap_blocks must be 0 with quantization {quantization}, got {swap_blocks}"
-        return True
+    def validate_inputs(
+        cls,
+        model: str = "embedded",
+        dtype: str = "auto",
+        quantization: str = "none",
+        text_encoders: str = "keep",
+        swap_blocks: int = 0,
+    ) -> bool | str:
+        options = {"quantization": quantization, "text_encoders": text_encoders, "swap_blocks": swap_blocks}
+        return verdict(cls.loading, model, dtype, options)
 
     @classmethod
-    def execute(cls, model: str, dtype: str, swap_blocks: int, **options: Any) -> io.NodeOutput:
-        path = str(local_models().get(model, model))
-        device = comfy.model_management.get_torch_device()
+    def loading(cls, model: str, dtype: str, options: dict[str, Any]) -> ModelConfig:
+        """What is loaded, as the widgets say.
+
+        Raises:
+            ConfigError: a model that is not in the list, or settings that do not fit each other.
+        """
+        local = local_models()
+        listed("model", model, ["embedded", *local, *architectures()])
+        if model == "embedded" and dtype == "auto":
+            dtype = "float32"
+        section = {"path": str(local.get(model, model)), "dtype": dtype} | options
+        try:
+            return parse_config({"model": section, "trainer": {"gradient_checkpointing": True}}).model
+        except ConfigError as error:
+            raise ConfigError(line.replace("model.", "") for line in error.problems) from None
+
+    @classmethod
+    def execute(cls, model: str, dtype: str, **options: Any) -> io.NodeOutput:
+        config, device = cls.loading(model, dtype, options), comfy.model_management.get_torch_device()
+        own = own_settings(config.path)
+        config = config.model_copy(update=own.model.model_dump(include=ASKED_FOR) | {"device": str(device)})
         if device.type != "cpu":
             comfy.model_management.unload_all_models()
             comfy.model_management.soft_empty_cache()
-        own = own_settings(path)
-        settings = own.model.model_dump() | options | {"device": str(device), "swap_blocks": swap_blocks}
-        settings["dtype"] = "float32" if model == "embedded" and dtype == "auto" else dtype
         with torch.inference_mode(False):
-            return io.NodeOutput(Sampler(AdapterInfo(ModelConfig.model_validate(settings), own.rollout)))
+            return io.NodeOutput(Sampler(AdapterInfo(config, own.rollout)))
 
 
 class PipelineSample(io.ComfyNode):
@@ -203,8 +225,19 @@ class PipelineSample(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, prompt: str = "a prompt that another node gives") -> bool | str:
-        return bool(prompt.strip()) or "prompt must not be empty; say what to draw"
+    def validate_inputs(
+        cls, prompt: str = "a prompt that another node gives", solver: str = OWN, lora: str = NO_LORA
+    ) -> bool | str:
+        return verdict(cls.check, prompt, solver, lora)
+
+    @classmethod
+    def check(cls, prompt: str, solver: str, lora: str) -> None:
+        """Raise ConfigError where a widget cannot be drawn with."""
+        if not prompt.strip():
+            raise ConfigError("prompt must not be empty; say what to draw")
+        listed("solver", solver, [OWN, *SOLVERS])
+        if lora != NO_LORA:
+            adapter_path(lora)
 
     @classmethod
     def fingerprint_inputs(cls, lora: str = NO_LORA, **others: Any) -> float:
@@ -225,9 +258,8 @@ class PipelineSample(io.ComfyNode):
         noise: Any = None,
         **numbers: float,
     ) -> io.NodeOutput:
+        cls.check(prompt, solver, lora)
         prompts = [line.strip() for line in prompt.splitlines() if line.strip()]
-        if not prompts:
-            raise ConfigError("prompt must not be empty; say what to draw")
         adapter = None if lora == NO_LORA else adapter_path(lora)
         changes = {name: value or None for name, value in numbers.items()}
         info = settings(pipeline, adapter, changes | {"solver": None if solver == OWN else solver})

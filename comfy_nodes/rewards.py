@@ -29,13 +29,14 @@ from ngrpo_lora.ranking import check_samples, each_its_own, rank
 from ngrpo_lora.rewards.judge import TEMPLATE
 from ngrpo_lora.scoring import Samples, Scorer
 
-from ._api import cancellable, check_path, register_folder, schema, show_text, to_images, to_pictures
+from ._api import cancellable, check_path, listed, register_folder, schema, show_text, to_images, to_pictures, verdict
 
 FUNCTIONS = "ngrpo_rewards"
 """Folder of models/ whose Python files hold rewards of one's own."""
 
 NO_FUNCTION = f"(no file in models/{FUNCTIONS})"
 SERVERS = ["judge", "unifiedreward", "vqascore"]
+COMBINED = ["standardized", "raw"]
 SECRETS = {"api_key_env": "base_url", "token_env": "url"}
 """Settings that name an environment variable, and the address that its value is sent to."""
 
@@ -139,15 +140,6 @@ def joined(earlier: Entries | None, reward: RewardConfig) -> Chosen:
     return Chosen(parse_reward_entries([*(earlier or ()), reward]))
 
 
-def problem(name: str, weight: float, settings: str, own: dict[str, Any] | None = None) -> bool | str:
-    """What `validate_inputs` returns."""
-    try:
-        entry(name, weight, settings, own)
-    except ConfigError as error:
-        return str(error)
-    return True
-
-
 def weight_input() -> io.Float.Input:
     """The weight of a reward."""
     return io.Float.Input(
@@ -199,7 +191,7 @@ class Reward(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str = "", weight: float = 1.0, settings: str = "") -> bool | str:
-        return problem(name, weight, settings) if name else True
+        return verdict(entry, name, weight, settings) if name else True
 
     @classmethod
     def execute(cls, name: str, weight: float, settings: str, rewards: Entries | None = None) -> io.NodeOutput:
@@ -233,24 +225,29 @@ class RewardFunction(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, function: str = "", weight: float = 1.0, settings: str = "") -> bool | str:
-        if not function:
-            return True
-        if function not in functions():
-            there = ", ".join(functions()) or "none"
-            return f"function must be one of models/{FUNCTIONS}, which has {there}, got {function!r}"
-        return problem(reference(function), weight, settings)
+        return verdict(cls.entry, function, weight, settings) if function else True
 
     @classmethod
-    def fingerprint_inputs(cls, function: str = "", **others: Any) -> str:
-        return registry.source_digest(reference(function)) if function in functions() else ""
+    def entry(cls, function: str, weight: float, settings: str) -> RewardConfig:
+        """The checked reward."""
+        return entry(reference(function), weight, settings)
+
+    @classmethod
+    def fingerprint_inputs(cls, function: str, **others: Any) -> str:
+        return registry.source_digest(reference(function))
 
     @classmethod
     def execute(cls, function: str, weight: float, settings: str, rewards: Entries | None = None) -> io.NodeOutput:
-        return io.NodeOutput(joined(rewards, entry(reference(function), weight, settings)))
+        return io.NodeOutput(joined(rewards, cls.entry(function, weight, settings)))
 
 
 def reference(function: str) -> str:
-    """`file.py:function` with the file's whole path."""
+    """`file.py:function` with the file's whole path.
+
+    Raises:
+        ConfigError: there is none in models/ngrpo_rewards.
+    """
+    listed("function", function, functions() or [NO_FUNCTION])
     name, own = registry.split_reference(function)
     return f"{folder_paths.get_full_path_or_raise(FUNCTIONS, name)}:{own}"
 
@@ -302,10 +299,14 @@ class VLMJudge(io.ComfyNode):
         )
 
     @classmethod
-    def own(cls, judge: str, base_url: str, model: str, question: str, answer: str) -> dict[str, Any]:
-        """The widgets as settings."""
+    def entry(
+        cls, judge: str, base_url: str, model: str, question: str, answer: str, weight: float, settings: str
+    ) -> RewardConfig:
+        """The checked reward."""
+        listed("judge", judge, SERVERS)
         asked = {"template": question, "answer": answer} if judge == "judge" else {}
-        return {"base_url": base_url.strip(), "model": model.strip() or None} | asked
+        own = {"base_url": base_url.strip(), "model": model.strip() or None} | asked
+        return entry(judge, weight, settings, own)
 
     @classmethod
     def validate_inputs(
@@ -318,9 +319,9 @@ class VLMJudge(io.ComfyNode):
         weight: float = 1.0,
         settings: str = "",
     ) -> bool | str:
-        if judge not in SERVERS:
-            return f"judge must be one of {', '.join(SERVERS)}, got {judge!r}" if judge else True
-        return problem(judge, weight, settings, cls.own(judge, base_url, model, question, answer))
+        if not judge:
+            return True
+        return verdict(cls.entry, judge, base_url, model, question, answer, weight, settings)
 
     @classmethod
     def execute(
@@ -334,8 +335,8 @@ class VLMJudge(io.ComfyNode):
         settings: str,
         rewards: Entries | None = None,
     ) -> io.NodeOutput:
-        own = cls.own(judge, base_url, model, question, answer)
-        return io.NodeOutput(joined(rewards, entry(judge, weight, settings, own)))
+        chosen = cls.entry(judge, base_url, model, question, answer, weight, settings)
+        return io.NodeOutput(joined(rewards, chosen))
 
 
 class Score(io.ComfyNode):
@@ -360,8 +361,8 @@ class Score(io.ComfyNode):
                 io.Int.Input("n", default=1, min=1, max=4096, tooltip="How many pictures `best` keeps."),
                 io.Combo.Input(
                     "combine",
-                    options=["standardized", "raw"],
-                    default="standardized",
+                    options=COMBINED,
+                    default=COMBINED[0],
                     tooltip="Several rewards, before they are weighted and added up: brought to mean 0 and deviation 1 "
                     "over this batch, or as they are. One reward is always as it is.",
                 ),
@@ -387,6 +388,10 @@ class Score(io.ComfyNode):
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, combine: str = COMBINED[0]) -> bool | str:
+        return verdict(listed, "combine", combine, COMBINED)
 
     @classmethod
     def execute(

@@ -25,11 +25,9 @@ PLAIN = (bool, int, float, str, type(None))
 STATES, POOLED = "prompt_embeds", "pooled_prompt_embeds"  # as diffusers has them
 
 
-def save_conditioning(path: Path, conditioning: Conditioning, note: str = "") -> None:
+def save_conditioning(path: Path, conditioning: Conditioning) -> None:
     """Write a file, whole or not at all.
 
-    Args:
-        note: what it is, for people.
     Raises:
         ConfigError: a value is none that a file can hold, such as a ControlNet.
         UserError: the file cannot be written.
@@ -39,7 +37,7 @@ def save_conditioning(path: Path, conditioning: Conditioning, note: str = "") ->
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {KEY: json.dumps(described), "note": note})
+        save_file(tensors, partial, {KEY: json.dumps(described)})
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None

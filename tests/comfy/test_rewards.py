@@ -239,7 +239,7 @@ def test_no_other_code_is_run(comfy: Comfy, name: str):
     for folder in (comfy.base / "input", comfy.base):
         (folder / "evil.py").write_text("def score(images): ...", encoding="utf-8")
     graph = batch(comfy, flat=FLAT) | {"reward": function(name.format(base=comfy.base))} | score()
-    assert "function must be one of models/ngrpo_rewards" in refused(comfy, graph)
+    assert "function must be one of" in refused(comfy, graph)
     assert (
         "name must be one of" in refused(comfy, graph | {"reward": reward(name.format(base=comfy.base))}) or ":" in name
     )

@@ -1,0 +1,142 @@
+"""Prompt embeddings go into a file and come back to the bit; a pipeline's text encoders serve ComfyUI's own MODEL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfy_client import Comfy, Graph, Refused
+from graphs import PROMPT, drawing, latents_of, node
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ngrpo_lora.conditioning import load_conditioning
+
+
+def folder(comfy: Comfy) -> Path:
+    return comfy.base / "models" / "ngrpo_embeddings"
+
+
+def save(source: list[Any], name: str, overwrite: bool = False) -> dict[str, Any]:
+    return node("NGRPO_SavePromptEmbeddings", conditioning=source, name=name, overwrite=overwrite)
+
+
+def drawn_with(comfy: Comfy, conditioning: list[Any], **nodes: Any) -> Tensor:
+    graph: Graph = drawing(seed=7) | nodes
+    graph["guider"]["inputs"]["conditioning"] = conditioning
+    return latents_of(comfy, comfy.run(graph))
+
+
+def encoding() -> Graph:
+    """Only the text encoder."""
+    return {name: one for name, one in drawing().items() if name in ("model", "text")}
+
+
+def refused(comfy: Comfy, graph: Graph) -> str:
+    with pytest.raises(Refused) as refusal:
+        comfy.run(graph)
+    assert refusal.value.status == 400
+    return refusal.value.reasons
+
+
+def test_a_saved_prompt_draws_the_same_latents_to_the_bit(comfy: Comfy):
+    expected = drawn_with(comfy, ["text", 0])
+    assert comfy.run(drawing() | {"store": save(["text", 0], "a star")}).status == "success"
+    listed = comfy.get("/object_info/NGRPO_LoadPromptEmbeddings")["NGRPO_LoadPromptEmbeddings"]["input"]["required"]
+    assert "a star.safetensors" in str(listed["name"])
+    loaded = drawn_with(comfy, ["stored", 0], stored=node("NGRPO_LoadPromptEmbeddings", name="a star.safetensors"))
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
+
+
+def test_other_values_of_conditioning_are_kept(comfy: Comfy):
+    graph = drawing() | {
+        "guided": node("FluxGuidance", conditioning=["text", 0], guidance=2.75),
+        "placed": node(
+            "ConditioningSetAreaPercentage",
+            conditioning=["guided", 0],
+            width=0.5,
+            height=1.0,
+            x=0.25,
+            y=0.0,
+            strength=0.3,
+        ),
+        "both": node("ConditioningCombine", conditioning_1=["placed", 0], conditioning_2=["text", 0]),
+        "store": save(["both", 0], "area"),
+        "stored": node("NGRPO_LoadPromptEmbeddings", name="area.safetensors"),
+    }
+    without_reader = {name: one for name, one in graph.items() if name != "stored"}
+    assert comfy.run(without_reader).status == "success"
+    again = {"stored": graph["stored"], "store": save(["stored", 0], "area again")}
+    assert comfy.run(again).status == "success"
+    first, second = (folder(comfy) / f"{name}.safetensors" for name in ("area", "area again"))
+    assert first.read_bytes() == second.read_bytes()
+    (_, placed), (_, plain) = load_conditioning(second)
+    assert (placed["guidance"], placed["strength"]) == (2.75, 0.3)
+    assert placed["area"] == ("percentage", 1.0, 0.5, 0.0, 0.25)
+    assert [*plain] == ["pooled_output"]
+
+
+def test_a_file_is_only_replaced_where_asked(comfy: Comfy):
+    other = node("CLIPTextEncode", clip=["model", 1], text="two red squares")
+    graph = drawing() | {"other": other, "store": save(["text", 0], "kept")}
+    assert comfy.run(graph).status == "success"
+    kept = load_file(folder(comfy) / "kept.safetensors")["0"]
+    clash = comfy.run(graph | {"store": save(["other", 0], "kept")})
+    assert (clash.status, clash.error_node) == ("error", "store")
+    assert "'kept.safetensors' is there already, with other contents" in clash.error
+    assert torch.equal(load_file(folder(comfy) / "kept.safetensors")["0"], kept)
+    assert (
+        comfy.run(graph | {"store": save(["text", 0], "kept.safetensors")}).status == "success"
+    )  # equal: nothing lost
+    assert comfy.run(graph | {"store": save(["other", 0], "kept", overwrite=True)}).status == "success"
+    assert not torch.equal(load_file(folder(comfy) / "kept.safetensors")["0"], kept)
+
+
+def test_a_file_of_ones_own_script_is_taken(comfy: Comfy):
+    comfy.run(drawing() | {"store": save(["text", 0], "plain")})
+    stored = load_file(folder(comfy) / "plain.safetensors")
+    own = {"prompt_embeds": stored["0"], "pooled_prompt_embeds": stored["0.pooled_output"]}
+    save_file(own, folder(comfy) / "script.safetensors")
+    loaded = drawn_with(comfy, ["stored", 0], stored=node("NGRPO_LoadPromptEmbeddings", name="script.safetensors"))
+    torch.testing.assert_close(loaded, drawn_with(comfy, ["text", 0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "C:\\x", "a\nb"])
+def test_names_with_folders_are_refused(comfy: Comfy, name: str):
+    assert "without a folder" in refused(comfy, encoding() | {"store": save(["text", 0], name)})
+
+
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "gone.safetensors"])
+def test_files_elsewhere_are_refused(comfy: Comfy, name: str):
+    graph = {"stored": node("NGRPO_LoadPromptEmbeddings", name=name), "store": save(["stored", 0], "x")}
+    assert "name must be one of" in refused(comfy, graph)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [(None, "it cannot be read"), ({"weight": torch.zeros(2)}, "it holds weight (2,)")],
+)
+def test_a_file_of_another_kind_is_said(comfy: Comfy, tensors: dict[str, Tensor] | None, reason: str):
+    path = folder(comfy) / "bad.safetensors"
+    path.write_bytes(b"nothing") if tensors is None else save_file(tensors, path)
+    graph = {"stored": node("NGRPO_LoadPromptEmbeddings", name=path.name), "store": save(["stored", 0], "bad too")}
+    result = comfy.run(graph)
+    assert (result.status, result.error_node) == ("error", "stored")
+    assert reason in result.error
+
+
+def test_a_pipelines_encoders_serve_comfyuis_own_model(comfy: Comfy):
+    loaded = node(
+        "NGRPO_LoadPipeline",
+        model="embedded",
+        dtype="auto",
+        quantization="none",
+        text_encoders="keep",
+        swap_blocks=0,
+        vae_tiling=False,
+    )
+    nodes = {"pipeline": loaded, "coded": node("NGRPO_EncodePrompt", pipeline=["pipeline", 0], prompt=PROMPT)}
+    encoded = drawn_with(comfy, ["coded", 0], **nodes)
+    torch.testing.assert_close(encoded, drawn_with(comfy, ["text", 0]), rtol=0, atol=0)

@@ -1,0 +1,207 @@
+"""diffusers pipelines as nodes draw what `ngrpo sample` draws and what ComfyUI's own path draws."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapters import loras_folder, random_layers, save_adapter
+from comfy_client import REPOSITORY, Comfy, Graph, Refused, Result
+from graphs import PROMPT, drawing, latents_of, node
+from PIL import Image
+from typer.testing import CliRunner
+
+from ngrpo_lora.cli import app
+from ngrpo_lora.config import ModelConfig, RolloutConfig
+from ngrpo_lora.sampling import load_family
+
+OTHER = "a red circle"
+DECLARED = (
+    f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import engine; kept = engine.declare_operators(); "
+)
+
+
+def pipeline(model: str = "embedded", **widgets: Any) -> dict[str, Any]:
+    defaults = {"dtype": "auto", "quantization": "none", "text_encoders": "keep", "swap_blocks": 0, "vae_tiling": False}
+    return node("NGRPO_LoadPipeline", model=model, **(defaults | widgets))
+
+
+def sampling(**widgets: Any) -> Graph:
+    """Load, draw, and keep pictures and latents."""
+    defaults = {
+        "prompt": PROMPT,
+        "seed": 7,
+        "batch": 1,
+        "width": 0,
+        "height": 0,
+        "steps": 0,
+        "solver": "model's own",
+        "shift": 0.0,
+        "guidance": 0.0,
+        "lora": "none",
+        "strength": 1.0,
+    }
+    return {
+        "pipeline": pipeline(),
+        "sample": node("NGRPO_PipelineSample", pipeline=["pipeline", 0], **(defaults | widgets)),
+        "save": node("SaveLatent", samples=["sample", 1], filename_prefix="pipeline"),
+        "show": node("PreviewImage", images=["sample", 0]),
+        "prompts": node("PreviewAny", source=["sample", 2]),
+    }
+
+
+def shown(comfy: Comfy, result: Result) -> list[list[int]]:
+    assert result.status == "success", result.error
+    return [np.asarray(comfy.image(one).convert("RGB")).tolist() for one in result.outputs["show"]["images"]]
+
+
+def command(folder: Path, *arguments: str) -> list[list[int]]:
+    """What `ngrpo sample` draws."""
+    result = CliRunner().invoke(app, ["sample", "--output", str(folder), *arguments])
+    assert result.exit_code == 0, result.output
+    return [np.asarray(Image.open(path).convert("RGB")).tolist() for path in sorted(folder.glob("*.png"))]
+
+
+def refused(comfy: Comfy, graph: Graph) -> str:
+    with pytest.raises(Refused) as refusal:
+        comfy.run(graph)
+    assert refusal.value.status == 400
+    return refusal.value.reasons
+
+
+def test_pictures_are_those_of_the_command_to_the_bit(comfy: Comfy, tmp_path: Path):
+    result = comfy.run(sampling(prompt=f"{PROMPT}\n\n{OTHER}", batch=2))
+    expected = command(tmp_path, "-p", PROMPT, "-p", OTHER, "--seed", "7", "--num-images", "2")
+    assert shown(comfy, result) == expected
+    assert result.outputs["prompts"]["text"][0].splitlines() == [PROMPT, PROMPT, OTHER, OTHER]
+
+
+def test_settings_are_those_of_the_command(comfy: Comfy, tmp_path: Path):
+    result = comfy.run(sampling(steps=5, solver="euler", shift=1.5, width=96, height=48))
+    options = ["--steps", "5", "--solver", "euler", "--shift", "1.5", "--width", "96", "--height", "48"]
+    assert shown(comfy, result) == command(tmp_path, "-p", PROMPT, "--seed", "7", *options)
+    assert np.asarray(shown(comfy, result)[0]).shape == (48, 96, 3)
+    again = comfy.run(sampling())  # the loaded model keeps nothing of it
+    assert shown(comfy, again) == command(tmp_path / "again", "-p", PROMPT, "--seed", "7")
+
+
+def test_a_lora_draws_as_it_was_trained_and_leaves_the_model_as_it_was(comfy: Comfy, tmp_path: Path):
+    trained = {"model": ModelConfig(device="cpu").model_dump(), "rollout": RolloutConfig(num_steps=5).model_dump()}
+    layers = random_layers(load_family(ModelConfig(device="cpu")))
+    path = save_adapter(loras_folder(comfy) / "pipeline.safetensors", layers, {"ngrpo": json.dumps(trained)})
+    base = shown(comfy, comfy.run(sampling()))
+    with_it = shown(comfy, comfy.run(sampling(lora="pipeline.safetensors")))
+    assert with_it == command(tmp_path / "a", "-p", PROMPT, "--seed", "7", "--adapter", str(path))
+    assert with_it != base
+    half = shown(comfy, comfy.run(sampling(lora="pipeline.safetensors", strength=0.5)))
+    assert half == command(tmp_path / "b", "-p", PROMPT, "--seed", "7", "--adapter", str(path), "--strength", "0.5")
+    assert half not in (base, with_it)
+    assert shown(comfy, comfy.run(sampling(prompt=f" {PROMPT}"))) == base
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_latents_are_comfyuis_own(comfy: Comfy, size: int):
+    native = latents_of(comfy, comfy.run(drawing(seed=7, size=size)))
+    ours = latents_of(comfy, comfy.run(sampling(width=size, height=size)))
+    assert ours.shape == native.shape
+    assert ((ours - native).norm() / native.norm()).item() <= 1e-6
+
+
+def test_neighbours_come_from_the_noise_input(comfy: Comfy):
+    noise = node(
+        "NGRPO_NeighborNoise", noise_seed=5, perturbation_strength=0.3, member=-1, around="this seed's picture"
+    )
+    native = latents_of(comfy, comfy.run(drawing(batch=3) | {"noise": noise}))
+    graph = sampling(batch=3) | {"noise": noise}
+    graph["sample"]["inputs"]["noise"] = ["noise", 0]
+    ours = latents_of(comfy, comfy.run(graph))
+    assert ((ours - native).norm() / native.norm()).item() <= 1e-6
+    alone = latents_of(comfy, comfy.run(sampling(seed=5)))
+    torch.testing.assert_close(ours[:1], alone, rtol=0, atol=0)  # the middle is the seed's picture
+
+
+def test_progress_counts_steps_and_cancel_ends_within_one(comfy: Comfy):
+    result = comfy.run(sampling(batch=2, steps=6, seed=3))
+    own = [(value, maximum) for name, value, maximum in result.progress if name == "sample"]
+    assert own[-1] == (12, 12)
+    assert [image.size for image in result.previews][-1] == (512, 512)
+    with comfy.listening() as (client, messages):
+        prompt = comfy.submit(sampling(batch=500, steps=50, seed=4), client)
+        while True:
+            message = messages.recv()
+            if isinstance(message, str) and '"type": "progress"' in message:
+                break
+        comfy.interrupt()
+        interrupted = comfy.follow(prompt, messages)
+    assert (interrupted.status, interrupted.seconds < 2) == ("interrupted", True)
+    assert comfy.run(sampling(seed=9)).status == "success"
+
+
+def test_a_folder_below_models_diffusers_is_in_the_list_and_a_video_gives_all_frames(comfy: Comfy):
+    folder = comfy.base / "models" / "diffusers" / "tiny" / "wan"
+    make = f"from pathlib import Path; from test_wan import make_folder; make_folder(Path({str(folder)!r}), False)"
+    paths = os.pathsep.join(str(REPOSITORY / part) for part in ("", "tests", "tests/models"))
+    subprocess.run([sys.executable, "-c", DECLARED + make], check=True, env=os.environ | {"PYTHONPATH": paths})
+    definition = comfy.get("/object_info/NGRPO_LoadPipeline")["NGRPO_LoadPipeline"]["input"]["required"]["model"]
+    names = definition[1]["options"] if definition[0] == "COMBO" else definition[0]
+    assert "diffusers/tiny/wan" in names
+    graph = sampling(width=32, height=32, steps=2) | {"pipeline": pipeline("diffusers/tiny/wan")}
+    result = comfy.run(graph)
+    assert len(shown(comfy, result)) == 33
+    assert latents_of(comfy, result).ndim == 5
+
+
+@pytest.mark.parametrize(
+    ("widgets", "reason"),
+    [
+        ({"prompt": " \n "}, "prompt must not be empty"),
+        ({"lora": "../../secret.safetensors"}, "must be a file in ComfyUI's loras folder"),
+        ({"solver": "heun"}, "solver must be one of model's own, dpmpp_2m, euler, got 'heun'"),
+        ({"steps": -1}, "smaller than min"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_anything_runs(comfy: Comfy, widgets: dict[str, Any], reason: str):
+    assert reason in refused(comfy, sampling(**widgets))
+
+
+def test_a_model_elsewhere_and_what_cannot_be_combined_are_refused(comfy: Comfy):
+    for model in ("../../etc", "/etc", "someone/unknown", "diffusers/../../x"):
+        assert "model must be one of embedded" in refused(comfy, sampling() | {"pipeline": pipeline(model)})
+    both = pipeline(quantization="int8_torchao", swap_blocks=3)
+    assert "swap_blocks must be 0 with a quantised base, got 3" in refused(comfy, sampling() | {"pipeline": both})
+
+
+@pytest.mark.parametrize(
+    ("widgets", "reason"),
+    [
+        ({"width": 72, "height": 64}, "width must be a multiple of 16, got 72"),
+        ({"lora": "alien.safetensors"}, "alien.safetensors"),
+    ],
+)
+def test_what_does_not_fit_is_said_and_the_server_goes_on(comfy: Comfy, widgets: dict[str, Any], reason: str):
+    (loras_folder(comfy) / "alien.safetensors").write_bytes(b"not a safetensors file")
+    result = comfy.run(sampling(**widgets))
+    assert (result.status, result.error_node) == ("error", "sample")
+    assert reason in result.error
+    assert comfy.run(sampling()).status == "success"
+
+
+def test_a_model_that_cannot_be_loaded_is_said(comfy: Comfy):
+    folder = comfy.base / "models" / "diffusers" / "broken"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
+    result = comfy.run(sampling() | {"pipeline": pipeline("diffusers/broken")})
+    assert (result.status, result.error_node) == ("error", "pipeline")
+    assert "is a NoSuchPipeline, for which there is no family" in result.error
+
+
+def test_memory_savers_change_nothing_of_the_picture(comfy: Comfy):
+    saving = pipeline(text_encoders="offload", swap_blocks=1, vae_tiling=True)
+    assert shown(comfy, comfy.run(sampling() | {"pipeline": saving})) == shown(comfy, comfy.run(sampling()))
