@@ -214,6 +214,21 @@ def check_half_precision(folder: Path, **settings: Any) -> None:
     assert len(half.decode(noise_of(half))) == half.num_frames
 
 
+def check_another_size(folder: Path | str, first: dict[str, Any], second: dict[str, Any]) -> None:
+    """A loaded model draws at other settings what one loaded with them draws, to the bit, and stays what it is."""
+
+    def drawn(family: BaseFamily) -> list[Any]:
+        text = family.encode(PROMPTS[:1])
+        return [np.asarray(image).tolist() for image in draw(family, text, [5], "dpmpp_2m", family.sigmas(3))]
+
+    loaded, wanted = load(Path(folder), **first), load(Path(folder), **second)
+    before = drawn(loaded)
+    other = loaded.at(wanted.config)
+    assert other.transformer is loaded.transformer
+    assert drawn(other) == drawn(wanted)
+    assert drawn(loaded) == before
+
+
 def check_targets(family: BaseFamily, attention: set[str], feed_forward: set[str]) -> None:
     """Both `lora.targets` adapt exactly the layers meant, by their full names."""
     for targets, expected in (("attention", attention), ("attention+feed_forward", attention | feed_forward)):

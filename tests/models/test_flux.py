@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from family_checks import check_another_size
 
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.errors import UserError
@@ -136,3 +137,8 @@ def test_a_folder_that_is_no_flux_pipeline_is_an_error_that_names_it(tmp_path: P
         (tmp_path / "model_index.json").write_text(content)
         with pytest.raises(UserError, match=f"model.path '{tmp_path}' could not be loaded as a FluxPipeline"):
             Family(ModelConfig(path=str(tmp_path)), "cpu")
+
+
+def test_a_loaded_model_can_be_asked_for_another_size():
+    small = {"height_px": 64, "width_px": 64}
+    check_another_size("embedded", small, {"height_px": 48, "width_px": 96, "max_sequence_length": 16})

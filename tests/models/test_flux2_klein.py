@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from family_checks import (
     PROMPTS,
     Recording,
+    check_another_size,
     check_neighbours,
     check_sampling,
     check_targets,
@@ -182,3 +183,16 @@ def test_managers_find_the_base_by_its_size(family: BaseFamily, monkeypatch: pyt
         assert (family.architecture, family.kohya_version) == ("Flux.2-klein-9b", "flux_2_klein_9b")
     finally:
         family.transformer.register_to_config(num_attention_heads=2)
+
+
+def test_a_loaded_model_can_be_asked_for_another_size(base: Path, distilled: Path):
+    other = {
+        "height_px": 64,
+        "width_px": 32,
+        "max_sequence_length": 48,
+        "guidance_scale": 2.0,
+        "negative_prompt": "red",
+    }
+    check_another_size(base, SIZE, other)
+    with pytest.raises(UserError, match="guidance_scale must be 1 or null"):
+        load(distilled, **SIZE).at(load(base, **other).config)

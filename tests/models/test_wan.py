@@ -15,6 +15,7 @@ from family_checks import (
     PROMPTS,
     GivenSigmas,
     Recording,
+    check_another_size,
     check_neighbours,
     check_sampling,
     check_targets,
@@ -325,3 +326,9 @@ def test_compare_draws_middle_frames(trainer: Trainer, adapter: Path, tmp_path: 
         with Image.open(tmp_path / "images" / "run" / f"{number:03d}-{7 + number}.png") as picture:
             expected = sample_images(adapter, None, [picture.info["prompt"]], [7 + number])[2]
             assert picture.tobytes() == expected.tobytes()
+
+
+def test_a_loaded_model_can_be_asked_for_another_size(wan21: Path):
+    check_another_size(wan21, SMALL, {"height_px": 32, "width_px": 16, "num_frames": 9, "guidance_scale": 1.0})
+    with pytest.raises(UserError, match=r"num_frames must be 4 k \+ 1"):
+        load(wan21, **SMALL).at(load(wan21, **SMALL).config.model_copy(update={"num_frames": 6}))
