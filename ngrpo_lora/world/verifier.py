@@ -154,14 +154,15 @@ def read_paint(pixels: Floats) -> tuple[Floats, Floats]:
     low, high = pixels.min(0), pixels.max(0)
     pale = (high - low < 45) & (low > 165)
     if pale.any():
-        typical = np.median(pixels[:, pale], axis=1)
+        typical = np.median(_chosen(pixels, pale), axis=1)
         pale &= np.abs(pixels - typical[:, None, None]).max(0) < 24
     if pale.mean() < 0.1:
         return np.zeros_like(low), np.full((len(palette), *low.shape), 1 / len(palette), np.float32)
     rows = np.nonzero(pale)[0].astype(np.float32)
     height = rows - rows.mean()
-    level = pixels[:, pale].mean(1)  # (3,), at the mean row
-    slope = pixels[:, pale] @ height / (height @ height)  # (3,)
+    paper = _chosen(pixels, pale)  # (3, N)
+    level = paper.mean(1)  # (3,), at the mean row
+    slope = paper @ height / (height @ height)  # (3,)
     background = level[:, None] + slope[:, None] * (np.arange(pixels.shape[1], dtype=np.float32) - rows.mean())
 
     away = pixels - background[:, :, None]  # (3, 64, 64)
@@ -176,6 +177,11 @@ def read_paint(pixels: Floats) -> tuple[Floats, Floats]:
     coverage = np.clip(distance * nearest / np.tensordot(reach, share, 1), 0, 1)
     # Grey is 18 degrees from green (cosine 0.95): what is farther than 16 from all is no colour of ours.
     return coverage, share * expit(100 * (nearest - 0.96))
+
+
+def _chosen(pixels: Floats, mask: Mask) -> Floats:
+    """The pixels within a mask, (3, H, W) -> (3, N): `pixels[:, mask]`, several times faster."""
+    return pixels.reshape(len(pixels), -1).take(np.flatnonzero(mask), axis=1)
 
 
 def find_blobs(coverage: Floats, color_share: Floats) -> list[tuple[Found, Mask]]:
