@@ -240,10 +240,9 @@ class PipelineSample(io.ComfyNode):
             adapter_path(lora)
 
     @classmethod
-    def fingerprint_inputs(cls, lora: str = NO_LORA, **others: Any) -> float:
+    def fingerprint_inputs(cls, lora: str, **others: Any) -> int:
         """A LoRA that was trained on is another one."""
-        path = None if lora == NO_LORA else folder_paths.get_full_path("loras", lora)
-        return Path(path).stat().st_mtime if path else 0.0
+        return 0 if lora == NO_LORA else adapter_path(lora).stat().st_mtime_ns
 
     @classmethod
     def execute(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from comfy_client import Comfy, Graph, Result
+from comfy_client import REPOSITORY, Comfy, Graph, Result
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,3 +56,20 @@ def latents_of(comfy: Comfy, result: Result, saved_by: str = "save") -> Tensor:
     assert result.status == "success", result.error
     described = result.outputs[saved_by]["latents"][0]
     return load_file(Path(comfy.base) / "output" / described["subfolder"] / described["filename"])["latent_tensor"]
+
+
+def tiny_model(comfy: Comfy, family: str, **settings: bool) -> str:
+    """Make models/diffusers/tiny/FAMILY with the family's own test; the name in the loader's list."""
+    folder = comfy.base / "models" / "diffusers" / "tiny" / family
+    tests = REPOSITORY / "tests"
+    paths = os.pathsep.join(map(str, (REPOSITORY, tests, tests / "models", tests / "comfy")))
+    make = f"""
+from pathlib import Path
+from engine import declare_operators
+operators = declare_operators()
+from test_{family} import make_folder
+make_folder(Path({str(folder)!r}), **{settings!r})
+"""
+    if not folder.exists():
+        subprocess.run([sys.executable, "-c", make], check=True, env=os.environ | {"PYTHONPATH": paths})
+    return f"diffusers/tiny/{family}"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comfy_client import Comfy, Graph, Refused
-from graphs import PROMPT, drawing, latents_of, node
+from graphs import PROMPT, drawing, latents_of, node, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,6 +27,11 @@ def drawn_with(comfy: Comfy, conditioning: list[Any], **nodes: Any) -> Tensor:
     graph: Graph = drawing(seed=7) | nodes
     graph["guider"]["inputs"]["conditioning"] = conditioning
     return latents_of(comfy, comfy.run(graph))
+
+
+def pipeline(model: str) -> dict[str, Any]:
+    widgets = {"dtype": "auto", "quantization": "none", "text_encoders": "keep", "swap_blocks": 0, "vae_tiling": False}
+    return node("NGRPO_LoadPipeline", model=model, **widgets)
 
 
 def encoding() -> Graph:
@@ -128,15 +133,23 @@ def test_a_file_of_another_kind_is_said(comfy: Comfy, tensors: dict[str, Tensor]
 
 
 def test_a_pipelines_encoders_serve_comfyuis_own_model(comfy: Comfy):
-    loaded = node(
-        "NGRPO_LoadPipeline",
-        model="embedded",
-        dtype="auto",
-        quantization="none",
-        text_encoders="keep",
-        swap_blocks=0,
-        vae_tiling=False,
-    )
-    nodes = {"pipeline": loaded, "coded": node("NGRPO_EncodePrompt", pipeline=["pipeline", 0], prompt=PROMPT)}
+    nodes = {
+        "pipeline": pipeline("embedded"),
+        "coded": node("NGRPO_EncodePrompt", pipeline=["pipeline", 0], prompt=PROMPT),
+    }
     encoded = drawn_with(comfy, ["coded", 0], **nodes)
     torch.testing.assert_close(encoded, drawn_with(comfy, ["text", 0]), rtol=0, atol=0)
+
+
+def test_other_families_give_what_comfyui_has_or_are_refused(comfy: Comfy):
+    def encoded(model: str) -> Graph:
+        coded = node("NGRPO_EncodePrompt", pipeline=["pipeline", 0], prompt=PROMPT)
+        return {"pipeline": pipeline(model), "coded": coded, "store": save(["coded", 0], "of a pipeline", True)}
+
+    assert comfy.run(encoded(tiny_model(comfy, "wan", second=False))).status == "success"
+    ((states, others),) = load_conditioning(folder(comfy) / "of a pipeline.safetensors")
+    assert (tuple(states.shape), others) == ((1, 512, 16), {})  # as ComfyUI's UMT5: zeros after the prompt
+    assert not states[:, 100:].any()
+    refusal = comfy.run(encoded(tiny_model(comfy, "flux2_klein", distilled=True)))
+    assert (refusal.status, refusal.error_node) == ("error", "coded")
+    assert "got flux2_klein; draw it with Sample Pipeline" in refusal.error

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from adapters import loras_folder, random_layers, save_adapter
-from comfy_client import REPOSITORY, Comfy, Graph, Refused, Result
-from graphs import PROMPT, drawing, latents_of, node
+from comfy_client import Comfy, Graph, Refused, Result
+from graphs import PROMPT, drawing, latents_of, node, tiny_model
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,9 +20,6 @@ from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.sampling import load_family
 
 OTHER = "a red circle"
-DECLARED = (
-    f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import engine; kept = engine.declare_operators(); "
-)
 
 
 def pipeline(model: str = "embedded", **widgets: Any) -> dict[str, Any]:
@@ -104,6 +98,11 @@ def test_a_lora_draws_as_it_was_trained_and_leaves_the_model_as_it_was(comfy: Co
     assert half == command(tmp_path / "b", "-p", PROMPT, "--seed", "7", "--adapter", str(path), "--strength", "0.5")
     assert half not in (base, with_it)
     assert shown(comfy, comfy.run(sampling(prompt=f" {PROMPT}"))) == base
+    others = random_layers(load_family(ModelConfig(device="cpu")), seed=1)
+    save_adapter(path, others, {"ngrpo": json.dumps(trained)})  # trained further, under the same name
+    changed = shown(comfy, comfy.run(sampling(lora="pipeline.safetensors")))
+    assert changed == command(tmp_path / "c", "-p", PROMPT, "--seed", "7", "--adapter", str(path))
+    assert changed not in (base, with_it)
 
 
 @pytest.mark.parametrize("size", [64, 96])
@@ -145,10 +144,7 @@ def test_progress_counts_steps_and_cancel_ends_within_one(comfy: Comfy):
 
 
 def test_a_folder_below_models_diffusers_is_in_the_list_and_a_video_gives_all_frames(comfy: Comfy):
-    folder = comfy.base / "models" / "diffusers" / "tiny" / "wan"
-    make = f"from pathlib import Path; from test_wan import make_folder; make_folder(Path({str(folder)!r}), False)"
-    paths = os.pathsep.join(str(REPOSITORY / part) for part in ("", "tests", "tests/models"))
-    subprocess.run([sys.executable, "-c", DECLARED + make], check=True, env=os.environ | {"PYTHONPATH": paths})
+    tiny_model(comfy, "wan", second=False)
     definition = comfy.get("/object_info/NGRPO_LoadPipeline")["NGRPO_LoadPipeline"]["input"]["required"]["model"]
     names = definition[1]["options"] if definition[0] == "COMBO" else definition[0]
     assert "diffusers/tiny/wan" in names
