@@ -15,11 +15,12 @@ import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -31,11 +32,19 @@ from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.types import Metrics, RewardBatch
 
-__all__ = ["Samples", "ScoreCache", "Scorer", "clipped", "combine", "correlations"]
+__all__ = ["Samples", "ScoreCache", "Scorer", "Wait", "clipped", "combine", "correlations"]
 
 log = logging.getLogger(__name__)
 
 Form = Literal["batch", "group", "single"]
+
+POLL_S = 0.2
+
+
+class Wait(Protocol):
+    """Waits for the scores (N,) float64 of every reward, and calls `meanwhile` several times a second."""
+
+    def __call__(self, meanwhile: Callable[[], None] = ...) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -61,13 +70,20 @@ class Scorer:
     def __init__(self, configs: Sequence[RewardConfig], device: str = "cpu"):
         self.rewards = {config.key: BoundReward(config, device) for config in configs}
 
-    def submit(self, samples: Samples, cache: ScoreCache | None = None) -> Callable[[], dict[str, Tensor]]:
-        """Start to score; the returned function waits for the scores (N,) float64 of every reward.
+    def submit(self, samples: Samples, cache: ScoreCache | None = None) -> Wait:
+        """Start to score; the returned function waits for the scores.
 
         It raises UserError where a reward is not what a reward must be; a reward that fails gives NaN and is logged.
         """
         pending = {label: in_thread(partial(reward, samples, cache)) for label, reward in self.rewards.items()}
-        return lambda: {label: future.result() for label, future in pending.items()}
+
+        def wait(meanwhile: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+            for future in pending.values():
+                while not wait_for([future], POLL_S).done:
+                    meanwhile()
+            return {label: future.result() for label, future in pending.items()}
+
+        return wait
 
     def __call__(self, samples: Samples, cache: ScoreCache | None = None) -> dict[str, Tensor]:
         """Scores (N,) float64 of every reward."""

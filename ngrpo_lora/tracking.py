@@ -25,18 +25,34 @@ class MetricsFile:
     """`metrics.jsonl`. Opened for a resumed run, it drops the lines after the checkpoint."""
 
     def __init__(self, path: Path, resume_after: int | None):
-        kept = []
+        rows = []
         if resume_after is not None and path.exists():
-            kept = [row for row in read_metrics(path) if row["step"] <= resume_after]
+            rows = [row for row in read_metrics(path) if row["step"] <= resume_after]
+        *complete, self.last = rows or [{}]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(to_line(row) for row in kept))
+        partial.write_text("".join(map(to_line, complete)))
         partial.replace(path)
         self.file = path.open("a")
+        self.start = self.file.tell()  # of the last line
+        if self.last:
+            self.rewrite()
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Append one step; a value that is not finite is written as null."""
-        self.file.write(to_line({"step": step} | metrics))
+        """Append a line, or add to the last one where that is of this step; NaN and infinity are null."""
+        if self.last.get("step") != step:
+            self.last, self.start = {"step": step}, self.file.tell()
+        self.last |= metrics
+        self.rewrite()
+
+    def rewrite(self) -> None:
+        """Put the last line in its place."""
+        self.file.truncate(self.start)
+        self.file.write(to_line(self.last))
         self.file.flush()
+
+    def has(self, key: str) -> bool:
+        """Whether the last line has this metric."""
+        return key in self.last
 
 
 def to_line(row: dict[str, Any]) -> str:

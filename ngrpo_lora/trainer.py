@@ -34,22 +34,23 @@ from ngrpo_lora.noise import derive_seed, gaussian_noise
 from ngrpo_lora.optimizers import learning_rate_factor, make_optimizer
 from ngrpo_lora.prompts import Prompt, count_longer, open_split
 from ngrpo_lora.sampling import draw, load_family
-from ngrpo_lora.scoring import Samples, ScoreCache, Scorer, combine, correlations
+from ngrpo_lora.scoring import Samples, ScoreCache, Scorer, Wait, combine, correlations
 from ngrpo_lora.tracking import MetricsFile, closing, console, estimate, opening, progress_bar, save_scores
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, TextEmbeds, Transition, Velocities, mean_metrics
+from ngrpo_lora.watcher import Watcher, attend
 
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
 
 
-def train(config: RunConfig) -> Metrics:
-    """Run a checked configuration to its end; returns the last evaluation.
+def train(config: RunConfig, watcher: Watcher | None = None) -> Metrics:
+    """Run a checked configuration to its end, in sight of `watcher`; returns the last evaluation.
 
     Raises:
         UserError: the model cannot be loaded, or the run cannot go on; all that was made is on disk.
     """
-    trainer = Trainer(config)
+    trainer = Trainer(config, watcher)
     with trainer.processes.contact():
         evaluation = trainer.run()
     trainer.processes.close()
@@ -59,7 +60,8 @@ def train(config: RunConfig) -> Metrics:
 class Trainer:
     """One run. `run` is the loop; every other method is one arrow of the data flow."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, watcher: Watcher | None = None):
+        self.watcher = watcher or Watcher()
         if config.trainer.num_threads is not None:
             torch.set_num_threads(config.trainer.num_threads)
         self.processes = Processes(config.trainer.timeout_s)
@@ -85,6 +87,9 @@ class Trainer:
         self.held_out = [held_out.prompt(i) for i in range(config.evaluation.num_prompts)]
         self.family = self.load_family()
         transformer = self.family.transformer
+        # A compiled block would have the call in its graph.
+        blocks = [] if config.model.compile else self.family.blocks
+        attend(self.watcher, [transformer, *blocks, *parts(self.family.vae, *self.family.encoders)])
         suffixes, excluded = self.family.lora_targets(config.lora.targets)
         lora.inject(transformer, config.lora, suffixes, excluded, derive_seed(config.seed, "lora"))
         if config.lora.init_from is not None and config.resume is None:
@@ -110,6 +115,7 @@ class Trainer:
         if self.processes.is_main:
             self.warn_of_long_prompts()
         self.iteration = self.skipped_in_a_row = 0
+        self.kept: dict[str, Any] | None = None  # the state at the start of an iteration of several updates
         if config.resume is not None:
             self.restore(self.processes.broadcast(self.checkpoint(config.resume)))
 
@@ -148,7 +154,9 @@ class Trainer:
         mine = [missing[i] for i in self.processes.share(len(missing))]
         if mine:
             log.info("encoding %d prompts into %s", len(mine), cache.folder)
-            cache.fill(load_family(model, "text"), mine)
+            family = load_family(model, "text")
+            attend(self.watcher, parts(*family.encoders))
+            cache.fill(family, mine)
         self.processes.gather(None)  # all files are there
         family = load_family(model, "image", self.divided)
         family.cache = cache
@@ -178,14 +186,16 @@ class Trainer:
         if processes.is_main:
             (self.output_dir / "config.yaml").write_text(dump_config(config))
             metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.iteration if config.resume else None)
-        with progress_bar() as bar, interrupt_asked() as interrupted:
+        with progress_bar() as bar, interrupt_asked() as interrupted, self.saved_on_error():
             task = bar.add_task("train", total=total, completed=self.iteration, status="evaluating the base model")
             first, evaluation = Clock(), Metrics()
-            if self.iteration == 0:
+            cut_off = self.evaluation_due and metrics_file is not None and not metrics_file.has("eval/reward_mean")
+            if self.iteration == 0 or processes.any(cut_off):
                 with first("evaluation"):
                     evaluation = self.evaluate()
                 if metrics_file is not None:
-                    metrics_file.write(0, evaluation | first.seconds)
+                    metrics_file.write(self.iteration, evaluation | first.seconds)
+                self.watcher.after_step(self.iteration, evaluation)
             last = self.iteration >= total
             while not last:
                 metrics, clock = self.step(), Clock()
@@ -194,12 +204,15 @@ class Trainer:
                     evaluations = -(-total // config.evaluation.every)
                     once_s = first.seconds["time/evaluation_s"]
                     console.print(estimate(iteration_seconds(metrics), total - 1, once_s, evaluations))
-                if self.iteration % config.evaluation.every == 0 or self.iteration == total:
+                if metrics_file is not None:
+                    metrics_file.write(self.iteration, metrics)
+                if self.evaluation_due:
                     with clock("evaluation"):
                         evaluation = self.evaluate()
                     metrics |= evaluation | clock.seconds
-                if metrics_file is not None:
-                    metrics_file.write(self.iteration, metrics)
+                    if metrics_file is not None:
+                        metrics_file.write(self.iteration, metrics)
+                self.watcher.after_step(self.iteration, metrics)
                 if self.iteration % config.trainer.save_every == 0 or last:
                     self.save()
                     if pusher is not None and config.hub.push == "checkpoints" and not last:
@@ -215,23 +228,47 @@ class Trainer:
             console.print(f"pushed to                 {pusher.finish()}")
         return evaluation
 
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation belongs to the iteration that has just ended."""
+        return (
+            self.iteration % self.config.evaluation.every == 0 or self.iteration == self.config.trainer.num_iterations
+        )
+
+    @contextmanager
+    def saved_on_error(self) -> Iterator[None]:
+        """Whatever ends the block before its time, a checkpoint of the last complete iteration is written."""
+        try:
+            yield
+        except BaseException:
+            try:
+                if self.kept is not None:
+                    self.restore(self.kept)
+                self.save()
+            except Exception:  # a full disk or a broken device, which may be the first error's reason as well
+                log.warning("no checkpoint could be written of iteration %d", self.iteration, exc_info=True)
+            raise
+
     def step(self) -> Metrics:
         """One iteration: draw and score P groups, move the adapter, say what came of it."""
         clock, nfe = Clock(), self.counter.start()
         prompts = [self.prompts.prompt(i) for i in self.prompt_indices()]
-        rollouts, pending = [], []
+        rollouts, pending, shown = [], [], []
         with clock("rollout"):
             text = self.family.encode([prompt.text for prompt in prompts])
             for prompt, rollout in zip(prompts, self.roll_out(text), strict=True):
                 rollouts.append(rollout.to("cpu"))
-                samples = self.samples([prompt] * len(rollout.final), self.decode(rollout))
+                images = self.decode(rollout)
+                shown = shown or images[self.family.num_frames // 2 :: self.family.num_frames]
+                samples = self.samples([prompt] * len(rollout.final), images)
                 pending.append(self.scorer.submit(samples))
         with clock("reward"):  # what is left to wait for
             batch = self.collect(rollouts, pending)
             advantages = self.algorithm.advantages(batch)
+        self.watcher.after_rewards(prompts[0].text, shown, batch.rewards[self.groups.start].tolist())
         with clock("update"):
             policy = self.update(rollouts, advantages, text)
-        self.iteration += 1
+        self.iteration, self.kept = self.iteration + 1, None
         nfe_per_sample = nfe.per_sample(batch.rewards.numel(), self.processes)
         return self.describe(batch) | policy | nfe_per_sample | clock.seconds
 
@@ -296,16 +333,16 @@ class Trainer:
         """How many pictures of each sample are scored."""
         return min(self.config.rewards.frames, self.family.num_frames)
 
-    def collect(self, rollouts: list[Rollout], pending: list[Callable[[], dict[str, Tensor]]]) -> RewardBatch:
+    def collect(self, rollouts: list[Rollout], pending: list[Wait]) -> RewardBatch:
         """Scores of P groups as one batch; a sample whose latents are not finite has none.
 
         Raises:
-            UserError: a reward is none, or failed for more than `rewards.max_failed_share`; a checkpoint is written.
+            UserError: a reward is none, or failed for more than `rewards.max_failed_share`.
         """
         finite = torch.stack([rollout.final.flatten(1).isfinite().all(1) for rollout in rollouts])  # (P, G)
         scores, problem = {}, None
         try:
-            groups = [wait() for wait in pending]
+            groups = [wait(self.watcher.before_pass) for wait in pending]
             own = {label: torch.stack([self.per_sample(group[label]) for group in groups]) for label in groups[0]}
             scores = {label: raw.where(finite, torch.nan) for label, raw in own.items()}
         except UserError as error:
@@ -316,7 +353,6 @@ class Trainer:
             scores = {label: torch.cat([share[label] for share in shares]) for label in scores}
             problem = self.broken(scores)
         if problem is not None:
-            self.save()
             raise SharedError(f"iteration {self.iteration + 1}: {problem}, then go on with resume=latest")
         return combine(scores, self.trained, self.config.rewards.combine)
 
@@ -339,6 +375,8 @@ class Trainer:
     def update(self, rollouts: list[Rollout], advantages: Tensor, text: TextEmbeds) -> Metrics:
         """Every optimizer update of this iteration; gradients are sums over all processes' transitions."""
         updates = self.algorithm.updates(advantages, derive_seed(self.config.seed, "updates", self.iteration))
+        if len(updates) > 1:
+            self.kept = on_cpu(self.state())
         sizes, advantages = [len(update) for update in updates], advantages[self.groups.start : self.groups.stop]
         factor = learning_rate_factor(self.config.optimizer, self.iteration, self.config.trainer.num_iterations)
         for group in self.optimizer.param_groups:
@@ -478,7 +516,9 @@ class Trainer:
         scores, problem = {}, None
         try:
             pending = [scorer.submit(samples, self.cache) for scorer in (self.scorer, self.watching)]
-            scores = {label: self.per_sample(raw) for wait in pending for label, raw in wait().items()}
+            scores = {
+                label: self.per_sample(raw) for wait in pending for label, raw in wait(self.watcher.before_pass).items()
+            }
         except UserError as error:
             problem = str(error)
         if problem := self.processes.agree(problem):
@@ -617,6 +657,20 @@ class Clock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[f"time/{stage}_s"] = time.perf_counter() - start
+
+
+def parts(*networks: nn.Module) -> list[nn.Module]:
+    """Every module in these."""
+    return [module for network in networks for module in network.modules()]
+
+
+def on_cpu(state: Any) -> Any:
+    """A copy of nested dictionaries and lists, their tensors in system memory."""
+    if isinstance(state, dict):
+        return {key: on_cpu(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(on_cpu, state))
+    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
 
 
 def iteration_seconds(metrics: Metrics) -> float:
