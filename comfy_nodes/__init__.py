@@ -13,7 +13,7 @@ from comfy_api.latest import ComfyExtension, io
 if importlib.util.find_spec("ngrpo_lora") is None:  # a clone in custom_nodes/ that was not installed
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from . import adapters, comparing, conditioning, embedded, pipelines, rewards, sampling  # noqa: E402
+from . import adapters, comparing, conditioning, embedded, pipelines, rewards, sampling, training  # noqa: E402
 
 WEB_DIRECTORY = "./web"
 
@@ -25,7 +25,7 @@ class NeighborGRPOExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """In the order of the menu."""
-        subjects = (embedded, sampling, adapters, rewards, comparing, conditioning, pipelines)
+        subjects = (embedded, sampling, adapters, rewards, comparing, conditioning, pipelines, training)
         return [node for subject in subjects for node in subject.NODES]
 
 

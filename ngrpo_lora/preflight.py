@@ -16,13 +16,14 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.prompts import read_split
 from ngrpo_lora.quantization import check_quantization
 
-__all__ = ["check_run"]
+__all__ = ["check_resumable", "check_run", "check_settings"]
 
 # What a resumed run may change: where it runs, how long, what it reports; nothing that changes its updates.
 MAY_CHANGE = (
     *("output_dir", "resume", "hub.", "evaluation.", "trainer.", "rollout.micro_batch_size"),
     *("model.device", "model.swap_blocks", "model.text_encoders", "model.vae_tiling"),
 )
+REMOTE = ("hf:", "hpdv2:")  # prompts that a network may be asked for
 
 
 def check_run(config: RunConfig) -> None:
@@ -31,14 +32,43 @@ def check_run(config: RunConfig) -> None:
     Raises:
         ConfigError: one line per problem.
     """
-    problems = [*_prompts(config), *_functions(config), *_model(config), *_packages(config), *_output_dir(config)]
-    problems += _init_from(config)
+    problems = [*_prompts(config), *_settings(config), *_output_dir(config)]
     if not problems:
         problems = [*_not_writable(Path(config.output_dir)), *_family(config)]
     if not problems:
         problems = [*_hub(config)]  # last, as it may make the repository
     if problems:
         raise ConfigError(problems)
+
+
+def check_settings(config: RunConfig) -> None:
+    """What of `check_run` asks no network and writes nothing; the output folder is not looked at.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    sources = (config.prompts.train, config.prompts.held_out)
+    names = [name for one in sources if not isinstance(one, float) for name in ([one] if isinstance(one, str) else one)]
+    local = not any(name.startswith(REMOTE) for name in names)
+    if problems := [*(_prompts(config) if local else ()), *_settings(config)]:
+        raise ConfigError(problems)
+
+
+def check_resumable(config: RunConfig) -> None:
+    """Whether the run in its own output folder is this one, as far as it may not change.
+
+    Raises:
+        ConfigError: one line per setting that differs.
+    """
+    if problems := [*_changes(Path(config.output_dir) / "config.yaml", config)]:
+        raise ConfigError(problems)
+
+
+def _settings(config: RunConfig) -> Iterator[str]:
+    yield from _functions(config)
+    yield from _model(config)
+    yield from _packages(config)
+    yield from _init_from(config)
 
 
 def _prompts(config: RunConfig) -> Iterator[str]:

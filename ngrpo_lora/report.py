@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from ngrpo_lora.pictures import save_png
@@ -96,6 +99,72 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+@dataclass(frozen=True)
+class Group:
+    """Candidates of one prompt with their rewards."""
+
+    prompt: str
+    images: Sequence[Image.Image]
+    rewards: Sequence[float]
+
+
+def draw_progress(output_dir: Path, group: Group | None = None, width_px: int = 640) -> Image.Image:
+    """How a run goes: its curve, held-out pictures of the base beside those of now, and a group, best first.
+
+    Can be drawn in any thread, beside whatever else draws.
+    """
+    figure = Figure(figsize=(width_px / 100, width_px / 200), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    draw_curve(figure.subplots(), read_metrics(output_dir / "metrics.jsonl"), output_dir.name)
+    canvas.draw()
+    rows = [Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")]
+    held_out = shown_pictures(output_dir)
+    halves = [draw_strip(f"held-out, {title}", images, NUM_SHOWN, width_px // 2) for title, images in held_out.items()]
+    if halves:
+        rows.append(beside(halves, width_px))
+    if group is not None:
+        order = sorted(range(len(group.images)), key=lambda index: -group.rewards[index])
+        title = f"{textwrap.shorten(group.prompt, 64)}: {group.rewards[order[0]]:.3g} to {group.rewards[order[-1]]:.3g}"
+        columns = 4 if len(order) <= 4 else 6 if len(order) <= 12 else 8
+        rows.append(draw_strip(title, [group.images[index] for index in order], columns, width_px))
+    page = Image.new("RGB", (width_px, sum(row.height for row in rows)), "white")
+    for index, row in enumerate(rows):
+        page.paste(row, (0, sum(above.height for above in rows[:index])))
+    return page
+
+
+def beside(pictures: Sequence[Image.Image], width_px: int) -> Image.Image:
+    """Pictures in one row."""
+    row = Image.new("RGB", (width_px, max(picture.height for picture in pictures)), "white")
+    for index, picture in enumerate(pictures):
+        row.paste(picture, (sum(left.width for left in pictures[:index]), 0))
+    return row
+
+
+def shown_pictures(output_dir: Path) -> dict[str, list[Image.Image]]:
+    """`save_shown`'s pictures: of the `base`, and of the latest evaluation after it, `now`; those that there are."""
+    found = {}
+    for part, title in (("first", "base"), ("last", "now")):
+        paths = sorted((output_dir / "samples" / part).glob("*.png"), key=lambda path: int(path.stem))
+        if paths:
+            found[title] = [Image.open(path).convert("RGB") for path in paths]
+    return found
+
+
+def draw_strip(title: str, images: Sequence[Image.Image], columns: int, width_px: int) -> Image.Image:
+    """Pictures of one size, `columns` a row, below their title."""
+    cell_px, gap_px = width_px // columns, 4
+    scale = (cell_px - gap_px) / max(images[0].size)
+    width, height = (round(side * scale) for side in images[0].size)
+    rows = -(-len(images) // columns)
+    strip = Image.new("RGB", (width_px, LINE_PX + rows * (height + gap_px)), "white")
+    ImageDraw.Draw(strip).text((gap_px, 2), title, fill="black", font=ImageFont.load_default(11))
+    for index, image in enumerate(images):
+        place = (index % columns * cell_px + gap_px // 2, LINE_PX + index // columns * (height + gap_px))
+        strip.paste(image.resize((width, height), Image.Resampling.BILINEAR), place)
+    return strip
 
 
 def running_mean(points: list[tuple[int, float]], width: int) -> list[tuple[float, float]]:

@@ -127,21 +127,27 @@ def estimate(iteration_s: float, iterations: int, evaluation_s: float, evaluatio
     return f"  about {max(1, round(minutes))} min: {iteration_s:.1f} s an iteration, {evaluation_s:.1f} s an evaluation"
 
 
-def closing(output_dir: Path, adapter: Path) -> str:
-    """Held-out figures before and after, of several rewards each, and where everything is."""
+def figures(output_dir: Path) -> list[str]:
+    """Held-out figures before and after, of several rewards each, one a line."""
     rows = read_metrics(output_dir / "metrics.jsonl")
-    figures = {"reward": "eval/reward_mean", "strict accuracy": "eval/strict_accuracy"}
+    keys = {"reward": "eval/reward_mean", "strict accuracy": "eval/strict_accuracy"}
     labels = [key[len("eval/") : -len("_mean")] for key in rows[0] if re.fullmatch("eval/.+(?<!/reward)_mean", key)]
-    if len(labels) > len(figures):
-        figures |= {label: f"eval/{label}_mean" for label in labels}
+    if len(labels) > len(keys):
+        keys |= {label: f"eval/{label}_mean" for label in labels}
     lines = []
-    for name, key in figures.items():
+    for name, key in keys.items():
         values = [value for _, value in series(rows, key)]
         if values:
             lines.append(
                 f"held-out {name:<16} before {values[0]:.3f}  after {values[-1]:.3f}  ({values[-1] - values[0]:+.3f})"
             )
-    lines += [
+    return lines
+
+
+def closing(output_dir: Path, adapter: Path) -> str:
+    """The figures of a run, and where everything is."""
+    lines = [
+        *figures(output_dir),
         f"pictures and curve        {output_dir / 'summary.png'}",
         f"adapter                   {adapter}",
         f"draw with it              ngrpo sample --adapter {adapter} --prompt '...' --seed 0",

@@ -1,0 +1,527 @@
+"""Train: Neighbor GRPO from the graph, with the configuration of the `ngrpo train` command.
+
+A graph may come from a stranger: it names no file out of ComfyUI's folders, runs no code but that of rewards in
+models/ngrpo_rewards, and pushes nothing to the Hub.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+
+from ngrpo_lora.checkpoint import checkpoints
+from ngrpo_lora.config import DEVICE_PATTERN, RewardConfig, RunConfig, load_config, preset_names
+from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.export import FILE_NAME
+from ngrpo_lora.preflight import check_resumable, check_run, check_settings
+from ngrpo_lora.prompts import Sources
+from ngrpo_lora.report import Group, draw_progress, shown_pictures
+from ngrpo_lora.tracking import figures, read_metrics
+from ngrpo_lora.types import Metrics
+from ngrpo_lora.watcher import Watcher
+
+from ._api import check_path, schema, show_text, to_images
+from .rewards import Entries, Rewards, admitted
+
+FOLDER = "ngrpo"
+"""Of output/, where runs are, and of the first loras folder, where their adapters are."""
+
+GO_ON, ANEW = "go on with it", "start anew beside it"
+PREVIEW_S = 1.0
+PREVIEW_SHARE = 0.05
+"""The most of the time that previews take."""
+
+TAKEN = {
+    "output_dir": "is output/ngrpo/NAME: set name",
+    "resume": "is found by name: set name and earlier_run",
+    "seed": "has a widget: set seed",
+    "hub": "is not for graphs: `ngrpo push` pushes a finished run",
+}
+"""Keys of the configuration that overrides must leave alone, and why."""
+
+OUT_OF_MEMORY = (
+    "Out of memory while training: {reason}\nComfyUI's models had been unloaded before; what the run held is free "
+    "again. In overrides, most effective first: trainer.gradient_checkpointing=true, trainer.micro_batch_size=1, "
+    "rollout.micro_batch_size=1, model.text_encoders=cache, model.vae_tiling=true, model.quantization=int8 or nf4, or "
+    "model.swap_blocks=20; or a preset for your memory, such as flux-16gb. All but quantization may change for a run "
+    "that has begun."
+)
+
+
+def run_dir(name: str) -> Path:
+    """Where a run is."""
+    return Path(folder_paths.get_output_directory()) / FOLDER / name
+
+
+def lora_name(name: str) -> str:
+    """The adapter of a run as ComfyUI's lists have it."""
+    return os.path.join(FOLDER, f"{name}.safetensors")
+
+
+def lora_path(name: str) -> Path:
+    """Where the adapter of a run is."""
+    return Path(folder_paths.get_folder_paths("loras")[0]) / lora_name(name)
+
+
+def free_name(name: str) -> str:
+    """`name`, else `name-2` and so on: one that neither a run nor an adapter has."""
+    number, free = 1, name
+    while run_dir(free).exists() or lora_path(free).exists():
+        number += 1
+        free = f"{name}-{number}"
+    return free
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError where `name` cannot be that of a run."""
+    if not re.fullmatch(r"\w([\w .-]{0,98}\w)?", name, re.ASCII):
+        raise ConfigError(
+            f"name must be letters, digits, spaces, ., - and _, beginning and ending with a letter or digit, got "
+            f"{name!r}; it is a file's name, without a folder"
+        )
+
+
+def configure(
+    preset: str, name: str, overrides: str, iterations: int, seed: int, prompts: str = "", rewards: Entries = ()
+) -> RunConfig:
+    """The run that a node describes; nothing is read but what the overrides name.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    check_name(name)
+    if preset not in preset_names():  # `load_config` reads files too
+        raise ConfigError(f"preset must be one of {', '.join(preset_names())}, got {preset!r}")
+    lines = [line.strip() for line in overrides.splitlines()]
+    given = ["=".join(part.strip() for part in line.split("=", 1)) for line in lines if line and line[0] != "#"]
+    for line in given:
+        key = line.partition("=")[0].partition(".")[0]
+        if key in TAKEN:
+            raise ConfigError(f"overrides must leave {key} out, which {TAKEN[key]}; got {line!r}")
+    own = [f"output_dir={as_yaml(str(run_dir(name)))}", f"seed={seed}"]
+    if iterations:
+        own.append(f"trainer.num_iterations={iterations}")
+    if prompts:
+        own.append(f"prompts.train={as_yaml(str(prompts_path(name, prompts)))}")
+    if rewards:
+        own.append(f"rewards.train={as_yaml([reward.model_dump(mode='json') for reward in rewards])}")
+    device = str(comfy.model_management.get_torch_device())
+    if re.fullmatch(DEVICE_PATTERN, device) and not any(line.startswith("model.device=") for line in given):
+        own.append(f"model.device={device}")
+    return within_folders(load_config(preset, [*given, *own]), given_rewards=bool(rewards))
+
+
+def as_yaml(value: Any) -> str:
+    """A value for an override, in one line."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def within_folders(config: RunConfig, given_rewards: bool) -> RunConfig:
+    """The same with the names of ComfyUI's files as paths.
+
+    Raises:
+        ConfigError: a path out of ComfyUI's folders, or a reward that no graph may ask for.
+    """
+    model, lora = config.model, config.lora
+    folders = [Path(root) / model.path for root in folder_paths.get_folder_paths("diffusers")]
+    for folder in folders:
+        if folder.is_dir():
+            model = model.model_copy(update={"path": str(folder)})
+            break
+    check_path(model.path, "model.path")
+    if lora.init_from is not None:
+        known = folder_paths.get_full_path("loras", lora.init_from)
+        lora = lora.model_copy(update={"init_from": known or lora.init_from})
+        check_path(known or lora.init_from or "", "lora.init_from")
+    for key, sources in (("train", config.prompts.train), ("held_out", config.prompts.held_out)):
+        if not isinstance(sources, float):
+            check_sources(sources, f"prompts.{key}")
+    if config.evaluation.strict is not None:
+        admitted(RewardConfig(name=config.evaluation.strict))
+    watched = tuple(map(admitted, config.evaluation.rewards))
+    evaluation = config.evaluation.model_copy(update={"rewards": watched})
+    # Those of reward nodes were admitted there, and know their servers' keys since.
+    trained = config.rewards.train if given_rewards else tuple(map(admitted, config.rewards.train))
+    own = config.rewards.model_copy(update={"train": trained})
+    return config.model_copy(update={"model": model, "lora": lora, "evaluation": evaluation, "rewards": own})
+
+
+def check_sources(sources: Sources, key: str) -> None:
+    """Raise ConfigError where prompts are a file out of ComfyUI's folders."""
+    for source in [sources] if isinstance(sources, str) else sources:
+        check_path(re.split("[#?]", source.removeprefix("hf:"), maxsplit=1)[0], key)
+
+
+def prompt_lines(prompts: str) -> list[str]:
+    """One prompt a line.
+
+    Raises:
+        ConfigError: none.
+    """
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"prompts must have at least one line of text, got {prompts!r}; one line is one prompt")
+    return lines
+
+
+def prompts_path(name: str, prompts: str) -> Path:
+    """Where a run has its prompts: by their digest, so that others are noticed when it goes on."""
+    digest = hashlib.sha256("\n".join(prompt_lines(prompts)).encode()).hexdigest()[:12]
+    return run_dir(name) / f"prompts-{digest}.txt"
+
+
+def check_earlier(config: RunConfig) -> None:
+    """Make sure that nothing is overwritten, and that a run that goes on stays the same.
+
+    Raises:
+        ConfigError: a run of that name has other settings, or there is an adapter without its run.
+    """
+    folder = Path(config.output_dir)
+    if checkpoints(folder):
+        try:
+            check_resumable(config)
+        except ConfigError as error:
+            raise ConfigError(
+                f"There is a run {folder.name!r} already, and it has other settings:\n{error}\nUndo them to go on with "
+                f"it, or choose another name, or {ANEW!r}."
+            ) from None
+    elif lora_path(folder.name).exists():
+        raise ConfigError(
+            f"name must be new, or that of a run in output/{FOLDER}, got {folder.name!r}: there is "
+            f"{str(lora_path(folder.name))!r}, but no such run; choose another name, or move the file away"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder, and write a megabyte in it.
+
+    Raises:
+        UserError: not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+            file.flush()
+    except OSError as error:
+        raise UserError(
+            f"The adapter will be written to {str(folder)!r}, but that is not possible: {error.strerror}. Nothing was "
+            "trained yet; make the folder writable, or free some space."
+        ) from None
+
+
+def put_adapter(source: Path, name: str) -> str:
+    """Copy an adapter to where LoRA lists find it; its name there."""
+    target = lora_path(name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    shutil.copyfile(source, partial)
+    os.replace(partial, target)
+    return lora_name(name)
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """How far a checkpoint is."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def finished(config: RunConfig) -> bool:
+    """Whether a run has come to its end."""
+    folder, wanted = Path(config.output_dir), config.trainer.num_iterations
+    found = checkpoints(folder)
+    complete = (folder / "adapter" / FILE_NAME).is_file() and (folder / "summary.png").is_file()
+    return complete and bool(found) and iteration_of(found[-1]) >= wanted
+
+
+class View(Watcher):
+    """A run as its node shows it; Cancel stops it."""
+
+    def __init__(self, config: RunConfig, node: type[io.ComfyNode]):
+        self.folder, self.total, self.node = Path(config.output_dir), config.trainer.num_iterations, node
+        self.bar = comfy.utils.ProgressBar(self.total, node_id=node.hidden.unique_id)
+        self.group: Group | None = None
+        self.first: tuple[int, float] | None = None  # step and time of the first that was seen
+        self.next_preview = 0.0
+
+    def before_pass(self) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def after_rewards(self, prompt: str, images: Sequence[Image.Image], rewards: Sequence[float]) -> None:
+        self.group = Group(prompt, images, rewards)
+
+    def after_step(self, step: int, metrics: Metrics) -> None:
+        now = time.monotonic()
+        self.first = self.first or (step, now)
+        preview = None
+        if now >= self.next_preview or step >= self.total:
+            preview = ("JPEG", draw_progress(self.folder, self.group), None)
+            drawn = time.monotonic()
+            self.next_preview = drawn + max(PREVIEW_S, (drawn - now) / PREVIEW_SHARE)
+        self.bar.update_absolute(step, preview=preview)
+        show_text(self.text(step, now, metrics), self.node)
+
+    def text(self, step: int, now: float, metrics: Metrics) -> str:
+        """Where the run is, how well it does, and how long it will take."""
+        said = [f"iteration {step} of {self.total}"]
+        for key, name in (("rollout/reward_mean", "reward"), ("eval/reward_mean", "held-out")):
+            if key in metrics:
+                said.append(f"{name} {metrics[key]:.3f}")
+        first, start = self.first or (step, now)
+        if step > first:
+            said.append(f"{(now - start) / (step - first) * (self.total - step) / 60:.0f} min left")
+        return ", ".join(said)
+
+
+class Warnings(logging.Handler):
+    """The last warnings of a run: a trainer's error says that the reasons are above."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.last: deque[str] = deque(maxlen=3)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.last.append(record.getMessage())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the system."""
+    lack = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return lack or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
+    """Train with ComfyUI's models out of the way; whatever ends it, nothing of the run stays in memory.
+
+    Raises:
+        InterruptProcessingException: cancelled.
+        UserError: the run cannot go on.
+    """
+    show_text("loading", node)
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    from ngrpo_lora.trainer import train
+
+    warnings, threads = Warnings(), torch.get_num_threads()
+    logging.getLogger("ngrpo_lora").addHandler(warnings)
+    failure: Exception | None = None
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            train(config, View(config, node))
+    except comfy.model_management.InterruptProcessingException:
+        failure = comfy.model_management.InterruptProcessingException()
+    except UserError as error:
+        failure = UserError(str(error))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = UserError(OUT_OF_MEMORY.format(reason=str(error).splitlines()[0] if str(error) else "no reason"))
+    finally:
+        logging.getLogger("ngrpo_lora").removeHandler(warnings)
+        torch.set_num_threads(threads)
+        gc.collect()
+        comfy.model_management.soft_empty_cache()
+    # Raised here, where no traceback holds the run's tensors.
+    if failure is not None:
+        state = state_in_words(config)
+        show_text(state, node)
+        if isinstance(failure, UserError):
+            failure = UserError("\n".join([worded(str(failure)), *(f"- {text}" for text in warnings.last), state]))
+        raise failure
+
+
+def worded(message: str) -> str:
+    """A trainer's message for the screen: what the command is told to do next is the node's own business."""
+    return re.sub(r"[;,]?( then)? go on with resume=latest", "", message).replace("reasons are above", "see below")
+
+
+def state_in_words(config: RunConfig) -> str:
+    """How far a run came, and how it goes on; its adapter so far is put into the LoRA lists."""
+    folder = Path(config.output_dir)
+    found = checkpoints(folder)
+    if not found:
+        return f"The run {folder.name!r} has no checkpoint yet; queue the graph again to start it."
+    done = iteration_of(found[-1])
+    total = config.trainer.num_iterations
+    said = f"{done} of {total} iterations are in {str(folder)!r}; queue the graph again to go on."
+    if done:
+        try:
+            said += f" The adapter so far: {put_adapter(found[-1] / FILE_NAME, f'{folder.name}-{done:06d}')}"
+        except OSError as error:
+            said += f" The adapter so far could not be copied to the LoRAs: {error.strerror}."
+    return said
+
+
+class Train(io.ComfyNode):
+    """Neighbor GRPO."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "Train",
+            display_name="Train with Neighbor GRPO",
+            description="Tunes a model on rewards and puts the LoRA into ComfyUI's lists. The run is in output/ngrpo, "
+            "with checkpoints: after Cancel, an error or a restart of ComfyUI, queueing the same graph again goes on "
+            "where it stopped, bit for bit; a finished run is not trained again.",
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=preset_names(),
+                    default="demo",
+                    tooltip="What everything else starts from. demo: the embedded model, any CPU; the others are for "
+                    "the model and the GPU memory that they name. FLUX.1-dev and others are downloaded from the Hub.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="my-adapter",
+                    tooltip="Of the run, output/ngrpo/NAME, and of the adapter, loras/ngrpo/NAME.safetensors.",
+                ),
+                io.String.Input(
+                    "overrides",
+                    default="",
+                    multiline=True,
+                    tooltip="Settings over the preset's, one key=value a line, as for the command: "
+                    "optimizer.learning_rate=1e-4. `ngrpo config --describe` lists all keys. model.path: a Hub id or "
+                    "a folder of models/diffusers; lora.init_from: a LoRA of ComfyUI's list. Lines that begin with # "
+                    "are comments. One process trains here, whatever trainer.cpu_processes says; several GPUs are the "
+                    "command's.",
+                ),
+                io.Int.Input(
+                    "iterations", default=0, min=0, max=1_000_000, tooltip="0: as many as the preset or overrides say."
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="The same seed makes the same adapter."),
+                io.Combo.Input(
+                    "earlier_run",
+                    options=[GO_ON, ANEW],
+                    default=GO_ON,
+                    tooltip=f"Where there is a run of this name. {GO_ON}: from its latest checkpoint, to more "
+                    f"iterations if asked for; its other settings must be the same. {ANEW}: as NAME-2, NAME-3, ...",
+                ),
+                Rewards.Input(
+                    "rewards", optional=True, tooltip="What is trained on; not connected: the preset's rewards."
+                ),
+                io.String.Input(
+                    "prompts",
+                    optional=True,
+                    default="",
+                    multiline=True,
+                    tooltip="Training prompts, one a line; empty: the preset's. Evaluations keep theirs, which "
+                    "prompts.held_out in overrides changes: 0.1 holds out a tenth of these.",
+                ),
+            ],
+            outputs=[
+                io.AnyType.Output(
+                    display_name="lora_name", tooltip="The adapter as LoRA lists have it: for lora_name of a loader."
+                ),
+                io.Image.Output(display_name="summary", tooltip="Curves, and held-out pictures before and after."),
+                io.Image.Output(display_name="before", tooltip="Held-out pictures of the base model."),
+                io.Image.Output(display_name="after", tooltip="The same prompts and seeds with the adapter."),
+                io.String.Output(display_name="figures", tooltip="Held-out figures before and after."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        preset: str | None = None,
+        name: str | None = None,
+        overrides: str | None = None,
+        iterations: int | None = None,
+        seed: int | None = None,
+        earlier_run: str | None = None,
+        rewards: Entries | None = (),
+        prompts: str | None = "",
+    ) -> bool:
+        """What cannot run is not queued. An error is raised: what is returned ComfyUI shows once for every input."""
+        if earlier_run not in (None, GO_ON, ANEW):
+            raise ConfigError(f"earlier_run must be {GO_ON!r} or {ANEW!r}, got {earlier_run!r}")
+        if prompts:
+            prompt_lines(prompts)
+        if preset is None or name is None or overrides is None:  # what comes from other nodes is not known yet
+            return True
+        config = configure(preset, name, overrides, iterations or 0, seed or 0, prompts or "")
+        check_settings(configure(preset, name, overrides, iterations or 0, seed or 0))  # no file of prompts is there
+        if None not in (iterations, seed, rewards, prompts) and earlier_run == GO_ON:
+            check_earlier(config)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str | None, earlier_run: str | None, **others: Any) -> Any:
+        """A new run is always another one; the same one is looked at again when its files have changed."""
+        if earlier_run == ANEW or name is None:
+            return time.time()
+        files = [run_dir(name) / "adapter" / FILE_NAME, lora_path(name)]
+        return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
+
+    @classmethod
+    def execute(
+        cls,
+        preset: str,
+        name: str,
+        overrides: str,
+        iterations: int,
+        seed: int,
+        earlier_run: str,
+        rewards: Entries = (),
+        prompts: str = "",
+    ) -> io.NodeOutput:
+        if isinstance(cls.hidden.prompt[cls.hidden.unique_id]["inputs"].get("prompts"), list):
+            prompt_lines(prompts)  # of another node, an empty text is no wish for the preset's
+        check_name(name)
+        name = free_name(name) if earlier_run == ANEW else name
+        config = configure(preset, name, overrides, iterations, seed, prompts, rewards)
+        folder = Path(config.output_dir)
+        check_earlier(config)
+        if not finished(config):
+            check_writable(lora_path(folder.name).parent)
+            check_writable(folder)
+            run(prepared(config, prompts), cls)
+        lora = put_adapter(folder / "adapter" / FILE_NAME, folder.name)
+        text = "\n".join([f"{lora}: {read_metrics(folder / 'metrics.jsonl')[-1]['step']} iterations", *figures(folder)])
+        show_text(text, cls)
+        with Image.open(folder / "summary.png") as picture:
+            summary = to_images([picture])
+        before, after = shown_pictures(folder).values()
+        return io.NodeOutput(
+            lora, summary, to_images(before), to_images(after), text, ui=ui.PreviewImage(summary, cls=cls)
+        )
+
+
+def prepared(config: RunConfig, prompts: str) -> RunConfig:
+    """The run as it starts: from its latest checkpoint where it has one, with its prompts on disk.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    folder = Path(config.output_dir)
+    if checkpoints(folder):
+        config = config.model_copy(update={"resume": "latest"})
+    else:
+        (folder / "config.yaml").unlink(missing_ok=True)  # of one that was killed before its first checkpoint
+    if prompts:
+        prompts_path(folder.name, prompts).write_text("\n".join(prompt_lines(prompts)) + "\n", encoding="utf-8")
+    check_run(config)
+    return config
+
+
+NODES: list[type[io.ComfyNode]] = [Train]
