@@ -48,8 +48,8 @@ def check_settings(config: RunConfig) -> None:
         ConfigError: one line per problem.
     """
     sources = (config.prompts.train, config.prompts.held_out)
-    names = [name for one in sources if not isinstance(one, float) for name in ([one] if isinstance(one, str) else one)]
-    local = not any(name.startswith(REMOTE) for name in names)
+    sources = [[one] if isinstance(one, str) else one for one in sources if isinstance(one, str | dict)]
+    local = not any(name.startswith(REMOTE) for source in sources for name in source)
     if problems := [*(_prompts(config) if local else ()), *_settings(config)]:
         raise ConfigError(problems)
 
