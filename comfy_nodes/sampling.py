@@ -17,7 +17,7 @@ from ngrpo_lora.models._blueprint import architectures, make_family, read_bluepr
 from ngrpo_lora.noise import derive_seed, gaussian_noise, neighbor_noise
 from ngrpo_lora.solvers import SOLVERS, dpmpp_2m_step, pairs
 
-from ._api import schema
+from ._api import listed, schema, verdict
 
 AROUND = ["this seed's picture", "a trainer's group"]
 
@@ -74,6 +74,10 @@ class FlowSampler(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, solver: str = "dpmpp_2m") -> bool | str:
+        return verdict(listed, "solver", solver, [*SOLVERS])
+
+    @classmethod
     def execute(cls, solver: str) -> io.NodeOutput:
         return io.NodeOutput(KSAMPLER(sample_flow, {"solver": solver}))
 
@@ -125,6 +129,10 @@ class FlowSigmas(io.ComfyNode):
             ],
             outputs=[io.Sigmas.Output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, base: str = "embedded") -> bool | str:
+        return verdict(listed, "base", base, ["embedded", *architectures()])
 
     @classmethod
     def execute(cls, base: str, steps: int, width: int, height: int, shift: float, denoise: float) -> io.NodeOutput:
@@ -193,6 +201,10 @@ class NeighborNoise(io.ComfyNode):
             ],
             outputs=[io.Noise.Output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, around: str = AROUND[0]) -> bool | str:
+        return verdict(listed, "around", around, AROUND)
 
     @classmethod
     def execute(cls, noise_seed: int, perturbation_strength: float, member: int, around: str) -> io.NodeOutput:

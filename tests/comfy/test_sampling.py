@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from comfy_client import Comfy
+from comfy_client import Comfy, Refused
 from graphs import PROMPT, drawing, latents_of, node
 from torch import Tensor
 
@@ -82,3 +84,18 @@ def test_the_middle_and_its_neighbours(comfy: Comfy):
     torch.testing.assert_close(drawn(-1, 0.3), middle, rtol=0, atol=0)
     near, far = (relative_error(drawn(0, radius), middle) for radius in (0.05, 0.9))
     assert 0 < near < far
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "reason"),
+    [
+        ("sampler", node("NGRPO_FlowSampler", solver="dpmpp_3m"), "solver must be one of"),
+        ("noise", node("NGRPO_NeighborNoise", noise_seed=7, around="it"), "around must be one of"),
+    ],
+)
+def test_what_is_in_no_list_is_refused(comfy: Comfy, name: str, wrong: dict[str, Any], reason: str):
+    defaults = {"perturbation_strength": 0.3, "member": 0} if name == "noise" else {}
+    with pytest.raises(Refused) as refused:
+        comfy.submit(drawing() | {name: wrong | {"inputs": wrong["inputs"] | defaults}})
+    assert refused.value.status == 400
+    assert reason in refused.value.reasons
