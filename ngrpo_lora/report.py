@@ -239,7 +239,8 @@ def draw_curve(axis: Axes, rows: list[dict[str, Any]], title: str) -> None:
             axis.plot(*zip(*points, strict=True), label=label, **style)
     axis.set(xlabel="iteration", title=title)
     axis.grid(alpha=0.3)
-    axis.legend()
+    if axis.lines:
+        axis.legend()
 
 
 def draw_gains(axis: Axes, curves: dict[str, list[tuple[int, float]]], trained: set[str]) -> None:

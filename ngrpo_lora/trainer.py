@@ -195,7 +195,7 @@ class Trainer:
                     evaluation = self.evaluate()
                 if metrics_file is not None:
                     metrics_file.write(self.iteration, evaluation | first.seconds)
-                self.watcher.after_step(self.iteration, evaluation)
+                self.watcher.after_step(self.iteration, evaluation | first.seconds)
             last = self.iteration >= total
             while not last:
                 metrics, clock = self.step(), Clock()

@@ -11,7 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from ngrpo_lora.report import CAPTION_PX, CELL_PX, gain_correlations, gains, running_mean, save_grid, write_summary
+from ngrpo_lora.report import (
+    CAPTION_PX,
+    CELL_PX,
+    Group,
+    draw_progress,
+    gain_correlations,
+    gains,
+    running_mean,
+    save_grid,
+    save_shown,
+    write_summary,
+)
 from ngrpo_lora.tracking import read_scores, save_scores
 
 COLORS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200), (200, 0, 200), (90, 90, 90), (0, 0, 0)]
@@ -141,3 +152,31 @@ def test_the_summary_of_several_rewards_has_a_line_for_each(tmp_path: Path):
         pixels = np.asarray(page.convert("RGB")).astype(int)
     for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # matplotlib's first three
         assert (abs(pixels - np.array(color)) < 8).all(2).sum() > 100
+
+
+def test_progress_shows_curve_pictures_and_the_group_best_first(tmp_path: Path):
+    rows = [{"step": step, "rollout/reward_mean": step / 9, "eval/reward_mean": 0.5} for step in range(9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    early = draw_progress(tmp_path)
+    assert early.size == (640, 320)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert np.asarray(draw_progress(tmp_path)).tobytes() != np.asarray(early).tobytes()
+
+    save_shown(tmp_path / "samples" / "first", [solid(color) for color in COLORS[:2]], ["a", "b"], [0, 1])
+    save_shown(tmp_path / "samples" / "last", [solid(color) for color in COLORS[2:4]], ["a", "b"], [0, 1])
+    page = np.asarray(draw_progress(tmp_path))
+    assert [tuple(page[370, x]) for x in (40, 120, 360, 440)] == COLORS[:4]
+
+    group = Group("a star", [solid(color, 64, 32) for color in COLORS[:4]], [0.1, 0.9, -1.0, 0.5])
+    page = np.asarray(draw_progress(tmp_path, group))
+    middle = len(page) - 40
+    assert [tuple(page[middle, x]) for x in (80, 240, 400, 560)] == [COLORS[index] for index in (1, 3, 0, 2)]
+
+
+@pytest.mark.parametrize("count", [2, 12, 24])
+def test_progress_of_a_group_of_any_size_is_about_square(count: int, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    group = Group("a star " * 50, [solid(COLORS[0])] * count, [0.0] * count)
+    page = draw_progress(tmp_path, group)
+    assert page.width == 640
+    assert 450 <= page.height <= 640

@@ -17,6 +17,24 @@ def test_every_step_is_a_line_on_disk_at_once(tmp_path: Path):
     assert read_metrics(path) == [{"step": 0, "eval/reward_mean": 0.5}, {"step": 1, "lora/grad_norm": 2.0}]
 
 
+def test_an_evaluation_completes_the_line_of_its_step_also_after_a_resume(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, None)
+    file.write(1, {"a": 1.0})
+    file.write(2, {"a": 2.0})
+    assert not file.has("eval/b")
+    file.write(2, {"eval/b": 3.0})
+    whole = [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0, "eval/b": 3.0}]
+    assert file.has("eval/b")
+    assert read_metrics(path) == whole
+    MetricsFile(path, None).write(1, {"a": 1.0})
+    MetricsFile(path, 1).write(2, {"a": 2.0})
+    resumed = MetricsFile(path, 2)
+    assert not resumed.has("eval/b")
+    resumed.write(2, {"eval/b": 3.0})
+    assert read_metrics(path) == whole
+
+
 def test_what_is_not_finite_is_null(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     MetricsFile(path, None).write(1, {"a": math.nan, "b": -math.inf, "c": 1.5})

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,12 +20,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ngrpo_lora import checkpoint, lora
-from ngrpo_lora.config import load_config
+from ngrpo_lora.config import RunConfig, load_config
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.optimizers import learning_rate_factor
 from ngrpo_lora.preflight import check_run
 from ngrpo_lora.sampling import draw
 from ngrpo_lora.trainer import Trainer
+from ngrpo_lora.watcher import Watcher
 
 ADAPTER = Path("adapter") / "pytorch_lora_weights.safetensors"
 
@@ -218,7 +220,8 @@ def test_every_iteration_has_its_own_prompts_and_every_group_its_own_noise(
 
 def test_rewards_and_updates_see_what_the_rollout_saw(make_config: MakeConfig, tmp_path: Path):
     """Euler's rollout is made of the very transitions that are trained: any other prompt, latent or sigma would show
-    as a log ratio, which temperature 1 magnifies. The reward gets the pictures of a prompt with that prompt.
+    as a log ratio, which temperature 1 magnifies: a sigma that is wrong by 1e-4 of itself gives 0.04, rounding up to
+    2e-4, and that depends on the processor. The reward gets the pictures of a prompt with that prompt.
     """
     trainer = Trainer(
         make_config(
@@ -241,7 +244,7 @@ def test_rewards_and_updates_see_what_the_rollout_saw(make_config: MakeConfig, t
 
     reward.function = spy
     trainer.run()
-    assert read_rows(tmp_path)[1]["policy/max_abs_log_ratio"] < 1e-4
+    assert read_rows(tmp_path)[1]["policy/max_abs_log_ratio"] < 2e-3
     groups = [seen[trainer.prompts.prompt(i).text] for i in range(2)]
     assert [prompts for _, prompts in groups] == [[trainer.prompts.prompt(i).text] * 4 for i in range(2)]
     assert len({image.tobytes() for images, _ in groups for image in images}) == 8
@@ -363,7 +366,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished_run: FinishedRun, make_config
         return update(*args)
 
     trainer.update = killed  # pyright: ignore
-    trainer.saved_on_error = nullcontext  # which a kill leaves no time for
+    trainer.saved_on_error = nullcontext  # pyright: ignore  # which a kill leaves no time for
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2, 3]
@@ -384,6 +387,126 @@ def test_ctrl_c_ends_the_iteration_and_resumes_bit_for_bit(
     assert signal.getsignal(signal.SIGINT) is handler
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["iteration-000001"]
     resume_and_compare(finished_run, make_config, tmp_path)
+
+
+class Stop(Exception):
+    """What a test's watcher raises."""
+
+
+class Stopper(Watcher):
+    """Writes down what it is told, and stops the run before the first pass at which `when` is true."""
+
+    def __init__(self, when: Callable[[Trainer, Stopper], bool] = lambda trainer, watcher: False):
+        self.when, self.trainer, self.passes, self.updates = when, None, 0, 0
+        self.groups: list[tuple[str, int, list[float]]] = []
+        self.steps: list[tuple[int, dict[str, float]]] = []
+
+    def watch(self, config: RunConfig) -> Trainer:
+        self.trainer = Trainer(config, self)
+        self.trainer.optimizer.register_step_post_hook(lambda *_: setattr(self, "updates", self.updates + 1))
+        return self.trainer
+
+    def before_pass(self) -> None:
+        self.passes += 1
+        if self.trainer is not None and self.when(self.trainer, self):
+            raise Stop
+
+    def after_rewards(self, prompt: str, images: Any, rewards: Any) -> None:
+        self.groups.append((prompt, len(images), rewards))
+
+    def after_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.steps.append((step, metrics))
+
+
+@pytest.mark.parametrize(
+    ("when", "complete"),
+    [
+        pytest.param(lambda trainer, seen: True, 0, id="evaluation of the base"),
+        pytest.param(lambda trainer, seen: trainer.iteration == 1, 1, id="rollout"),
+        pytest.param(lambda trainer, seen: trainer.iteration == 2 and seen.updates == 5, 2, id="between two updates"),
+        pytest.param(lambda trainer, seen: trainer.iteration == 2, 2, id="evaluation"),
+        pytest.param(lambda trainer, seen: trainer.iteration == 4, 4, id="last evaluation"),
+        pytest.param(lambda trainer, seen: len(seen.steps) == 5, 4, id="export"),
+    ],
+)
+def test_a_run_stopped_before_any_pass_resumes_bit_for_bit(
+    when: Callable[[Trainer, Stopper], bool],
+    complete: int,
+    finished_run: FinishedRun,
+    make_config: MakeConfig,
+    tmp_path: Path,
+):
+    watcher = Stopper(when)
+    trainer = watcher.watch(make_config(tmp_path, *finished_run.overrides))
+    with pytest.raises(Stop):
+        trainer.run()
+    newest = checkpoint.checkpoints(tmp_path)[-1]
+    assert newest.name == f"iteration-{complete:06d}"
+    assert (newest / "pytorch_lora_weights.safetensors").is_file()
+    resume_and_compare(finished_run, make_config, tmp_path)
+
+
+def test_a_watcher_sees_every_step_and_a_group_of_each(
+    finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path
+):
+    watcher = Stopper()
+    trainer = watcher.watch(make_config(tmp_path, *finished_run.overrides))
+    trainer.run()
+    assert_same_run(tmp_path, finished_run.output_dir)  # it changes nothing
+    rows = read_rows(tmp_path)
+    assert [{"step": step} | metrics for step, metrics in watcher.steps] == rows
+    assert [prompt for prompt, _, _ in watcher.groups] == [trainer.prompts.prompt(2 * i).text for i in range(4)]
+    assert all(images == len(rewards) == 4 for _, images, rewards in watcher.groups)
+    samples = 2 * 4  # passes of the transformer, as every micro-batch is a group or fewer
+    assert watcher.passes > sum(row["nfe/old_per_sample"] * samples / 4 for row in rows[1:])
+
+
+def test_while_a_reward_is_waited_for_the_run_can_be_stopped(make_config: MakeConfig, tmp_path: Path):
+    never = threading.Event()
+    watcher = Stopper(lambda trainer, seen: waiting.is_set())
+    trainer, waiting = watcher.watch(make_config(tmp_path)), threading.Event()
+    (reward,) = trainer.scorer.rewards.values()
+    score = reward.function
+
+    def hang(images: Any, prompts: Any, metadata: Any) -> Any:
+        if trainer.iteration == 0 and prompts[0] == trainer.prompts.prompt(1).text:  # that of the last group
+            waiting.set()
+            never.wait(20)
+        return score(images, prompts, metadata)
+
+    reward.function = hang
+    start = time.monotonic()
+    with pytest.raises(Stop):
+        trainer.run()
+    never.set()
+    assert time.monotonic() - start < 15
+    assert watcher.groups == []
+    assert checkpoint.checkpoints(tmp_path)[-1].name == "iteration-000000"
+
+
+def test_a_second_ctrl_c_stops_at_once_with_a_checkpoint(
+    finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path
+):
+    trainer = Trainer(make_config(tmp_path, *finished_run.overrides))
+    update = trainer.update
+
+    def twice(*args: Any) -> Any:
+        if trainer.iteration == 1:
+            trainer.optimizer.register_step_post_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+        return update(*args)
+
+    trainer.update = twice  # pyright: ignore
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert checkpoint.checkpoints(tmp_path)[-1].name == "iteration-000001"
+    resume_and_compare(finished_run, make_config, tmp_path)
+
+
+def test_an_error_is_raised_where_no_checkpoint_can_be_written(make_config: MakeConfig, tmp_path: Path):
+    trainer = Stopper(lambda trainer, seen: trainer.iteration == 1).watch(make_config(tmp_path))
+    trainer.save = lambda: 1 / 0  # pyright: ignore
+    with pytest.raises(Stop):
+        trainer.run()
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit", "lion_8bit"])
