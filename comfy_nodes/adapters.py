@@ -245,7 +245,7 @@ class ScheduledPatch:
         return sum(part.nbytes for part in moved if isinstance(part, Tensor))
 
 
-def report(name: str, path: Path, adapter: FittingAdapter, recommendation: Recommendation) -> str:
+def report(name: str, path: Path, model: ModelPatcher, recommendation: Recommendation) -> str:
     """What `ngrpo info` says of a file, and what counts here."""
     rows = dict(lines(describe(path))) | {"file": name}
     rows.pop("draw")
@@ -254,7 +254,22 @@ def report(name: str, path: Path, adapter: FittingAdapter, recommendation: Recom
     rows["drawn with"] = (
         f"{info.rollout.num_steps} steps of {info.rollout.solver}, {info.model.width_px} x {info.model.height_px} px"
     )
+    if note := built_in_guidance(model, recommendation):
+        rows["note"] = note
     return "\n".join(f"{what}: {value}" for what, value in rows.items())
+
+
+def built_in_guidance(model: ModelPatcher, recommendation: Recommendation) -> str | None:
+    """What can be known of a MODEL that is of the right family and another base; its weights do not say its name."""
+    own = weightless(recommendation.base, 64, 64).transformer.config.get("guidance_embeds")
+    here = model.model.model_config.unet_config.get("guidance_embed")
+    if own is None or here is None or own == here:
+        return None
+    has, lacks = ("with", "none") if own else ("without", "some")
+    return (
+        f"trained {has} guidance built in ({recommendation.info.model.path}), and this MODEL has {lacks}: it is of "
+        "another base, and draws differently"
+    )
 
 
 class LoadAdapter(io.ComfyNode):
@@ -326,7 +341,7 @@ class LoadAdapter(io.ComfyNode):
         family = weightless(recommendation.base, info.model.height_px, info.model.width_px)
         sigmas = family.sigmas(info.rollout.num_steps, info.rollout.shift)
         guidance = info.model.guidance_scale
-        text = report(lora_name, path, adapter, recommendation)
+        text = report(lora_name, path, model, recommendation)
         show_text(text, cls)
         return io.NodeOutput(
             apply(model, adapter, strength, parse_schedule(schedule)),

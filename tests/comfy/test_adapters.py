@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from comfy_client import Comfy, Graph, Refused
 from graphs import drawing, latents_of, node
 from torch import Tensor
 
-from ngrpo_lora.adapter_file import Layer
+from ngrpo_lora.adapter_file import Layer, save_tensors, state_dict
+from ngrpo_lora.adapter_names import original_rows
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.export import describe_adapter
 from ngrpo_lora.models._base import BaseFamily
@@ -111,6 +113,216 @@ def test_what_a_schedule_left_behind_does_not_reach_other_graphs(comfy: Comfy, l
     )
 
 
+# Several at once
+
+
+def chained(*loads: dict[str, Any]) -> Graph:
+    """Load Adapter nodes in a row."""
+    graph = drawing(seed=SEED)
+    for number, load in enumerate(loads):
+        graph[f"load{number}"] = load
+        if number:
+            load["inputs"]["model"] = [f"load{number - 1}", 0]
+    graph["guider"]["inputs"]["model"] = [f"load{len(loads) - 1}", 0]
+    return graph
+
+
+@pytest.mark.parametrize("schedules", [("", ""), ("0:1, 1:0", ""), ("", "0:0, 1:1"), ("0:1, 1:0", "0:0, 1:1")])
+def test_several_adapters_add_up(
+    comfy: Comfy, loras: Path, family: BaseFamily, layers: Any, base: Tensor, schedules: tuple[str, str]
+):
+    falling = (lambda step: 1 - step / 7) if schedules[0] else (lambda step: 1.0)
+    rising = (lambda step: -0.5 * step / 7) if schedules[1] else (lambda step: -0.5)
+    expected = trainer_latents(family, [(layers["a"], falling), (layers["b"], rising)])
+    graph = chained(adapted("a", schedule=schedules[0]), adapted("b", strength=-0.5, schedule=schedules[1]))
+    check_same(model_latents(comfy, family, graph), expected, base)
+
+
+def test_comfyuis_own_loader_and_samplers_go_with_it(
+    comfy: Comfy, loras: Path, family: BaseFamily, layers: Any, base: Tensor
+):
+    own = node("LoraLoaderModelOnly", model=["model", 0], lora_name="b.safetensors", strength_model=0.7)
+    expected = trainer_latents(family, [(layers["b"], lambda step: 0.7), (layers["a"], lambda step: step / 7)])
+    check_same(model_latents(comfy, family, chained(own, adapted(schedule="0:0, 1:1"))), expected, base)
+
+    graph = drawing_with(adapted(schedule="0:1, 1:1, 1:0"))  # only the last step differs
+    graph["sampler"] = node("KSamplerSelect", sampler_name="euler")
+    expected = trainer_latents(family, [(layers["a"], lambda step: float(step < 7))], solver="euler")
+    check_same(model_latents(comfy, family, graph), expected, base, 2e-6)
+
+
+# How it wants to be drawn
+
+
+def test_sampler_and_noise_levels_are_those_of_training(
+    comfy: Comfy, loras: Path, family: BaseFamily, layers: Any, base: Tensor
+):
+    graph = drawing_with(adapted())
+    graph["sample"]["inputs"] |= {"sampler": ["load", 1], "sigmas": ["load", 2]}
+    graph["latent"]["inputs"] |= {"width": ["load", 4], "height": ["load", 5]}
+    expected = trainer_latents(family, [(layers["a"], lambda step: 1.0)], steps=6, shift=2.5)
+    check_same(model_latents(comfy, family, graph), expected, base)
+
+
+def test_a_run_with_eulers_solver_gives_eulers_sampler(
+    comfy: Comfy, loras: Path, family: BaseFamily, layers: Any, base: Tensor, make_config: Any, tmp_path: Path
+):
+    config = make_config(tmp_path, "rollout.num_steps=5", "rollout.solver=euler")
+    header = describe_adapter(["transformer.x.lora_A.weight"], family, config)
+    save_adapter(loras / "euler.safetensors", layers["a"], header)
+    graph = drawing_with(adapted("euler"))
+    graph["sample"]["inputs"] |= {"sampler": ["load", 1], "sigmas": ["load", 2]}
+    expected = trainer_latents(family, [(layers["a"], lambda step: 1.0)], steps=5, solver="euler")
+    check_same(model_latents(comfy, family, graph), expected, base)
+
+
+def told(comfy: Comfy, load: dict[str, Any]) -> dict[str, str]:
+    """What a node shows, by its first word."""
+    graph = {"model": node("NGRPO_LoadEmbedded"), "load": load}
+    for name, output in (("guidance", 3), ("width", 4), ("height", 5), ("info", 6)):
+        graph[name] = node("PreviewAny", source=["load", output])
+    result = comfy.run(graph)
+    assert result.status == "success", result.error
+    shown = {name: result.outputs[name]["text"][0] for name in ("guidance", "width", "height", "info")}
+    assert result.outputs["load"]["text"] == [shown["info"]]
+    assert ("load", shown["info"]) in result.texts
+    return shown | dict(line.split(": ", 1) for line in shown["info"].splitlines())
+
+
+def test_it_shows_what_the_file_says(comfy: Comfy, loras: Path, family: BaseFamily):
+    shown = told(comfy, adapted())
+    assert float(shown["guidance"]) == family.settings["guidance_scale"]
+    assert (shown["width"], shown["height"]) == ("64", "64")
+    assert shown["file"] == "a.safetensors"
+    assert (shown["family"], shown["base"], shown["alpha"]) == ("flux", "embedded", "folded in")
+    assert shown["rank"].startswith("4 (")
+    assert "num_steps 6, shift 2.5, solver dpmpp_2m" in shown["settings"]
+    assert shown["settings"].endswith("(as in training)")
+    assert str(loras) not in shown["info"]
+
+
+def test_a_file_of_another_trainer_is_drawn_as_its_family_is(comfy: Comfy, loras: Path, layers: Any):
+    save_adapter(loras / "foreign.safetensors", layers["a"], {"ss_base_model_version": "flux1"})
+    shown = told(comfy, adapted("foreign"))
+    assert shown["settings"] == "not in the file; those of the preset flux"
+    assert shown["drawn with"] == "8 steps of dpmpp_2m, 720 x 720 px"
+    assert (shown["guidance"], shown["width"]) == ("3.5", "720")
+
+
+def test_an_adapter_of_another_base_says_so(
+    comfy: Comfy, loras: Path, family: BaseFamily, layers: Any, make_config: Any, tmp_path: Path
+):
+    header = describe_adapter(["transformer.x.lora_A.weight"], family, make_config(tmp_path))
+    own = json.loads(header["ngrpo"])
+    own["model"]["path"] = "black-forest-labs/FLUX.1-dev"
+    save_adapter(loras / "dev.safetensors", layers["a"], header | {"ngrpo": json.dumps(own)})
+    shown = told(comfy, adapted("dev"))
+    assert shown["base"] == "black-forest-labs/FLUX.1-dev"
+    assert shown["note"].startswith("trained with guidance built in (black-forest-labs/FLUX.1-dev), and this MODEL has")
+
+
+# Files of other trainers
+
+
+def kohya(layers: dict[str, Layer], family: str) -> dict[str, Tensor]:
+    """As sd-scripts has it, alpha half the rank; embedded layers are narrower than FLUX.1's, so none is fused."""
+    tensors = {}
+    for name in ("transformer_blocks.0.attn.to_out.0", "transformer_blocks.0.ff.net.2"):
+        original = original_rows(name, family)
+        assert original is not None
+        flat = f"lora_unet_{original[0].replace('.', '_')}"
+        tensors |= {f"{flat}.lora_down.weight": layers[name].down, f"{flat}.lora_up.weight": layers[name].up}
+        tensors[f"{flat}.alpha"] = torch.tensor(len(layers[name].down) / 2)
+    return tensors
+
+
+def fused(layers: dict[str, Layer]) -> tuple[dict[str, Tensor], dict[str, Layer]]:
+    """A fused layer in ComfyUI's names, and the layers that it stands for."""
+    down = torch.randn(4, 256, generator=torch.Generator().manual_seed(3)) / 16
+    up = torch.randn(768, 4, generator=torch.Generator().manual_seed(4)) / 4
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    parts = {
+        f"transformer_blocks.0.attn.to_{one}": Layer(down, rows) for one, rows in zip("qkv", up.split(256), strict=True)
+    }
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, parts
+
+
+@pytest.fixture(scope="module")
+def foreign(loras: Path, layers: Any) -> dict[str, dict[str, Layer]]:
+    """Files as others write them, and what each of them means."""
+    strong = {name: Layer(layer.down, layer.up, 2.0) for name, layer in layers["a"].items()}
+    plain = {key: tensor for key, tensor in state_dict(layers["a"]).items()}
+    flux = {"ss_base_model_version": "flux1"}
+
+    def save(name: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
+        save_tensors(
+            loras / f"{name}.safetensors", {k: t.contiguous() for k, t in tensors.items()}, flux | (header or {})
+        )
+
+    alpha = {"transformer.r": 4, "transformer.lora_alpha": 8}
+    save("header_alpha", plain, {"lora_adapter_metadata": json.dumps(alpha)})
+    stable = {"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.use_rslora": True}
+    save("rslora", plain, {"lora_adapter_metadata": json.dumps(stable)})
+    peft = {key.replace("transformer.", "base_model.model.", 1): tensor for key, tensor in plain.items()}
+    save("peft/adapter_model", peft)
+    (loras / "peft" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    save("kohya", kohya(layers["a"], "flux"))
+    half = {
+        name: Layer(layers["a"][name].down, layers["a"][name].up, 0.5)
+        for name in strong
+        if name.startswith("transformer_blocks.0.") and name.endswith(("attn.to_out.0", ".ff.net.2"))
+    }
+    tensors, parts = fused(layers["a"])
+    save("fused", tensors)
+    sixteen = {key: tensor.bfloat16() for key, tensor in plain.items()}
+    save("bfloat16", sixteen)
+    rounded = {
+        name: Layer(layer.down.bfloat16().float(), layer.up.bfloat16().float()) for name, layer in layers["a"].items()
+    }
+    return {
+        "header_alpha": strong,
+        "rslora": strong,
+        "peft/adapter_model": strong,
+        "kohya": half,
+        "fused": parts,
+        "bfloat16": rounded,
+    }
+
+
+@pytest.mark.parametrize("name", ["header_alpha", "rslora", "peft/adapter_model", "kohya", "fused", "bfloat16"])
+@pytest.mark.parametrize("schedule", ["", "0:1.5, 0.99:1.5, 1:0.5"])
+def test_files_of_other_trainers_mean_what_they_say(
+    comfy: Comfy, family: BaseFamily, base: Tensor, foreign: Any, name: str, schedule: str
+):
+    expected = trainer_latents(family, [(foreign[name], lambda step: (1.5 if step < 7 else 0.5) if schedule else 1.0)])
+    drawn = model_latents(comfy, family, drawing_with(adapted(name, schedule=schedule)))
+    effect = (expected - base).norm() / base.norm()
+    assert effect > 1e-3
+    assert (drawn - expected).norm() / expected.norm() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["a", "header_alpha", "kohya", "fused", "bfloat16"])
+def test_as_comfyui_reads_it_is_comfyuis_own_loader_to_the_bit(
+    comfy: Comfy, family: BaseFamily, foreign: Any, name: str
+):
+    own = node("LoraLoaderModelOnly", model=["model", 0], lora_name=f"{name}.safetensors", strength_model=0.7)
+    expected = model_latents(comfy, family, chained(own))
+    drawn = model_latents(comfy, family, chained(adapted(name, strength=0.7, alpha="as ComfyUI reads it")))
+    assert torch.equal(drawn, expected)
+    folded = model_latents(comfy, family, chained(adapted(name, strength=0.7)))
+    assert ((folded - expected).norm() / expected.norm() > 1e-3) == (name == "header_alpha")
+
+
+def test_velocities_are_those_of_diffusers_loader(comfy: Comfy, loras: Path, foreign: Any):
+    """One step is one velocity."""
+    own = load_family(ModelConfig(device="cpu"))
+    base = trainer_latents(own, steps=1)
+    own.load_adapter(str(loras / "header_alpha.safetensors"), 4.0)
+    expected = trainer_latents(own, steps=1)
+    drawn = model_latents(comfy, own, drawing_with(adapted("header_alpha", strength=4.0), steps=1))
+    assert (drawn - expected).norm() / (expected - base).norm() <= 1e-5
+
+
 # What does not get through
 
 
@@ -130,3 +342,70 @@ def test_a_bad_input_is_refused_before_anything_runs(comfy: Comfy, loras: Path, 
         comfy.submit(drawing_with(adapted(**settings)))
     assert refused.value.status == 400
     assert reason in refused.value.reasons
+
+
+def damaged(loras: Path, damage: str) -> Path:
+    """A file that cannot be read."""
+    whole = (loras / "a.safetensors").read_bytes()
+    contents = {"truncated": whole[: len(whole) // 2], "garbage": b"\x07nothing" * 50, "empty": b""}
+    if damage == "pickle":
+        torch.save({"x": torch.ones(1)}, path := loras / "pickle.pt")
+    elif damage == "disguised":
+        torch.save({"x": torch.ones(1)}, path := loras / "disguised.safetensors")
+    else:
+        (path := loras / f"{damage}.safetensors").write_bytes(contents[damage])
+    return path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "pickle", "disguised"])
+def test_a_file_that_is_none_is_refused_before_anything_runs(comfy: Comfy, loras: Path, damage: str):
+    path = damaged(loras, damage)
+    with pytest.raises(Refused) as refused:
+        comfy.submit(drawing_with(adapted(lora_name=path.name)))
+    assert refused.value.status == 400
+    what = "is a pickle file" if path.name in ("pickle.pt", "disguised.safetensors") else "is no readable safetensors"
+    assert what in refused.value.reasons
+
+
+ONE = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "reasons"),
+    [
+        (
+            "none_fits",
+            {"layers.3.attention.to_q": (3840, 3840)},
+            ["a Flux (flux): 1 of its 1 layers", "one of z_image"],
+        ),
+        (
+            "other_size",
+            {"transformer_blocks.0.attn.to_q": (3072, 3072)},
+            ["1 of its 1 layers are not there or have an"],
+        ),
+        ("deeper", {ONE: (256, 256), "transformer_blocks.9.attn.to_q": (256, 256)}, ["1 of its 2 layers", "blocks.9"]),
+        (
+            "half_known",
+            {ONE: (256, 256), "nowhere.to_q": (256, 256)},
+            ["1 of its 2 layers are not there", "nowhere.to_q"],
+        ),
+        ("sdxl", {"lora_unet_input_blocks_4_1_proj_in": (640, 640)}, ["adapts a layer that flux does not have"]),
+        ("wan", {"blocks.0.attn1.to_q": (1536, 1536)}, ["one of wan", "give the model that it was trained on"]),
+    ],
+)
+def test_a_file_that_does_not_fit_in_every_layer_is_an_error(
+    comfy: Comfy, loras: Path, name: str, tensors: dict[str, tuple[int, int]], reasons: list[str]
+):
+    layers = {layer: Layer(torch.ones(2, columns), torch.ones(rows, 2)) for layer, (rows, columns) in tensors.items()}
+    weights = state_dict(layers)
+    if name == "sdxl":
+        weights = {
+            k.replace("transformer.", "").replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t
+            for k, t in weights.items()
+        }
+    save_tensors(loras / f"{name}.safetensors", weights, {})
+    result = comfy.run(drawing_with(adapted(name)))
+    assert (result.status, result.error_node) == ("error", "load")
+    for reason in (f"{name}.safetensors' is no LoRA", *reasons):
+        assert reason in result.error
+    assert comfy.run(drawing()).status == "success"
