@@ -167,7 +167,7 @@ def test_votes_are_counted_without_anything_else(tmp_path: Path):
         ("score run -r world", "got the run 'run' with --reward"),
         ("score run pictures", "got the run 'run' with pictures"),
         ("compare", "ADAPTER and --reward must be given"),
-        ("compare gone -r world", "ADAPTER must be a LoRA file or a run's folder, but 'gone' does not exist"),
+        ("compare gone -r world", "ADAPTER must be a LoRA file, a run's folder or a repository of the Hub"),
         ("compare text.png -r world", "adapter 'text.png' is no readable safetensors file"),
         ("compare text.png -r wrld", "--reward name must be one of"),
         ("compare text.png -r world --prompts gone.txt", "--prompts"),
