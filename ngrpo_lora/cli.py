@@ -555,6 +555,29 @@ def solver(
     solver_table(steps or [2**power for power in range(2, 11)], shift or [1.0, 3.0], typer.echo)
 
 
+@bench_app.command()
+def pipeline(
+    widen: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="The embedded model's transformer so many times as wide; repeat.", show_default=False),
+    ] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(min=16, help="Height and width, px; repeat for several.", show_default=False)
+    ] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(min=1, help="Solver steps; repeat for several.", show_default=False)
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed pictures of each kind.")] = 10,
+) -> None:
+    """What our diffusers pipeline, and diffusers' own, add to the time that their networks take.
+
+    Widths are 1 and 4, size is 64 px and steps are 8 and 28, unless given.
+    """
+    from ngrpo_lora.bench_pipeline import overhead_table
+
+    overhead_table(widen or [1, 4], size or [64], steps or [8, 28], repeats, typer.echo)
+
+
 prompts_app = typer.Typer(help="Look at prompts before training on them.", no_args_is_help=True)
 app.add_typer(prompts_app, name="prompts")
 
