@@ -46,6 +46,7 @@ __all__ = [
     "convert",
     "examples",
     "find_adapter",
+    "finite_strength",
     "parse_weighted",
     "read_adapter_file",
     "read_metadata",
@@ -202,9 +203,18 @@ def parse_weighted(text: str, default: float = 1.0) -> tuple[str, float]:
         path, weight = (path, float(number)) if path else (text, default)
     except ValueError:  # the colon is part of the path
         path, weight = text, default
-    if not math.isfinite(weight):
-        raise ConfigError(f"the strength of an adapter must be finite, got {weight} for {path!r}")
-    return path, weight
+    return path, finite_strength(path, weight)
+
+
+def finite_strength(path: str, strength: float) -> float:
+    """The strength of an adapter.
+
+    Raises:
+        ConfigError: it is not finite.
+    """
+    if not math.isfinite(strength):
+        raise ConfigError(f"the strength of an adapter must be finite, got {strength} for {path!r}")
+    return strength
 
 
 def adapter_label(path: Path) -> str:

@@ -205,7 +205,7 @@ def sample(
     if not (prompt or prompts or like):
         raise ConfigError("--prompt, --prompts or --like must be given, for example --prompt 'a red star'")
 
-    from ngrpo_lora.adapter_file import find_adapter, parse_weighted
+    from ngrpo_lora.adapter_file import find_adapter, finite_strength, parse_weighted
 
     chosen = [parse_weighted(text, 1.0 if strength is None else strength) for text in adapter or []]
     adapters = [(find_adapter(path, "--adapter"), factor) for path, factor in chosen]
@@ -220,7 +220,8 @@ def sample(
         recipe = sampling.read_recipe(like, same_adapters=not adapters)
         info = sampling.on_this_machine(recipe.info, model)
         texts, seed = texts or [recipe.prompt], recipe.seed if seed is None else seed
-        adapters = adapters or [(path, own if strength is None else strength) for path, own in recipe.adapters]
+        again = [(str(path), own if strength is None else strength) for path, own in recipe.adapters]
+        adapters = adapters or [(Path(path), finite_strength(path, factor)) for path, factor in again]
     options = {"steps": steps, "shift": shift, "guidance": guidance, "solver": solver, "height": height, "width": width}
     info = sampling.with_settings(info, options)
     columns = sampling.columns_of(adapters, grid, base_too)

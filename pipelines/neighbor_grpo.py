@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ from torch import Tensor
 log = logging.get_logger(__name__)
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+REMEDY = "`ngrpo export FILE --format diffusers` writes what it does"
+OTHER = "load the base that it was trained on"
 SOLVER_ORDER = {"euler": 1, "dpmpp_2m": 2}
 WHERE = ("weight_name", "subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only")
 
@@ -101,6 +105,8 @@ class NeighborGRPOMixin(StockPipeline):
         """
         call = inspect.signature(super().__call__).bind_partial(*args, **call).arguments
         call = {name: value for name, value in call.items() if value is not None}
+        for kwargs in (value for name, value in call.items() if name.endswith("attention_kwargs")):
+            check_strengths(kwargs.get("scale"))
         settings = self._active_settings()
         if settings is not None:
             call = self._defaults(settings, call) | call
@@ -158,19 +164,57 @@ class NeighborGRPOMixin(StockPipeline):
         """As the stock pipeline; and remember how the adapter wants to be drawn with.
 
         Raises:
-            ValueError: no safetensors file or several, metadata that cannot be read, or a LoRA of another model.
+            ValueError: no safetensors file or several, metadata that cannot be read, or a LoRA that would not take
+                effect wholly and with its own alpha. Nothing is loaded then.
         """
         source, settings = pretrained_model_name_or_path_or_dict, None
-        if not isinstance(source, dict):
+        if isinstance(source, dict):
+            what, keys, header = "the adapter", [*source], {}
+        else:
             source = find_file(str(source), {name: options.pop(name) for name in WHERE if name in options})
-            settings = read_settings(source)
+            header, keys = read_header(source)
+            what, settings = f"adapter {str(source)!r}", read_settings(source, header)
+        check_said(what, keys, header)
+        self._check_fits(what, source)
         name = adapter_name or get_adapter_name(self.transformer)
         super().load_lora_weights(source, adapter_name=name, hotswap=hotswap, **options)
-        if not any(name in names for names in self.get_list_adapters().values()):
-            what = "the tensors" if isinstance(source, dict) else f"adapter {str(source)!r}"
-            raise ValueError(f"{what} fit no layer of this model; load the base that they were trained on")
         others = {other: kept for other, kept in self._settings.items() if other != name}
         self._settings = others if settings is None else others | {name: settings}
+
+    def set_adapters(self, adapter_names: str | list[str], adapter_weights: Any = None) -> None:
+        """As the stock pipeline; ValueError for a strength that is not finite."""
+        check_strengths(adapter_weights)
+        super().set_adapters(adapter_names, adapter_weights)
+
+    def fuse_lora(self, *args: Any, lora_scale: float = 1.0, **options: Any) -> None:
+        """As the stock pipeline; ValueError for a strength that is not finite."""
+        check_strengths(lora_scale)
+        super().fuse_lora(*args, lora_scale=lora_scale, **options)
+
+    def _check_fits(self, what: str, source: Path | dict[str, Tensor]) -> None:
+        """Raise ValueError unless every tensor of a LoRA takes effect: diffusers leaves out what a model lacks."""
+        try:
+            tensors = self.lora_state_dict(dict(source) if isinstance(source, dict) else source)
+        except (ValueError, KeyError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{what} cannot be loaded by diffusers as it is ({error!r}); {REMEDY}") from None
+        if any(re.search(r"^transformer\.transformer\.|\.alpha$", key) for key in tensors):  # taken for kohya's names
+            raise ValueError(f"{what} has alpha beside its matrices, where diffusers does not read it here; {REMEDY}")
+        modules = {f"transformer.{name}": module for name, module in self.transformer.named_modules()}
+        mine = {key: re.split(r"\.lo(?:ra|kr)_", key) for key in tensors if key.startswith("transformer.")}
+        encoders = tuple(f"{part}." for part in self._lora_loadable_modules if part != "transformer")
+        lost = [key for key in tensors if key not in mine and not key.startswith(encoders)]
+        lost += [key for key, parts in mine.items() if len(parts) != 2 or parts[0] not in modules]
+        if lost:
+            part = "no layer of this model" if len(lost) == len(tensors) else "this model in part"
+            left = f"{len(lost)} of its {len(tensors)} tensors have no place ({', '.join(lost[:3])})"
+            raise ValueError(f"{what} fits {part}: {left}; {OTHER}")
+        for key, (name, side) in mine.items():
+            own = {"A.weight": "in_features", "B.weight": "out_features"}.get(side, "")
+            width, wanted = tensors[key].shape[side[0] == "A"], getattr(modules[name], own, None)
+            if wanted not in (None, width):
+                raise ValueError(f"{what} is of another model: {name} has {own} {width} there, {wanted} here; {OTHER}")
+        if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{what} has weights that are not finite, in {bad[0]}; it cannot be used")
 
     def _active_settings(self) -> Settings | None:
         """Of the first loaded of the adapters that are active, or fused into the weights."""
@@ -314,16 +358,16 @@ def find_file(source: str, where: dict[str, Any]) -> Path:
         ValueError: there is none, or there are several, or another kind of file is asked for.
     """
     path, name = Path(source), where.pop("weight_name", None)
-    if path.is_file() or name is not None:
-        if Path(name or source).suffix != ".safetensors":
-            raise ValueError(f"adapters must be .safetensors files, got {name or source!r}: pickles can run code")
+    suffix = Path(name or source).suffix
+    if suffix in PICKLES or suffix != ".safetensors" and (path.is_file() or name is not None):
+        raise ValueError(f"adapters must be .safetensors files, got {name or source!r}: pickles can run code")
     if path.is_file():
         return path
     if path.suffix == ".safetensors":
         raise ValueError(f"adapter {source!r} does not exist")
     if path.is_dir():
         folder = path / (where.get("subfolder") or "")
-        return folder / (name or the_adapter(source, [file.name for file in folder.glob("*.safetensors")]))
+        return folder / (name or the_adapter(source, [file.name for file in folder.glob("*")]))
     try:
         return Path(hf_hub_download(source, name or FILE_NAME, **where))
     except LocalEntryNotFoundError:
@@ -344,6 +388,8 @@ def the_adapter(source: str, files: list[str]) -> str:
         ValueError: none, or several.
     """
     names = sorted(file for file in files if file.endswith(".safetensors"))
+    if not names and (pickles := sorted(file for file in files if file.endswith(PICKLES))):
+        raise ValueError(f"{source!r} must hold a .safetensors file, got {pickles[0]}: pickles can run code")
     if FILE_NAME in names:
         return FILE_NAME
     if len(names) != 1:
@@ -351,17 +397,53 @@ def the_adapter(source: str, files: list[str]) -> str:
     return names[0]
 
 
-def read_settings(path: Path) -> Settings | None:
-    """What the header of an adapter says; None: the adapter is another trainer's, and says nothing.
+def check_strengths(strengths: Any) -> None:
+    """Raise ValueError for one that is not finite, of a number, None, or lists and dictionaries of them."""
+    if isinstance(strengths, dict | list):
+        for one in strengths.values() if isinstance(strengths, dict) else strengths:
+            check_strengths(one)
+    elif strengths is not None and not math.isfinite(strengths):
+        raise ValueError(f"strengths of adapters must be finite, got {strengths}")
+
+
+def read_header(path: Path) -> tuple[dict[str, str], list[str]]:
+    """The metadata and the keys of a safetensors file.
 
     Raises:
-        ValueError: no safetensors file, or what it says cannot be understood.
+        ValueError: it is none.
     """
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
+            return file.metadata() or {}, [*file.keys()]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"adapter {str(path)!r} is no readable safetensors file ({error}); get it again") from None
+
+
+def check_said(what: str, keys: Sequence[str], header: dict[str, str]) -> None:
+    """Raise ValueError for what diffusers would leave out in silence: DoRA's scales, alpha in kohya's header alone.
+
+    Args:
+        keys: of the file's tensors, as they are there.
+        header: the file's metadata.
+    """
+    in_header, beside = "lora_adapter_metadata" in header, any(key.endswith(".alpha") for key in keys)
+    if any("dora_scale" in key for key in keys):
+        raise ValueError(f"{what} is a DoRA, which diffusers draws without its scales; give a plain LoRA")
+    if in_header and beside:
+        raise ValueError(f"{what} says its alpha twice, in its header and beside its matrices; {REMEDY}")
+    alpha, rank = (header.get(f"ss_network_{name}", "") for name in ("alpha", "dim"))
+    if not (in_header or beside) and all(re.fullmatch(r"\d+(\.\d+)?", text) for text in (alpha, rank)):
+        if float(alpha) != float(rank):
+            said = f"alpha {alpha} and rank {rank}"
+            raise ValueError(f"{what} says {said} in its header alone, where diffusers does not look; {REMEDY}")
+
+
+def read_settings(path: Path, header: dict[str, str]) -> Settings | None:
+    """What the header of an adapter says; None: the adapter is another trainer's, and says nothing.
+
+    Raises:
+        ValueError: what it says cannot be understood.
+    """
     if "ngrpo" not in header:
         return None
     try:

@@ -134,6 +134,7 @@ def test_like_refuses_what_it_cannot_draw_again(adapter: Path, tmp_path: Path):
     assert "must be a PNG file that `ngrpo sample` wrote" in refuse("sample", "--like", tmp_path / "plain.png", *out)
     copy = Path(shutil.copy(adapter, tmp_path / "copy.safetensors"))
     (picture,) = run("sample", "--adapter", copy, "-p", "a star", "--steps", 2, *out)
+    assert "must be finite, got inf for" in refuse("sample", "--like", picture, "--strength", "inf", *out)
     save_file({key: 2 * x for key, x in load_file(copy).items()}, copy)
     assert "copy.safetensors', which has changed since; give the one with --adapter" in refuse(
         "sample", "--like", picture, *out

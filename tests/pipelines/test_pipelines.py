@@ -604,7 +604,6 @@ def test_an_unknown_argument_is_an_error(flux: Case):
         ("missing", "does not exist"),
         ("two", r"must hold one adapter, got a.safetensors, b.safetensors; choose with weight_name"),
         ("none", "must hold one adapter, got none"),
-        ("other", "fit no layer of this model; load the base"),
         ("metadata", "has ngrpo metadata that this pipeline cannot read"),
     ],
 )
@@ -619,15 +618,119 @@ def test_an_adapter_that_is_none_is_an_error(damage: str, message: str, flux: Ca
         for name in ("a", "b") if damage == "two" else ():
             shutil.copy(flux.adapter, tmp_path / f"{name}.safetensors")
         path = tmp_path
-    elif damage == "other":
-        save_file(
-            {"unet.down.to_q.lora_A.weight": torch.ones(4, 8), "unet.down.to_q.lora_B.weight": torch.ones(8, 4)}, path
-        )
     elif damage == "metadata":
         save_file(load_file(flux.adapter), path, read_metadata(flux.adapter) | {"ngrpo": "{}"})
     pipeline = open_pipeline(EMBEDDED, str(ROOT / "pipelines" / "flux.py"))
     with pytest.raises(ValueError, match=message):
         pipeline.load_lora_weights(path)
+
+
+LAYER = {
+    "flux": "transformer_blocks.0.attn.to_q",
+    "sd3": "transformer_blocks.0.attn.to_q",
+    "qwen_image": "transformer_blocks.0.attn.to_q",
+    "z_image": "layers.0.attention.to_q",
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("other", "fits no layer of this model: 2 of its 2 tensors have no place .unet.down.to_q.lora_[AB].weight"),
+        ("part", r"fits this model in part: 2 of its \d+ tensors have no place \(transformer.nowhere.lora_A.weight"),
+        ("half", r"fits this model in part: 1 of its \d+ tensors have no place \(transformer.*att.*to_q.diff_b\)"),
+        ("size", r"is of another model: transformer.*to_q has in_features 1\d* there, \d+ here; load the base"),
+        ("nan", "has weights that are not finite, in transformer.*lora_B.weight"),
+        ("dora", "is a DoRA, which diffusers draws without its scales"),
+        (
+            "kohya header",
+            r"says alpha 8.0 and rank 4 in its header alone, where diffusers does not look; `ngrpo export",
+        ),
+        ("alpha twice", r"says its alpha twice, in its header and beside its matrices; `ngrpo export"),
+    ],
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_lora_that_would_not_wholly_take_effect_is_an_error_and_leaves_nothing(
+    name: str, damage: str, message: str, get_case: Callable[[str], Case], tmp_path: Path
+):
+    case, layer = get_case(name), f"transformer.{LAYER[name]}"
+    tensors, metadata = load_file(case.adapter), read_metadata(case.adapter)
+    if damage == "other":
+        tensors = {f"unet.down.to_q.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
+    elif damage == "part":
+        tensors |= {f"transformer.nowhere.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
+    elif damage == "half":
+        tensors[f"{layer}.diff_b"] = torch.ones(4)
+    elif damage == "size":
+        tensors[f"{layer}.lora_A.weight"] = torch.ones(4, 1)
+    elif damage == "nan":
+        tensors[f"{layer}.lora_B.weight"][0, 0] = torch.nan
+    elif damage == "dora":
+        tensors[f"{layer}.dora_scale"] = torch.ones(4)
+    elif damage == "kohya header":
+        del metadata["lora_adapter_metadata"]
+        metadata |= {"ss_network_dim": "4", "ss_network_alpha": "8.0"}
+    elif damage == "alpha twice":
+        tensors[f"{layer}.alpha"] = torch.tensor(8.0)
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    before = case.ours.get_list_adapters()
+    with pytest.raises(ValueError, match=message):
+        case.ours.load_lora_weights(tmp_path / "x.safetensors", adapter_name="x")
+    assert case.ours.get_list_adapters() == before
+    if damage not in ("kohya header", "alpha twice"):
+        with pytest.raises(ValueError, match=message.replace("adapter", "the adapter")):
+            case.ours.load_lora_weights(tensors, adapter_name="x")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_alpha_beside_the_matrices_is_an_error_where_diffusers_does_not_read_it_there(
+    name: str, get_case: Callable[[str], Case], tmp_path: Path
+):
+    """With an alpha of twice the rank FLUX.1, whose alpha diffusers reads, draws as at strength 2."""
+    case, path = get_case(name), tmp_path / "x.safetensors"
+    tensors = load_file(case.adapter)
+    alphas = {key.replace(".lora_A.weight", ".alpha"): torch.tensor(2.0 * len(tensors[key])) for key in tensors}
+    alphas = {key: alpha for key, alpha in alphas.items() if key.endswith(".alpha")}
+    save_file(tensors | alphas, path, {"format": "pt"})
+    if name != "flux":
+        with pytest.raises(ValueError, match=r"x.safetensors' has alpha beside its matrices, where .*; `ngrpo export"):
+            case.ours.load_lora_weights(path, adapter_name="x")
+        return
+    case.ours.load_lora_weights(path, adapter_name="x")
+    try:
+        case.ours.set_adapters("x")
+        doubled = latents_of(case.ours, **case.call)
+        case.ours.set_adapters("default", 2.0)
+        assert relative_error(doubled, latents_of(case.ours)) < 1e-6
+    finally:
+        case.ours.delete_adapters("x")
+        case.ours.set_adapters("default")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_strengths_that_are_not_finite_are_errors(bad: float, case: Case):
+    message = "strengths of adapters must be finite, got (nan|inf)"
+    for strengths in (bad, [bad], {"transformer": bad}):
+        with pytest.raises(ValueError, match=message):
+            case.ours.set_adapters("default", strengths)
+    with pytest.raises(ValueError, match=message):
+        case.ours.fuse_lora(lora_scale=bad)
+    with pytest.raises(ValueError, match=message):
+        latents_of(
+            case.ours, **{"joint_attention_kwargs" if case.name != "qwen_image" else "attention_kwargs": {"scale": bad}}
+        )
+    assert case.ours.num_fused_loras == 0
+
+
+@pytest.mark.parametrize("place", ["folder", "weight_name", "missing", "hub", "hub weight_name"])
+def test_a_pickle_is_refused_wherever_it_is(place: str, case: Case, hub: HubServer, tmp_path: Path):
+    torch.save({}, tmp_path / "adapter.bin")
+    hub.repositories["owner/adapter"] = Repository()
+    hub.files("owner/adapter")["adapter.bin"] = (tmp_path / "adapter.bin").read_bytes()
+    source = {"folder": tmp_path, "weight_name": tmp_path, "missing": "gone/adapter.bin"}.get(place, "owner/adapter")
+    options = {"weight_name": "adapter.bin"} if "weight_name" in place else {}
+    with pytest.raises(ValueError, match=r"\.safetensors files?, got '?.*adapter.bin'?: pickles can run code"):
+        case.ours.load_lora_weights(source, **options)
 
 
 def test_an_adapter_of_another_trainer_is_drawn_as_the_stock_pipeline_draws(flux: Case, pipeline: Any, tmp_path: Path):
