@@ -3,7 +3,7 @@
 pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline="pipelines/flux.py", trust_remote_code=True)
 """
 
-from diffusers import FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
 from .neighbor_grpo import NeighborGRPOMixin
 from .scheduling_flow_dpm import FlowDPMSolverMultistepScheduler
@@ -13,5 +13,6 @@ class NeighborGRPOFluxPipeline(NeighborGRPOMixin, FluxPipeline):
     """`FluxPipeline` and what `neighbor_grpo` adds."""
 
     scheduler_class = FlowDPMSolverMultistepScheduler
+    from_image_class = FluxImg2ImgPipeline
     unguided = None
     packs_latents = True

@@ -26,6 +26,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import get_adapter_name, logging
 from huggingface_hub import hf_hub_download, model_info
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -63,6 +64,9 @@ class NeighborGRPOMixin(StockPipeline):
     scheduler_class: ClassVar[Any]
     """`FlowDPMSolverMultistepScheduler`, imported by the pipeline's own file, where diffusers looks for imports."""
 
+    from_image_class: ClassVar[Any]
+    """The stock pipeline of the same model that starts from an image."""
+
     guided_by: ClassVar[str] = "guidance_scale"
     """The argument that takes an adapter's guidance."""
 
@@ -84,9 +88,11 @@ class NeighborGRPOMixin(StockPipeline):
         perturbation_strength: float | None = None,
         solver: Literal["dpmpp_2m", "euler"] | None = None,
         shift: float | None = None,
+        image: Any = None,
+        strength: float | None = None,
         **call: Any,
     ) -> Any:
-        """Draw one picture after the other, with all arguments of the stock pipeline and five more.
+        """Draw one picture after the other, with all arguments of the stock pipeline and seven more.
 
         What is left out is as the active adapter's header says: steps, solver, shift, guidance, negative prompt,
         prompt tokens, size. Of several adapters the first loaded is heard.
@@ -98,6 +104,9 @@ class NeighborGRPOMixin(StockPipeline):
             perturbation_strength: r in (0, 1]; default: the adapter's in training.
             solver: DPM-Solver++ 2M by default, or Euler's method.
             shift: of the schedule; default: the adapter's at its own size, otherwise the base's.
+            image: where to start from, by the stock image-to-image pipeline; or a list, one for each prompt. A seed is
+                then its generator's.
+            strength: in (0, 1], the share of the steps that is taken from an image; default: that pipeline's.
         Returns:
             As the stock pipeline.
         Raises:
@@ -119,26 +128,38 @@ class NeighborGRPOMixin(StockPipeline):
         scheduler = self._exact_scheduler(settings, height, width, solver, shift)
         return_dict, images_per_prompt = call.pop("return_dict", True), call.pop("num_images_per_prompt", None)
         prompts = split_prompts(call)
-        shape = self._latent_shape(height, width)
-        if seeds is None:
-            if neighbors is not None:
-                raise ValueError(f"neighbors={neighbors} needs seeds, around which neighbours are drawn, got none")
-            noises = self._stock_noises(call, shape, len(prompts) * (images_per_prompt or 1))
+        count = len(prompts) * (images_per_prompt or 1)
+        if seeds is not None and (images_per_prompt is not None or "generator" in call or "latents" in call):
+            raise ValueError("seeds stands for num_images_per_prompt, generator and latents: give either")
+        if neighbors is not None and seeds is None:
+            raise ValueError(f"neighbors={neighbors} needs seeds, around which neighbours are drawn, got none")
+        drawing, draw = self, super().__call__
+        if image is not None or strength is not None:
+            if neighbors is not None or "latents" in call:
+                raise ValueError("neighbors and latents are for pictures from noise: leave out either them or image")
+            generators = take_generators(call, count) if seeds is None else seeded_generators(seeds, len(prompts))
+            starts = image_starts(image, strength, len(prompts), generators)
+            for start in starts:  # as all stock pipelines but Z-Image's do
+                if isinstance(start["image"], Image.Image):
+                    start["image"] = self.image_processor.resize(start["image"], height, width)
+            drawing = draw = self._from_image(scheduler)
+        elif seeds is None:
+            starts = [
+                {"latents": noise} for noise in self._stock_noises(call, self._latent_shape(height, width), count)
+            ]
         else:
-            if images_per_prompt is not None or "generator" in call or "latents" in call:
-                raise ValueError("seeds stands for num_images_per_prompt, generator and latents: give either")
-            around = seeded_noises(shape, seeds, neighbors, perturbation_strength)
-            noises = [self._packed(noise) for noise in around] * len(prompts)
+            around = seeded_noises(self._latent_shape(height, width), seeds, neighbors, perturbation_strength)
+            starts = [{"latents": self._packed(noise)} for noise in around] * len(prompts)
 
         outputs, own_scheduler = [], self.scheduler
         self.scheduler = scheduler
         try:
-            for i, noise in enumerate(noises):
-                prompt, first = divmod(i, len(noises) // len(prompts))
+            for i, start in enumerate(starts):
+                prompt, first = divmod(i, len(starts) // len(prompts))
                 if first == 0:
                     self._texts = {}
-                outputs.append(super().__call__(**call, **prompts[prompt], latents=noise))
-                if self.interrupt:
+                outputs.append(draw(**call, **prompts[prompt], **start))
+                if drawing.interrupt:
                     break
         finally:
             self.scheduler, self._texts = own_scheduler, None
@@ -258,6 +279,13 @@ class NeighborGRPOMixin(StockPipeline):
         constant = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
         return self.scheduler_class.from_config(self.scheduler.config, solver_order=SOLVER_ORDER[solver], **constant)
 
+    def _from_image(self, scheduler: Any) -> Any:
+        """The stock pipeline that starts from images, of the same networks; texts are encoded by this one."""
+        pipeline = self.from_image_class(**self.components | {"scheduler": scheduler})
+        pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        pipeline.encode_prompt, pipeline.maybe_free_model_hooks = self.encode_prompt, self.maybe_free_model_hooks
+        return pipeline
+
     def _default_side(self) -> int:
         """Height and width in pixels, where neither caller nor adapter says."""
         return self.default_sample_size * self.vae_scale_factor
@@ -273,16 +301,53 @@ class NeighborGRPOMixin(StockPipeline):
 
     def _stock_noises(self, call: dict[str, Any], shape: tuple[int, ...], count: int) -> list[Tensor]:
         """Take `latents` or `generator` out of a call: what they give, or the global generator, one by one."""
-        latents, generator = call.pop("latents", None), call.pop("generator", None)
-        given = latents if latents is not None else generator
-        if isinstance(given, Tensor | list) and len(given) != count:
-            raise ValueError(f"latents and lists of generators must be as many as pictures, {count}, got {len(given)}")
-        if latents is not None:
-            return list(latents.split(1))
-        generators = generator if isinstance(generator, list) else [generator] * count
+        if "latents" in call:
+            return list(as_many(call.pop("latents"), count).split(1))
         return [
-            self._packed(torch.randn(shape, generator=one, device=one.device if one else None)) for one in generators
+            self._packed(torch.randn(shape, generator=one, device=one.device if one else None))
+            for one in take_generators(call, count)
         ]
+
+
+def as_many(values: Any, count: int) -> Any:
+    """Latents or generators; ValueError unless they are as many as pictures."""
+    if len(values) != count:
+        raise ValueError(f"latents and lists of generators must be as many as pictures, {count}, got {len(values)}")
+    return values
+
+
+def take_generators(call: dict[str, Any], count: int) -> list[torch.Generator | None]:
+    """Take `generator` out of a call: one for each picture; None is the global one."""
+    generator = call.pop("generator", None)
+    return as_many(generator, count) if isinstance(generator, list) else [generator] * count
+
+
+def seeded_generators(seeds: int | Sequence[int], prompts: int) -> list[torch.Generator | None]:
+    """One for each prompt and seed, prompt-major, on the CPU; ValueError for no seed."""
+    seeds = [seeds] if isinstance(seeds, int) else seeds
+    if not seeds:
+        raise ValueError("seeds must hold one seed at least, got none")
+    return [torch.Generator().manual_seed(seed) for _ in range(prompts) for seed in seeds]
+
+
+def image_starts(
+    image: Any, strength: float | None, prompts: int, generators: Sequence[torch.Generator | None]
+) -> list[dict[str, Any]]:
+    """What each picture of the stock image-to-image pipeline is given, prompt-major.
+
+    Raises:
+        ValueError: no image, not as many as prompts, or a strength outside (0, 1].
+    """
+    if image is None or strength is not None and not 0 < strength <= 1:
+        raise ValueError(f"strength must be in (0, 1] and needs image, got {strength} and {type(image).__name__}")
+    if isinstance(image, Tensor | np.ndarray) and image.ndim == 4:
+        image = [image[i : i + 1] for i in range(len(image))]
+    images = image if isinstance(image, list) else [image]
+    if len(images) not in (1, prompts):
+        raise ValueError(f"image must be one or as many as there are prompts, {prompts}, got {len(images)}")
+    images = images if len(images) == prompts else images * prompts
+    own = {} if strength is None else {"strength": strength}
+    return [{"image": images[i * prompts // len(generators)], "generator": g, **own} for i, g in enumerate(generators)]
 
 
 def split_prompts(call: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline="pipelines/qwen_image.py", trust_remote_code=True)
 """
 
-from diffusers import QwenImagePipeline
+from diffusers import QwenImageImg2ImgPipeline, QwenImagePipeline
 
 from .neighbor_grpo import NeighborGRPOMixin
 from .scheduling_flow_dpm import FlowDPMSolverMultistepScheduler
@@ -13,5 +13,6 @@ class NeighborGRPOQwenImagePipeline(NeighborGRPOMixin, QwenImagePipeline):
     """`QwenImagePipeline` and what `neighbor_grpo` adds."""
 
     scheduler_class = FlowDPMSolverMultistepScheduler
+    from_image_class = QwenImageImg2ImgPipeline
     guided_by = "true_cfg_scale"
     packs_latents = True

@@ -3,7 +3,7 @@
 pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline="pipelines/sd3.py", trust_remote_code=True)
 """
 
-from diffusers import StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 
 from .neighbor_grpo import NeighborGRPOMixin
 from .scheduling_flow_dpm import FlowDPMSolverMultistepScheduler
@@ -13,3 +13,4 @@ class NeighborGRPOStableDiffusion3Pipeline(NeighborGRPOMixin, StableDiffusion3Pi
     """`StableDiffusion3Pipeline` and what `neighbor_grpo` adds."""
 
     scheduler_class = FlowDPMSolverMultistepScheduler
+    from_image_class = StableDiffusion3Img2ImgPipeline

@@ -3,7 +3,7 @@
 pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline="pipelines/z_image.py", trust_remote_code=True)
 """
 
-from diffusers import ZImagePipeline
+from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 
 from .neighbor_grpo import NeighborGRPOMixin
 from .scheduling_flow_dpm import FlowDPMSolverMultistepScheduler
@@ -13,6 +13,7 @@ class NeighborGRPOZImagePipeline(NeighborGRPOMixin, ZImagePipeline):
     """`ZImagePipeline` and what `neighbor_grpo` adds."""
 
     scheduler_class = FlowDPMSolverMultistepScheduler
+    from_image_class = ZImageImg2ImgPipeline
     unguided = 0.0
 
     def _default_side(self) -> int:

@@ -481,6 +481,8 @@ OFFLOADS: dict[str, Callable[[Any], None]] = {
 @pytest.mark.parametrize("kind", OFFLOADS)
 def test_offload_hooks_change_no_bit(kind: str, case: Case, fresh: Any):
     expected = latents_of(fresh, seeds=[7, 8], output_type="pt")
+    start = {"image": Image.new("RGB", (16, 16), "red"), "strength": 0.5, "output_type": "pt"}
+    from_image = latents_of(fresh, **start)
     OFFLOADS[kind](fresh)
     hook = "_diffusers_hook" if kind in ("groups", "leaves") else "_hf_hook"
     for part in ("transformer", "vae", case.family.text_encoders[0]):
@@ -489,6 +491,7 @@ def test_offload_hooks_change_no_bit(kind: str, case: Case, fresh: Any):
         assert all(weight.is_meta for weight in fresh.transformer.parameters()) == (kind == "layers")
         assert torch.equal(latents_of(fresh, seeds=[7, 8], output_type="pt"), expected)
     assert torch.equal(latents_of(fresh, prompt=[LONG, PROMPTS[0]], seeds=8, output_type="pt")[[1]], expected[1:])
+    assert torch.equal(latents_of(fresh, **start), from_image)
 
 
 @pytest.mark.parametrize("kind", ["groups", "leaves"])
@@ -649,6 +652,80 @@ def test_the_scheduler_drops_into_img2img(flux: Case, monkeypatch: pytest.Monkey
 def test_a_compiled_transformer_draws_the_same(flux: Case, pipeline: Any):
     pipeline.transformer.compile()
     assert relative_error(latents_of(pipeline), latents_of(flux.ours)) < 1e-4
+
+
+# Start from an image --------------------------------------------------------------------------------------------------
+
+
+def picture(case: Case, seed: int) -> Image.Image:
+    size = case.family.config.height_px, case.family.config.width_px, 3
+    return Image.fromarray((np.random.default_rng(seed).random(size) * 255).astype(np.uint8))
+
+
+def stock_from_image(case: Case, prompt: str, seed: int, image: Any, strength: float, **changes: Any) -> Any:
+    """diffusers' image-to-image pipeline with our scheduler, told what the adapter says."""
+    theirs = type(case.ours).from_image_class(**case.stock.components)
+    theirs.set_progress_bar_config(disable=True)
+    call = case.call | {"generator": torch.Generator().manual_seed(seed)} | changes
+    return theirs(prompt, image=image, strength=strength, **call).images
+
+
+def test_a_picture_from_an_image_is_the_stock_pipelines_of_its_seed(case: Case):
+    images = [picture(case, 0), picture(case, 1)]
+    drawn = latents_of(case.ours, prompt=[PROMPTS[0], LONG], seeds=[5, 9], image=images, strength=0.5)
+    assert len(drawn) == 4
+    for row, (prompt, seed) in enumerate((prompt, seed) for prompt in (0, 1) for seed in (5, 9)):
+        theirs = stock_from_image(case, [PROMPTS[0], LONG][prompt], seed, images[prompt], 0.5)
+        assert torch.equal(drawn[[row]], theirs)
+    alone = latents_of(case.ours, seeds=9, image=images[0], strength=0.5)
+    assert torch.equal(alone, drawn[[1]])
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 9)]
+    again = latents_of(
+        case.ours, seeds=None, generator=generators, num_images_per_prompt=2, image=images[0], strength=0.5
+    )
+    assert torch.equal(again, drawn[:2])
+    assert relative_error(alone, latents_of(case.ours, seeds=9, image=images[1], strength=0.5)) > 1e-2
+    large = images[0].resize((100, 70))
+    size = case.family.config.width_px, case.family.config.height_px
+    theirs = stock_from_image(case, PROMPTS[0], 9, large.resize(size, Image.Resampling.LANCZOS), 0.5)
+    assert torch.equal(latents_of(case.ours, seeds=9, image=large, strength=0.5), theirs)
+    tensor = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
+    both = latents_of(case.ours, prompt=[PROMPTS[0], LONG], seeds=5, image=tensor, strength=0.5)
+    assert relative_error(both, drawn[::2]) < 1e-5
+
+
+def test_of_an_image_the_last_steps_are_taken_at_the_exact_noise_levels(case: Case):
+    steps: list[float] = []
+
+    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(timestep.item() / 1000)
+        pipe._interrupt = len(steps) == 5
+        return tensors
+
+    call = {"image": picture(case, 0), "num_inference_steps": 8, "callback_on_step_end": callback}
+    drawn = latents_of(case.ours, seeds=[7, 8, 9], strength=0.25, **call)
+    expected = case.family.sigmas(8)[6:8]
+    torch.testing.assert_close(torch.tensor(steps[:2]), expected, rtol=0, atol=1e-6)
+    assert steps[2:4] == steps[:2]
+    assert len(drawn) == 3
+    assert len(steps) == 5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"strength": 0.5}, r"strength must be in \(0, 1\] and needs image, got 0.5 and NoneType"),
+        ({"image": 1, "strength": 0.0}, r"strength must be in \(0, 1\] and needs image, got 0.0 and int"),
+        ({"image": 1, "strength": float("nan")}, r"strength must be in \(0, 1\]"),
+        ({"image": [1, 2]}, "image must be one or as many as there are prompts, 1, got 2"),
+        ({"image": 1, "neighbors": 2}, "neighbors and latents are for pictures from noise"),
+        ({"image": 1, "seeds": None, "latents": torch.ones(1)}, "neighbors and latents are for pictures from noise"),
+        ({"image": 1, "seeds": []}, "seeds must hold one seed at least"),
+    ],
+)
+def test_images_that_cannot_be_started_from_are_errors(call: dict[str, Any], message: str, flux: Case):
+    with pytest.raises(ValueError, match=message):
+        latents_of(flux.ours, **call)
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------
