@@ -17,7 +17,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +77,7 @@ PARTS = {
     ".alpha": "alpha",
 }
 OTHER_METHODS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", ".lokr_": "LoKr", ".hada_": "LoHa"}
-TEXT_ENCODERS = ("lora_te", "text_encoder")
+TEXT_ENCODERS = r"(?:base_model\.model\.)?(lora_te\d*|text_encoder(?:_\d)?)[._](.+)"
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ class AdapterFile:
     """What its names begin with."""
     alpha: AlphaSource
     """Where alpha stands; `unsaid` counts as equal to the rank."""
+    texts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Of text encoders that it adapts too, by the file's names: its layers and their ranks."""
 
 
 def find_adapter(path: str | Path, what: str = "adapter") -> Path:
@@ -256,17 +258,26 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise UserError(f"adapter {str(path)!r} is no readable safetensors file: {error}") from None
 
 
-def read_adapter_file(path: str | Path, family: str | None = None) -> AdapterFile:
+def read_adapter_file(
+    path: str | Path, family: str | None = None, text_encoders: Literal["refused", "counted"] = "refused"
+) -> AdapterFile:
     """Read and check a LoRA file of any trainer.
 
     Args:
         path: the file, its folder, or its run's folder.
         family: of the model it is meant for; None: guessed.
+        text_encoders: what becomes of layers of text encoders, which no model here adapts.
     Raises:
         UserError: no such file, damaged, a pickle, no LoRA or one of another kind, in part unknown, or not finite.
     """
     path = find_adapter(path)
     metadata, tensors = read_metadata(path), _load(path)
+    texts = _take_texts(tensors)
+    if texts and text_encoders == "refused":
+        shown = ", ".join(f"{len(layers)} layers of {encoder}" for encoder, layers in texts.items())
+        raise _refused(path, f"it adapts text encoders too ({shown}), which are left as they are here")
+    if texts and not tensors:
+        return AdapterFile(path, metadata, {}, None, next(iter(texts)), "unsaid", texts)
     pairs = _pairs(path, tensors)
     widths = {name: (pair["up"].shape[0], pair["down"].shape[1]) for name, pair in pairs.items()}
     guess = guess_family(widths, metadata)
@@ -286,7 +297,7 @@ def read_adapter_file(path: str | Path, family: str | None = None) -> AdapterFil
             layers[part] = part_layer
     first = next(iter(tensors))
     prefix = next((p for p in (KOHYA_PREFIX, "lora_transformer_") if first.startswith(p)), first.partition(".")[0])
-    return AdapterFile(path, metadata, layers, guess, prefix, source)
+    return AdapterFile(path, metadata, layers, guess, prefix, source, texts)
 
 
 def _refused(path: Path, why: str) -> UserError:
@@ -300,12 +311,22 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise UserError(f"adapter {str(path)!r} is no readable safetensors file: {error}") from None
 
 
+def _take_texts(tensors: dict[str, Tensor]) -> dict[str, dict[str, int]]:
+    """Take what belongs to text encoders out of a file: by its names of them, layers and their ranks."""
+    texts: dict[str, dict[str, int]] = {}
+    for key in [*tensors]:
+        if found := re.fullmatch(TEXT_ENCODERS, key):
+            tensor, layers = tensors.pop(key), texts.setdefault(found[1], {})
+            layer, *side = re.split(r"[._]lora[._](?:linear_layer\.)?|\.(?=\w+$)", found[2], maxsplit=1)
+            rank = len(tensor) if side and side[0].startswith(("A.", "down.")) else 0
+            layers[layer] = max(layers.get(layer, 0), rank)
+    return dict(sorted(texts.items()))
+
+
 def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """By the file's names of layers: `down`, `up` and, where the file has it, `alpha`."""
     if other := {method for key in tensors for mark, method in OTHER_METHODS.items() if mark in key}:
         raise _refused(path, f"it is a {', '.join(sorted(other))}, not a plain pair of matrices a layer")
-    if texts := [key for key in tensors if key.startswith(TEXT_ENCODERS)]:
-        raise _refused(path, f"it adapts text encoders too ({examples(texts)}), which are left as they are here")
     pairs: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():

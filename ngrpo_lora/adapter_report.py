@@ -60,11 +60,16 @@ def describe(path: str | Path) -> dict[str, Any]:
     if any(re.search(UNET_KEYS, key) for key in keys):
         return said | {"unusable": "it adapts a U-Net (Stable Diffusion 1, 2 or XL), which is no flow model"}
     try:
-        file = read_adapter_file(path)
+        file = read_adapter_file(path, text_encoders="counted")
     except UserError as error:
         if not any(re.search(LORA_KEYS, key) for key in keys):
             raise
         return said | {"unusable": str(error)}
+    if file.texts:
+        said["text_encoders"] = {name: text_encoder(layers) for name, layers in file.texts.items()}
+        said["unusable"] = "it adapts text encoders, which are left as they are here"
+    if not file.layers:
+        return said
     said |= {"family": file.family, "readers": readers(file), "alpha": alpha(file)}
     ranks = Counter(layer.rank for layer in file.layers.values())
     kinds = Counter(map(kind, file.layers))
@@ -72,8 +77,17 @@ def describe(path: str | Path) -> dict[str, Any]:
     said |= {"ranks": {str(rank): count for rank, count in ranks.most_common()}, "layers": dict(kinds), "norm": norm}
     own, merged = header_value(metadata, "ngrpo", {}), header_value(metadata, "ngrpo_merged", [])
     model = "" if own else " --model MODEL"
-    said["draw"] = f'ngrpo sample --adapter {shown}{model} --prompt "..."'
+    if "unusable" not in said:
+        said["draw"] = f'ngrpo sample --adapter {shown}{model} --prompt "..."'
     return said | _training(own, merged)
+
+
+def text_encoder(layers: Mapping[str, int]) -> dict[str, Any]:
+    """What kind of encoder has such layers, and how many of which rank a file adapts."""
+    kinds = {"CLIP": r"text_model", "T5": r"SelfAttention|EncDecAttention|DenseReluDense|encoder[._]block"}
+    kind = next((kind for kind, form in kinds.items() if any(re.search(form, layer) for layer in layers)), "unknown")
+    ranks = Counter(layers.values())
+    return {"kind": kind, "layers": len(layers), "ranks": {str(rank): count for rank, count in ranks.most_common()}}
 
 
 def header_value(metadata: Mapping[str, str], key: str, empty: Value) -> Value:
@@ -169,8 +183,13 @@ def lines(said: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("file", said["file"]), ("SHA-256", said["sha256"]), ("trainer", said["trainer"])]
     if "base" in said:
         rows.append(("base", said["base"]))
-    if "unusable" in said:
-        return [*rows, ("dtype", said["dtype"]), ("cannot be used", said["unusable"])]
+    for name, part in said.get("text_encoders", {}).items():
+        rows.append(
+            (f"text encoder {name}", f"{part['kind']}; {part['layers']} layers of rank {', '.join(part['ranks'])}")
+        )
+    last = ("cannot be used", said["unusable"]) if "unusable" in said else ("draw", said["draw"])
+    if "layers" not in said:
+        return [*rows, ("dtype", said["dtype"]), last]
     layers = ", ".join(f"{count} {kind}" for kind, count in said["layers"].items())
     strengths = ", ".join(f"{scale:g}" for scale in said["alpha"]["scales"])
     folded = "folded in" if said["alpha"]["folded"] else f"alpha / rank {strengths}, from {said['alpha']['source']}"
@@ -198,4 +217,4 @@ def lines(said: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"held-out, {said['held_out']['iteration']} iterations", ", ".join(changes)))
     for part in said.get("merged", []):
         rows.append(("merged", f"{part['weight']:g} x {part['file']} ({part['sha256'][:12]})"))
-    return [(name, value.strip("; ")) for name, value in [*rows, ("draw", said["draw"])]]
+    return [(name, value.strip("; ")) for name, value in [*rows, last]]

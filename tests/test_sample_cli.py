@@ -230,6 +230,69 @@ def test_info_tells_what_is_of_other_trainers_and_what_is_of_no_use_here(tmp_pat
     assert "none of its keys is one of a LoRA (weight)" in refuse("info", tmp_path / "no.safetensors")
 
 
+TEXT_LAYERS = {  # as kohya's sd-scripts, diffusers, older diffusers and PEFT write them
+    "lora_te1": (
+        "CLIP",
+        "lora_te1_text_model_encoder_layers_{}_self_attn_q_proj.",
+        ("lora_down.weight", "lora_up.weight"),
+    ),
+    "lora_te3": ("T5", "lora_te3_encoder_block_{}_layer_0_SelfAttention_q.", ("lora_down.weight", "lora_up.weight")),
+    "text_encoder": (
+        "CLIP",
+        "text_encoder.text_model.encoder.layers.{}.self_attn.q_proj.",
+        ("lora_A.weight", "lora_B.weight"),
+    ),
+    "text_encoder_2": (
+        "CLIP",
+        "text_encoder_2.text_model.encoder.layers.{}.self_attn.q_proj.lora_linear_layer.",
+        ("down.weight", "up.weight"),
+    ),
+    "text_encoder_3": ("unknown", "base_model.model.text_encoder_3.layers.{}.q.", ("lora_A.weight", "lora_B.weight")),
+}
+
+
+def text_layers(names: list[str], rank: int, count: int) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for layer in range(count):
+        for form, (down, up) in (TEXT_LAYERS[name][1:] for name in names):
+            tensors |= {form.format(layer) + down: torch.ones(rank, 8), form.format(layer) + up: torch.ones(8, rank)}
+            tensors |= {form.format(layer) + "alpha": torch.tensor(1.0)} if "lora_te" in form else {}
+    return tensors
+
+
+@pytest.mark.parametrize("names", [["lora_te1", "lora_te3"], ["text_encoder", "text_encoder_2", "text_encoder_3"]])
+def test_info_counts_layers_of_text_encoders_which_nothing_else_takes(names: list[str], adapter: Path, tmp_path: Path):
+    path = tmp_path / "both.safetensors"
+    tensors, metadata = load_file(adapter), read_metadata(adapter)
+    save_file(tensors | text_layers(names, 3, 5), path, metadata)
+    said, own = describe(path), describe(adapter)
+    found = {name: {"kind": TEXT_LAYERS[name][0], "layers": 5, "ranks": {"3": 5}} for name in names}
+    assert said["text_encoders"] == found
+    for key in ("family", "ranks", "layers", "norm", "alpha", "readers", "settings"):
+        assert said[key] == own[key]
+    assert "draw" not in said
+    shown = "\n".join(" ".join(line.split()) for line in run("info", path))
+    for name in names:
+        assert f"text encoder {name} {TEXT_LAYERS[name][0]}; 5 layers of rank 3" in shown
+    assert "rank 4 (22 layers)" in shown
+    assert "cannot be used it adapts text encoders, which are left as they are here" in shown
+    output = tmp_path / "x.safetensors"
+    for words in (
+        ["sample", "-p", "a star", "--adapter", path, "--output", tmp_path],
+        ["merge", path, "--output", output],
+        ["export", path, "--format", "comfyui", "--output", output],
+    ):
+        layers = ", ".join(f"5 layers of {name}" for name in sorted(names))
+        assert f"it adapts text encoders too ({layers}), which are left as they are here" in refuse(*words)
+    assert not output.exists()
+    alone = tmp_path / "alone.safetensors"
+    save_file(text_layers(names, 3, 5), alone)
+    said = describe(alone)
+    assert said["text_encoders"] == found
+    assert not {"layers", "family", "draw"} & said.keys()
+    assert "cannot be used" in "\n".join(run("info", alone))
+
+
 # export
 
 
