@@ -71,9 +71,13 @@ class Comfy:
 
     def get(self, path: str) -> Any:
         """A page's JSON."""
+        return json.loads(self.fetch(path))
+
+    def fetch(self, path: str) -> bytes:
+        """A page's content."""
         answer = requests.get(f"{self.url}{path}", timeout=60)
         answer.raise_for_status()
-        return answer.json()
+        return answer.content
 
     def submit(self, graph: Graph, client: str = "") -> str:
         """Queue a graph in API format; the prompt's id.
@@ -159,7 +163,7 @@ class Comfy:
                 self.process.wait()
 
 
-def start(base: Path, *arguments: str, link: bool = True) -> Comfy:
+def start(base: Path, *arguments: str, link: bool = True, environment: dict[str, str] | None = None) -> Comfy:
     """A server whose folders are in `base`, with this repository as a custom node, ready to be asked."""
     nodes = base / "custom_nodes" / "ngrpo-lora"
     nodes.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +181,7 @@ def start(base: Path, *arguments: str, link: bool = True) -> Comfy:
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=base,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost"},
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost"} | (environment or {}),
         )
     comfy = Comfy(process, port, base, log)
     for _ in range(240):

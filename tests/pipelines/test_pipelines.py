@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import sys
 from collections.abc import Callable
@@ -90,6 +91,12 @@ class Case:
         call |= {"max_sequence_length": settings["max_sequence_length"]}
         call[self.ours.guided_by] = settings["guidance_scale"]
         return call | ({} if self.name == "flux" else {"negative_prompt": info.model.negative_prompt})
+
+
+def run_code(code: str, folder: Path) -> dict[str, Any]:
+    """What a script's names are after it."""
+    (script := folder / "script.py").write_text(code, encoding="utf-8")
+    return runpy.run_path(str(script))
 
 
 def open_pipeline(base: Path, file: str, **options: Any) -> Any:
@@ -292,8 +299,7 @@ def test_the_cards_snippet_of_other_families_draws_the_trainers_picture(
     (tmp_path / "path" / "to" / other.base.name).symlink_to(other.base)
     monkeypatch.chdir(tmp_path)
     code = diffusers_usage("owner/name", None, read_pushed(adapter), LONG, 7)
-    names: dict[str, Any] = {}
-    exec(code.replace('.to("cuda")', ""), names)
+    names = run_code(code.replace('.to("cuda")', ""), tmp_path)
     expected = pixels(sample_images(adapter, None, [LONG], [7]))
     sigmas, scheduler = load(other.base, **other.settings).sigmas(4, 2.5), names["pipeline"].scheduler
     torch.testing.assert_close(scheduler.sigmas, sigmas, rtol=0, atol=2e-6)  # Sana's times are written in six digits
@@ -933,7 +939,7 @@ def test_the_quick_start_of_the_readme_runs_word_for_word(flux: Case, tmp_path: 
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(flux.adapter.parent, tmp_path / "runs" / "demo" / "adapter")
     monkeypatch.chdir(tmp_path)
-    exec(found[1], {})
+    run_code(found[1], tmp_path)
     (path,) = tmp_path.glob("*.png")
     with Image.open(path) as image:
         assert np.array_equal(pixels([image]), pixels(flux.ours("a star above a heart", seeds=7).images))

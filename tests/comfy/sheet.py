@@ -1,0 +1,201 @@
+"""Graphs as the browser saves them, laid out in columns: what workflows/*.json are made with."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+Schemas = dict[str, Any]
+"""What /object_info says."""
+
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+TITLE, SLOT, WIDGET, TEXT = 30, 20, 24, 90  # heights, as the browser draws them
+GAP, MARGIN, HEADING = 24, 20, 50  # between nodes, around them in a group, and what a group's title needs
+COLORS = {"model": "#3f5159", "text": "#47593f", "sample": "#594a3f", "result": "#53446b", "train": "#6b4444"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """A node's output, to be given to another node's input."""
+
+    node: Node
+    slot: int
+
+
+@dataclass
+class Node:
+    """A node as it is saved."""
+
+    id: int
+    kind: str
+    saved: dict[str, Any]
+    names: list[str] = field(default_factory=list)
+
+    def __getitem__(self, output: str | int) -> Output:
+        return Output(self, output if isinstance(output, int) else self.names.index(output))
+
+
+@dataclass
+class Sheet:
+    """A graph; its nodes stand in groups, its groups in columns from left to right."""
+
+    name: str
+    schemas: Schemas
+    nodes: list[Node] = field(default_factory=list)
+    links: list[list[Any]] = field(default_factory=list)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    left: int = 0
+    width: int = 0
+    top: int = 0
+
+    def column(self, width: int) -> None:
+        """What follows stands right of all that there is."""
+        self.left = max((x + w for x, _, w, _ in (group["bounding"] for group in self.groups)), default=0)
+        self.left += GAP if self.groups else 0
+        self.width, self.top = width, 0
+
+    @contextmanager
+    def group(self, title: str, color: str) -> Iterator[None]:
+        """The nodes added inside stand below each other, in a box with a title."""
+        start = self.top
+        self.top += HEADING
+        yield
+        box = [self.left, start, self.width + 2 * MARGIN, self.top - GAP + MARGIN - start]
+        self.groups.append(
+            {"id": len(self.groups) + 1, "title": title, "bounding": box, "color": COLORS[color], "font_size": 24}
+            | {"flags": {}}
+        )
+        self.top = start + box[3] + GAP
+
+    def note(self, text: str, height: int) -> None:
+        """What to do and what to expect, in Markdown."""
+        self._place("MarkdownNote", height, [], [], [text], "Note", {"color": "#432", "bgcolor": "#653"})
+
+    def add(self, kind: str, title: str | None = None, body: int = 0, **given: Any) -> Node:
+        """A node; what an input is not given has its default.
+
+        Args:
+            body: its height where it shows pictures or text, in pixels.
+        Raises:
+            ValueError: an input that the node lacks, or a choice that it does not offer.
+        """
+        schema = self.schemas[kind]
+        specs: dict[str, list[Any]] = {}
+        for part in ("required", "optional"):
+            for name in schema["input_order"].get(part, []):
+                specs[name] = schema["input"][part][name]
+        if unknown := given.keys() - specs.keys():
+            raise ValueError(f"{kind} has no inputs {sorted(unknown)}, only {sorted(specs)}")
+        sockets = {name: spec for name, spec in specs.items() if not is_widget(spec)}
+        widgets = {name: spec for name, spec in specs.items() if is_widget(spec)}
+        inputs = [{"name": name, "type": spec[0], "link": None} for name, spec in sockets.items()]
+        inputs += [
+            {"name": name, "type": type_of(spec), "widget": {"name": name}, "link": None}
+            for name, spec in widgets.items()
+        ]
+        values = []
+        for name, spec in widgets.items():
+            value = given.get(name)
+            values.append(default_of(spec) if value is None or isinstance(value, Output) else value)
+            if (choices := choices_of(spec)) is not None and values[-1] not in choices:
+                raise ValueError(f"{kind}.{name} is one of {choices}, got {values[-1]!r}")
+            if options_of(spec).get("control_after_generate"):
+                values.append("fixed")
+        outputs = [
+            {"name": name, "type": kind_of, "links": []}
+            for name, kind_of in zip(schema["output_name"], schema["output"], strict=True)
+        ]
+        texts = sum(bool(options_of(spec).get("multiline")) for spec in widgets.values())
+        needed = SLOT * max(len(sockets), len(outputs), 1) + WIDGET * (len(values) - texts) + TEXT * texts + 14
+        node = self._place(kind, max(body, needed), inputs, outputs, values, title or schema["display_name"])
+        for name, value in given.items():
+            if isinstance(value, Output):
+                self._link(value, node, name)
+        return node
+
+    def _place(
+        self,
+        kind: str,
+        height: int,
+        inputs: list[dict[str, Any]],
+        outputs: list[dict[str, Any]],
+        values: list[Any],
+        title: str,
+        colors: dict[str, str] | None = None,
+    ) -> Node:
+        saved: dict[str, Any] = {
+            "id": len(self.nodes) + 1,
+            "type": kind,
+            "pos": [self.left + MARGIN, self.top + TITLE],
+            "size": [self.width, height],
+            "flags": {},
+            "order": len(self.nodes),
+            "mode": 0,
+            "inputs": inputs,
+            "outputs": outputs,
+            "title": title,
+            "properties": {} if kind == "MarkdownNote" else {"Node name for S&R": kind},
+            "widgets_values": values,
+        }
+        node = Node(saved["id"], kind, saved | (colors or {}), [output["name"] for output in outputs])
+        self.nodes.append(node)
+        self.top += TITLE + height + GAP
+        return node
+
+    def _link(self, source: Output, target: Node, name: str) -> None:
+        slot = [entry["name"] for entry in target.saved["inputs"]].index(name)
+        output = source.node.saved["outputs"][source.slot]
+        link = len(self.links) + 1
+        self.links.append([link, source.node.id, source.slot, target.id, slot, output["type"]])
+        output["links"].append(link)
+        target.saved["inputs"][slot]["link"] = link
+
+    def ui(self) -> dict[str, Any]:
+        """As the browser saves it."""
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"ngrpo-lora/{self.name}")),
+            "revision": 0,
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(self.links),
+            "nodes": [node.saved for node in self.nodes],
+            "links": self.links,
+            "groups": self.groups,
+            "config": {},
+            "extra": {"ds": {"scale": 0.7, "offset": [80, 120]}},
+            "version": 0.4,
+        }
+
+
+def type_of(spec: list[Any]) -> str:
+    """An input's type; a list of choices is COMBO."""
+    return "COMBO" if isinstance(spec[0], list) else spec[0]
+
+
+def options_of(spec: list[Any]) -> dict[str, Any]:
+    """Default, range, tooltip and so on."""
+    return spec[1] if len(spec) > 1 else {}
+
+
+def is_widget(spec: list[Any]) -> bool:
+    """Whether the browser shows a field for an input."""
+    return type_of(spec) in WIDGETS and not options_of(spec).get("forceInput")
+
+
+def choices_of(spec: list[Any]) -> list[Any] | None:
+    """A COMBO's."""
+    if type_of(spec) != "COMBO":
+        return None
+    return spec[0] if isinstance(spec[0], list) else options_of(spec)["options"]
+
+
+def default_of(spec: list[Any]) -> Any:
+    """The value that the browser begins with."""
+    choices, options = choices_of(spec), options_of(spec)
+    if "default" in options:
+        return options["default"]
+    if choices is not None:
+        return choices[0] if choices else None
+    return {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}[type_of(spec)]
