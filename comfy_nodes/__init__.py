@@ -8,10 +8,13 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 if importlib.util.find_spec("ngrpo_lora") is None:  # a clone in custom_nodes/ that was not installed
     sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+folder_paths.add_model_folder_path("loras", str(Path(__file__).resolve().parent / "loras"))  # an example
 
 from . import adapters, comparing, conditioning, embedded, pipelines, rewards, sampling, training  # noqa: E402
 
