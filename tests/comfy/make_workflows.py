@@ -17,12 +17,164 @@ from sheet import Node, Output, Schemas, Sheet
 WORKFLOWS = REPOSITORY / "workflows"
 DEMO = "ngrpo-demo.safetensors"
 PROMPT = "a star above a heart"
+MY_ADAPTER = "my-flux-adapter.safetensors"
+HUB = "https://huggingface.co"
+DOWNLOADS = {
+    "flux1-dev.safetensors": f"{HUB}/black-forest-labs/FLUX.1-dev/resolve/main/flux1-dev.safetensors",
+    "clip_l.safetensors": f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors",
+    "t5xxl_fp16.safetensors": f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors",
+    "ae.safetensors": f"{HUB}/black-forest-labs/FLUX.1-dev/resolve/main/ae.safetensors",
+}
+"""Where the files are that graphs name; the browser offers to download what is not there."""
 
 
-def draw(sheet: Sheet, model: Output, text: Output, **inputs: Any) -> Node:
-    """ComfyUI's sampler over a model: inputs are noise, sampler, sigmas and latent_image."""
+def prompt(sheet: Sheet, clip: Output, words: str) -> tuple[Output, Node]:
+    """The prompt as text, for rewards, and encoded."""
+    text = sheet.add("PrimitiveStringMultiline", "Prompt", body=110, value=words)
+    return text[0], sheet.add("CLIPTextEncode", "Encoded prompt", body=110, clip=clip, text=text[0])
+
+
+def draw(sheet: Sheet, model: Output, text: Output, vae: Output, **inputs: Output) -> Output:
+    """Pictures by ComfyUI's sampler; inputs are noise, sampler, sigmas and latent_image."""
     guider = sheet.add("BasicGuider", model=model, conditioning=text)
-    return sheet.add("SamplerCustomAdvanced", guider=guider[0], **inputs)
+    drawn = sheet.add("SamplerCustomAdvanced", guider=guider[0], **inputs)
+    return sheet.add("VAEDecode", samples=drawn["output"], vae=vae)["IMAGE"]
+
+
+def show(sheet: Sheet, images: Output, body: int, title: str | None = None) -> None:
+    """Pictures of 64 pixels, large enough to be seen."""
+    large = sheet.add("ImageScaleBy", "Enlarge", image=images, upscale_method="lanczos", scale_by=4)
+    sheet.add("PreviewImage", title, body=body, images=large[0])
+
+
+def sample_with_adapter(schemas: Schemas) -> Sheet:
+    """The demo adapter, with the settings that it was trained with."""
+    sheet = Sheet("sample-with-adapter", schemas)
+    sheet.column(420)
+    with sheet.group("What to do", "text"):
+        sheet.note(
+            "## Sample with an adapter\n\n"
+            "**Run.** Six pictures in a second or two on any CPU: the model ships with the pack, nothing is downloaded.\n\n"
+            "**Load Adapter** reads from the file how the adapter was trained and gives the sampler, the noise levels "
+            "and the picture size that go with it.\n\n"
+            "Set **strength** to 0 to see the base with the same noise.\n\n"
+            "The model knows circles, squares, triangles, stars, hearts and crosses: `a green cross`, `three circles`, "
+            "`a red star and a blue circle`, `a heart below a square`.",
+            270,
+        )
+    with sheet.group("Model and adapter", "model"):
+        model = sheet.add("NGRPO_LoadEmbedded")
+        adapter = sheet.add("NGRPO_LoadAdapter", body=430, model=model["MODEL"], lora_name=DEMO)
+    sheet.column(340)
+    with sheet.group("Prompt and noise", "sample"):
+        text = sheet.add("CLIPTextEncode", "Prompt", body=130, clip=model["CLIP"], text=PROMPT)
+        noise = sheet.add("RandomNoise", noise_seed=7)
+        latent = sheet.add(
+            "EmptySD3LatentImage", "Size and batch", width=adapter["width"], height=adapter["height"], batch_size=6
+        )
+    sheet.column(460)
+    with sheet.group("Pictures", "result"):
+        images = draw(
+            sheet,
+            adapter["MODEL"],
+            text[0],
+            model["VAE"],
+            noise=noise[0],
+            sampler=adapter["SAMPLER"],
+            sigmas=adapter["SIGMAS"],
+            latent_image=latent[0],
+        )
+        show(sheet, images, 420)
+    return sheet
+
+
+def compare_adapters(schemas: Schemas) -> Sheet:
+    """Base and adapter at several strengths on the same seeds, with scores."""
+    sheet = Sheet("compare-adapters", schemas)
+    sheet.column(400)
+    with sheet.group("What to do", "text"):
+        sheet.note(
+            "## Compare adapters\n\n"
+            "**Run.** Every row is a seed, every column the base or an adapter at a strength; below each picture is "
+            "its score, and the best of a row is framed. The table has means and intervals.\n\n"
+            "**Adapter List** takes several strengths, and several of them in a chain compare several files.",
+            200,
+        )
+    with sheet.group("Model and prompt", "model"):
+        model = sheet.add("NGRPO_LoadEmbedded")
+        words, text = prompt(sheet, model["CLIP"], "a red star and a blue circle")
+    sheet.column(340)
+    with sheet.group("What is compared", "train"):
+        adapters = sheet.add("NGRPO_AdapterList", lora_name=DEMO, strengths="0.5, 1")
+        reward = sheet.add("NGRPO_Reward", name="world")
+    with sheet.group("Sampling", "sample"):
+        sampler = sheet.add("NGRPO_FlowSampler")
+        sigmas = sheet.add("NGRPO_FlowSigmas", base="embedded", steps=3, width=64, height=64)
+        latent = sheet.add("EmptySD3LatentImage", "Size", width=64, height=64, batch_size=1)
+    sheet.column(640)
+    with sheet.group("Comparison", "result"):
+        sheet.add(
+            "NGRPO_Compare",
+            body=1240,
+            model=model["MODEL"],
+            positive=text[0],
+            vae=model["VAE"],
+            sampler=sampler[0],
+            sigmas=sigmas[0],
+            latent_image=latent[0],
+            noise_seed=7,
+            num_seeds=3,
+            prompt=words,
+            cell_px=192,
+            adapters=adapters[0],
+            rewards=reward[0],
+        )
+    return sheet
+
+
+def best_of_n(schemas: Schemas) -> Sheet:
+    """Many pictures of one prompt, of which a reward keeps the best."""
+    sheet = Sheet("best-of-n", schemas)
+    sheet.column(400)
+    with sheet.group("What to do", "text"):
+        sheet.note(
+            "## Best of n by a reward\n\n"
+            "**Run.** Sixteen pictures are drawn, judged and sorted; **best** keeps the first.\n\n"
+            "**Reward** here is the embedded world's own verifier. For photographs choose hpsv2, pickscore, "
+            "imagereward, aesthetic, ...: their weights are downloaded when they are first used. Several **Reward** "
+            "nodes in a chain make a weighted sum.",
+            220,
+        )
+    with sheet.group("Model and prompt", "model"):
+        model = sheet.add("NGRPO_LoadEmbedded")
+        words, text = prompt(sheet, model["CLIP"], "four hearts")
+    sheet.column(340)
+    with sheet.group("Sampling", "sample"):
+        noise = sheet.add("RandomNoise", noise_seed=7)
+        sampler = sheet.add("NGRPO_FlowSampler")
+        sigmas = sheet.add("NGRPO_FlowSigmas", base="embedded", steps=8, width=64, height=64)
+        latent = sheet.add("EmptySD3LatentImage", "Size and batch", width=64, height=64, batch_size=16)
+        images = draw(
+            sheet,
+            model["MODEL"],
+            text[0],
+            model["VAE"],
+            noise=noise[0],
+            sampler=sampler[0],
+            sigmas=sigmas[0],
+            latent_image=latent[0],
+        )
+    sheet.column(400)
+    with sheet.group("Judge", "train"):
+        reward = sheet.add("NGRPO_Reward", name="world")
+        score = sheet.add(
+            "NGRPO_Score", body=560, images=images, rewards=reward[0], prompt=words, n=1, sheet_px=128
+        )
+    sheet.column(440)
+    with sheet.group("Best first", "result"):
+        sheet.add("PreviewImage", "All, with scores", body=520, images=score["sheet"])
+        show(sheet, score["best"], 300, "The best")
+    return sheet
 
 
 def neighbor_explorer(schemas: Schemas) -> Sheet:
@@ -38,11 +190,11 @@ def neighbor_explorer(schemas: Schemas) -> Sheet:
             "more, at 1 nothing is left of the seed.\n\n"
             "For more neighbours raise the batch size, or set **member** to 8, 17, ...\n\n"
             "To keep one: its member, with batch size 1.",
-            350,
+            270,
         )
     with sheet.group("Model and prompt", "model"):
         model = sheet.add("NGRPO_LoadEmbedded")
-        text = sheet.add("CLIPTextEncode", "Prompt", clip=model["CLIP"], text="a red star and a blue circle")
+        text = sheet.add("CLIPTextEncode", "Prompt", body=130, clip=model["CLIP"], text="a red star and a blue circle")
     sheet.column(340)
     with sheet.group("Neighbours", "sample"):
         noise = sheet.add("NGRPO_NeighborNoise", noise_seed=7, perturbation_strength=0.3, member=-1)
@@ -51,21 +203,78 @@ def neighbor_explorer(schemas: Schemas) -> Sheet:
         sigmas = sheet.add("NGRPO_FlowSigmas", base="embedded", steps=8, width=64, height=64)
     sheet.column(460)
     with sheet.group("Pictures", "result"):
-        drawn = draw(
+        images = draw(
             sheet,
             model["MODEL"],
             text[0],
+            model["VAE"],
             noise=noise[0],
             sampler=sampler[0],
             sigmas=sigmas[0],
             latent_image=latent[0],
         )
-        decoded = sheet.add("VAEDecode", samples=drawn["output"], vae=model["VAE"])
-        sheet.add("PreviewImage", body=430, images=decoded[0])
+        show(sheet, images, 420)
     return sheet
 
 
-GRAPHS = (neighbor_explorer,)
+def sample_flux_with_adapter(schemas: Schemas) -> Sheet:
+    """FLUX.1-dev through ComfyUI's loaders."""
+    sheet = Sheet("sample-flux-with-adapter", schemas, DOWNLOADS)
+    sheet.column(440)
+    with sheet.group("What to do", "text"):
+        sheet.note(
+            "## FLUX.1-dev with an adapter\n\n"
+            "1. The files of FLUX.1-dev as for ComfyUI's own FLUX graphs: flux1-dev in diffusion_models, clip_l and "
+            "t5xxl in text_encoders, ae in vae. FLUX.1-dev is gated: accept its licence on the Hub first.\n"
+            "2. Choose your adapter in **Load Adapter**; `ngrpo train flux` makes one.\n"
+            "3. **Run.**\n\n"
+            "Sampler, noise levels, guidance and size are those of the adapter's training. Other LoRAs of FLUX.1 work "
+            "too and are drawn as the preset flux is: 8 steps, 720 x 720, guidance 3.5.",
+            300,
+        )
+    with sheet.group("Model and adapter", "model"):
+        model = sheet.add(
+            "UNETLoader", "FLUX.1-dev", files="diffusion_models", unet_name="flux1-dev.safetensors"
+        )
+        adapter = sheet.add(
+            "NGRPO_LoadAdapter", body=430, files="loras", model=model["MODEL"], lora_name=MY_ADAPTER
+        )
+    sheet.column(400)
+    with sheet.group("Prompt", "text"):
+        clip = sheet.add(
+            "DualCLIPLoader",
+            files="text_encoders",
+            clip_name1="clip_l.safetensors",
+            clip_name2="t5xxl_fp16.safetensors",
+            type="flux",
+        )
+        text = sheet.add(
+            "CLIPTextEncode", "Prompt", body=160, clip=clip[0], text="a lighthouse on a cliff at dusk, oil painting"
+        )
+        guided = sheet.add("FluxGuidance", conditioning=text[0], guidance=adapter["guidance"])
+    with sheet.group("Noise", "sample"):
+        noise = sheet.add("RandomNoise", noise_seed=7)
+        latent = sheet.add(
+            "EmptySD3LatentImage", "Size and batch", width=adapter["width"], height=adapter["height"], batch_size=1
+        )
+    sheet.column(520)
+    with sheet.group("Picture", "result"):
+        vae = sheet.add("VAELoader", files="vae", vae_name="ae.safetensors")
+        images = draw(
+            sheet,
+            adapter["MODEL"],
+            guided[0],
+            vae[0],
+            noise=noise[0],
+            sampler=adapter["SAMPLER"],
+            sigmas=adapter["SIGMAS"],
+            latent_image=latent[0],
+        )
+        sheet.add("SaveImage", body=520, images=images, filename_prefix="ngrpo/flux")
+    return sheet
+
+
+GRAPHS = (sample_with_adapter, compare_adapters, best_of_n, neighbor_explorer, sample_flux_with_adapter)
 
 
 def write_json(path: Path, content: Any) -> None:

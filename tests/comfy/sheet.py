@@ -14,7 +14,7 @@ Schemas = dict[str, Any]
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE, SLOT, WIDGET, TEXT = 30, 20, 24, 90  # heights, as the browser draws them
 GAP, MARGIN, HEADING = 24, 20, 50  # between nodes, around them in a group, and what a group's title needs
-COLORS = {"model": "#3f5159", "text": "#47593f", "sample": "#594a3f", "result": "#53446b", "train": "#6b4444"}
+COLORS = {"model": "#3f789e", "text": "#8A8", "sample": "#b58b2a", "result": "#a1309b", "train": "#b06634"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Sheet:
 
     name: str
     schemas: Schemas
+    downloads: dict[str, str] = field(default_factory=dict)
+    """Addresses of files, by their names."""
     nodes: list[Node] = field(default_factory=list)
     links: list[list[Any]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -74,11 +76,14 @@ class Sheet:
         """What to do and what to expect, in Markdown."""
         self._place("MarkdownNote", height, [], [], [text], "Note", {"color": "#432", "bgcolor": "#653"})
 
-    def add(self, kind: str, title: str | None = None, body: int = 0, **given: Any) -> Node:
+    def add(
+        self, kind: str, title: str | None = None, body: int = 0, files: str = "", **given: Any
+    ) -> Node:
         """A node; what an input is not given has its default.
 
         Args:
             body: its height where it shows pictures or text, in pixels.
+            files: the folder of models/ whose files it loads, which need not be there.
         Raises:
             ValueError: an input that the node lacks, or a choice that it does not offer.
         """
@@ -100,7 +105,7 @@ class Sheet:
         for name, spec in widgets.items():
             value = given.get(name)
             values.append(default_of(spec) if value is None or isinstance(value, Output) else value)
-            if (choices := choices_of(spec)) is not None and values[-1] not in choices:
+            if not files and (choices := choices_of(spec)) is not None and values[-1] not in choices:
                 raise ValueError(f"{kind}.{name} is one of {choices}, got {values[-1]!r}")
             if options_of(spec).get("control_after_generate"):
                 values.append("fixed")
@@ -111,6 +116,8 @@ class Sheet:
         texts = sum(bool(options_of(spec).get("multiline")) for spec in widgets.values())
         needed = SLOT * max(len(sockets), len(outputs), 1) + WIDGET * (len(values) - texts) + TEXT * texts + 14
         node = self._place(kind, max(body, needed), inputs, outputs, values, title or schema["display_name"])
+        found = [{"name": v, "url": self.downloads[v], "directory": files} for v in values if v in self.downloads]
+        node.saved["properties"] |= {"models": found} if found else {}
         for name, value in given.items():
             if isinstance(value, Output):
                 self._link(value, node, name)
@@ -164,7 +171,7 @@ class Sheet:
             "links": self.links,
             "groups": self.groups,
             "config": {},
-            "extra": {"ds": {"scale": 0.7, "offset": [80, 120]}},
+            "extra": {"ds": {"scale": 0.7, "offset": [120, 210]}},
             "version": 0.4,
         }
 
