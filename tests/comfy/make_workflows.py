@@ -111,11 +111,11 @@ def compare_adapters(schemas: Schemas) -> Sheet:
         sampler = sheet.add("NGRPO_FlowSampler")
         sigmas = sheet.add("NGRPO_FlowSigmas", base="embedded", steps=3, width=64, height=64)
         latent = sheet.add("EmptySD3LatentImage", "Size", width=64, height=64, batch_size=1)
-    sheet.column(640)
-    with sheet.group("Comparison", "result"):
-        sheet.add(
+    sheet.column(400)
+    with sheet.group("Compare", "train"):
+        compared = sheet.add(
             "NGRPO_Compare",
-            body=1240,
+            body=900,
             model=model["MODEL"],
             positive=text[0],
             vae=model["VAE"],
@@ -125,10 +125,13 @@ def compare_adapters(schemas: Schemas) -> Sheet:
             noise_seed=7,
             num_seeds=3,
             prompt=words,
-            cell_px=192,
+            cell_px=256,
             adapters=adapters[0],
             rewards=reward[0],
         )
+    sheet.column(680)
+    with sheet.group("Side by side", "result"):
+        sheet.add("PreviewImage", "Comparison", body=900, images=compared["grid"])
     return sheet
 
 
@@ -164,16 +167,15 @@ def best_of_n(schemas: Schemas) -> Sheet:
             sigmas=sigmas[0],
             latent_image=latent[0],
         )
-    sheet.column(400)
+    sheet.column(560)
     with sheet.group("Judge", "train"):
         reward = sheet.add("NGRPO_Reward", name="world")
         score = sheet.add(
-            "NGRPO_Score", body=560, images=images, rewards=reward[0], prompt=words, n=1, sheet_px=128
+            "NGRPO_Score", body=960, images=images, rewards=reward[0], prompt=words, n=1, sheet_px=128
         )
-    sheet.column(440)
-    with sheet.group("Best first", "result"):
-        sheet.add("PreviewImage", "All, with scores", body=520, images=score["sheet"])
-        show(sheet, score["best"], 300, "The best")
+    sheet.column(400)
+    with sheet.group("The best", "result"):
+        show(sheet, score["best"], 400)
     return sheet
 
 

@@ -14,7 +14,7 @@ Schemas = dict[str, Any]
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE, SLOT, WIDGET, TEXT = 30, 20, 24, 90  # heights, as the browser draws them
 GAP, MARGIN, HEADING = 24, 20, 50  # between nodes, around them in a group, and what a group's title needs
-COLORS = {"model": "#3f789e", "text": "#8A8", "sample": "#b58b2a", "result": "#a1309b", "train": "#b06634"}
+COLORS = {"model": "#3f789e", "text": "#8A8", "sample": "#b58b2a", "result": "#88A", "train": "#b06634"}
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Sheet:
         ]
         texts = sum(bool(options_of(spec).get("multiline")) for spec in widgets.values())
         needed = SLOT * max(len(sockets), len(outputs), 1) + WIDGET * (len(values) - texts) + TEXT * texts + 14
-        node = self._place(kind, max(body, needed), inputs, outputs, values, title or schema["display_name"])
+        node = self._place(kind, max(body, needed), inputs, outputs, values, title)
         found = [{"name": v, "url": self.downloads[v], "directory": files} for v in values if v in self.downloads]
         node.saved["properties"] |= {"models": found} if found else {}
         for name, value in given.items():
@@ -130,7 +130,7 @@ class Sheet:
         inputs: list[dict[str, Any]],
         outputs: list[dict[str, Any]],
         values: list[Any],
-        title: str,
+        title: str | None,
         colors: dict[str, str] | None = None,
     ) -> Node:
         saved: dict[str, Any] = {
@@ -143,11 +143,11 @@ class Sheet:
             "mode": 0,
             "inputs": inputs,
             "outputs": outputs,
-            "title": title,
             "properties": {} if kind == "MarkdownNote" else {"Node name for S&R": kind},
             "widgets_values": values,
         }
-        node = Node(saved["id"], kind, saved | (colors or {}), [output["name"] for output in outputs])
+        named = {"title": title} if title else {}  # without one, the node's own in the reader's language
+        node = Node(saved["id"], kind, saved | named | (colors or {}), [output["name"] for output in outputs])
         self.nodes.append(node)
         self.top += TITLE + height + GAP
         return node

@@ -13,7 +13,7 @@ from typing import Any
 import make_workflows
 import pytest
 from comfy_cli.workflow_to_api import convert_ui_to_api
-from comfy_client import REPOSITORY, Comfy
+from comfy_client import REPOSITORY, Comfy, Refused
 from PIL import Image
 from sheet import choices_of, options_of, type_of
 
@@ -123,9 +123,10 @@ def test_a_graph_validates(schemas: dict[str, Any], tmp_path: Path, name: str):
     known = json.loads(json.dumps(schemas))
     for node in read(name, "api").values():  # files of FLUX.1 as if they were there
         for key, value in node["inputs"].items() if name in NEEDS_FLUX else ():
-            spec = inputs_of(known[node["class_type"]])[key]
             if isinstance(value, str) and value.endswith(".safetensors"):
-                (choices_of(spec) or []).append(value)
+                choices = choices_of(inputs_of(known[node["class_type"]])[key])
+                assert choices is not None
+                choices.append(value)
     (tmp_path / "object_info.json").write_text(json.dumps(known))
     for path in (WORKFLOWS / f"{name}.json", WORKFLOWS / "api" / f"{name}.json"):
         command = [str(Path(sys.executable).with_name("comfy")), "--skip-prompt", "--json", "workflow", "validate"]
@@ -150,8 +151,9 @@ def test_a_graph_of_the_embedded_model_runs_to_the_end(comfy: Comfy, name: str):
 
 @pytest.mark.parametrize("name", sorted(NEEDS_FLUX))
 def test_a_graph_of_flux_lacks_its_files_alone(comfy: Comfy, name: str):
-    answer = comfy.refusal(read(name, "api"))
-    assert answer["error"]["type"] == "prompt_outputs_failed_validation"
-    errors = [error for node in answer["node_errors"].values() for error in node["errors"]]
+    with pytest.raises(Refused) as refused:
+        comfy.submit(read(name, "api"))
+    assert refused.value.body["error"]["type"] == "prompt_outputs_failed_validation"
+    errors = [error for node in refused.value.body["node_errors"].values() for error in node["errors"]]
     assert errors
     assert all(".safetensors" in error["details"] for error in errors), errors

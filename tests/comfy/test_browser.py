@@ -1,0 +1,71 @@
+"""The shipped graphs in ComfyUI's real interface."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from browser import CHROMIUM, NEWER, Interface, chromium, opened
+from comfy_client import REPOSITORY, Comfy, start
+from playwright.sync_api import Browser
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+WORKFLOWS = REPOSITORY / "workflows"
+NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
+    """The engine with a later interface."""
+    server = start(tmp_path_factory.mktemp("newer"), "--front-end-root", str(NEWER))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module", params=["comfy", "newer"])
+def interface(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Interface]:
+    with opened(request.getfixturevalue(request.param), browser) as page:
+        yield page
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_opens_whole_and_is_the_graph_in_api_format(interface: Interface, name: str):
+    interface.open_template(name)
+    shown = interface.dialogs()
+    if "flux" in name:  # offers to download what is not there
+        assert all("flux1-dev.safetensors" in text for text in shown)
+        interface.page.keyboard.press("Escape")
+    else:
+        assert not shown
+    assert interface.page.locator(".comfy-missing-nodes").count() == 0
+    assert interface.prompt() == json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_run_draws_pictures(interface: Interface):
+    interface.open_template("sample-with-adapter")
+    interface.run()
+    assert not interface.dialogs()
+    assert interface.node("PreviewImage")["sizes"] == [[256, 256]] * 6
+    picture = interface.screenshot(only_graph=True)
+    colors = picture.getcolors(maxcolors=picture.width * picture.height) or []
+    reds = sum(count for count, (red, green, blue) in colors if red > 180 and green < 80 and blue < 80)
+    assert reds > 500  # hearts and stars, which the empty graph has not
+
+
+def test_the_interface_is_translated(newer: Comfy, browser: Browser):
+    """1.32, which belongs to the engine, forgets what custom nodes translate (ComfyUI_frontend's issue 6748)."""
+    texts = json.loads((REPOSITORY / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    with opened(newer, browser, "zh") as interface:
+        interface.open_template("sample-with-adapter")
+        shown = interface.node("NGRPO_LoadAdapter")
+    expected = texts["NGRPO_LoadAdapter"]
+    assert shown["title"] == expected["display_name"]
+    assert expected["inputs"]["strength"]["name"] in shown["labels"]
