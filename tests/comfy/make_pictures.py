@@ -23,10 +23,11 @@ RESULTS = {
     "compare-adapters": "NGRPO_Compare",
     "best-of-n": "NGRPO_Score",
     "neighbor-explorer": "PreviewImage",
+    "train-embedded": "NGRPO_Train",
 }
 """Graphs that run anywhere, and the node whose pictures stand for them."""
 
-SHOWN = {"sample-with-adapter": "comfyui-sample.png", "compare-adapters": "comfyui-compare.png"}
+SHOWN = {"train-embedded": "comfyui-train.png", "compare-adapters": "comfyui-compare.png"}
 
 
 def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -57,7 +58,7 @@ if __name__ == "__main__":
                     page.open_template(path.stem)
                     page.page.keyboard.press("Escape")  # the offer to download what is missing
                     if path.stem in RESULTS:
-                        page.run()
+                        page.run(3600)
                         thumbnail = tiled(results(page, RESULTS[path.stem]))
                     else:
                         size = (THUMBNAIL_PX, THUMBNAIL_PX)

@@ -17,7 +17,7 @@ from sheet import Node, Output, Schemas, Sheet
 WORKFLOWS = REPOSITORY / "workflows"
 DEMO = "ngrpo-demo.safetensors"
 PROMPT = "a star above a heart"
-MY_ADAPTER = "my-flux-adapter.safetensors"
+MY_ADAPTER = "ngrpo/my-flux-adapter.safetensors"
 HUB = "https://huggingface.co"
 DOWNLOADS = {
     "flux1-dev.safetensors": f"{HUB}/black-forest-labs/FLUX.1-dev/resolve/main/flux1-dev.safetensors",
@@ -228,7 +228,7 @@ def sample_flux_with_adapter(schemas: Schemas) -> Sheet:
             "## FLUX.1-dev with an adapter\n\n"
             "1. The files of FLUX.1-dev as for ComfyUI's own FLUX graphs: flux1-dev in diffusion_models, clip_l and "
             "t5xxl in text_encoders, ae in vae. FLUX.1-dev is gated: accept its licence on the Hub first.\n"
-            "2. Choose your adapter in **Load Adapter**; `ngrpo train flux` makes one.\n"
+            "2. Choose your adapter in **Load Adapter**; the template `train-flux` makes one.\n"
             "3. **Run.**\n\n"
             "Sampler, noise levels, guidance and size are those of the adapter's training. Other LoRAs of FLUX.1 work "
             "too and are drawn as the preset flux is: 8 steps, 720 x 720, guidance 3.5.",
@@ -276,7 +276,108 @@ def sample_flux_with_adapter(schemas: Schemas) -> Sheet:
     return sheet
 
 
-GRAPHS = (sample_with_adapter, compare_adapters, best_of_n, neighbor_explorer, sample_flux_with_adapter)
+def train_embedded(schemas: Schemas) -> Sheet:
+    """Training, and drawing with what came of it, in one graph."""
+    sheet = Sheet("train-embedded", schemas)
+    sheet.column(420)
+    with sheet.group("What to do", "text"):
+        sheet.note(
+            "## Train an adapter, then draw with it\n\n"
+            "**Run.** The embedded model learns to draw what the prompt says: 150 iterations, a few minutes on a CPU. "
+            "The node shows the reward and a group of candidates; below, what it was like before.\n\n"
+            "**Cancel** at any time: queue again and it goes on. When it has ended, the adapter is in all LoRA lists, "
+            "and **Load Adapter** draws with it at once.\n\n"
+            "More iterations gain more: 800 take a quarter of an hour. Connect another **Reward** to teach something "
+            "else: `jpeg` with weight -1 makes pictures rich in detail.",
+            330,
+        )
+    with sheet.group("Train", "train"):
+        reward = sheet.add("NGRPO_Reward", name="world")
+        trained = sheet.add(
+            "NGRPO_Train",
+            body=760,
+            preset="demo",
+            name="my-first-adapter",
+            overrides="# settings over the preset's, one a line\nevaluation.num_prompts=240",
+            iterations=150,
+            rewards=reward[0],
+        )
+    sheet.column(420)
+    with sheet.group("Model and new adapter", "model"):
+        model = sheet.add("NGRPO_LoadEmbedded")
+        adapter = sheet.add(
+            "NGRPO_LoadAdapter", body=430, files="loras", model=model["MODEL"], lora_name=trained["lora_name"]
+        )
+    with sheet.group("Prompt and noise", "sample"):
+        text = sheet.add("CLIPTextEncode", "Prompt", body=110, clip=model["CLIP"], text="a red star and a blue circle")
+        noise = sheet.add("RandomNoise", noise_seed=7)
+        latent = sheet.add(
+            "EmptySD3LatentImage", "Size and batch", width=adapter["width"], height=adapter["height"], batch_size=6
+        )
+    sheet.column(560)
+    with sheet.group("Pictures of the new adapter", "result"):
+        images = draw(
+            sheet,
+            adapter["MODEL"],
+            text[0],
+            model["VAE"],
+            noise=noise[0],
+            sampler=adapter["SAMPLER"],
+            sigmas=adapter["SIGMAS"],
+            latent_image=latent[0],
+        )
+        show(sheet, images, 400)
+        sheet.add("PreviewImage", "Before and after, and the curve", body=400, images=trained["summary"])
+    return sheet
+
+
+def train_flux(schemas: Schemas) -> Sheet:
+    """FLUX.1-dev on two rewards."""
+    sheet = Sheet("train-flux", schemas)
+    sheet.column(440)
+    with sheet.group("What to do", "text"):
+        sheet.note(
+            "## Train FLUX.1-dev\n\n"
+            "1. `pip install bitsandbytes` where ComfyUI runs; accept FLUX.1-dev's licence on the Hub and log in with "
+            "`hf auth login`. The model is downloaded in diffusers' format, once.\n"
+            "2. Choose the **preset** for your GPU: flux-12gb to flux-80gb.\n"
+            "3. **Run.** Every checkpoint can be gone on from: Cancel when you like, and queue again.\n\n"
+            "The adapter will be `ngrpo/my-flux-adapter.safetensors` in all LoRA lists; the template "
+            "`sample-flux-with-adapter` draws with it.\n\n"
+            "Rewards are weighted after each is standardised within its group. Prompts are HPDv2's; write your own "
+            "below, one a line.",
+            390,
+        )
+    with sheet.group("Rewards", "sample"):
+        first = sheet.add("NGRPO_Reward", "How much people like it", name="hpsv2")
+        second = sheet.add("NGRPO_Reward", "How well it fits the prompt", name="clip_score", rewards=first[0])
+    sheet.column(520)
+    with sheet.group("Train", "train"):
+        trained = sheet.add(
+            "NGRPO_Train",
+            body=960,
+            preset="flux-24gb",
+            name="my-flux-adapter",
+            overrides="# settings over the preset's, one a line, such as\n# lora.rank=32\nevaluation.num_samples=6",
+            rewards=second[0],
+        )
+    sheet.column(520)
+    with sheet.group("What came of it", "result"):
+        sheet.add("PreviewImage", "Before", body=290, images=trained["before"])
+        sheet.add("PreviewImage", "After", body=290, images=trained["after"])
+        sheet.add("PreviewAny", "Figures", body=180, source=trained["figures"])
+    return sheet
+
+
+GRAPHS = (
+    sample_with_adapter,
+    compare_adapters,
+    best_of_n,
+    neighbor_explorer,
+    train_embedded,
+    train_flux,
+    sample_flux_with_adapter,
+)
 
 
 def write_json(path: Path, content: Any) -> None:

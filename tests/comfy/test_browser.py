@@ -7,13 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 from browser import CHROMIUM, NEWER, Interface, chromium, opened
-from comfy_client import REPOSITORY, Comfy, start
+from comfy_client import REPOSITORY, Comfy, Graph, start
 from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
 WORKFLOWS = REPOSITORY / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+
+
+def without_titles(graph: Graph) -> Graph:
+    """Some of ComfyUI's own change from release to release."""
+    return {number: {key: node[key] for key in ("class_type", "inputs")} for number, node in graph.items()}
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +45,14 @@ def interface(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Inte
 def test_a_template_opens_whole_and_is_the_graph_in_api_format(interface: Interface, name: str):
     interface.open_template(name)
     shown = interface.dialogs()
-    if "flux" in name:  # offers to download what is not there
+    if name == "sample-flux-with-adapter":  # offers to download what is not there
         assert all("flux1-dev.safetensors" in text for text in shown)
         interface.page.keyboard.press("Escape")
     else:
         assert not shown
     assert interface.page.locator(".comfy-missing-nodes").count() == 0
-    assert interface.prompt() == json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    shipped = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    assert without_titles(interface.prompt()) == without_titles(shipped)
 
 
 def test_run_draws_pictures(interface: Interface):
