@@ -52,7 +52,7 @@ PREVIEW_SHARE = 0.05
 TAKEN = {
     "output_dir": "is output/ngrpo/NAME: set name",
     "resume": "is found by name: set name and earlier_run",
-    "seed": "has a widget: set seed",
+    "seed": "has a widget: set run_seed",
     "hub": "is not for graphs: `ngrpo push` pushes a finished run",
 }
 """Keys of the configuration that overrides must leave alone, and why."""
@@ -406,7 +406,8 @@ class Train(io.ComfyNode):
                 io.Int.Input(
                     "iterations", default=0, min=0, max=1_000_000, tooltip="0: as many as the preset or overrides say."
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="The same seed makes the same adapter."),
+                # Not `seed`, which ComfyUI changes after every run unless told otherwise.
+                io.Int.Input("run_seed", default=0, min=0, max=2**63 - 1, tooltip="The same seed, the same adapter."),
                 io.Combo.Input(
                     "earlier_run",
                     options=[GO_ON, ANEW],
@@ -447,7 +448,7 @@ class Train(io.ComfyNode):
         name: str | None = None,
         overrides: str | None = None,
         iterations: int | None = None,
-        seed: int | None = None,
+        run_seed: int | None = None,
         earlier_run: str | None = None,
         rewards: Entries | None = (),
         prompts: str | None = "",
@@ -459,9 +460,10 @@ class Train(io.ComfyNode):
             prompt_lines(prompts)
         if preset is None or name is None or overrides is None:  # what comes from other nodes is not known yet
             return True
-        config = configure(preset, name, overrides, iterations or 0, seed or 0, prompts or "")
-        check_settings(configure(preset, name, overrides, iterations or 0, seed or 0))  # no file of prompts is there
-        if None not in (iterations, seed, rewards, prompts) and earlier_run == GO_ON:
+        numbers = iterations or 0, run_seed or 0
+        config = configure(preset, name, overrides, *numbers, prompts or "")
+        check_settings(configure(preset, name, overrides, *numbers))  # no file of prompts is there
+        if None not in (iterations, run_seed, rewards, prompts) and earlier_run == GO_ON:
             check_earlier(config)
         return True
 
@@ -480,7 +482,7 @@ class Train(io.ComfyNode):
         name: str,
         overrides: str,
         iterations: int,
-        seed: int,
+        run_seed: int,
         earlier_run: str,
         rewards: Entries = (),
         prompts: str = "",
@@ -489,7 +491,7 @@ class Train(io.ComfyNode):
             prompt_lines(prompts)  # of another node, an empty text is no wish for the preset's
         check_name(name)
         name = free_name(name) if earlier_run == ANEW else name
-        config = configure(preset, name, overrides, iterations, seed, prompts, rewards)
+        config = configure(preset, name, overrides, iterations, run_seed, prompts, rewards)
         folder = Path(config.output_dir)
         check_earlier(config)
         if not finished(config):

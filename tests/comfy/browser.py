@@ -59,7 +59,11 @@ class Interface:
     def run(self, timeout_s: float = 120) -> None:
         """Press Run, and wait until the queue is empty and pictures are shown."""
         self.page.locator('button[data-testid="queue-button"], [data-testid="queue-button"] button').first.click()
-        self.page.wait_for_function("() => app.graph._nodes.some((node) => node.imgs?.length)", timeout=timeout_s * 1000)
+        self.page.wait_for_function(
+            "() => app.graph._nodes.some((node) => node.imgs?.length || node.has_errors)", timeout=timeout_s * 1000
+        )
+        wrong = self.page.evaluate("() => app.graph._nodes.filter((node) => node.has_errors).map((node) => node.title)")
+        assert not wrong, f"{wrong}: {self.dialogs()}"
         self.page.wait_for_function(
             "async () => { const queue = await (await fetch('/queue')).json();"
             " return !queue.queue_running.length && !queue.queue_pending.length }",

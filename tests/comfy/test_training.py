@@ -125,7 +125,7 @@ def server(servers: list[Comfy]) -> Comfy:
 
 def train(name: str, overrides: str = SMALL, **inputs: Any) -> Graph:
     """The node, and its outputs as pictures and text."""
-    widgets = {"preset": "demo", "iterations": 2, "seed": 0, "earlier_run": "go on with it"}
+    widgets = {"preset": "demo", "iterations": 2, "run_seed": 0, "earlier_run": "go on with it"}
     return {
         "train": node("NGRPO_Train", name=name, overrides=overrides, **(widgets | inputs)),
         "lora": node("PreviewAny", source=["train", 0]),
@@ -320,7 +320,7 @@ def test_a_finished_run_is_neither_trained_again_nor_overwritten(whole: Result, 
     with pytest.raises(Refused, match=r"whole' already, and it has other settings.*lora.rank: 4 -> 8"):
         server.submit(train("whole", LONG.replace("rank=4", "rank=8")))
     with pytest.raises(Refused, match="seed: 0 -> 1"):
-        server.submit(train("whole", LONG, seed=1))
+        server.submit(train("whole", LONG, run_seed=1))
 
 
 def test_more_iterations_go_on_and_a_new_run_gets_a_name_of_its_own(server: Comfy, base: Path):
@@ -328,7 +328,7 @@ def test_more_iterations_go_on_and_a_new_run_gets_a_name_of_its_own(server: Comf
     succeeded(server.run(train("twice", iterations=2)))
     assert [row["step"] for row in rows_of(base, "twice")] == [0, 1, 2]
     first = lora_of(base, "twice")
-    result = succeeded(server.run(train("twice", iterations=1, seed=1, earlier_run="start anew beside it")))
+    result = succeeded(server.run(train("twice", iterations=1, run_seed=1, earlier_run="start anew beside it")))
     assert result.outputs["lora"]["text"] == ["ngrpo/twice-2.safetensors"]
     assert same(lora_of(base, "twice"), first)
     assert not same(lora_of(base, "twice-2"), first)
@@ -398,7 +398,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(server: Comfy, ba
         ({"preset": "demon"}, "preset must be one of demo, flux"),
         ({"preset": "/etc/passwd"}, "preset must be one of demo, flux"),
         ({"iterations": -1}, "trainer.num_iterations must be at least 1, got -1"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"run_seed": -1}, "seed must be at least 0, got -1"),
         ({"earlier_run": "burn it"}, "earlier_run must be"),
         ({"prompts": "a star"}, "prompts.train is given twice"),
         ({"prompts": " \n\t\n"}, "prompts must have at least one line of text"),
