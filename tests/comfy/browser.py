@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -64,11 +65,10 @@ class Interface:
         )
         wrong = self.page.evaluate("() => app.graph._nodes.filter((node) => node.has_errors).map((node) => node.title)")
         assert not wrong, f"{wrong}: {self.dialogs()}"
-        self.page.wait_for_function(
-            "async () => { const queue = await (await fetch('/queue')).json();"
-            " return !queue.queue_running.length && !queue.queue_pending.length }",
-            timeout=timeout_s * 1000,
-        )
+        end = time.monotonic() + timeout_s
+        while any(self.comfy.get("/queue").values()):
+            assert time.monotonic() < end, "the queue is not empty"
+            self.page.wait_for_timeout(500)
         self.settle()
 
     def settle(self) -> None:

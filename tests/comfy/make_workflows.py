@@ -54,7 +54,7 @@ def sample_with_adapter(schemas: Schemas) -> Sheet:
     with sheet.group("What to do", "text"):
         sheet.note(
             "## Sample with an adapter\n\n"
-            "**Run.** Six pictures in a second or two on any CPU: the model comes with the pack, nothing is fetched.\n\n"
+            "**Run.** Six pictures in a second or two on any CPU: the model comes with the pack.\n\n"
             "**Load Adapter** reads from the file how the adapter was trained and gives the sampler, the noise levels "
             "and the picture size that go with it.\n\n"
             "Set **strength** to 0 to see the base with the same noise.\n\n"
