@@ -170,9 +170,7 @@ def best_of_n(schemas: Schemas) -> Sheet:
     sheet.column(560)
     with sheet.group("Judge", "train"):
         reward = sheet.add("NGRPO_Reward", name="world")
-        score = sheet.add(
-            "NGRPO_Score", body=960, images=images, rewards=reward[0], prompt=words, n=1, sheet_px=128
-        )
+        score = sheet.add("NGRPO_Score", body=960, images=images, rewards=reward[0], prompt=words, n=1, sheet_px=128)
     sheet.column(400)
     with sheet.group("The best", "result"):
         show(sheet, score["best"], 400)
@@ -235,12 +233,8 @@ def sample_flux_with_adapter(schemas: Schemas) -> Sheet:
             300,
         )
     with sheet.group("Model and adapter", "model"):
-        model = sheet.add(
-            "UNETLoader", "FLUX.1-dev", files="diffusion_models", unet_name="flux1-dev.safetensors"
-        )
-        adapter = sheet.add(
-            "NGRPO_LoadAdapter", body=430, files="loras", model=model["MODEL"], lora_name=MY_ADAPTER
-        )
+        model = sheet.add("UNETLoader", "FLUX.1-dev", files="diffusion_models", unet_name="flux1-dev.safetensors")
+        adapter = sheet.add("NGRPO_LoadAdapter", body=430, files="loras", model=model["MODEL"], lora_name=MY_ADAPTER)
     sheet.column(400)
     with sheet.group("Prompt", "text"):
         clip = sheet.add(

@@ -76,9 +76,7 @@ class Sheet:
         """What to do and what to expect, in Markdown."""
         self._place("MarkdownNote", height, [], [], [text], "Note", {"color": "#432", "bgcolor": "#653"})
 
-    def add(
-        self, kind: str, title: str | None = None, body: int = 0, files: str = "", **given: Any
-    ) -> Node:
+    def add(self, kind: str, title: str | None = None, body: int = 0, files: str = "", **given: Any) -> Node:
         """A node; what an input is not given has its default.
 
         Args:
