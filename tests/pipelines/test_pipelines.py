@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ngrpo_lora import lora
+from ngrpo_lora.adapter_file import Format, convert, read_adapter_file, save_tensors
 from ngrpo_lora.export import FILE_NAME, read_adapter, read_metadata
 from ngrpo_lora.model_card import diffusers_usage, read_pushed
 from ngrpo_lora.models._base import BaseFamily
@@ -435,6 +436,17 @@ def test_a_fused_adapter_draws_the_same_and_is_still_heard(case: Case, fresh: An
     fresh.unload_lora_weights()
     assert relative_error(latents_of(fresh), full) < 1e-5
     assert relative_error(base, full) > 1e-3
+
+
+@pytest.mark.parametrize("form", ["diffusers", "comfyui", "kohya"])
+def test_every_format_that_diffusers_reads_is_drawn_the_same(form: Format, case: Case, fresh: Any, tmp_path: Path):
+    if form == "kohya" and case.name in ("flux", "sd3"):
+        pytest.skip("diffusers reads kohya's names of FLUX.1 at its own width alone, and none of SD3")
+    expected = latents_of(fresh)
+    save_tensors(tmp_path / "x.safetensors", *convert(read_adapter_file(case.adapter), form))
+    fresh.load_lora_weights(tmp_path / "x.safetensors", adapter_name="x")
+    fresh.set_adapters("x")
+    assert relative_error(latents_of(fresh), expected) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["alpha", "rslora", "patterns"])
@@ -849,6 +861,15 @@ def test_a_lora_that_would_not_wholly_take_effect_is_an_error_and_leaves_nothing
     if damage not in ("kohya header", "alpha twice"):
         with pytest.raises(ValueError, match=message.replace("adapter", "the adapter")):
             case.ours.load_lora_weights(tensors, adapter_name="x")
+
+
+def test_an_adapter_of_another_family_is_an_error(case: Case, get_case: Callable[[str], Case]):
+    match = r"(fits (no layer of this model|this model in part): .*|is of another model: .*); load the base that it was"
+    for other in FAMILIES:
+        if other != case.name:
+            with pytest.raises(ValueError, match=match):
+                case.ours.load_lora_weights(get_case(other).adapter, adapter_name="x")
+            assert "x" not in case.ours.get_list_adapters().get("transformer", [])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
