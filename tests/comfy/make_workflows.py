@@ -281,7 +281,7 @@ def train_embedded(schemas: Schemas) -> Sheet:
             "The node shows the reward and a group of candidates; below, what it was like before.\n\n"
             "**Cancel** at any time: queue again and it goes on. When it has ended, the adapter is in all LoRA lists, "
             "and **Load Adapter** draws with it at once.\n\n"
-            "More iterations gain more: 800 take a quarter of an hour. Connect another **Reward** to teach something "
+            "More iterations gain more: 1,000 take a quarter of an hour. Connect another **Reward** to teach something "
             "else: `jpeg` with weight -1 makes pictures rich in detail.",
             330,
         )
@@ -302,6 +302,7 @@ def train_embedded(schemas: Schemas) -> Sheet:
         adapter = sheet.add(
             "NGRPO_LoadAdapter", body=430, files="loras", model=model["MODEL"], lora_name=trained["lora_name"]
         )
+        adapter.saved["widgets_values"][0] = "ngrpo-demo.safetensors"  # behind the link; else whatever file is first
     with sheet.group("Prompt and noise", "sample"):
         text = sheet.add("CLIPTextEncode", "Prompt", body=110, clip=model["CLIP"], text="a red star and a blue circle")
         noise = sheet.add("RandomNoise", noise_seed=7)

@@ -173,7 +173,7 @@ def test_a_run_with_eulers_solver_gives_eulers_sampler(
     graph = drawing_with(adapted("euler"))
     graph["sample"]["inputs"] |= {"sampler": ["load", 1], "sigmas": ["load", 2]}
     expected = trainer_latents(family, [(layers["a"], lambda step: 1.0)], steps=5, solver="euler")
-    check_same(model_latents(comfy, family, graph), expected, base)
+    check_same(model_latents(comfy, family, graph), expected, base, 2e-6)  # rounding: 1.07e-6 on one of two CPUs
 
 
 def told(comfy: Comfy, load: dict[str, Any]) -> dict[str, str]:

@@ -71,7 +71,7 @@ def tiny(family: str) -> Any:
     config = getattr(comfy.supported_models, kind)(sizes)
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "").requires_grad_(False)
-    for weight in model.parameters():
+    for weight in (*model.parameters(), *model.diffusion_model.buffers()):  # which ComfyUI leaves as memory was
         weight.zero_()
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
