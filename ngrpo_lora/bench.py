@@ -21,11 +21,12 @@ from torch import nn
 
 from ngrpo_lora import lora
 from ngrpo_lora.config import ModelConfig, RunConfig, parse_config
-from ngrpo_lora.devices import resolve_device, resolve_dtype
+from ngrpo_lora.devices import resolve_device, resolve_dtype, use_device, without_cudnn_attention
 from ngrpo_lora.errors import ConfigError, UserError, first_line
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import blank_text, make_family, read_blueprint
 from ngrpo_lora.optimizers import make_optimizer
+from ngrpo_lora.quantization import keep_inputs_whole
 from ngrpo_lora.trainer import Trainer
 
 __all__ = ["Cost", "Timing", "gpu_table", "measure", "measure_cost", "overhead_table", "variants"]
@@ -78,9 +79,6 @@ def measure(name: str, config: RunConfig, iterations: int) -> Timing:
     Raises:
         UserError: it cannot be built or run.
     """
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         evaluation = config.evaluation.model_copy(update={"num_prompts": 1})
         trainer = Trainer(config.model_copy(update={"output_dir": folder, "evaluation": evaluation, "resume": None}))
@@ -88,12 +86,12 @@ def measure(name: str, config: RunConfig, iterations: int) -> Timing:
         rows = [trainer.step() for _ in range(iterations)]
         seconds = {stage: statistics.median(row[f"time/{stage}_s"] for row in rows) for stage in STAGES}
         seconds["forwards"] = forwards_alone(trainer)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     del trainer
     gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
-    return Timing(name, seconds, peak)
+    if not torch.cuda.is_available():
+        return Timing(name, seconds, None)
+    torch.cuda.empty_cache()
+    return Timing(name, seconds, max(row[f"memory/{stage}_gib"] for row in rows for stage in STAGES))
 
 
 @torch.no_grad()
@@ -187,6 +185,7 @@ def gpu_table(
             gc.collect()
 
 
+@without_cudnn_attention()
 def measure_cost(config: RunConfig, size_px: int, batch: int, repeats: int) -> Cost:
     """Draw and train with random weights: medians of `repeats` calls after one that warms up."""
     model = config.model.model_copy(update={"height_px": size_px, "width_px": size_px})
@@ -229,6 +228,7 @@ def measure_cost(config: RunConfig, size_px: int, batch: int, repeats: int) -> C
 def random_family(config: RunConfig, model: ModelConfig) -> BaseFamily:
     """The part of the configured model that draws, with random weights, quantised as the configuration says."""
     device = resolve_device(model.device)
+    use_device(device)
     model = model.model_copy(update={"dtype": resolve_dtype(model.dtype, device)})
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, model.dtype))  # or a large model would first be made in float32
@@ -252,8 +252,9 @@ def random_family(config: RunConfig, model: ModelConfig) -> BaseFamily:
 
 
 def quantize_linears(module: nn.Module, kind: str, device: torch.device) -> None:
-    """Put bitsandbytes' layers in place of the linear ones within a module, as diffusers does when it loads."""
+    """Put bitsandbytes' layers in place of the linear ones within a module, as a family does when it loads."""
     from bitsandbytes import nn as bnb
+    from bitsandbytes.functional import int8_vectorwise_quant
 
     for name, child in module.named_children():
         if not isinstance(child, nn.Linear):
@@ -266,6 +267,8 @@ def quantize_linears(module: nn.Module, kind: str, device: torch.device) -> None
             layer.weight = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4")  # pyright: ignore
         else:
             layer = bnb.Linear8bitLt(*features, has_fp16_weights=False)
-            layer.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)  # pyright: ignore
+            packed, scale, _ = int8_vectorwise_quant(weight.half())
+            layer.weight = bnb.Int8Params(packed, requires_grad=False, SCB=scale)  # pyright: ignore
+            keep_inputs_whole(layer)
         layer.bias = child.bias
         setattr(module, name, layer.to(device).requires_grad_(False))

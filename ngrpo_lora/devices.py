@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from ngrpo_lora.errors import UserError
 
-__all__ = ["resolve_device", "resolve_dtype"]
+__all__ = ["resolve_device", "resolve_dtype", "use_device", "without_cudnn_attention"]
 
 
 def resolve_device(device: str) -> str:
@@ -38,3 +41,24 @@ def resolve_dtype(dtype: str, device: str) -> str:
     else:
         native = False
     return "bfloat16" if native else "float32"
+
+
+def use_device(device: str) -> None:
+    """Make a GPU the one that this process computes on unless told otherwise; nothing to do for other devices."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device).index or 0)
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """PyTorch chooses among its other kernels of attention.
+
+    On an H100 it prefers cuDNN's, whose backward pass in FLUX.1 at 720 px ended with an illegal memory access (PyTorch
+    2.11, cuDNN 9.19), and with a mask has given NaN (https://github.com/pytorch/pytorch/issues/196678).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

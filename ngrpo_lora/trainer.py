@@ -23,7 +23,7 @@ from ngrpo_lora import algorithms, checkpoint, lora, registry, report
 from ngrpo_lora.advantages import batch_deviation, reward_spread
 from ngrpo_lora.algorithms._base import Algorithm
 from ngrpo_lora.config import RewardConfig, RunConfig, dump_config
-from ngrpo_lora.devices import resolve_device
+from ngrpo_lora.devices import resolve_device, use_device, without_cudnn_attention
 from ngrpo_lora.distributed import Processes, process_device, shard
 from ngrpo_lora.embeddings import EmbeddingCache
 from ngrpo_lora.errors import SharedError, UserError
@@ -66,8 +66,7 @@ class Trainer:
             torch.set_num_threads(config.trainer.num_threads)
         self.processes = Processes(config.trainer.timeout_s)
         device = process_device(resolve_device(config.model.device))
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
+        use_device(device)
         self.model = config.model.model_copy(update={"device": device})  # as this process has it
         self.divided = config.trainer.strategy == "fsdp" and self.processes.count > 1  # the base, among processes
         self.config, self.output_dir = config, Path(config.output_dir)
@@ -188,28 +187,28 @@ class Trainer:
             metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.iteration if config.resume else None)
         with progress_bar() as bar, interrupt_asked() as interrupted, self.saved_on_error():
             task = bar.add_task("train", total=total, completed=self.iteration, status="evaluating the base model")
-            first, evaluation = Clock(), Metrics()
+            first, evaluation = Stages(), Metrics()
             cut_off = self.evaluation_due and metrics_file is not None and not metrics_file.has("eval/reward_mean")
             if self.iteration == 0 or processes.any(cut_off):
                 with first("evaluation"):
                     evaluation = self.evaluate()
                 if metrics_file is not None:
-                    metrics_file.write(self.iteration, evaluation | first.seconds)
-                self.watcher.after_step(self.iteration, evaluation | first.seconds)
+                    metrics_file.write(self.iteration, evaluation | first.metrics)
+                self.watcher.after_step(self.iteration, evaluation | first.metrics)
             last = self.iteration >= total
             while not last:
-                metrics, clock = self.step(), Clock()
+                metrics, stages = self.step(), Stages()
                 last = self.iteration == total or processes.any(interrupted())
                 if self.iteration == 1:
                     evaluations = -(-total // config.evaluation.every)
-                    once_s = first.seconds["time/evaluation_s"]
+                    once_s = first.metrics["time/evaluation_s"]
                     console.print(estimate(iteration_seconds(metrics), total - 1, once_s, evaluations))
                 if metrics_file is not None:
                     metrics_file.write(self.iteration, metrics)
                 if self.evaluation_due:
-                    with clock("evaluation"):
+                    with stages("evaluation"):
                         evaluation = self.evaluate()
-                    metrics |= evaluation | clock.seconds
+                    metrics |= evaluation | stages.metrics
                     if metrics_file is not None:
                         metrics_file.write(self.iteration, metrics)
                 self.watcher.after_step(self.iteration, metrics)
@@ -249,12 +248,13 @@ class Trainer:
                 log.warning("no checkpoint could be written of iteration %d", self.iteration, exc_info=True)
             raise
 
+    @without_cudnn_attention()  # in the rollout too: other kernels would round v_old otherwise than v_theta
     def step(self) -> Metrics:
         """One iteration: draw and score P groups, move the adapter, say what came of it."""
-        clock, nfe = Clock(), self.counter.start()
+        stages, nfe = Stages(), self.counter.start()
         prompts = [self.prompts.prompt(i) for i in self.prompt_indices()]
         rollouts, pending, shown = [], [], []
-        with clock("rollout"):
+        with stages("rollout"):
             text = self.family.encode([prompt.text for prompt in prompts])
             for prompt, rollout in zip(prompts, self.roll_out(text), strict=True):
                 rollouts.append(rollout.to("cpu"))
@@ -262,15 +262,15 @@ class Trainer:
                 shown = shown or images[self.family.num_frames // 2 :: self.family.num_frames]
                 samples = self.samples([prompt] * len(rollout.final), images)
                 pending.append(self.scorer.submit(samples))
-        with clock("reward"):  # what is left to wait for
+        with stages("reward"):  # what is left to wait for
             batch = self.collect(rollouts, pending)
             advantages = self.algorithm.advantages(batch)
         self.watcher.after_rewards(prompts[0].text, shown, batch.rewards[self.groups.start].tolist())
-        with clock("update"):
+        with stages("update"):
             policy = self.update(rollouts, advantages, text)
         self.iteration, self.kept = self.iteration + 1, None
         nfe_per_sample = nfe.per_sample(batch.rewards.numel(), self.processes)
-        return self.describe(batch) | policy | nfe_per_sample | clock.seconds
+        return self.describe(batch) | policy | nfe_per_sample | stages.metrics
 
     def save(self) -> None:
         """Write a checkpoint, and into it the adapter as it is; all processes hold the same state."""
@@ -644,19 +644,22 @@ def interrupt_asked() -> Iterator[Callable[[], bool]]:
             signal.signal(signal.SIGINT, previous)
 
 
-class Clock:
-    """Wall time of the stages of one iteration."""
+class Stages:
+    """Wall time of the stages of an iteration, and on a GPU the most memory that PyTorch held in each."""
 
     def __init__(self) -> None:
-        self.seconds: Metrics = {}
+        self.metrics: Metrics = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, on_gpu = time.perf_counter(), torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         yield
-        if torch.cuda.is_available():
+        if on_gpu:
             torch.cuda.synchronize()
-        self.seconds[f"time/{stage}_s"] = time.perf_counter() - start
+            self.metrics[f"memory/{stage}_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.metrics[f"time/{stage}_s"] = time.perf_counter() - start
 
 
 def parts(*networks: nn.Module) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""How the base draws: attention backends, tiles, compiled blocks."""
+"""How the base draws: devices, attention backends, tiles, compiled blocks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 
 from ngrpo_lora import lora
 from ngrpo_lora.config import LoraConfig, ModelConfig
+from ngrpo_lora.devices import use_device, without_cudnn_attention
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models.flux import Family
 from ngrpo_lora.noise import gaussian_noise
+from ngrpo_lora.tracking import read_metrics
 from ngrpo_lora.trainer import Trainer
 
 
@@ -35,6 +37,43 @@ def _backend() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_without_a_number_is_the_first(monkeypatch: pytest.MonkeyPatch, device: str, index: int):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    use_device(device)
+    assert chosen == [index]
+    use_device("cpu")
+    assert chosen == [index]
+
+
+def test_cudnns_attention_is_left_out_of_an_iteration_and_no_longer(make_config: MakeConfig, tmp_path: Path):
+    trainer = Trainer(make_config(tmp_path, "evaluation.num_prompts=1"))
+    seen: set[bool] = set()
+    trainer.family.transformer.register_forward_hook(lambda *_: seen.add(torch.backends.cuda.cudnn_sdp_enabled()))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    trainer.step()
+    assert seen == {False}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.gpu
+def test_attention_of_flux_has_a_backward_pass_on_a_gpu():
+    query = torch.randn(1, 24, 2025 + 512, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with without_cudnn_attention():
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).square().mean().backward()
+    assert query.grad is not None
+    assert query.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_says_what_each_stage_held(make_config: MakeConfig, tmp_path: Path):
+    Trainer(make_config(tmp_path, "model.device=cuda", "evaluation.num_prompts=1")).run()
+    first, *rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["memory/evaluation_gib"] > 0
+    assert all(row["memory/update_gib"] > row["memory/reward_gib"] > 0 for row in rows)
+
+
 def test_another_attention_backend_gives_the_same_velocities(family: Family):
     other: Any = Family(ModelConfig(attention="_native_math"), "cpu")
     backends = {

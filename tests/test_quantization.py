@@ -21,8 +21,10 @@ from ngrpo_lora import lora, quantization, sampling
 from ngrpo_lora.config import ConfigError, ModelConfig, RolloutConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.export import FILE_NAME, AdapterInfo
+from ngrpo_lora.memory import Meter
 from ngrpo_lora.models.flux import EMBEDDED, Family
 from ngrpo_lora.noise import gaussian_noise
+from ngrpo_lora.plan import make_plan
 from ngrpo_lora.preflight import check_run
 from ngrpo_lora.trainer import Trainer
 
@@ -113,6 +115,42 @@ def test_only_the_transformer_is_quantised_and_keeps_its_types(device: str, kind
     with torch.no_grad():
         latents = gaussian_noise((1, *family.latent_shape), 0).to(device)
         assert family.velocity(latents, 0.5, family.encode(["a star"])).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_int8_layer_computes_with_its_inputs_as_they_are(device: str, dtype: str):
+    family: Any = Family(ModelConfig(quantization="int8", dtype=dtype), device)
+    layer = family.transformer.transformer_blocks[0].attn.to_q
+    x = torch.randn(3, 5, layer.in_features, device=device, dtype=family.dtype, requires_grad=True)
+    weight = (layer.weight.double() * layer.weight.SCB.double()[:, None] / 127).to(family.dtype)
+    whole = x.detach().requires_grad_()
+    actual, expected = layer(x), torch.nn.functional.linear(whole, weight, layer.bias)
+    assert relative(actual, expected) < {"float32": 1e-6, "bfloat16": 2e-3}[dtype]
+    for out in (actual, expected):
+        out.square().sum().backward()
+    assert x.grad is not None
+    assert whole.grad is not None
+    assert relative(x.grad, whole.grad) < {"float32": 1e-6, "bfloat16": 5e-3}[dtype]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "int8_torchao"])
+def test_an_update_with_a_quantised_base_takes_no_more_than_planned(
+    make_config: MakeConfig, tmp_path: Path, device: str, kind: str
+):
+    needs(kind)
+    settings = [f"model.quantization={kind}", f"model.device={device}", "trainer.gradient_checkpointing=true"]
+    settings += ["rollout.group_size=4", "trainer.micro_batch_size=4", "algorithm.updates_per_rollout=1"]
+    config = make_config(tmp_path, *settings)
+    trainer = Trainer(config)
+    text = trainer.family.encode(["a red star"] * 2)
+    rollouts = list(trainer.roll_out(text))
+    advantages = torch.tensor([[1.0, -1.0, 0.5, -0.5]] * 2, dtype=torch.float64)
+    trainer.update(rollouts, advantages, text)  # the optimizer's state is there from now on
+    with Meter() as meter:
+        trainer.update(rollouts, advantages, text)
+    items = make_plan(config).gpu["update"]
+    planned = items["activations"] + items["gradients"]  # with the largest weight unpacked, be that at the peak or not
+    assert 0.8 * planned < meter.peak <= planned
 
 
 def test_where_only_prompts_are_encoded_nothing_is_quantised():

@@ -23,7 +23,7 @@ from ngrpo_lora.adapter_file import AdapterFile, check_fits, read_adapter_file, 
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.offload import swap_blocks
-from ngrpo_lora.quantization import check_quantization, pipeline_quantization
+from ngrpo_lora.quantization import check_quantization, keep_inputs_whole, pipeline_quantization
 from ngrpo_lora.solvers import flow_sigmas
 from ngrpo_lora.types import TextEmbeds
 
@@ -199,7 +199,7 @@ class BaseFamily:
         try:
             # bitsandbytes quantises on the current GPU, which need not be this process's.
             with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-                return kind.from_pretrained(
+                pipeline = kind.from_pretrained(
                     self.source,
                     revision=config.revision,
                     dtype={"default": self.dtype, "vae": self.vae_dtype},
@@ -210,6 +210,9 @@ class BaseFamily:
             raise UserError(
                 f"model.path {config.path!r} could not be loaded as a {self.pipeline_class}: {error}"
             ) from error
+        if config.quantization == "int8" and parts != "text":
+            keep_inputs_whole(pipeline.transformer)
+        return pipeline
 
     def left_out(self, parts: Parts) -> tuple[str, ...]:
         """Pipeline components that are not loaded."""
