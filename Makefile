@@ -2,7 +2,7 @@
 #
 #   make demo        train a LoRA for the embedded model on a CPU, in minutes
 #   make demo-long   more iterations at half the learning rate
-#   make test        what CI runs: lint, format, types, tests
+#   make test        what CI runs: lint, format, types, tests; on the CPU, also where there is a GPU
 #   make test-comfy  the tests of the ComfyUI nodes, in a real ComfyUI
 #   make comfy-workflows  the graphs of workflows/, written anew by the script that describes them
 #   make comfy-pictures   thumbnails of workflows/ and the README's screenshots, drawn anew; needs Chromium
@@ -33,7 +33,7 @@ demo-long: $(STAMP)
 	$(BIN)/ngrpo train demo output_dir=runs/demo-long trainer.num_iterations=2500 optimizer.learning_rate=1.5e-3
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network"
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m "not slow and not gpu and not network"
 
 test-comfy: $(COMFY_STAMP)
 	$(COMFY)/bin/python -m pytest -q tests/comfy

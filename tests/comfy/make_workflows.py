@@ -302,7 +302,7 @@ def train_embedded(schemas: Schemas) -> Sheet:
         adapter = sheet.add(
             "NGRPO_LoadAdapter", body=430, files="loras", model=model["MODEL"], lora_name=trained["lora_name"]
         )
-        adapter.saved["widgets_values"][0] = "ngrpo-demo.safetensors"  # behind the link; else whatever file is first
+        adapter.saved["widgets_values"][0] = DEMO  # behind the link; else whatever file is first
     with sheet.group("Prompt and noise", "sample"):
         text = sheet.add("CLIPTextEncode", "Prompt", body=110, clip=model["CLIP"], text="a red star and a blue circle")
         noise = sheet.add("RandomNoise", noise_seed=7)
