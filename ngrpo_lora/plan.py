@@ -4,10 +4,10 @@ The model is made from its small JSON files on the meta device, and the trainer'
 family's own code: their activations and FLOPs are counted (`ngrpo_lora.memory`), not modelled, and on the CPU the count
 is exact. Function evaluations and rollout buffers are those of a rehearsal by the algorithm's own code.
 
-What the count leaves out is held in reserve: `CONTEXT` for the CUDA context and the libraries' workspaces, `SLACK` of the
-activations for what kernels and the allocator take besides. Estimates are the activations of encoding and of scoring, a
-share of these networks' weights (`ENCODING`, `SCORING`), and `PROCESS`. FLUX.1-dev on an H100 held 97 to 100% of the
-plan with its reserve at every stage; `nvidia-smi` showed 5% more at the peak, for which `MARGIN` has room.
+What the count leaves out is held in reserve: `CONTEXT` for the CUDA context and the libraries' workspaces, `SLACK` of
+the activations for what kernels and the allocator take besides. Estimates are the activations of encoding and of
+scoring, a share of these networks' weights (`ENCODING`, `SCORING`), and `PROCESS`. FLUX.1-dev on an H100 held 97 to
+100% of the plan with its reserve at every stage; `nvidia-smi` showed 5% more at the peak, for which `MARGIN` has room.
 """
 
 from __future__ import annotations
