@@ -16,6 +16,10 @@ if importlib.util.find_spec("ngrpo_lora") is None:  # a clone in custom_nodes/ t
 
 folder_paths.add_model_folder_path("loras", str(Path(__file__).resolve().parent / "loras"))  # an example
 
+from ngrpo_lora import registry  # noqa: E402
+
+registry.allow_modules = False  # a graph may come from a stranger, and to import a module is to run it
+
 from . import adapters, comparing, conditioning, embedded, pipelines, rewards, sampling, training  # noqa: E402
 
 WEB_DIRECTORY = "./web"

@@ -61,7 +61,12 @@ def listed(what: str, value: str, options: Sequence[str]) -> str:
 
 
 def verdict(check: Callable[..., Any], *arguments: Any) -> bool | str:
-    """What `validate_inputs` returns: true, or the message of a check that fails."""
+    """What `validate_inputs` returns: true, or the message of a check that fails.
+
+    What another node gives is None before it has run; `execute` checks it.
+    """
+    if any(argument is None for argument in arguments):
+        return True
     try:
         check(*arguments)
     except UserError as error:
@@ -108,6 +113,13 @@ def check_path(value: str, what: str) -> None:
         raise ConfigError(
             f"{what} must lie in one of ComfyUI's folders, got {value!r}; put it into {folder_paths.models_dir!r}"
         )
+
+
+def make_room(device: torch.device) -> None:
+    """ComfyUI's own models, which do not know of ours, leave the GPU."""
+    if device.type != "cpu":
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache()
 
 
 def cancellable(call: Callable[..., T], *arguments: Any) -> T:

@@ -15,7 +15,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.samplers import KSAMPLER
 from comfy_api.latest import io, ui
 from torch import Tensor
@@ -191,6 +191,7 @@ class Scheduled:
         Raises:
             UserError: a layer of it cannot be changed while it computes.
         """
+        own: list[ScheduledPatch] = []
         for target, patch in self.adapter.patches.items():
             key, rows, function = (*((target,) if isinstance(target, str) else target), None, None)[:3]
             module = comfy.utils.get_attr(model.model, key.removesuffix(".weight"))
@@ -198,8 +199,13 @@ class Scheduled:
                 raise UserError(
                     f"a schedule needs layers of ComfyUI's own, but {key!r} is of a {type(module).__name__}"
                 )
-            model.add_weight_wrapper(key, ScheduledPatch(self, key, patch, rows, function))
+            own.append(ScheduledPatch(self, module, key, patch, rows, function))
+            model.add_weight_wrapper(key, own[-1])
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"ngrpo_schedule_{id(self)}", self.at_noise_level)
+        # ComfyUI moves them to the GPU, and back only from a MODEL that was there in part.
+        model.add_callback(
+            CallbacksMP.ON_DETACH, lambda patcher, _: [one.move_to(patcher.offload_device) for one in own]
+        )
 
     def at_noise_level(
         self,
@@ -227,8 +233,9 @@ class Scheduled:
 class ScheduledPatch:
     """One weight of a scheduled adapter, in the form of ModelPatcher's weight functions."""
 
-    def __init__(self, owner: Scheduled, key: str, patch: Any, rows: Any, function: Any):
-        self.owner, self.key, self.patch, self.rows, self.function = owner, key, patch, rows, function
+    def __init__(self, owner: Scheduled, layer: Any, key: str, patch: Any, rows: Any, function: Any):
+        self.owner, self.layer, self.key = owner, layer, key
+        self.patch, self.rows, self.function = patch, rows, function
 
     def __call__(self, weight: Tensor) -> Tensor:
         """A weight that is the layer's own copy -> the same with the adapter's part added."""
@@ -236,7 +243,13 @@ class ScheduledPatch:
         if not self.owner.now:
             return weight
         patches = [(self.owner.now, self.patch, 1.0, self.rows, self.function)]
-        return comfy.lora.calculate_weight(patches, weight, self.key, intermediate_dtype=weight.dtype)
+        scale = getattr(self.layer, "scale_weight", None)  # of scaled FP8: the layer multiplies by it afterwards
+        if scale is None and weight.dtype.itemsize > 1:
+            return comfy.lora.calculate_weight(patches, weight, self.key, intermediate_dtype=weight.dtype)
+        exact = weight.dtype if weight.dtype.itemsize > 1 else torch.float32  # there is no arithmetic in float8
+        factor = 1.0 if scale is None else scale.to(weight.device, exact)
+        changed = comfy.lora.calculate_weight(patches, weight.to(exact) * factor, self.key, intermediate_dtype=exact)
+        return (changed / factor).to(weight.dtype)
 
     def move_to(self, device: torch.device) -> int:
         """To where it is needed; bytes that it takes there."""
@@ -327,7 +340,10 @@ class LoadAdapter(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **others: Any) -> tuple[Any, ...]:
+    def fingerprint_inputs(cls, lora_name: str | None, **others: Any) -> tuple[int, ...]:
+        """A file that has changed is another one; what another node gives is None, and has its own fingerprint."""
+        if lora_name is None:
+            return ()
         state = adapter_path(lora_name).stat()
         return state.st_mtime_ns, state.st_size
 

@@ -22,9 +22,9 @@ from ngrpo_lora.noise import gaussian_noise
 from ngrpo_lora.ranking import Ranking, check_samples, rank
 from ngrpo_lora.strengths import StrengthSchedule
 
-from ._api import cancellable, schema, show_text, to_images, to_pictures
+from ._api import schema, show_text, to_images, to_pictures
 from .adapters import adapter_path, apply, lora_input, read_fitting
-from .rewards import Chosen, Entries, Rewards, samples_of, scores_of
+from .rewards import Entries, Rewards, loaded, samples_of, scores_of
 
 Choice = tuple[tuple[str, float], ...]
 """NGRPO_ADAPTERS: files of the loras folders by name, each with a strength; every one is a column."""
@@ -78,7 +78,10 @@ class AdapterList(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **others: Any) -> tuple[int, int]:
+    def fingerprint_inputs(cls, lora_name: str | None, **others: Any) -> tuple[int, ...]:
+        """As that of Load Adapter."""
+        if lora_name is None:
+            return ()
         state = adapter_path(lora_name).stat()
         return state.st_mtime_ns, state.st_size
 
@@ -149,7 +152,7 @@ def judge(pictures: list[Image.Image], rewards: Entries | None, prompt: str) -> 
     if not rewards:
         return None
     samples = samples_of(pictures, " ".join(prompt.split()), "")
-    scorer = cancellable((rewards if isinstance(rewards, Chosen) else Chosen(rewards)).load)
+    scorer = loaded(rewards)
     check_samples(scorer, samples)
     return rank(scorer, scores_of(scorer, samples), "standardized")
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import folder_paths
 import torch
 from comfy_api.latest import io
@@ -14,7 +15,7 @@ from ngrpo_lora.conditioning import Conditioning, load_conditioning, save_condit
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.sampling import Sampler
 
-from ._api import listed, register_folder, schema, show_text, verdict
+from ._api import listed, make_room, register_folder, schema, show_text, verdict
 from .pipelines import Pipeline
 
 EMBEDDINGS = "ngrpo_embeddings"
@@ -124,8 +125,8 @@ class LoadPromptEmbeddings(io.ComfyNode):
         return verdict(stored, name) if name else True
 
     @classmethod
-    def fingerprint_inputs(cls, name: str) -> int:
-        return stored(name).stat().st_mtime_ns
+    def fingerprint_inputs(cls, name: str | None) -> int:
+        return 0 if name is None else stored(name).stat().st_mtime_ns
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
@@ -176,8 +177,10 @@ class EncodePrompt(io.ComfyNode):
                 f"pipeline must be one of {', '.join(STATES)} to give conditioning for ComfyUI's MODEL, got {name}; "
                 "draw it with Sample Pipeline"
             )
+        make_room(family.device)
+        device = comfy.model_management.intermediate_device()  # where ComfyUI's own encoders leave it, as float32
         with torch.inference_mode(False):
-            text = family.encode([prompt]).tensors
+            text = {name: one.to(device, torch.float32) for name, one in family.encode([prompt]).tensors.items()}
         others: dict[str, Any] = {}
         if name in POOLED:
             others["pooled_output"] = text["pooled_prompt_embeds"]

@@ -1,7 +1,7 @@
 """The embedded model as ComfyUI's own MODEL, with its text encoders as CLIP and its decoder as VAE.
 
 ComfyUI's loaders cannot find out what so small a FLUX is: the number of heads, and the decoder's widths. Loaded here,
-all of ComfyUI's nodes take it.
+ComfyUI's nodes take it; of those that encode prompts CLIPTextEncode, since its encoders have no tokens to give.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class TextEncoders(nn.Module):
 def load_clip(family: BaseFamily) -> comfy.sd.CLIP:
     """The text encoders as CLIPTextEncode takes them."""
     encoders = TextEncoders(family)
-    device = comfy.model_management.text_encoder_offload_device()
+    device = torch.device("cpu")  # where the family is
     clip = comfy.sd.CLIP(no_init=True)
     clip.cond_stage_model = clip.tokenizer = encoders
     clip.patcher = comfy.model_patcher.ModelPatcher(encoders, load_device=device, offload_device=device)
@@ -102,15 +102,24 @@ def load_clip(family: BaseFamily) -> comfy.sd.CLIP:
 
 
 class Decoder:
-    """The VAE, as far as VAEDecode and VAEEncode ask for it; its pictures are diffusers', to the bit."""
+    """The VAE, as far as ComfyUI's nodes ask for it, on the CPU; its pictures are diffusers', to the bit."""
+
+    downscale_ratio = upscale_ratio = 8
 
     def __init__(self, family: BaseFamily):
         self.family, self.vae = family, family.vae
 
+    def spacial_compression_decode(self) -> int:
+        """Pixels of a latent's cell, in height and in width."""
+        return self.upscale_ratio
+
+    def temporal_compression_decode(self) -> None:
+        """There is no time."""
+
     @torch.no_grad()
     def decode(self, latents: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, 8 H, 8 W, 3) in [0, 1]."""
-        scaled = latents.float() * self.vae.config.scaling_factor
+        scaled = latents.float().cpu() * self.vae.config.scaling_factor
         return to_images([picture for one in scaled.split(1) for picture in self.family.decode(one)])
 
     def decode_tiled(self, latents: Tensor, **tiles: Any) -> Tensor:
@@ -120,7 +129,7 @@ class Decoder:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, 8 H, 8 W, 3) in [0, 1] -> (B, C, H, W)."""
-        return self.vae.encode(images[..., :3].movedim(-1, 1).float() * 2 - 1).latent_dist.mode()
+        return self.vae.encode(images[..., :3].cpu().movedim(-1, 1).float() * 2 - 1).latent_dist.mode()
 
     def encode_tiled(self, images: Tensor, **tiles: Any) -> Tensor:
         """See `decode_tiled`."""

@@ -23,7 +23,7 @@ from ngrpo_lora.noise import gaussian_noise
 from ngrpo_lora.sampling import Sampler, own_settings, solve, with_settings
 from ngrpo_lora.solvers import SOLVERS
 
-from ._api import listed, schema, to_images, verdict
+from ._api import listed, make_room, schema, to_images, verdict
 from .adapters import adapter_path
 
 Pipeline = io.Custom("NGRPO_PIPELINE")  # an `ngrpo_lora.sampling.Sampler`
@@ -106,7 +106,7 @@ class LoadPipeline(io.ComfyNode):
         swap_blocks: int = 0,
     ) -> bool | str:
         options = {"quantization": quantization, "text_encoders": text_encoders, "swap_blocks": swap_blocks}
-        return verdict(cls.loading, model, dtype, options)
+        return None in options.values() or verdict(cls.loading, model, dtype, options)
 
     @classmethod
     def loading(cls, model: str, dtype: str, options: dict[str, Any]) -> ModelConfig:
@@ -130,9 +130,7 @@ class LoadPipeline(io.ComfyNode):
         config, device = cls.loading(model, dtype, options), comfy.model_management.get_torch_device()
         own = own_settings(config.path)
         config = config.model_copy(update=own.model.model_dump(include=ASKED_FOR) | {"device": str(device)})
-        if device.type != "cpu":
-            comfy.model_management.unload_all_models()
-            comfy.model_management.soft_empty_cache()
+        make_room(device)
         with torch.inference_mode(False):
             return io.NodeOutput(Sampler(AdapterInfo(config, own.rollout)))
 
@@ -240,9 +238,9 @@ class PipelineSample(io.ComfyNode):
             adapter_path(lora)
 
     @classmethod
-    def fingerprint_inputs(cls, lora: str, **others: Any) -> int:
-        """A LoRA that was trained on is another one."""
-        return 0 if lora == NO_LORA else adapter_path(lora).stat().st_mtime_ns
+    def fingerprint_inputs(cls, lora: str | None, **others: Any) -> int:
+        """A LoRA that was trained on is another one; what another node gives is None, and has its own fingerprint."""
+        return 0 if lora in (None, NO_LORA) else adapter_path(lora).stat().st_mtime_ns
 
     @classmethod
     def execute(
@@ -262,6 +260,7 @@ class PipelineSample(io.ComfyNode):
         adapter = None if lora == NO_LORA else adapter_path(lora)
         changes = {name: value or None for name, value in numbers.items()}
         info = settings(pipeline, adapter, changes | {"solver": None if solver == OWN else solver})
+        make_room(pipeline.family.device)
         with torch.inference_mode(False), torch.no_grad():
             sampler = pipeline.at(info)
             shape = sampler.family.latent_shape

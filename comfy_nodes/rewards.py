@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +30,18 @@ from ngrpo_lora.ranking import check_samples, each_its_own, rank
 from ngrpo_lora.rewards.judge import TEMPLATE
 from ngrpo_lora.scoring import Samples, Scorer
 
-from ._api import cancellable, check_path, listed, register_folder, schema, show_text, to_images, to_pictures, verdict
+from ._api import (
+    cancellable,
+    check_path,
+    listed,
+    make_room,
+    register_folder,
+    schema,
+    show_text,
+    to_images,
+    to_pictures,
+    verdict,
+)
 
 FUNCTIONS = "ngrpo_rewards"
 """Folder of models/ whose Python files hold rewards of one's own."""
@@ -48,13 +60,19 @@ class Chosen(Entries):
     """NGRPO_REWARDS: entries as in `rewards.train`. What they load lives as long as ComfyUI keeps the node's output."""
 
     scorer: Scorer | None = None
+    loading = threading.Lock()  # one for all chains: a load that was cancelled runs on
 
     def load(self) -> Scorer:
         """The rewards, loaded once."""
-        if self.scorer is None:
-            with torch.inference_mode(False):
-                self.scorer = Scorer(self, str(comfy.model_management.get_torch_device()))
-        return self.scorer
+        with self.loading:
+            if self.scorer is None:
+                with torch.inference_mode(False):
+                    self.scorer = Scorer(self, str(comfy.model_management.get_torch_device()))
+            return self.scorer
+
+    def unload(self) -> None:
+        """Let go of what was loaded."""
+        self.scorer = None
 
 
 register_folder(FUNCTIONS, ".py")
@@ -405,7 +423,8 @@ class Score(io.ComfyNode):
         sheet_px: int,
     ) -> io.NodeOutput:
         samples = samples_of(to_pictures(images), prompt, metadata)
-        scorer = cancellable((rewards if isinstance(rewards, Chosen) else Chosen(rewards)).load)
+        listed("combine", combine, COMBINED)
+        scorer = loaded(rewards)
         check_samples(scorer, samples)
         ranking = rank(scorer, scores_of(scorer, samples), combine)
         table = ranking.table()
@@ -429,12 +448,20 @@ def samples_of(pictures: Sequence[Image.Image], prompt: str, metadata: str) -> S
     return Samples(pictures, prompts, each_its_own(mappings, len(pictures), "metadata"), group_size)
 
 
+def loaded(rewards: Entries) -> Scorer:
+    """A chain's rewards; where they find no room beside ComfyUI's models, once more without them."""
+    chosen = rewards if isinstance(rewards, Chosen) else Chosen(rewards)
+    with suppress(torch.OutOfMemoryError):
+        return cancellable(chosen.load)
+    make_room(comfy.model_management.get_torch_device())
+    return cancellable(chosen.load)
+
+
 def scores_of(scorer: Scorer, samples: Samples) -> dict[str, Tensor]:
     """Scores (N,); where a network found no room beside ComfyUI's models, once more without them."""
     scores = cancellable(scorer, samples)
     if any("OutOfMemoryError" in reason for reward in scorer.rewards.values() for reason in reward.failures):
-        comfy.model_management.unload_all_models()
-        comfy.model_management.soft_empty_cache()
+        make_room(comfy.model_management.get_torch_device())
         scores = cancellable(scorer, samples)
     return scores
 

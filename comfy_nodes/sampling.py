@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -79,10 +79,10 @@ class FlowSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, solver: str) -> io.NodeOutput:
-        return io.NodeOutput(KSAMPLER(sample_flow, {"solver": solver}))
+        return io.NodeOutput(KSAMPLER(sample_flow, {"solver": listed("solver", solver, [*SOLVERS])}))
 
 
-@cache
+@lru_cache(16)
 def weightless(path: str, height_px: int, width_px: int) -> BaseFamily:
     """A known model at this size, without its weights: for its schedule."""
     config = ModelConfig(path=path, height_px=height_px, width_px=width_px)
@@ -136,7 +136,7 @@ class FlowSigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, base: str, steps: int, width: int, height: int, shift: float, denoise: float) -> io.NodeOutput:
-        family = weightless(base, height, width)
+        family = weightless(listed("base", base, ["embedded", *architectures()]), height, width)
         return io.NodeOutput(family.sigmas(int(steps / denoise), shift or None)[-(steps + 1) :])
 
 
@@ -208,6 +208,7 @@ class NeighborNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise_seed: int, perturbation_strength: float, member: int, around: str) -> io.NodeOutput:
+        listed("around", around, AROUND)
         return io.NodeOutput(Neighborhood(noise_seed, perturbation_strength, member, around))
 
 

@@ -39,7 +39,7 @@ from ngrpo_lora.types import Metrics
 from ngrpo_lora.watcher import Watcher
 
 from ._api import check_path, schema, show_text, to_images
-from .rewards import Entries, Rewards, admitted
+from .rewards import Chosen, Entries, Rewards, admitted
 
 FOLDER = "ngrpo"
 """Of output/, where runs are, and of the first loras folder, where their adapters are."""
@@ -58,11 +58,11 @@ TAKEN = {
 """Keys of the configuration that overrides must leave alone, and why."""
 
 OUT_OF_MEMORY = (
-    "Out of memory while training: {reason}\nComfyUI's models had been unloaded before; what the run held is free "
-    "again. In overrides, most effective first: trainer.gradient_checkpointing=true, trainer.micro_batch_size=1, "
-    "rollout.micro_batch_size=1, model.text_encoders=cache, model.vae_tiling=true, model.quantization=int8 or nf4, or "
-    "model.swap_blocks=20; or a preset for your memory, such as flux-16gb. All but quantization may change for a run "
-    "that has begun."
+    "Out of memory while training: {reason}\nComfyUI's models had been unloaded before (a model of Load Diffusers "
+    "Pipeline had not); what the run held is free again. In overrides, most effective first: "
+    "trainer.gradient_checkpointing=true, trainer.micro_batch_size=1, rollout.micro_batch_size=1, "
+    "model.text_encoders=cache, model.vae_tiling=true, model.quantization=int8 or nf4, or model.swap_blocks=20; or a "
+    "preset for your memory, such as flux-16gb. All but quantization may change for a run that has begun."
 )
 
 
@@ -79,6 +79,19 @@ def lora_name(name: str) -> str:
 def lora_path(name: str) -> Path:
     """Where the adapter of a run is."""
     return Path(folder_paths.get_folder_paths("loras")[0]) / lora_name(name)
+
+
+MADE: dict[str, tuple[int, int]] = {}
+"""By name of a run, `file_times` as its node left them: what comes after the node need not be computed again."""
+
+
+def file_times(name: str) -> tuple[int, int]:
+    """When a run's adapter and its copy among the LoRAs were written, 0 for none."""
+    adapter, copy = run_dir(name) / "adapter" / FILE_NAME, lora_path(name)
+    return (
+        adapter.stat().st_mtime_ns if adapter.exists() else 0,
+        copy.stat().st_mtime_ns if copy.exists() else 0,
+    )
 
 
 def free_name(name: str) -> str:
@@ -233,7 +246,7 @@ def put_adapter(source: Path, name: str) -> str:
     target = lora_path(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
-    shutil.copyfile(source, partial)
+    shutil.copy2(source, partial)  # with its time, by which loaders would otherwise take it for another file
     os.replace(partial, target)
     return lora_name(name)
 
@@ -469,11 +482,11 @@ class Train(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str | None, earlier_run: str | None, **others: Any) -> Any:
-        """A new run is always another one; the same one is looked at again when its files have changed."""
+        """A new run is always another one; the same one is looked at again when others have changed its files."""
         if earlier_run == ANEW or name is None:
             return time.time()
-        files = [run_dir(name) / "adapter" / FILE_NAME, lora_path(name)]
-        return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
+        times = file_times(name)
+        return 0 if times == MADE.get(name, (0, 0)) else times
 
     @classmethod
     def execute(
@@ -487,7 +500,8 @@ class Train(io.ComfyNode):
         rewards: Entries = (),
         prompts: str = "",
     ) -> io.NodeOutput:
-        if isinstance(cls.hidden.prompt[cls.hidden.unique_id]["inputs"].get("prompts"), list):
+        own = cls.hidden.prompt.get(cls.hidden.unique_id, {"inputs": {}})  # a node that a loop made is not in it
+        if isinstance(own["inputs"].get("prompts"), list):
             prompt_lines(prompts)  # of another node, an empty text is no wish for the preset's
         check_name(name)
         name = free_name(name) if earlier_run == ANEW else name
@@ -497,8 +511,11 @@ class Train(io.ComfyNode):
         if not finished(config):
             check_writable(lora_path(folder.name).parent)
             check_writable(folder)
+            if isinstance(rewards, Chosen):
+                rewards.unload()  # the run loads its own
             run(prepared(config, prompts), cls)
         lora = put_adapter(folder / "adapter" / FILE_NAME, folder.name)
+        MADE[folder.name] = file_times(folder.name)
         text = "\n".join([f"{lora}: {read_metrics(folder / 'metrics.jsonl')[-1]['step']} iterations", *figures(folder)])
         show_text(text, cls)
         with Image.open(folder / "summary.png") as picture:

@@ -79,6 +79,7 @@ def measure(name: str, config: RunConfig, iterations: int) -> Timing:
     Raises:
         UserError: it cannot be built or run.
     """
+    gc.collect()  # a variant that ran out of memory leaves its model in cycles
     with tempfile.TemporaryDirectory() as folder:
         evaluation = config.evaluation.model_copy(update={"num_prompts": 1})
         trainer = Trainer(config.model_copy(update={"output_dir": folder, "evaluation": evaluation, "resume": None}))
@@ -188,6 +189,7 @@ def gpu_table(
 @without_cudnn_attention()
 def measure_cost(config: RunConfig, size_px: int, batch: int, repeats: int) -> Cost:
     """Draw and train with random weights: medians of `repeats` calls after one that warms up."""
+    gc.collect()  # a size that ran out of memory leaves its model in cycles
     model = config.model.model_copy(update={"height_px": size_px, "width_px": size_px})
     family = random_family(config, model)
     transformer = family.transformer

@@ -126,9 +126,10 @@ def _warn_of_shortage(config: RunConfig, gpus: int) -> None:
 
     if not (torch.cuda.is_available() and config.model.device.startswith(("auto", "cuda"))):
         return
+    from ngrpo_lora import devices
     from ngrpo_lora.plan_report import shortage
 
-    free = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    free = devices.free_memory()
     try:
         text = shortage(config, free, gpus)
     except UserError:  # a model that cannot be planned says so when it is loaded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +11,7 @@ import torch
 
 from ngrpo_lora.errors import UserError
 
-__all__ = ["resolve_device", "resolve_dtype", "use_device", "without_cudnn_attention"]
+__all__ = ["free_memory", "resolve_device", "resolve_dtype", "use_device", "without_cudnn_attention"]
 
 
 def resolve_device(device: str) -> str:
@@ -41,6 +43,15 @@ def resolve_dtype(dtype: str, device: str) -> str:
     else:
         native = False
     return "bfloat16" if native else "float32"
+
+
+def free_memory() -> int:
+    """Bytes that are free on that GPU of this machine which has the fewest.
+
+    Asked in a process that ends: one that asks keeps a CUDA context, some hundred MiB, on every GPU.
+    """
+    ask = "import torch; print(min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())))"
+    return int(subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def use_device(device: str) -> None:

@@ -109,7 +109,11 @@ class Processes:
 
     def broadcast(self, value: T) -> T:
         """The main process's value, on every process."""
-        return self.gather(value if self.is_main else None)[0]  # pyright: ignore[reportReturnType]
+        values: list[Any] = [value if self.is_main else None]
+        if self.count > 1:
+            with self.contact():
+                dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def any(self, flag: bool) -> bool:
         """Whether it is so anywhere."""

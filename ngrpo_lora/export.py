@@ -134,6 +134,11 @@ def check_export(path: Path, family: BaseFamily, text: TextEmbeds, latents: Tens
         UserError: the file does not do what the live adapter does.
     """
     live = family.velocity(latents, 0.5, text)
+    # A 16-bit pipeline rounds the adapter on loading, and with it everything that is computed from there on; in a deep
+    # model, with guidance, that is several times the rounding of a single number.
+    rounded = {name: p.to(family.dtype).float() for name, p in lora.parameters(family.transformer).items()}
+    with lora.swapped(family.transformer, rounded):
+        noise = rms(family.velocity(latents, 0.5, text) - live)
     with lora.disabled(family.transformer):
         effect = rms(live - family.velocity(latents, 0.5, text))
     try:
@@ -142,9 +147,8 @@ def check_export(path: Path, family: BaseFamily, text: TextEmbeds, latents: Tens
         difference = rms(family.velocity(latents, 0.5, text) - live)
     finally:
         lora.remove(family.transformer, "exported")
-    # A 16-bit pipeline rounds the adapter to its own dtype on loading, and what it computes.
     tolerance = 1e-3 if family.dtype == torch.float32 else 0.1
-    floor = max(1e-5, torch.finfo(family.dtype).eps) * rms(live)
+    floor = max(1e-5, torch.finfo(family.dtype).eps) * rms(live) + 2 * noise
     if not difference <= tolerance * effect + floor:
         raise UserError(
             f"the exported adapter {path} differs from the trained one by {difference:.3g} of {effect:.3g}; "

@@ -21,6 +21,7 @@ from typing import Any
 from ngrpo_lora.errors import ConfigError
 
 __all__ = [
+    "allow_modules",
     "check_function",
     "check_name",
     "docstring",
@@ -31,6 +32,10 @@ __all__ = [
     "source_digest",
     "split_reference",
 ]
+
+
+allow_modules = True
+"""Whether names may be module paths, which are imported. Where they come from strangers, as in ComfyUI, it is false."""
 
 
 def names(package: ModuleType) -> list[str]:
@@ -45,8 +50,8 @@ def nearest(name: str, choices: Sequence[str]) -> str:
 
 
 def check_name(package: ModuleType, name: str) -> None:
-    """Raise ConfigError unless `name` is a module of `package`; dotted names are left to the import."""
-    if "." in name:
+    """Raise ConfigError unless `name` is a module of `package`; dotted names are left to the import, if allowed."""
+    if "." in name and allow_modules:
         return
     known = names(package)
     if name not in known:

@@ -248,10 +248,11 @@ def call_form(name: str, function: Callable[..., Any]) -> tuple[Form, list[str]]
 def in_thread(call: Callable[[], Any]) -> Future[Any]:
     """Run `call` in a daemon thread without gradient; one that hangs does not keep the program alive."""
     future: Future[Any] = Future()
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # a new thread begins with the first
 
     def run() -> None:
         try:
-            with torch.no_grad():
+            with torch.cuda.device(gpu), torch.no_grad():
                 future.set_result(call())
         except BaseException as error:
             future.set_exception(error)
@@ -264,7 +265,7 @@ def in_thread(call: Callable[[], Any]) -> Future[Any]:
 def event_loop() -> asyncio.AbstractEventLoop:
     """The one loop that all async rewards share, for as long as the program runs."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
+    in_thread(loop.run_forever)
     return loop
 
 

@@ -103,6 +103,9 @@ class Trainer:
         averaging = config.optimizer.ema_decay > 0
         self.averaged = {n: p.detach().clone() if averaging else p.detach() for n, p in self.parameters.items()}
         self.optimizer = make_optimizer(config.optimizer, self.parameters.values())
+        # float16 ends at 6e-8, where the gradients of a large picture begin: they are scaled up on their way.
+        in_half = self.family.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.family.device.type, enabled=in_half)
         self.counter = EvaluationCounter(transformer)
         self.device = self.family.device
 
@@ -248,7 +251,7 @@ class Trainer:
                 log.warning("no checkpoint could be written of iteration %d", self.iteration, exc_info=True)
             raise
 
-    @without_cudnn_attention()  # in the rollout too: other kernels would round v_old otherwise than v_theta
+    @without_cudnn_attention()  # for checkpointed blocks, which are computed again in the backward pass
     def step(self) -> Metrics:
         """One iteration: draw and score P groups, move the adapter, say what came of it."""
         stages, nfe = Stages(), self.counter.start()
@@ -392,17 +395,20 @@ class Trainer:
             for chunk, old_velocity in zip(update, old_velocities, strict=True):
                 losses, metrics = self.losses(chunk, rollouts, advantages, text, old_velocity)
                 finite = finite and bool(losses.isfinite().all())
-                (losses.sum() / size).backward()
+                self.scaler.scale(losses.sum() / size).backward()
                 own += metrics
             everywhere = self.processes.gather((own, finite))
             rows += [row for own, _ in everywhere for row in own]
-            if self.processes.count > 1:
+            if self.processes.count > 1 and size:  # where there is nothing to learn anywhere, nothing moves
                 for parameter in self.parameters.values():
                     parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 self.processes.sum_([p.grad for p in self.parameters.values() if p.grad is not None])
+            if size:
+                self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
             if all(finite for _, finite in everywhere) and norm.isfinite():
-                self.optimizer.step()
+                if size:
+                    self.scaler.step(self.optimizer)
                 self.average()
                 norms.append(norm.item())
                 self.skipped_in_a_row = 0
@@ -410,6 +416,8 @@ class Trainer:
                 skipped += 1
                 self.skipped_in_a_row += 1
                 log.warning("iteration %d: loss or gradient is not finite; update skipped", self.iteration + 1)
+            if size:
+                self.scaler.update()
             self.optimizer.zero_grad()
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise SharedError(
@@ -553,6 +561,7 @@ class Trainer:
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "averaged": self.averaged,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
     @torch.no_grad()
@@ -571,6 +580,8 @@ class Trainer:
             parameter.copy_(state["parameters"][name])
             self.averaged[name].copy_(state["averaged"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):  # of float16
+            self.scaler.load_state_dict(state["scaler"])
         self.iteration = state["iteration"]
 
     def export(self) -> Path:

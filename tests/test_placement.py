@@ -36,7 +36,6 @@ def _backend() -> Iterator[None]:
     _AttentionBackendRegistry.set_active_backend(before)
 
 
-@pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:1", 1)])
 def test_a_gpu_without_a_number_is_the_first(monkeypatch: pytest.MonkeyPatch, device: str, index: int):
     chosen: list[int] = []
@@ -47,12 +46,13 @@ def test_a_gpu_without_a_number_is_the_first(monkeypatch: pytest.MonkeyPatch, de
     assert chosen == [index]
 
 
-def test_cudnns_attention_is_left_out_of_an_iteration_and_no_longer(make_config: MakeConfig, tmp_path: Path):
+def test_cudnns_attention_is_left_out_of_every_pass_and_no_longer(make_config: MakeConfig, tmp_path: Path):
     trainer = Trainer(make_config(tmp_path, "evaluation.num_prompts=1"))
     seen: set[bool] = set()
     trainer.family.transformer.register_forward_hook(lambda *_: seen.add(torch.backends.cuda.cudnn_sdp_enabled()))
     assert torch.backends.cuda.cudnn_sdp_enabled()
     trainer.step()
+    trainer.evaluate()
     assert seen == {False}
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
@@ -74,6 +74,7 @@ def test_a_run_on_a_gpu_says_what_each_stage_held(make_config: MakeConfig, tmp_p
     assert all(row["memory/update_gib"] > row["memory/reward_gib"] > 0 for row in rows)
 
 
+@pytest.mark.usefixtures("_backend")
 def test_another_attention_backend_gives_the_same_velocities(family: Family):
     other: Any = Family(ModelConfig(attention="_native_math"), "cpu")
     backends = {

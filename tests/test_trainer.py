@@ -528,6 +528,23 @@ def test_an_8_bit_optimizer_steps_and_resumes_bit_for_bit(name: str, make_config
     assert without_times(read_rows(tmp_path / "resumed")) == without_times(read_rows(tmp_path / "whole"))[2:]
 
 
+def test_in_float16_no_gradient_is_too_small(make_config: MakeConfig, tmp_path: Path):
+    """Losses as small as those of a large picture, whose gradients float16 does not have."""
+    norms = {}
+    for dtype in ("float32", "float16"):
+        trainer = Trainer(make_config(tmp_path / dtype, f"model.dtype={dtype}", "evaluation.num_prompts=1"))
+        original = trainer.algorithm.loss
+
+        def loss(*arguments: Any, original: Any = original) -> tuple[torch.Tensor, dict[str, float]]:
+            value, metrics = original(*arguments)
+            return value * 1e-7, metrics
+
+        trainer.algorithm.loss = loss
+        norms[dtype] = trainer.step()["lora/grad_norm"]
+        assert len(trainer.state()["scaler"]) == (5 if dtype == "float16" else 0)
+    assert norms["float16"] == pytest.approx(norms["float32"], rel=0.2)
+
+
 def test_a_checkpoint_of_another_rank_is_refused(finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path):
     middle = checkpoint.checkpoint_dir(finished_run.output_dir, 2)
     with pytest.raises(UserError, match="the checkpoint's adapter has other layers or another rank"):

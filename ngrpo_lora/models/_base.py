@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ngrpo_lora.adapter_file import AdapterFile, check_fits, read_adapter_file, state_dict, warn_of_alpha
 from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.devices import without_cudnn_attention
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.offload import swap_blocks
 from ngrpo_lora.quantization import check_quantization, keep_inputs_whole, pipeline_quantization
@@ -332,6 +333,7 @@ class BaseFamily:
         self.encoders = []
         self.pipeline.register_modules(**dict.fromkeys(self.text_encoders))
 
+    @without_cudnn_attention()  # in every pass: a compiled block keeps the kernel that it was compiled with
     def velocity(self, latents: Tensor, sigma: Tensor | float, text: TextEmbeds) -> Tensor:
         """(B, ...), scalar or (B,), B rows -> velocity (B, ...) float32, with gradient where enabled.
 

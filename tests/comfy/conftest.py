@@ -34,3 +34,15 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
     server = start(tmp_path_factory.mktemp("comfy"))
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def in_process() -> None:
+    """ComfyUI in this process, on the CPU."""
+    from engine import engine_folder
+
+    sys.path.insert(0, str(engine_folder()))
+    import utils.install_util  # noqa: F401, I001  # before another module of this name
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True

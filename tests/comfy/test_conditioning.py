@@ -29,8 +29,8 @@ def drawn_with(comfy: Comfy, conditioning: list[Any], **nodes: Any) -> Tensor:
     return latents_of(comfy, comfy.run(graph))
 
 
-def pipeline(model: str) -> dict[str, Any]:
-    widgets = {"dtype": "auto", "quantization": "none", "text_encoders": "keep", "swap_blocks": 0, "vae_tiling": False}
+def pipeline(model: str, dtype: str = "auto") -> dict[str, Any]:
+    widgets = {"dtype": dtype, "quantization": "none", "text_encoders": "keep", "swap_blocks": 0, "vae_tiling": False}
     return node("NGRPO_LoadPipeline", model=model, **widgets)
 
 
@@ -139,6 +139,20 @@ def test_a_pipelines_encoders_serve_comfyuis_own_model(comfy: Comfy):
     }
     encoded = drawn_with(comfy, ["coded", 0], **nodes)
     torch.testing.assert_close(encoded, drawn_with(comfy, ["text", 0]), rtol=0, atol=0)
+
+
+def test_it_lies_where_comfyuis_own_lies_in_its_number_type(comfy: Comfy):
+    graph = {
+        "pipeline": pipeline("embedded", dtype="bfloat16"),
+        "coded": node("NGRPO_EncodePrompt", pipeline=["pipeline", 0], prompt=PROMPT),
+        "name": node("PrimitiveString", value="of bfloat16"),
+        "store": save(["coded", 0], "", True),
+    }
+    graph["store"]["inputs"]["name"] = ["name", 0]
+    result = comfy.run(graph)
+    assert result.status == "success", result.error
+    ((states, others),) = load_conditioning(folder(comfy) / "of bfloat16.safetensors")
+    assert {states.dtype, others["pooled_output"].dtype} == {torch.float32}
 
 
 def test_other_families_give_what_comfyui_has_or_are_refused(comfy: Comfy):

@@ -198,6 +198,19 @@ def test_a_model_that_cannot_be_loaded_is_said(comfy: Comfy):
     assert "is a NoSuchPipeline, for which there is no family" in result.error
 
 
+def test_what_other_nodes_give_may_be_widgets(comfy: Comfy):
+    given = {
+        "words": node("PrimitiveString", value=PROMPT),
+        "blocks": node("PrimitiveInt", value=0),
+        "nothing": node("PrimitiveString", value=" "),
+    }
+    graph = sampling(prompt=["words", 0]) | given | {"pipeline": pipeline(swap_blocks=["blocks", 0])}
+    assert shown(comfy, comfy.run(graph)) == shown(comfy, comfy.run(sampling()))
+    result = comfy.run(sampling(prompt=["nothing", 0]) | given)
+    assert (result.status, result.error_node) == ("error", "sample")
+    assert "prompt must not be empty" in result.error
+
+
 def test_memory_savers_change_nothing_of_the_picture(comfy: Comfy):
     saving = pipeline(text_encoders="offload", swap_blocks=1, vae_tiling=True)
     assert shown(comfy, comfy.run(sampling() | {"pipeline": saving})) == shown(comfy, comfy.run(sampling()))

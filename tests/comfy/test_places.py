@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine import engine_folder
 from tiny_transformers import make, random_layers
 from torch import Tensor
 
@@ -52,14 +50,7 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {  # by family: ComfyUI's class, 
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def comfyui() -> None:
-    """ComfyUI in this process, on the CPU."""
-    sys.path.insert(0, str(engine_folder()))
-    import utils.install_util  # noqa: F401, I001  # before another module of this name
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 def tiny(family: str) -> Any:
@@ -163,6 +154,49 @@ def test_a_schedule_adds_to_what_each_layer_computes_with(family: str, memory: i
     patched.unpatch_model(torch.device("cpu"))
     model.patch_model(torch.device("cpu"), lowvram_model_memory=memory)
     assert all(not computed_with(modules[key.removesuffix(".weight")]).any() for key in added)
+
+
+def test_a_schedule_fits_layers_whose_weights_are_scaled_or_of_8_bits(tmp_path: Path):
+    """As ComfyUI computes with `scaled_fp8` and `fp8_e4m3fn_fast` weights."""
+    import comfy.ops
+
+    from comfy_nodes.adapters import ScheduledPatch, apply, read_fitting
+
+    model = tiny("wan")
+    layers, added = fitting_layers("wan", model.model.state_dict())
+    adapter = read_fitting(model, saved(tmp_path / "a.safetensors", layers, "wan"))
+    layer = model.model.diffusion_model.blocks[0].self_attn.q
+    scaled = comfy.ops.scaled_fp8_ops().Linear(24, 24, dtype=torch.float32)
+    scaled.weight = layer.weight
+    scaled.bias = torch.nn.Parameter(torch.zeros(24), requires_grad=False)
+    scaled.scale_weight.data.fill_(1 / 512)
+    model.model.diffusion_model.blocks[0].self_attn.q = scaled
+    apply(model, adapter, 1.0, parse_schedule("0:0, 1:1")).patch_model(torch.device("cpu"))
+    (patch,) = scaled.weight_function
+    assert isinstance(patch, ScheduledPatch)
+    patch.owner.now = 0.5
+    expected = 0.5 * added["diffusion_model.blocks.0.self_attn.q.weight"]
+    torch.testing.assert_close(scaled(torch.eye(24)).T, expected, rtol=1e-5, atol=1e-5)
+
+    patch.layer = layer
+    weight = torch.zeros(24, 24, dtype=torch.float8_e4m3fn)
+    changed = patch(weight)
+    assert changed.dtype == weight.dtype
+    torch.testing.assert_close(changed.float(), expected, rtol=0.07, atol=0.01)
+
+
+def test_what_a_schedule_needs_leaves_the_gpu_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from comfy_nodes.adapters import ScheduledPatch, apply, read_fitting
+
+    model = tiny("wan")
+    layers, added = fitting_layers("wan", model.model.state_dict())
+    adapter = read_fitting(model, saved(tmp_path / "a.safetensors", layers, "wan"))
+    patched = apply(model, adapter, 1.0, parse_schedule("0:0, 1:1"))
+    patched.patch_model(torch.device("cpu"))
+    moved: list[torch.device] = []
+    monkeypatch.setattr(ScheduledPatch, "move_to", lambda self, device: moved.append(device) or 0)
+    patched.detach()
+    assert moved == [patched.offload_device] * len(added)
 
 
 def test_a_layer_that_computes_with_weights_of_its_own_takes_no_schedule(tmp_path: Path):

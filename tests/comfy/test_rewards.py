@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import requests
+import torch
 from comfy_client import Comfy, Graph, Refused, Result
 from graphs import PROMPT, drawing, node
 from PIL import Image, ImageDraw, ImageFont
@@ -233,17 +236,67 @@ def test_a_function_appears_in_the_list_is_run_and_is_read_again_when_it_is_edit
     assert [row[2] for row in table(comfy.run(graph | score()))] == ["-7.000", "-7.000"]
 
 
-@pytest.mark.parametrize("name", ["os:system", "../../evil.py:score", "{base}/input/evil.py:score", "mine.py:helper"])
-def test_no_other_code_is_run(comfy: Comfy, name: str):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("os:system", "graphs run no other code"),
+        ("this.that:score", "graphs run no other code"),
+        ("this.that", "must be one of"),
+        ("../../evil.py:score", "graphs run no other code"),
+        ("{base}/input/evil.py:score", "graphs run no other code"),
+        ("mine.py:helper", "graphs run no other code"),
+    ],
+)
+def test_no_other_code_is_run(comfy: Comfy, name: str, reason: str):
+    """Neither files that were uploaded as pictures, nor modules of Python's path; `this` prints when it is imported."""
     write_function(comfy, "mine.py", "def helper(x): ...\ndef score(images): ...")
+    trace, name = comfy.base / "ran", name.format(base=comfy.base)
     for folder in (comfy.base / "input", comfy.base):
-        (folder / "evil.py").write_text("def score(images): ...", encoding="utf-8")
-    graph = batch(comfy, flat=FLAT) | {"reward": function(name.format(base=comfy.base))} | score()
+        (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\ndef score(images): ...", encoding="utf-8")
+    graph = batch(comfy, flat=FLAT) | {"reward": function(name)} | score()
     assert "function must be one of" in refused(comfy, graph)
-    assert (
-        "name must be one of" in refused(comfy, graph | {"reward": reward(name.format(base=comfy.base))}) or ":" in name
-    )
-    assert "name must be a reward's" in refused(comfy, graph | {"reward": reward("os:system")})
+    assert reason in refused(comfy, graph | {"reward": reward(name)})
+    assert not trace.exists()
+    assert "The Zen of Python" not in comfy.log.read_text(errors="replace")
+
+
+def test_what_other_nodes_give_is_checked_when_it_is_known(comfy: Comfy):
+    given = {
+        "weight": node("PrimitiveFloat", value=2.0),
+        "settings": node("PrimitiveString", value="label: small"),
+        "wrong": node("PrimitiveString", value="labl: small"),
+    }
+    linked = reward(settings=["settings", 0], weight=["weight", 0])
+    graph = batch(comfy, flat=FLAT, noisy=NOISY) | given | {"reward": linked} | score()
+    result = comfy.run(graph)
+    assert result.status == "success", result.error
+    result = comfy.run(graph | {"reward": reward(settings=["wrong", 0])})
+    assert (result.status, result.error_node) == ("error", "reward")
+    assert "unknown key labl" in result.error
+
+
+@pytest.mark.usefixtures("in_process")
+def test_rewards_are_loaded_once_and_once_more_where_there_was_no_room(monkeypatch: pytest.MonkeyPatch):
+    from comfy_nodes import rewards
+
+    room: list[bool] = []
+    made: list[object] = []
+
+    def scorer(*arguments: Any) -> object:
+        time.sleep(0.1)
+        if not room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        made.append(object())
+        return made[-1]
+
+    monkeypatch.setattr(rewards, "Scorer", scorer)
+    monkeypatch.setattr(rewards, "make_room", lambda device: room.append(True))
+    chosen = rewards.Chosen()
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(rewards.loaded, [chosen, chosen]))
+    assert results == made * 2
+    chosen.unload()
+    assert rewards.loaded(chosen) == made[1]
 
 
 # Servers ------------------------------------------------------------------------------------------------------------

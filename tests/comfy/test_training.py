@@ -213,7 +213,7 @@ def whole(servers: list[Comfy]) -> Result:
     with asking(servers[-1]) as answers:
         result = succeeded(servers[-1].run(train("whole", LONG)))
     assert len(answers) > 20
-    assert max(answers) < 1.0
+    assert max(answers) < 3.0
     return result
 
 
@@ -281,6 +281,9 @@ def test_the_adapter_goes_straight_into_a_loader(server: Comfy):
         second = server.submit(graph, client)
         succeeded(server.follow(first, messages))
         latents_of(server, server.follow(second, messages))
+    # Once more: all of it is there.
+    assert {node for node, *_ in succeeded(server.run(graph)).progress} == set()
+    assert "lora_name must be a file" not in server.log.read_text(errors="replace")
 
 
 def test_a_run_cancelled_anywhere_goes_on_bit_for_bit(whole: Result, server: Comfy, base: Path):
@@ -298,14 +301,14 @@ def test_a_run_cancelled_anywhere_goes_on_bit_for_bit(whole: Result, server: Com
         )
     result = succeeded(server.run(graph))
     assert result.seconds < whole.seconds
-    assert max(waited.values()) < 1.0, waited
+    assert max(waited.values()) < 3.0, waited
     assert same(lora_of(base, "cancelled"), lora_of(base, "whole"))
     assert rows_of(base, "cancelled") == rows_of(base, "whole")
 
 
 def test_cancel_while_a_reward_is_waited_for(server: Comfy):
     graph = train("waiting", rewards=["reward", 0]) | rewarded_by("slow")
-    assert cancel_at(server, graph, "evaluate 0") < 1.0
+    assert cancel_at(server, graph, "evaluate 0") < 3.0
 
 
 def test_a_finished_run_is_neither_trained_again_nor_overwritten(whole: Result, server: Comfy, base: Path):
@@ -390,6 +393,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(server: Comfy, ba
         ({"overrides": "rewards=/tmp/evil.py:score"}, "graphs run no other code"),
         ({"overrides": "evaluation.rewards=[{name: 'os:system'}]"}, "graphs run no other code"),
         ({"overrides": "evaluation.strict=os:system"}, "graphs run no other code"),
+        ({"overrides": "evaluation.strict=this.that"}, "evaluation.strict must be one of"),
+        ({"overrides": "algorithm.name=this.that"}, "algorithm.name must be one of"),
+        ({"overrides": "model.family=this.that"}, "model.family must be one of"),
         ({"overrides": "model.path=nobody"}, "model.path must be embedded, an existing folder or a Hub id"),
         ({"overrides": "model.quantization=nf4"}, "model.quantization"),
         ({"name": "../x"}, "name must be letters, digits"),
@@ -410,6 +416,7 @@ def test_bad_input_is_refused_with_the_reason(inputs: dict[str, Any], reason: st
     assert refused.value.status == 400
     assert refused.value.reasons.count(reason) == 1, refused.value.reasons
     assert not run_of(base, "bad").exists()
+    assert "The Zen of Python" not in server.log.read_text(errors="replace")  # which `this` prints when it is imported
 
 
 def test_no_prompts_from_another_node_are_an_error(server: Comfy):
