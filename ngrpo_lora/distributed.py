@@ -199,8 +199,7 @@ def launch(count: int, command: Sequence[str]) -> int:
     for rank in range(count):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        if not torch.cuda.is_available():
-            place |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // count))}
+        place |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // count))}
         processes.append(subprocess.Popen([*command], env=os.environ | {k: str(v) for k, v in place.items()}))
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     terminate = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])

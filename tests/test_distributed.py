@@ -126,6 +126,15 @@ def test_results_do_not_depend_on_the_number_of_processes(
     assert_same_run(alone, tmp_path)
 
 
+def test_where_there_is_nothing_to_learn_no_process_moves(context: Any, make_config: MakeConfig, tmp_path: Path):
+    reward = tmp_path / "flat.py"
+    reward.write_text("def score(images):\n    return [0.5] * len(images)\n")
+    settings = [*SEVERAL, f"rewards.train={reward}:score", "optimizer.weight_decay=0.5"]
+    train(make_config(tmp_path / "one", *settings))
+    assert [error for error, _ in run(context, 2, train, make_config(tmp_path / "two", *settings))] == [None] * 2
+    assert torch.equal(weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
 def test_a_run_goes_on_with_another_number_of_processes(
     context: Any, alone: Path, make_config: MakeConfig, tmp_path: Path
 ):
