@@ -142,7 +142,8 @@ def check_export(path: Path, family: BaseFamily, text: TextEmbeds, latents: Tens
     with lora.disabled(family.transformer):
         effect = rms(live - family.velocity(latents, 0.5, text))
     try:
-        family.pipeline.load_lora_weights(str(path), adapter_name="exported")
+        with lora.beside_another():
+            family.pipeline.load_lora_weights(str(path), adapter_name="exported")
         family.pipeline.set_adapters("exported")
         difference = rms(family.velocity(latents, 0.5, text) - live)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -118,6 +119,14 @@ def merged(transformer: Any) -> Iterator[None]:
         finally:
             for base, weight in zip(base_layers, kept, strict=True):
                 base.weight.data = weight
+
+
+@contextlib.contextmanager
+def beside_another() -> Iterator[None]:
+    """Load an adapter where there may be one already, without PEFT's warning that it might not be meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        yield
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ LoRA files are the same for all and are diffusers' own.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -19,6 +18,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from PIL import Image
 from torch import Tensor, nn
 
+from ngrpo_lora import lora
 from ngrpo_lora.adapter_file import AdapterFile, check_fits, read_adapter_file, state_dict, warn_of_alpha
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.devices import without_cudnn_attention
@@ -372,7 +372,6 @@ class BaseFamily:
         if not math.isfinite(strength):
             raise ConfigError(f"the strength of an adapter must be finite, got {strength}; 1 is as trained, 0 the base")
         layers = self.read_adapter(path).layers
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
+        with lora.beside_another():
             self.pipeline.load_lora_weights(state_dict(layers), adapter_name=name)
         self.pipeline.set_adapters(name, strength)
