@@ -251,8 +251,8 @@ class RewardFunction(io.ComfyNode):
         return entry(reference(function), weight, settings)
 
     @classmethod
-    def fingerprint_inputs(cls, function: str, **others: Any) -> str:
-        return registry.source_digest(reference(function))
+    def fingerprint_inputs(cls, function: str | None, **others: Any) -> str:
+        return "" if function is None else registry.source_digest(reference(function))
 
     @classmethod
     def execute(cls, function: str, weight: float, settings: str, rewards: Entries | None = None) -> io.NodeOutput:

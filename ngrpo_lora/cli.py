@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -129,10 +130,9 @@ def _warn_of_shortage(config: RunConfig, gpus: int) -> None:
     from ngrpo_lora import devices
     from ngrpo_lora.plan_report import shortage
 
-    free = devices.free_memory()
     try:
-        text = shortage(config, free, gpus)
-    except UserError:  # a model that cannot be planned says so when it is loaded
+        text = shortage(config, devices.free_memory(), gpus)
+    except (UserError, subprocess.CalledProcessError):  # a model or a GPU that cannot be used says so when it is
         return
     if text is not None:
         typer.echo(f"ngrpo: {text}", err=True)

@@ -49,6 +49,9 @@ def free_memory() -> int:
     """Bytes that are free on that GPU of this machine which has the fewest.
 
     Asked in a process that ends: one that asks keeps a CUDA context, some hundred MiB, on every GPU.
+
+    Raises:
+        subprocess.CalledProcessError: a GPU cannot be used.
     """
     ask = "import torch; print(min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())))"
     return int(subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True, check=True).stdout)
