@@ -80,6 +80,14 @@ def adapter_path(name: str) -> Path:
     return Path(path)
 
 
+def fingerprint(name: str | None) -> tuple[int, ...]:
+    """Another one when the file has changed; what another node gives is None, and that node has a fingerprint."""
+    if name is None:
+        return ()
+    state = adapter_path(name).stat()
+    return state.st_mtime_ns, state.st_size
+
+
 def check_strength(strength: float) -> None:
     """Raise ConfigError for one that is not finite."""
     if not math.isfinite(strength):
@@ -341,11 +349,7 @@ class LoadAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None, **others: Any) -> tuple[int, ...]:
-        """A file that has changed is another one; what another node gives is None, and has its own fingerprint."""
-        if lora_name is None:
-            return ()
-        state = adapter_path(lora_name).stat()
-        return state.st_mtime_ns, state.st_size
+        return fingerprint(lora_name)
 
     @classmethod
     def execute(cls, model: ModelPatcher, lora_name: str, strength: float, schedule: str, alpha: str) -> io.NodeOutput:

@@ -23,7 +23,7 @@ from ngrpo_lora.ranking import Ranking, check_samples, rank
 from ngrpo_lora.strengths import StrengthSchedule
 
 from ._api import schema, show_text, to_images, to_pictures
-from .adapters import adapter_path, apply, lora_input, read_fitting
+from .adapters import adapter_path, apply, fingerprint, lora_input, read_fitting
 from .rewards import Entries, Rewards, loaded, samples_of, scores_of
 
 Choice = tuple[tuple[str, float], ...]
@@ -79,11 +79,7 @@ class AdapterList(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None, **others: Any) -> tuple[int, ...]:
-        """As that of Load Adapter."""
-        if lora_name is None:
-            return ()
-        state = adapter_path(lora_name).stat()
-        return state.st_mtime_ns, state.st_size
+        return fingerprint(lora_name)
 
     @classmethod
     def execute(cls, lora_name: str, strengths: str, adapters: Choice = ()) -> io.NodeOutput:

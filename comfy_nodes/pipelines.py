@@ -24,7 +24,7 @@ from ngrpo_lora.sampling import Sampler, own_settings, solve, with_settings
 from ngrpo_lora.solvers import SOLVERS
 
 from ._api import listed, make_room, schema, to_images, verdict
-from .adapters import adapter_path
+from .adapters import adapter_path, fingerprint
 
 Pipeline = io.Custom("NGRPO_PIPELINE")  # an `ngrpo_lora.sampling.Sampler`
 
@@ -238,9 +238,8 @@ class PipelineSample(io.ComfyNode):
             adapter_path(lora)
 
     @classmethod
-    def fingerprint_inputs(cls, lora: str | None, **others: Any) -> int:
-        """A LoRA that was trained on is another one; what another node gives is None, and has its own fingerprint."""
-        return 0 if lora in (None, NO_LORA) else adapter_path(lora).stat().st_mtime_ns
+    def fingerprint_inputs(cls, lora: str | None, **others: Any) -> tuple[int, ...]:
+        return () if lora == NO_LORA else fingerprint(lora)
 
     @classmethod
     def execute(

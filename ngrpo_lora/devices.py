@@ -48,11 +48,13 @@ def resolve_dtype(dtype: str, device: str) -> str:
 def free_memory() -> int:
     """Bytes that are free on that GPU of this machine which has the fewest.
 
-    Asked in a process that ends: one that asks keeps a CUDA context, some hundred MiB, on every GPU.
+    Several are asked in a process that ends: one that asks keeps a CUDA context, some hundred MiB, on each.
 
     Raises:
-        subprocess.CalledProcessError: a GPU cannot be used.
+        subprocess.CalledProcessError: one of several cannot be used.
     """
+    if torch.cuda.device_count() == 1:  # on which this process computes
+        return torch.cuda.mem_get_info(0)[0]
     ask = "import torch; print(min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())))"
     return int(subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True, check=True).stdout)
 

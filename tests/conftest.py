@@ -86,6 +86,21 @@ def make_config(tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
     return make
 
 
+def update_peak(config: RunConfig) -> int:
+    """Most bytes that an update of two groups of four takes beside what is there all the time."""
+    from ngrpo_lora.memory import Meter
+    from ngrpo_lora.trainer import Trainer
+
+    trainer = Trainer(config)
+    text = trainer.family.encode(["a red star"] * 2)
+    rollouts = list(trainer.roll_out(text))
+    advantages = torch.tensor([[1.0, -1.0, 0.5, -0.5]] * 2, dtype=torch.float64)
+    trainer.update(rollouts, advantages, text)  # the optimizer's state is there from now on
+    with Meter() as meter:
+        trainer.update(rollouts, advantages, text)
+    return meter.peak
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """A run of four iterations, and what a bystander saw of it."""

@@ -193,13 +193,13 @@ def test_a_gpu_that_is_too_small_is_told_before_training(
     """The card is made up; the plan is real."""
     import torch
 
-    from ngrpo_lora import cli, devices
+    from ngrpo_lora import cli
     from ngrpo_lora.config import load_config
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     config = load_config("demo", ["model.dtype=float32"])
     for free_gib, told in ((64, False), (0.8, True)):
-        monkeypatch.setattr(devices, "free_memory", lambda free=free_gib: int(free * 2**30))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index, free=free_gib: (int(free * 2**30), 2**33))
         cli._warn_of_shortage(config, 1)
         assert ("GiB are free; try " in capsys.readouterr().err) is told
