@@ -213,7 +213,7 @@ def whole(servers: list[Comfy]) -> Result:
     with asking(servers[-1]) as answers:
         result = succeeded(servers[-1].run(train("whole", LONG)))
     assert len(answers) > 20
-    assert max(answers) < 3.0
+    assert max(answers) < 1.0
     return result
 
 
@@ -301,14 +301,14 @@ def test_a_run_cancelled_anywhere_goes_on_bit_for_bit(whole: Result, server: Com
         )
     result = succeeded(server.run(graph))
     assert result.seconds < whole.seconds
-    assert max(waited.values()) < 3.0, waited
+    assert max(waited.values()) < 1.0, waited
     assert same(lora_of(base, "cancelled"), lora_of(base, "whole"))
     assert rows_of(base, "cancelled") == rows_of(base, "whole")
 
 
 def test_cancel_while_a_reward_is_waited_for(server: Comfy):
     graph = train("waiting", rewards=["reward", 0]) | rewarded_by("slow")
-    assert cancel_at(server, graph, "evaluate 0") < 3.0
+    assert cancel_at(server, graph, "evaluate 0") < 1.0
 
 
 def test_a_finished_run_is_neither_trained_again_nor_overwritten(whole: Result, server: Comfy, base: Path):
