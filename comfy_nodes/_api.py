@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.registry import nearest
-from ngrpo_lora.scoring import in_thread
+from ngrpo_lora.scoring.scorer import in_thread
 
 T = TypeVar("T")
 CATEGORY = "Neighbor GRPO"

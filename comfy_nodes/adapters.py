@@ -20,12 +20,13 @@ from comfy.samplers import KSAMPLER
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ngrpo_lora.adapter_file import AdapterFile, examples, read_adapter_file, read_metadata, state_dict
-from ngrpo_lora.adapter_names import original_rows
-from ngrpo_lora.adapter_report import describe, lines
+from ngrpo_lora.adapters.names import original_rows
+from ngrpo_lora.adapters.reading import AdapterFile, examples, read_adapter_file, read_metadata
+from ngrpo_lora.adapters.report import describe, lines
+from ngrpo_lora.adapters.writing import state_dict
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.recommended import Recommendation, recommend
-from ngrpo_lora.strengths import StrengthSchedule, parse_schedule, progress
+from ngrpo_lora.sampling.recommended import Recommendation, recommend
+from ngrpo_lora.sampling.strengths import StrengthSchedule, parse_schedule, progress
 
 from ._api import schema, show_text
 from .sampling import sample_flow, weightless

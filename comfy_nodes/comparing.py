@@ -15,12 +15,13 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ngrpo_lora.adapter_file import adapter_label, read_metadata
-from ngrpo_lora.contest import Contest, check_prompt
+from ngrpo_lora.adapters.finding import adapter_label
+from ngrpo_lora.adapters.reading import read_metadata
+from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.noise import gaussian_noise
-from ngrpo_lora.ranking import Ranking, check_samples, rank
-from ngrpo_lora.strengths import StrengthSchedule
+from ngrpo_lora.evaluation.contest import Contest, check_prompt
+from ngrpo_lora.evaluation.ranking import Ranking, check_samples, rank
+from ngrpo_lora.sampling.strengths import StrengthSchedule
 
 from ._api import schema, show_text, to_images, to_pictures
 from .adapters import adapter_path, apply, fingerprint, lora_input, read_fitting

@@ -11,9 +11,9 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ngrpo_lora.conditioning import Conditioning, load_conditioning, save_conditioning
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.sampling import Sampler
+from ngrpo_lora.sampling.conditioning import Conditioning, load_conditioning, save_conditioning
+from ngrpo_lora.sampling.sampler import Sampler
 
 from ._api import listed, make_room, register_folder, schema, show_text, verdict
 from .pipelines import Pipeline

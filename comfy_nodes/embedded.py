@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.sampling import load_family
+from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.world import EMBEDDED
 
 from ._api import schema, to_images

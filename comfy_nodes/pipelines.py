@@ -13,15 +13,16 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.config import ModelConfig, parse_config
+from ngrpo_lora.equations.noise import gaussian_noise
+from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.export import AdapterInfo
 from ngrpo_lora.models._base import ASKED_FOR
 from ngrpo_lora.models._blueprint import architectures
 from ngrpo_lora.models._index import INDEX
-from ngrpo_lora.noise import gaussian_noise
-from ngrpo_lora.sampling import Sampler, own_settings, solve, with_settings
-from ngrpo_lora.solvers import SOLVERS
+from ngrpo_lora.sampling.sampler import Sampler, solve
+from ngrpo_lora.sampling.settings import own_settings, with_settings
 
 from ._api import listed, make_room, schema, to_images, verdict
 from .adapters import adapter_path, fingerprint

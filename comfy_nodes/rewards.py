@@ -23,12 +23,13 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ngrpo_lora import registry, rewards
+from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, parse_reward_entries, parse_settings
 from ngrpo_lora.errors import ConfigError, first_line
-from ngrpo_lora.ranking import check_samples, each_its_own, rank
+from ngrpo_lora.evaluation.ranking import check_samples, each_its_own, rank
 from ngrpo_lora.rewards.judge import TEMPLATE
-from ngrpo_lora.scoring import Samples, Scorer
+from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.types import Samples
 
 from ._api import (
     cancellable,
@@ -191,8 +192,9 @@ class Reward(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = registry.names(rewards)
-        about = "\n".join(f"{name}: {first_line(ValueError(registry.docstring(rewards, name)))}" for name in names)
+        names = registry.names(registry.REWARDS)
+        docs = {name: ValueError(registry.docstring(registry.REWARDS, name)) for name in names}
+        about = "\n".join(f"{name}: {first_line(doc)}" for name, doc in docs.items())
         return schema(
             "Reward",
             display_name="Reward",

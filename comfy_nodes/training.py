@@ -27,16 +27,18 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ngrpo_lora.checkpoint import checkpoints
-from ngrpo_lora.config import DEVICE_PATTERN, RewardConfig, RunConfig, load_config, preset_names
+from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.config import RewardConfig, RunConfig, load_config, preset_names
+from ngrpo_lora.config.section import DEVICE_PATTERN
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.export import FILE_NAME
-from ngrpo_lora.preflight import check_resumable, check_run, check_settings
-from ngrpo_lora.prompts import Sources
-from ngrpo_lora.report import Group, draw_progress, shown_pictures
-from ngrpo_lora.tracking import figures, read_metrics
+from ngrpo_lora.planning.preflight import check_resumable, check_run, check_settings
+from ngrpo_lora.prompts.sources import Sources
+from ngrpo_lora.records.checkpoints import checkpoints
+from ngrpo_lora.records.metrics import read_metrics
+from ngrpo_lora.reports.curves import Group, draw_progress, shown_pictures
+from ngrpo_lora.reports.tables import figures
+from ngrpo_lora.training.watcher import Watcher
 from ngrpo_lora.types import Metrics
-from ngrpo_lora.watcher import Watcher
 
 from ._api import check_path, schema, show_text, to_images
 from .rewards import Chosen, Entries, Rewards, admitted
@@ -330,7 +332,7 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
     show_text("loading", node)
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
-    from ngrpo_lora.trainer import train
+    from ngrpo_lora.training.trainer import train
 
     warnings, threads = Warnings(), torch.get_num_threads()
     logging.getLogger("ngrpo_lora").addHandler(warnings)

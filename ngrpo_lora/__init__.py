@@ -1,9 +1,23 @@
-"""Neighbor GRPO for flow-matching image models: the mathematics, usable without the trainer."""
+"""Neighbor GRPO for flow-matching image models: the mathematics, usable without the trainer.
 
-from ngrpo_lora.advantages import group_advantages
-from ngrpo_lora.noise import derive_seed, gaussian_noise, neighbor_noise
-from ngrpo_lora.solvers import dpmpp_2m, dpmpp_2m_step, euler, flow_sigmas
-from ngrpo_lora.surrogate import auto_temperature, clipped_objective, leaping_log_ratio, leaping_logits
+The names load when they are first used, so that the command and a configuration do without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ngrpo_lora.equations.advantages import group_advantages
+    from ngrpo_lora.equations.noise import derive_seed, gaussian_noise, neighbor_noise
+    from ngrpo_lora.equations.solvers import dpmpp_2m, dpmpp_2m_step, euler, flow_sigmas
+    from ngrpo_lora.equations.surrogate import (
+        auto_temperature,
+        clipped_objective,
+        leaping_log_ratio,
+        leaping_logits,
+    )
 
 __all__ = [
     "auto_temperature",
@@ -19,3 +33,21 @@ __all__ = [
     "leaping_logits",
     "neighbor_noise",
 ]
+
+HOMES = {
+    "advantages": ("group_advantages",),
+    "noise": ("derive_seed", "gaussian_noise", "neighbor_noise"),
+    "solvers": ("dpmpp_2m", "dpmpp_2m_step", "euler", "flow_sigmas"),
+    "surrogate": ("auto_temperature", "clipped_objective", "leaping_log_ratio", "leaping_logits"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"ngrpo_lora.equations.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

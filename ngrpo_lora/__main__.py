@@ -1,5 +1,5 @@
 """`python -m ngrpo_lora` is `ngrpo`."""
 
-from ngrpo_lora.cli import app
+from ngrpo_lora.cli.app import app
 
 app()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,15 @@ import torch
 
 from ngrpo_lora.errors import UserError
 
-__all__ = ["free_memory", "resolve_device", "resolve_dtype", "use_device", "without_cudnn_attention"]
+__all__ = [
+    "free_memory",
+    "launched",
+    "process_device",
+    "resolve_device",
+    "resolve_dtype",
+    "use_device",
+    "without_cudnn_attention",
+]
 
 
 def resolve_device(device: str) -> str:
@@ -78,3 +87,13 @@ def without_cudnn_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def launched() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def process_device(device: str) -> str:
+    """This process's own GPU where the configuration says `cuda`."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched() else device

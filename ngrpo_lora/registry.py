@@ -21,9 +21,14 @@ from typing import Any
 from ngrpo_lora.errors import ConfigError
 
 __all__ = [
+    "ALGORITHMS",
+    "ALGORITHM_SETTINGS",
+    "MODELS",
+    "REWARDS",
     "allow_modules",
     "check_function",
     "check_name",
+    "defines",
     "docstring",
     "load",
     "names",
@@ -33,14 +38,17 @@ __all__ = [
     "split_reference",
 ]
 
+ALGORITHMS, MODELS, REWARDS = "ngrpo_lora.algorithms", "ngrpo_lora.models", "ngrpo_lora.rewards"
+ALGORITHM_SETTINGS = "ngrpo_lora.config.algorithms"
+"""The folders whose files are chosen by name. Rooms below name them here as text, and so import none of them."""
 
 allow_modules = True
 """Whether names may be module paths, which are imported. Where they come from strangers, as in ComfyUI, it is false."""
 
 
-def names(package: ModuleType) -> list[str]:
-    """Names that `load` accepts for `package`: its modules without a leading underscore, nothing imported."""
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
+def names(package: str) -> list[str]:
+    """Names that `load` accepts for `package`: its modules without a leading underscore, none of them imported."""
+    return sorted(m.name for m in pkgutil.iter_modules(map(str, _folders(package))) if m.name[0] != "_")
 
 
 def nearest(name: str, choices: Sequence[str]) -> str:
@@ -49,17 +57,17 @@ def nearest(name: str, choices: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def check_name(package: ModuleType, name: str) -> None:
+def check_name(package: str, name: str) -> None:
     """Raise ConfigError unless `name` is a module of `package`; dotted names are left to the import, if allowed."""
     if "." in name and allow_modules:
         return
     known = names(package)
     if name not in known:
-        kind = package.__name__.rpartition(".")[2]
+        kind = package.rpartition(".")[2]
         raise ConfigError(f"must be one of {', '.join(known)} (a file in {kind}/), got {name!r}{nearest(name, known)}")
 
 
-def load(package: ModuleType, name: str) -> ModuleType:
+def load(package: str, name: str) -> ModuleType:
     """Import the module `name`: a file in `package`, or a dotted module path elsewhere.
 
     Raises:
@@ -67,13 +75,34 @@ def load(package: ModuleType, name: str) -> ModuleType:
         ImportError: the module exists and one of its own imports fails, or the dotted path is wrong.
     """
     check_name(package, name)
-    return importlib.import_module(name if "." in name else f"{package.__name__}.{name}")
+    return importlib.import_module(name if "." in name else f"{package}.{name}")
 
 
-def docstring(package: ModuleType, name: str) -> str:
+def docstring(package: str, name: str) -> str:
     """The docstring of the file `name` of `package`, which is read and not imported."""
-    (path,) = (folder / f"{name}.py" for folder in map(Path, package.__path__) if (folder / f"{name}.py").is_file())
-    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return ast.get_docstring(_source(package, name)) or ""
+
+
+def defines(package: str, name: str, what: str) -> bool:
+    """Whether the file `name` of `package` defines or imports `what` at its top level; it is read and not imported."""
+    bound: set[str] = set()
+    for node in _source(package, name).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            bound |= {alias.asname or alias.name for alias in node.names}
+    return what in bound
+
+
+def _source(package: str, name: str) -> ast.Module:
+    (path,) = (folder / f"{name}.py" for folder in _folders(package) if (folder / f"{name}.py").is_file())
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _folders(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    return [Path(folder) for folder in spec.submodule_search_locations or ()]
 
 
 def split_reference(reference: str) -> tuple[str, str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -71,6 +72,23 @@ class RewardBatch:
     scores: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Samples:
+    """N images and what they should show; each `group_size` in a row are candidates of one prompt."""
+
+    images: Sequence[Image.Image]
+    prompts: Sequence[str]
+    metadata: Sequence[dict[str, Any]]
+    group_size: int = 1
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: Sequence[int]) -> Samples:
+        images = [self.images[row] for row in rows]
+        return Samples(images, [self.prompts[r] for r in rows], [self.metadata[r] for r in rows], self.group_size)
+
+
 class Transition(NamedTuple):
     """One step of one sample of one group: the unit of a policy update."""
 
@@ -83,12 +101,12 @@ class Velocities(NamedTuple):
     """Velocities (C, H, W) at the start of a transition.
 
     current: under the weights being optimised, with gradient.
-    old: under the weights that made the rollout.
+    old: under the weights that made the rollout; None in later updates unless the algorithm asks for it.
     reference: under the base model; None unless the algorithm asks for it.
     """
 
     current: Tensor
-    old: Tensor
+    old: Tensor | None
     reference: Tensor | None = None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ngrpo_lora.config import RunConfig, load_config
 
 if TYPE_CHECKING:
-    from ngrpo_lora.trainer import Trainer
+    from ngrpo_lora.training.run import Run
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -88,16 +88,18 @@ def make_config(tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
 
 def update_peak(config: RunConfig) -> int:
     """Most bytes that an update of two groups of four takes beside what is there all the time."""
-    from ngrpo_lora.memory import Meter
-    from ngrpo_lora.trainer import Trainer
+    from ngrpo_lora.planning.meter import Meter
+    from ngrpo_lora.training.rollouts import roll_out
+    from ngrpo_lora.training.setup import prepare
+    from ngrpo_lora.training.updates import update
 
-    trainer = Trainer(config)
-    text = trainer.family.encode(["a red star"] * 2)
-    rollouts = list(trainer.roll_out(text))
+    run = prepare(config)
+    text = run.family.encode(["a red star"] * 2)
+    rollouts = list(roll_out(run, text))
     advantages = torch.tensor([[1.0, -1.0, 0.5, -0.5]] * 2, dtype=torch.float64)
-    trainer.update(rollouts, advantages, text)  # the optimizer's state is there from now on
+    update(run, rollouts, advantages, text)  # the optimizer's state is there from now on
     with Meter() as meter:
-        trainer.update(rollouts, advantages, text)
+        update(run, rollouts, advantages, text)
     return meter.peak
 
 
@@ -105,7 +107,7 @@ def update_peak(config: RunConfig) -> int:
 class FinishedRun:
     """A run of four iterations, and what a bystander saw of it."""
 
-    trainer: Trainer
+    run: Run
     overrides: list[str]
     before: dict[str, dict[str, Tensor]]
     after_each_step: list[dict[str, Tensor]]
@@ -114,13 +116,14 @@ class FinishedRun:
 
     @property
     def output_dir(self) -> Path:
-        return self.trainer.output_dir
+        return self.run.output_dir
 
 
 @pytest.fixture(scope="session")
 def finished_run(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """One run for all tests that only look: alpha is not the rank, the rate changes, weights are averaged."""
-    from ngrpo_lora.trainer import Trainer  # loads diffusers, which most tests do without
+    from ngrpo_lora.training.setup import prepare
+    from ngrpo_lora.training.trainer import complete
 
     overrides = [
         "trainer.num_iterations=4",
@@ -130,20 +133,20 @@ def finished_run(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFacto
         "optimizer.warmup_iterations=1",
         "optimizer.ema_decay=0.5",
     ]
-    trainer = Trainer(make_config(tmp_path_factory.mktemp("finished"), *overrides))
+    run = prepare(make_config(tmp_path_factory.mktemp("finished"), *overrides))
     before = {
         part: {name: tensor.detach().clone() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
-        for part, module in (("transformer", trainer.family.transformer), ("vae", trainer.family.vae))
+        for part, module in (("transformer", run.family.transformer), ("vae", run.family.vae))
     }
     rows = {True: 0, False: 0}
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
         rows[torch.is_grad_enabled()] += len(output[0])
 
-    trainer.family.transformer.register_forward_hook(count)
+    run.family.transformer.register_forward_hook(count)
     after_each_step: list[dict[str, Tensor]] = []
-    trainer.optimizer.register_step_post_hook(
-        lambda *_: after_each_step.append({name: p.detach().clone() for name, p in trainer.parameters.items()})
+    run.lora_step.optimizer.register_step_post_hook(
+        lambda *_: after_each_step.append({name: p.detach().clone() for name, p in run.lora_step.parameters.items()})
     )
-    trainer.run()
-    return FinishedRun(trainer, overrides, before, after_each_step, rows[True], rows[False])
+    complete(run)
+    return FinishedRun(run, overrides, before, after_each_step, rows[True], rows[False])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ngrpo_lora.config import dump_config, load_config
-from ngrpo_lora.pipeline_file import pipeline_file
+from ngrpo_lora.hub.pipeline_file import pipeline_file
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ngrpo_lora"

@@ -9,8 +9,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from ngrpo_lora import models, registry
-from ngrpo_lora.adapter_file import Layer
+from ngrpo_lora import registry
+from ngrpo_lora.adapters.reading import Layer
 
 JOINT: dict[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2}
 
@@ -121,7 +121,7 @@ def make(family: str) -> Any:
 
 def pipeline_of(family: str, transformer: Any) -> Any:
     """diffusers' pipeline with nothing but the transformer: all that its LoRA loader needs."""
-    kind = getattr(diffusers, registry.load(models, family).Family.pipeline_class)
+    kind = getattr(diffusers, registry.load(registry.MODELS, family).Family.pipeline_class)
     parts = dict.fromkeys((*kind._get_signature_keys(kind)[0],))
     return kind(**parts | {"transformer": transformer})
 
@@ -152,7 +152,7 @@ def output(family: str, transformer: Any) -> Tensor:
 
 def random_layers(family: str, transformer: nn.Module, rank: int = 2, targets: str = "all") -> dict[str, Layer]:
     """An adapter of the layers that the trainer adapts, or of attention alone."""
-    kind = registry.load(models, family).Family
+    kind = registry.load(registry.MODELS, family).Family
     suffixes = kind.attention if targets == "attention" else kind.attention + kind.feed_forward
     layers = {}
     for name, module in transformer.named_modules():

@@ -1,7 +1,8 @@
 """The contract between the trainer and an algorithm.
 
 The trainer knows no algorithm by name. It calls, in this order and for P groups of one iteration:
-`rollout`, `advantages` and `updates` once, and `loss` once a transition.
+`rollout`, `advantages` and `updates` once, and `loss` once a transition. An algorithm keeps nothing from one
+iteration to the next, so that a resumed run goes on bit for bit: what depends on time depends on `iteration`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ngrpo_lora.solvers import VelocityFn
+from ngrpo_lora.equations.schedule import Schedule
+from ngrpo_lora.equations.solvers import VelocityFn
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
 
 
@@ -22,23 +24,28 @@ class Algorithm(Protocol):
     needs_reference: bool
     """Whether `loss` reads the base model's velocity, which costs one more forward pass a transition."""
 
+    needs_old: bool
+    """Whether `loss` reads the old weights' velocity in the later updates of an iteration as well, which costs one
+    more forward pass for each of their transitions. False where the rollout has kept what is needed of it."""
+
     metric_names: tuple[str, ...]
     """The `policy/...` metrics of every `loss`."""
 
     def rollout(
         self,
         velocity_fn: VelocityFn,
-        sigmas: Tensor,
+        schedule: Schedule,
         latent_shape: tuple[int, ...],
         seeds: Sequence[int],
+        iteration: int,
         device: torch.device | str = "cpu",
     ) -> list[Rollout]:
         """Draw P groups, one per seed: initial noises, which steps are stochastic, and how samples branch.
 
         `velocity_fn(latents, sigma)` takes (P, S, C, H, W), any number S of samples of every group, and keeps
         to the memory limits itself. Noise is drawn on the CPU; all else stays on `device` and never waits for it.
-        A group is a function of its seed. An algorithm that needs more than
-        latents later (its step noises, a tree) returns its own subclass of Rollout.
+        A group is a function of its seed and of the iteration. An algorithm that needs more than latents later (its
+        step noises, a tree) returns its own subclass of Rollout.
         """
         ...
 
@@ -46,7 +53,7 @@ class Algorithm(Protocol):
         """(P, G) rewards -> (P, G), or (P, edges) for a tree: whatever `loss` reads."""
         ...
 
-    def updates(self, advantages: Tensor, seed: int) -> list[list[Transition]]:
+    def updates(self, advantages: Tensor, seed: int, iteration: int) -> list[list[Transition]]:
         """The transitions of every optimizer update of this iteration, in order; an update may be empty."""
         ...
 

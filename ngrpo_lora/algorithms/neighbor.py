@@ -17,76 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from ngrpo_lora.advantages import batch_deviation, group_advantages
-from ngrpo_lora.config import AlgorithmConfig, RolloutConfig
-from ngrpo_lora.noise import derive_seed, gaussian_noise, neighbor_noise
-from ngrpo_lora.solvers import SOLVERS, VelocityFn
-from ngrpo_lora.surrogate import auto_temperature, clipped_objective, leaping_log_ratio, leaping_logits
+from ngrpo_lora.config import RolloutConfig
+from ngrpo_lora.config.algorithms.neighbor import Config
+from ngrpo_lora.equations.advantages import batch_deviation, group_advantages
+from ngrpo_lora.equations.noise import derive_seed, gaussian_noise, neighbor_noise
+from ngrpo_lora.equations.schedule import Schedule
+from ngrpo_lora.equations.solvers import SOLVERS, VelocityFn
+from ngrpo_lora.equations.surrogate import auto_temperature, clipped_objective, leaping_log_ratio, leaping_logits
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
-
-
-class Config(AlgorithmConfig, frozen=True):
-    """Settings of Neighbor GRPO."""
-
-    name: Literal["neighbor"] = "neighbor"
-    perturbation_strength: float = Field(
-        0.3, gt=0, le=1, description="Radius of the noise neighbourhood (sigma, Eq. 7)."
-    )
-    num_anchors: int = Field(4, ge=1, description="B: anchors per group, each one forward-backward pass a step.")
-    num_train_steps: int = Field(4, ge=1, description="K: solver steps trained per anchor, drawn at random.")
-    train_window: int | None = Field(
-        None, ge=1, description="Trained steps are drawn from this many first ones, the noisiest; null: from all."
-    )
-    updates_per_rollout: int = Field(1, ge=1, description="Optimizer updates that share the B * K transitions.")
-    clip_range: float = Field(1e-4, gt=0, lt=1, description="Clip of the policy ratio (epsilon, Eq. 9).")
-    temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
-        "auto", description="Divides squared distances; auto: the candidates' mean squared distance; the paper's is 1."
-    )
-    distance: Literal["latent", "clean"] = Field(
-        "latent", description="What Eq. 8 compares: latents after the step, or predictions of the clean image at it."
-    )
-    old_anchor: Literal["one_step", "rollout"] = Field(
-        "one_step", description="Old anchor: its one-step transition under old weights, or the rollout's own point."
-    )
-    advantage_p: float = Field(2.0, gt=0, le=2, description="Quasi-norm of the advantages (p, Eq. 11); 2: standard.")
-    scale_rewards: Literal["group", "batch"] = Field(
-        "group",
-        description="Divide a group's centred rewards by their own quasi-norm (Eq. 11), or by the standard deviation "
-        "of all groups of the iteration.",
-    )
-    min_reward_spread: float = Field(
-        0.0, ge=0, description="A group whose rewards all lie within so many of these deviations is skipped."
-    )
-    reference_weight: float = Field(0.0, ge=0, description="Weight of the squared distance to the base model's step.")
-
-    def check(self, rollout: RolloutConfig) -> None:
-        """B <= G, K <= steps, updates <= B * K."""
-        if self.num_anchors > rollout.group_size:
-            raise ValueError(
-                f"algorithm.num_anchors must be at most rollout.group_size ({rollout.group_size}), "
-                f"got {self.num_anchors}; lower it or draw larger groups"
-            )
-        if self.num_train_steps > rollout.num_steps:
-            raise ValueError(
-                f"algorithm.num_train_steps must be at most rollout.num_steps ({rollout.num_steps}), "
-                f"got {self.num_train_steps}; lower it or roll out with more steps"
-            )
-        if self.train_window is not None and not self.num_train_steps <= self.train_window <= rollout.num_steps:
-            raise ValueError(
-                f"algorithm.train_window must be from algorithm.num_train_steps ({self.num_train_steps}) to "
-                f"rollout.num_steps ({rollout.num_steps}), got {self.train_window}; null trains all steps"
-            )
-        if self.updates_per_rollout > self.num_anchors * self.num_train_steps:
-            raise ValueError(
-                f"algorithm.updates_per_rollout must be at most num_anchors * num_train_steps "
-                f"({self.num_anchors * self.num_train_steps}), got {self.updates_per_rollout}"
-            )
 
 
 @dataclass(frozen=True)
@@ -99,6 +41,7 @@ class NeighborRollout(Rollout):
 class Algorithm:
     """See `_base.Algorithm` for the contract."""
 
+    needs_old = True
     metric_names = ("policy/clip_fraction", "policy/max_abs_log_ratio", "policy/entropy")
 
     def __init__(self, config: Config, rollout: RolloutConfig):
@@ -111,14 +54,15 @@ class Algorithm:
     def rollout(
         self,
         velocity_fn: VelocityFn,
-        sigmas: Tensor,
+        schedule: Schedule,
         latent_shape: tuple[int, ...],
         seeds: Sequence[int],
+        iteration: int,
         device: torch.device | str = "cpu",
     ) -> list[Rollout]:
         """Neighbours of each group's noise (Eq. 7), followed by the deterministic solver to the end."""
         noise = torch.stack([self.neighborhood(latent_shape, seed) for seed in seeds]).to(device)  # (P, G, C, H, W)
-        window, clean = self.window, []
+        window, sigmas, clean = self.window, schedule.sigmas, []
 
         def recorded(latents: Tensor, sigma: float) -> Tensor:
             velocity = velocity_fn(latents, sigma)
@@ -150,7 +94,7 @@ class Algorithm:
             return group_advantages(batch.rewards, self.config.advantage_p, batch.valid, min_spread)
         return group_advantages(batch.rewards, None, batch.valid, min_spread) / (deviation or 1.0)
 
-    def updates(self, advantages: Tensor, seed: int) -> list[list[Transition]]:
+    def updates(self, advantages: Tensor, seed: int, iteration: int) -> list[list[Transition]]:
         """B anchors a group that has advantages (symmetric sampling), K steps each, dealt out to the updates."""
         generator = torch.Generator().manual_seed(seed)
         updates: list[list[Transition]] = [[] for _ in range(self.config.updates_per_rollout)]
@@ -172,6 +116,7 @@ class Algorithm:
     ) -> tuple[Tensor, Metrics]:
         """Minus the clipped objective of one anchor at one step (Eq. 8 to 10)."""
         config, (_, anchor, step) = self.config, transition
+        assert velocities.old is not None  # needs_old
         if config.distance == "clean":
             assert isinstance(rollout, NeighborRollout)
             scale = -rollout.sigmas[step]  # x_theta = latents - sigma * v

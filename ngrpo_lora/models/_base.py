@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import diffusers
 import torch
@@ -18,22 +18,26 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from PIL import Image
 from torch import Tensor, nn
 
-from ngrpo_lora import lora
-from ngrpo_lora.adapter_file import AdapterFile, check_fits, read_adapter_file, state_dict, warn_of_alpha
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.devices import without_cudnn_attention
-from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.offload import swap_blocks
-from ngrpo_lora.quantization import check_quantization, keep_inputs_whole, pipeline_quantization
-from ngrpo_lora.solvers import flow_sigmas
+from ngrpo_lora.equations.schedule import Schedule
+from ngrpo_lora.equations.solvers import flow_sigmas
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.models._offload import swap_blocks
+from ngrpo_lora.models._quantization import check_quantization, keep_inputs_whole, pipeline_quantization
 from ngrpo_lora.types import TextEmbeds
-
-if TYPE_CHECKING:
-    from ngrpo_lora.embeddings import EmbeddingCache
 
 Parts = Literal["all", "text", "image"]
 ASKED_FOR = {"height_px", "width_px", "num_frames", "guidance_scale", "max_sequence_length", "negative_prompt"}
 """Settings of a model that can change while it is loaded."""
+
+
+class PromptCache(Protocol):
+    """Conditionings of prompts that were encoded before; `_embeddings.EmbeddingCache` keeps them on disk."""
+
+    def encode(self, prompts: Sequence[str], device: torch.device) -> TextEmbeds:
+        """What `BaseFamily.encode` gives for these prompts, on `device`."""
+        ...
 
 
 class BaseFamily:
@@ -88,7 +92,7 @@ class BaseFamily:
             UserError: not a model of this family, or it cannot be loaded, or the size does not fit it.
         """
         self.config, self.device, self.dtype = config, torch.device(device), getattr(torch, config.dtype)
-        self.cache: EmbeddingCache | None = None  # where there are no text encoders
+        self.cache: PromptCache | None = None  # where there are no text encoders
         self.pipeline = self.load(parts)
         self.pipeline.set_progress_bar_config(disable=True)
         encoders: list[nn.Module | None] = [getattr(self.pipeline, name) for name in self.text_encoders]
@@ -297,6 +301,10 @@ class BaseFamily:
         """(K + 1,) noise levels at `shift`, or at the model's own."""
         return flow_sigmas(num_steps, shift or self.shift(num_steps))
 
+    def schedule(self, num_steps: int, shift: float | None = None) -> Schedule:
+        """`sigmas`, with the shift that they were made with."""
+        return Schedule(self.sigmas(num_steps, shift), shift or self.shift(num_steps))
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbeds:
         """Prompts -> conditioning on the model's device, no gradient.
@@ -351,27 +359,3 @@ class BaseFamily:
             return velocity
         assert self.negative is not None, "encode() comes before velocity()"
         return self.guide(velocity, self.forward(inputs, sigmas, self.negative[[0] * batch]).float())
-
-    def read_adapter(self, path: str) -> AdapterFile:
-        """A LoRA file of any trainer, with layers that this model has.
-
-        Raises:
-            UserError: the file holds no LoRA, or one of another model.
-        """
-        file = read_adapter_file(path, type(self).__module__.rpartition(".")[2])
-        check_fits(file, self.transformer)
-        warn_of_alpha(file)
-        return file
-
-    def load_adapter(self, path: str, strength: float, name: str = "default") -> None:
-        """Put a LoRA file of any trainer on the model and make it the active adapter, by diffusers' own loader.
-
-        Raises:
-            UserError: as `read_adapter`, or the strength is not finite.
-        """
-        if not math.isfinite(strength):
-            raise ConfigError(f"the strength of an adapter must be finite, got {strength}; 1 is as trained, 0 the base")
-        layers = self.read_adapter(path).layers
-        with lora.beside_another():
-            self.pipeline.load_lora_weights(state_dict(layers), adapter_name=name)
-        self.pipeline.set_adapters(name, strength)

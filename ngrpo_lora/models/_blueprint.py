@@ -1,7 +1,7 @@
 """Models without their weights: what the small JSON files of a model say, and its family on the meta device.
 
 There everything has a shape and nothing has contents, so that a model of any size is made within a second, and
-forward and backward passes through it can be counted (`ngrpo_lora.memory`).
+forward and backward passes through it can be counted (`planning/meter.py`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from ngrpo_lora import models, registry
+from ngrpo_lora import registry
 from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.devices import resolve_device, resolve_dtype, use_device
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._index import family_of_pipeline, hub_file, model_index
+from ngrpo_lora.models._quantization import quantize_linears
 from ngrpo_lora.types import TextEmbeds
 from ngrpo_lora.world import EMBEDDED
 
-__all__ = ["Blueprint", "blank_text", "make_family", "read_blueprint"]
+__all__ = ["Blueprint", "blank_text", "make_family", "random_family", "read_blueprint"]
 
 ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
 
@@ -115,7 +117,7 @@ def make_family(blueprint: Blueprint, config: ModelConfig, device: str = "meta")
     """
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
-    family = registry.load(models, family_of_pipeline(config, blueprint.pipeline)).Family
+    family = registry.load(registry.MODELS, family_of_pipeline(config, blueprint.pipeline)).Family
     parts: dict[str, Any] = {}
     for name, part in blueprint.parts.items():
         if name in ("transformer", "vae"):
@@ -158,3 +160,29 @@ def blank_text(family: BaseFamily, prompts: int) -> TextEmbeds:
         else:
             tensors[name] = torch.zeros(prompts, *shape, dtype=family.dtype, device=family.device)
     return TextEmbeds(tensors)
+
+
+def random_family(model: ModelConfig) -> BaseFamily:
+    """The part of a configured model that draws, with random weights, quantised as `model.quantization` says."""
+    device = resolve_device(model.device)
+    use_device(device)
+    model = model.model_copy(update={"dtype": resolve_dtype(model.dtype, device)})
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, model.dtype))  # or a large model would first be made in float32
+    try:
+        family = make_family(read_blueprint(model), model, device)
+    finally:
+        torch.set_default_dtype(default)
+    if model.quantization in ("nf4", "int8"):
+        for block in family.blocks:
+            quantize_linears(block, model.quantization, family.device)
+    elif model.quantization != "none":
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Float8WeightOnlyConfig,
+            Int8WeightOnlyConfig,
+            quantize_,
+        )
+
+        kind = Int8WeightOnlyConfig if model.quantization == "int8_torchao" else Float8WeightOnlyConfig
+        quantize_(family.transformer, kind())
+    return family

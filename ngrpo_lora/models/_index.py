@@ -37,7 +37,7 @@ def family_of_pipeline(config: ModelConfig, pipeline: str) -> str:
     Raises:
         UserError: no family for it, or `model.family` is another one.
     """
-    known = {pipeline_class(name): name for name in registry.names(models)}
+    known = {pipeline_class(name): name for name in registry.names(registry.MODELS)}
     if config.family == "auto":
         if pipeline not in known:
             raise UserError(

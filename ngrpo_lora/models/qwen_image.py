@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.equations.solvers import stretch_to_terminal
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.solvers import stretch_to_terminal
 from ngrpo_lora.types import TextEmbeds
 
 

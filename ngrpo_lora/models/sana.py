@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.equations.solvers import shifted
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.solvers import shifted
 from ngrpo_lora.types import TextEmbeds
 
 

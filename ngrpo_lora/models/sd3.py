@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.equations.solvers import shifted
 from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._index import model_index
-from ngrpo_lora.solvers import shifted
 from ngrpo_lora.types import TextEmbeds
 
 GUIDANCE = {"3-medium": 7.0, "3.5-medium": 4.5, "3.5-large": 3.5}

@@ -8,31 +8,5 @@ A file here holds either a function `score`, or `class Config(RewardConfig)` and
     score(image, prompt, metadata)     one of each -> a number
     score(images, prompt, metadata)    all G candidates of a prompt -> G numbers
 
-`prompt` and `metadata` may be left out, and all of them may be `async def`. `scoring.py` calls them.
+`prompt` and `metadata` may be left out, and all of them may be `async def`. `ngrpo_lora/scoring` calls them.
 """
-
-from __future__ import annotations
-
-import sys
-from collections.abc import Callable
-from typing import Any
-
-from ngrpo_lora import registry
-from ngrpo_lora.config import RewardConfig
-
-__all__ = ["load"]
-
-
-def load(config: RewardConfig, device: str = "cpu") -> Callable[..., Any]:
-    """The reward of a configuration, ready to be called.
-
-    Args:
-        device: where a reward that has a network puts it when its own settings say `auto`.
-    Raises:
-        ConfigError: no such reward or function; the nearest one is named.
-        UserError: what the reward needs (a package, weights, a server) is missing.
-    """
-    if ":" in config.name:
-        return registry.resolve_function(config.name)
-    module = registry.load(sys.modules[__name__], config.name)
-    return module.Reward(config, device) if hasattr(module, "Reward") else module.score

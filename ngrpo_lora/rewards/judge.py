@@ -15,7 +15,7 @@ from typing import Literal
 from PIL import Image
 from pydantic import Field, field_validator
 
-from ngrpo_lora.config import Bounds
+from ngrpo_lora.config.section import Bounds
 from ngrpo_lora.rewards._openai import ServerConfig, VisionServer, read_number
 
 TEMPLATE = """This image was made for the following description.

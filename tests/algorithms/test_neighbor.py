@@ -13,7 +13,8 @@ from torch import Tensor
 from ngrpo_lora import auto_temperature, flow_sigmas, gaussian_noise, group_advantages, leaping_log_ratio
 from ngrpo_lora.algorithms.neighbor import Algorithm, Config
 from ngrpo_lora.config import RolloutConfig
-from ngrpo_lora.solvers import SOLVERS
+from ngrpo_lora.equations.schedule import Schedule
+from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities
 
 SHAPE = (4, 6, 6)
@@ -25,12 +26,16 @@ def make(rollout: RolloutConfig = ROLLOUT, **settings: Any) -> Algorithm:
     return Algorithm(Config(**settings), rollout)
 
 
+def schedule(num_steps: int) -> Schedule:
+    return Schedule(flow_sigmas(num_steps), 1.0)
+
+
 def velocity_fn(latents: Tensor, sigma: float) -> Tensor:
     return torch.sin(2 * latents) + sigma * latents
 
 
 def roll_out(algorithm: Algorithm, seed: int = 0) -> Rollout:
-    return algorithm.rollout(velocity_fn, flow_sigmas(algorithm.num_steps), SHAPE, [seed])[0]
+    return algorithm.rollout(velocity_fn, schedule(algorithm.num_steps), SHAPE, [seed], 0)[0]
 
 
 def old_velocity(rollout: Rollout, transition: Transition) -> Tensor:
@@ -59,17 +64,17 @@ def test_a_candidate_does_not_depend_on_how_many_there_are():
 
 @pytest.mark.parametrize("distance", ["latent", "clean"])
 def test_a_group_does_not_depend_on_the_groups_beside_it(distance: str):
-    algorithm, sigmas = make(distance=distance), flow_sigmas(5)
-    together = algorithm.rollout(velocity_fn, sigmas, SHAPE, [3, 4, 5])
+    algorithm = make(distance=distance)
+    together = algorithm.rollout(velocity_fn, schedule(5), SHAPE, [3, 4, 5], 0)
     for seed, beside in zip((3, 4, 5), together, strict=True):
-        (alone,) = algorithm.rollout(velocity_fn, sigmas, SHAPE, [seed])
+        (alone,) = algorithm.rollout(velocity_fn, schedule(5), SHAPE, [seed], 0)
         assert {name: t.shape for name, t in vars(alone).items()} == {n: t.shape for n, t in vars(beside).items()}
         assert all(torch.equal(t, vars(beside)[name]) for name, t in vars(alone).items())
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.9])
 def test_candidates_start_as_neighbors(strength: float):
-    (rollout,) = make(perturbation_strength=strength).rollout(lambda x, s: x, flow_sigmas(5), (200, 100), [0])
+    (rollout,) = make(perturbation_strength=strength).rollout(lambda x, s: x, schedule(5), (200, 100), [0], 0)
     noise = rollout.latents[0].flatten(1).double()
     assert (noise.var(1) - 1).abs().max() < 0.05
     correlation = torch.corrcoef(noise)[~torch.eye(6, dtype=torch.bool)]
@@ -128,7 +133,7 @@ def test_groups_that_are_all_flat_have_no_advantages(scale_rewards: str):
 @pytest.mark.parametrize(("num_anchors", "num_train_steps"), [(3, 2), (6, 5), (2, 3)])
 def test_every_group_gives_b_anchors_with_k_steps_each(num_anchors: int, num_train_steps: int, num_updates: int):
     settings = {"num_anchors": num_anchors, "num_train_steps": num_train_steps, "updates_per_rollout": num_updates}
-    updates = make(**settings).updates(ADVANTAGES[:4], seed=0)
+    updates = make(**settings).updates(ADVANTAGES[:4], seed=0, iteration=0)
     assert len(updates) == num_updates
     transitions = [transition for update in updates for transition in update]
     assert len(set(transitions)) == len(transitions) == 4 * num_anchors * num_train_steps
@@ -143,21 +148,21 @@ def test_every_group_gives_b_anchors_with_k_steps_each(num_anchors: int, num_tra
 
 def test_updates_are_a_function_of_their_seed():
     algorithm = make(updates_per_rollout=2)
-    assert algorithm.updates(ADVANTAGES[:3], seed=5) == algorithm.updates(ADVANTAGES[:3], seed=5)
-    assert algorithm.updates(ADVANTAGES[:3], seed=5) != algorithm.updates(ADVANTAGES[:3], seed=6)
+    assert algorithm.updates(ADVANTAGES[:3], seed=5, iteration=0) == algorithm.updates(ADVANTAGES[:3], seed=5, iteration=0)
+    assert algorithm.updates(ADVANTAGES[:3], seed=5, iteration=0) != algorithm.updates(ADVANTAGES[:3], seed=6, iteration=0)
 
 
 def test_a_group_without_advantages_gives_no_transition():
     algorithm, advantages = make(updates_per_rollout=2), torch.eye(6)[:4]
     advantages[2] = 0
-    first, second = algorithm.updates(advantages, seed=0)
+    first, second = algorithm.updates(advantages, seed=0, iteration=0)
     assert {t.group for t in first + second} == {0, 1, 3}
-    assert algorithm.updates(torch.zeros(3, 6), seed=0) == [[], []]
+    assert algorithm.updates(torch.zeros(3, 6), seed=0, iteration=0) == [[], []]
 
 
 def test_every_anchor_and_every_step_is_as_likely_as_any_other():
     """Symmetric anchor sampling: 300 groups of B = 2 of 6, K = 2 of 5."""
-    (update,) = make(num_anchors=2, num_train_steps=2).updates(ADVANTAGES[:300], seed=0)
+    (update,) = make(num_anchors=2, num_train_steps=2).updates(ADVANTAGES[:300], seed=0, iteration=0)
     anchors, steps = Counter(t.sample for t in update), Counter(t.step for t in update)
     for count, share in ((anchors, 1 / 6), (steps, 1 / 5)):
         for k in range(round(1 / share)):
@@ -165,7 +170,7 @@ def test_every_anchor_and_every_step_is_as_likely_as_any_other():
 
 
 def test_a_window_trains_the_first_steps_only():
-    updates = make(num_train_steps=2, train_window=3).updates(ADVANTAGES[:50], seed=0)
+    updates = make(num_train_steps=2, train_window=3).updates(ADVANTAGES[:50], seed=0, iteration=0)
     assert {t.step for update in updates for t in update} == {0, 1, 2}
 
 
@@ -233,7 +238,7 @@ def test_changed_weights_give_the_log_ratio_of_their_displacement_and_clip_beyon
     algorithm = make(clip_range=0.01, temperature=3.0)
     rollout, transition = roll_out(algorithm), Transition(0, 0, 2)
     advantages, old = advantages_of(rollout), old_velocity(rollout, transition)
-    current = old + gaussian_noise(SHAPE, seed=1)
+    current = old + gaussian_noise(SHAPE, seed=1, iteration=0)
     loss, metrics = algorithm.loss(rollout, advantages, transition, Velocities(current, old))
 
     dt = rollout.sigmas[3] - rollout.sigmas[2]

@@ -10,10 +10,11 @@ from comfy_client import Comfy
 from graphs import PROMPT
 from torch import Tensor, nn
 
-from ngrpo_lora.adapter_file import Layer, save_tensors, state_dict
+from ngrpo_lora.adapters.reading import Layer
+from ngrpo_lora.adapters.writing import save_tensors, state_dict
+from ngrpo_lora.equations.noise import gaussian_noise
+from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.noise import gaussian_noise
-from ngrpo_lora.solvers import SOLVERS
 
 
 def loras_folder(comfy: Comfy) -> Path:

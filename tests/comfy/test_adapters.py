@@ -13,12 +13,14 @@ from comfy_client import Comfy, Graph, Refused
 from graphs import drawing, latents_of, node
 from torch import Tensor
 
-from ngrpo_lora.adapter_file import Layer, save_tensors, state_dict
-from ngrpo_lora.adapter_names import original_rows
+from ngrpo_lora.adapters.loading import load_adapter
+from ngrpo_lora.adapters.names import original_rows
+from ngrpo_lora.adapters.reading import Layer
+from ngrpo_lora.adapters.writing import save_tensors, state_dict
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.export import describe_adapter
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.sampling import load_family
+from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.training.export import describe_adapter
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +319,7 @@ def test_velocities_are_those_of_diffusers_loader(comfy: Comfy, loras: Path, for
     """One step is one velocity."""
     own = load_family(ModelConfig(device="cpu"))
     base = trainer_latents(own, steps=1)
-    own.load_adapter(str(loras / "header_alpha.safetensors"), 4.0)
+    load_adapter(own, str(loras / "header_alpha.safetensors"), 4.0)
     expected = trainer_latents(own, steps=1)
     drawn = model_latents(comfy, own, drawing_with(adapted("header_alpha", strength=4.0), steps=1))
     assert (drawn - expected).norm() / (expected - base).norm() <= 1e-5

@@ -13,10 +13,10 @@ from comfy_client import Comfy, Graph, Refused, Result
 from graphs import PROMPT, drawing, node
 from PIL import Image
 
-from ngrpo_lora.adapter_file import Layer
+from ngrpo_lora.adapters.reading import Layer
 from ngrpo_lora.config import ModelConfig, RewardConfig
+from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.rewards import load as load_reward
-from ngrpo_lora.sampling import load_family
 
 HEADER = {"ss_base_model_version": "flux1"}
 

@@ -12,7 +12,7 @@ from graphs import PROMPT, drawing, latents_of, node, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ngrpo_lora.conditioning import load_conditioning
+from ngrpo_lora.sampling.conditioning import load_conditioning
 
 
 def folder(comfy: Comfy) -> Path:

@@ -15,9 +15,9 @@ from graphs import PROMPT, drawing, latents_of, node, tiny_model
 from PIL import Image
 from typer.testing import CliRunner
 
-from ngrpo_lora.cli import app
+from ngrpo_lora.cli.app import app
 from ngrpo_lora.config import ModelConfig, RolloutConfig
-from ngrpo_lora.sampling import load_family
+from ngrpo_lora.models._loading import load_family
 
 OTHER = "a red circle"
 

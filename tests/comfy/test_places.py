@@ -11,10 +11,11 @@ import torch
 from tiny_transformers import make, random_layers
 from torch import Tensor
 
-from ngrpo_lora.adapter_file import Layer, save_tensors, state_dict
-from ngrpo_lora.adapter_names import NAMES, row_shares
+from ngrpo_lora.adapters.names import NAMES, row_shares
+from ngrpo_lora.adapters.reading import Layer
+from ngrpo_lora.adapters.writing import save_tensors, state_dict
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.strengths import parse_schedule
+from ngrpo_lora.sampling.strengths import parse_schedule
 
 HEADERS = {"qwen_image": "qwen", "sd3": "sd3", "wan": "wan", "z_image": "z_image", "flux": "flux1"}
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {  # by family: ComfyUI's class, and as small as it can be

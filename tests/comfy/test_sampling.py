@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ngrpo_lora.algorithms.neighbor import Algorithm, Config
 from ngrpo_lora.config import ModelConfig, RolloutConfig
+from ngrpo_lora.equations.noise import gaussian_noise
+from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.noise import gaussian_noise
-from ngrpo_lora.sampling import load_family
-from ngrpo_lora.solvers import SOLVERS
+from ngrpo_lora.models._loading import load_family
 
 
 @pytest.fixture(scope="module")

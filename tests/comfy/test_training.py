@@ -19,10 +19,11 @@ from graphs import drawing, latents_of, node
 from PIL import Image
 from safetensors.torch import load_file
 
-from ngrpo_lora.noise import gaussian_noise
-from ngrpo_lora.pictures import read_png_text
-from ngrpo_lora.sampling import Sampler, drawing_settings
-from ngrpo_lora.solvers import SOLVERS
+from ngrpo_lora.equations.noise import gaussian_noise
+from ngrpo_lora.equations.solvers import SOLVERS
+from ngrpo_lora.records.pictures import read_png_text
+from ngrpo_lora.sampling.sampler import Sampler
+from ngrpo_lora.sampling.settings import drawing_settings
 
 SMALL = """
 # seconds on one core

@@ -25,14 +25,17 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
-from ngrpo_lora import lora
+from ngrpo_lora.adapters import lora
+from ngrpo_lora.adapters.header import FILE_NAME
 from ngrpo_lora.config import LoraConfig, ModelConfig
-from ngrpo_lora.export import FILE_NAME
+from ngrpo_lora.equations.noise import gaussian_noise
+from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.models._base import BaseFamily, Parts
-from ngrpo_lora.noise import gaussian_noise
-from ngrpo_lora.sampling import draw, load_family
-from ngrpo_lora.solvers import SOLVERS
-from ngrpo_lora.trainer import Trainer
+from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.sampling.sampler import draw
+from ngrpo_lora.training.run import Run
+from ngrpo_lora.training.setup import prepare
+from ngrpo_lora.training.trainer import complete
 
 PROMPTS = ["a red star", "two blue circles", "a photo of a heart above a cross, at dusk"]
 TOLERANCE = 1e-5  # relative, of float32
@@ -238,7 +241,7 @@ def check_targets(family: BaseFamily, attention: set[str], feed_forward: set[str
         assert names == expected
 
 
-def check_training(make_config: MakeConfig, folder: Path, output_dir: Path, *settings: str) -> Trainer:
+def check_training(make_config: MakeConfig, folder: Path, output_dir: Path, *settings: str) -> Run:
     """Two iterations train the LoRA and nothing else, and a stock pipeline draws with what is exported.
 
     Alpha is not the rank and weights are averaged, so that the file differs from the live parameters.
@@ -256,11 +259,11 @@ def check_training(make_config: MakeConfig, folder: Path, output_dir: Path, *set
         "lora.alpha=8",
         "optimizer.ema_decay=0.5",
     ]
-    trainer = Trainer(make_config(output_dir / "run", *common, *settings))
-    family, trained = trainer.family, set(trainer.parameters)
+    run = prepare(make_config(output_dir / "run", *common, *settings))
+    family, trained = run.family, set(run.lora_step.parameters)
     parts = {"transformer": family.transformer, "vae": family.vae} | dict(enumerate(family.encoders))
     start = {(part, name): w.clone() for part, module in parts.items() for name, w in module.state_dict().items()}
-    trainer.run()
+    complete(run)
     for part, module in parts.items():
         for name, weight in module.state_dict().items():
             adapted = part == "transformer" and name in trained
@@ -270,7 +273,7 @@ def check_training(make_config: MakeConfig, folder: Path, output_dir: Path, *set
     remember = family.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
     )
-    with torch.no_grad(), lora.swapped(family.transformer, trainer.averaged):
+    with torch.no_grad(), lora.swapped(family.transformer, run.lora_step.averaged):
         text = family.encode(PROMPTS[:1])
         velocity = family.velocity(noise_of(family), 0.5, text)
         remember.remove()
@@ -289,7 +292,7 @@ def check_training(make_config: MakeConfig, folder: Path, output_dir: Path, *set
     for ours, theirs, bare in zip(expected, actual, base, strict=True):
         assert relative_error(theirs, ours) <= TOLERANCE
         assert relative_error(bare, ours) > 10 * TOLERANCE
-    return trainer
+    return run
 
 
 def first(output: Any) -> Tensor:

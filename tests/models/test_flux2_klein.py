@@ -157,8 +157,8 @@ def test_lora_adapts_the_blocks_and_nothing_else(family: BaseFamily):
 
 
 def test_it_trains_and_a_stock_pipeline_draws_with_the_adapter(make_config: MakeConfig, base: Path, tmp_path: Path):
-    trainer = check_training(make_config, base, tmp_path, *SETTINGS, "lora.targets=attention+feed_forward")
-    assert trainer.family.guided
+    run = check_training(make_config, base, tmp_path, *SETTINGS, "lora.targets=attention+feed_forward")
+    assert run.family.guided
 
 
 def test_a_prompt_has_the_tokens_that_the_chat_form_leaves(family: BaseFamily):

@@ -32,8 +32,8 @@ from family_checks import (
 )
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from ngrpo_lora.equations.solvers import flow_sigmas, stretch_to_terminal
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.solvers import flow_sigmas, stretch_to_terminal
 
 SIZE: dict[str, Any] = {"height_px": 32, "width_px": 48}
 STEPS = 4

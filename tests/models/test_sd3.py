@@ -33,10 +33,10 @@ from family_checks import (
 )
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from ngrpo_lora import lora
-from ngrpo_lora.embeddings import EmbeddingCache
+from ngrpo_lora.adapters import lora
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.export import check_export, save_adapter
+from ngrpo_lora.models._embeddings import EmbeddingCache
+from ngrpo_lora.training.export import check_export, save_adapter
 
 SIZE_PX = 32
 SIZE = [f"model.height_px={SIZE_PX}", f"model.width_px={SIZE_PX}"]

@@ -32,16 +32,19 @@ from PIL import Image, ImageSequence
 from transformers import UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
 
-from ngrpo_lora.cli import app
+from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.cli.app import app
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.export import FILE_NAME
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.pictures import Picture, read_png_text
-from ngrpo_lora.prompts import Prompt
-from ngrpo_lora.report import save_grid
-from ngrpo_lora.sampling import draw, sample_images
-from ngrpo_lora.tracking import read_metrics
-from ngrpo_lora.trainer import Trainer
+from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.records.metrics import read_metrics
+from ngrpo_lora.records.pictures import Picture, read_png_text
+from ngrpo_lora.reports.grids import save_grid
+from ngrpo_lora.sampling.sampler import draw, sample_images
+from ngrpo_lora.training.rewarding import collect, mean_of_frames, samples
+from ngrpo_lora.training.rollouts import decode, roll_out
+from ngrpo_lora.training.run import Run
+from ngrpo_lora.training.setup import prepare
 
 SMALL: dict[str, Any] = {"height_px": 16, "width_px": 32, "num_frames": 5, "max_sequence_length": 64}
 LARGE: dict[str, Any] = dict(SMALL, height_px=32, width_px=64)  # as many latents, of cells twice as wide
@@ -205,7 +208,7 @@ def test_lora_adapts_the_blocks_and_nothing_else(family: BaseFamily):
 
 
 @pytest.fixture(scope="module")
-def trainer(make_config: MakeConfig, wan21: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+def run(make_config: MakeConfig, wan21: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run, two of whose five frames are scored, groups of three samples as a whole."""
     folder = tmp_path_factory.mktemp("videos")
     (folder / "redness.py").write_text(REDNESS)
@@ -213,51 +216,49 @@ def trainer(make_config: MakeConfig, wan21: Path, tmp_path_factory: pytest.TempP
     return check_training(make_config, wan21, folder, *SETTINGS, rewards, "lora.targets=attention+feed_forward")
 
 
-def test_it_trains_and_a_stock_pipeline_draws_with_the_adapter(trainer: Trainer):
-    assert trainer.family.guided
-    assert trainer.family.num_frames == 5
+def test_it_trains_and_a_stock_pipeline_draws_with_the_adapter(run: Run):
+    assert run.family.guided
+    assert run.family.num_frames == 5
 
 
 @pytest.mark.parametrize(
     ("count", "chosen"), [(1, [2]), (2, [1, 3]), (3, [0, 2, 4]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])]
 )
-def test_scored_frames_are_evenly_spaced(
-    trainer: Trainer, count: int, chosen: list[int], monkeypatch: pytest.MonkeyPatch
-):
+def test_scored_frames_are_evenly_spaced(run: Run, count: int, chosen: list[int], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        trainer,
+        run,
         "config",
-        trainer.config.model_copy(update={"rewards": trainer.config.rewards.model_copy(update={"frames": count})}),
+        run.config.model_copy(update={"rewards": run.config.rewards.model_copy(update={"frames": count})}),
     )
     videos = [Image.new("RGB", (4, 4), (sample, frame, 0)) for sample in range(3) for frame in range(5)]
-    samples = trainer.samples([Prompt("a star", {"row": row}) for row in range(3)], videos)
-    seen = [image.getpixel((0, 0)) for image in samples.images]
+    seen_by_rewards = samples(run, [Prompt("a star", {"row": row}) for row in range(3)], videos)
+    seen = [image.getpixel((0, 0)) for image in seen_by_rewards.images]
     assert seen == [(sample, frame, 0) for sample in range(3) for frame in chosen]
-    assert [metadata["row"] for metadata in samples.metadata] == [row for row in range(3) for _ in chosen]
-    assert samples.group_size == len(seen)
+    assert [metadata["row"] for metadata in seen_by_rewards.metadata] == [row for row in range(3) for _ in chosen]
+    assert seen_by_rewards.group_size == len(seen)
     scores = torch.tensor([[float(frame) for frame in chosen]] * 3, dtype=torch.float64) + torch.arange(3)[:, None]
-    torch.testing.assert_close(trainer.per_sample(scores.flatten()), scores.mean(1))
+    torch.testing.assert_close(mean_of_frames(run, scores.flatten()), scores.mean(1))
 
 
-def test_a_whole_group_is_scored_with_all_its_frames_and_a_sample_has_their_mean(trainer: Trainer):
+def test_a_whole_group_is_scored_with_all_its_frames_and_a_sample_has_their_mean(run: Run):
     """Of each of two iterations two groups of 3 samples; two frames each. An evaluation's groups are single videos."""
-    calls = [json.loads(line) for line in (trainer.output_dir.parent / "redness.jsonl").open()]
+    calls = [json.loads(line) for line in (run.output_dir.parent / "redness.jsonl").open()]
     groups = [call for call in calls if len(call) > 2]
     assert [len(call) for call in groups] == [6] * 4
     assert {len(call) for call in calls} == {2, 6}
-    for iteration, metrics in enumerate(read_metrics(trainer.output_dir / "metrics.jsonl")[1:]):
+    for iteration, metrics in enumerate(read_metrics(run.output_dir / "metrics.jsonl")[1:]):
         of_both = np.array(groups[2 * iteration : 2 * iteration + 2])
         assert metrics["rollout/reward_mean"] == pytest.approx(of_both.mean(), rel=1e-9)
 
 
-def test_the_grid_shows_middle_frames(trainer: Trainer, wan21: Path, tmp_path: Path):
-    base, texts = load(wan21, **SMALL), [prompt.text for prompt in trainer.held_out]
-    seeds = [trainer.config.evaluation.seed + i for i in range(len(texts))]
-    videos = draw(base, base.encode(texts), seeds, trainer.config.rollout.solver, trainer.sigmas)
+def test_the_grid_shows_middle_frames(run: Run, wan21: Path, tmp_path: Path):
+    base, texts = load(wan21, **SMALL), [prompt.text for prompt in run.held_out]
+    seeds = [run.config.evaluation.seed + i for i in range(len(texts))]
+    videos = draw(base, base.encode(texts), seeds, run.config.rollout.solver, run.schedule.sigmas)
     save_grid(tmp_path / "grid.png", videos[2::5], texts)
     with (
         Image.open(tmp_path / "grid.png") as expected,
-        Image.open(trainer.output_dir / "samples" / "000000.png") as grid,
+        Image.open(run.output_dir / "samples" / "000000.png") as grid,
     ):
         assert expected.tobytes() == grid.tobytes()
 
@@ -266,7 +267,7 @@ def test_a_frame_without_a_score_masks_its_video(make_config: MakeConfig, wan21:
     """The fourth of a group's frames is the second of its second sample."""
     (tmp_path / "redness.py").write_text(REDNESS)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    trainer = Trainer(
+    run = prepare(
         make_config(
             tmp_path / "run",
             f"model.path={wan21}",
@@ -279,10 +280,10 @@ def test_a_frame_without_a_score_masks_its_video(make_config: MakeConfig, wan21:
             *SETTINGS,
         )
     )
-    text = trainer.family.encode([PROMPTS[0]])
-    (rollout,) = trainer.roll_out(text)
-    samples = trainer.samples([Prompt(PROMPTS[0], {})] * 3, trainer.decode(rollout))
-    batch = trainer.collect([rollout], [trainer.scorer.submit(samples)])
+    text = run.family.encode([PROMPTS[0]])
+    (rollout,) = roll_out(run, text)
+    seen_by_rewards = samples(run, [Prompt(PROMPTS[0], {})] * 3, decode(run, rollout))
+    batch = collect(run, [rollout], [run.scorer.submit(seen_by_rewards)])
     assert batch.valid.tolist() == [[True, False, True]]
     calls = [json.loads(line) for line in (tmp_path / "redness.jsonl").open()]
     means = np.array(calls).reshape(3, 2).mean(1)
@@ -294,18 +295,18 @@ def test_a_frame_without_a_score_masks_its_video(make_config: MakeConfig, wan21:
 # Videos on disk
 
 
-def run(*words: object) -> None:
+def command(*words: object) -> None:
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
 
 
 @pytest.fixture(scope="module")
-def adapter(trainer: Trainer) -> Path:
-    return trainer.output_dir / "adapter" / FILE_NAME
+def adapter(run: Run) -> Path:
+    return run.output_dir / "adapter" / FILE_NAME
 
 
 def test_sample_writes_an_animated_png_per_seed_of_which_score_sees_the_middle(adapter: Path, tmp_path: Path):
-    run("sample", "--adapter", adapter, "-p", PROMPTS[0], "--seed", 7, "--num-images", 2, "--output", tmp_path)
+    command("sample", "--adapter", adapter, "-p", PROMPTS[0], "--seed", 7, "--num-images", 2, "--output", tmp_path)
     drawn = sample_images(adapter, None, PROMPTS[:1], [7, 8])
     assert len(drawn) == 10
     for seed, video in ((7, drawn[:5]), (8, drawn[5:])):
@@ -318,10 +319,10 @@ def test_sample_writes_an_animated_png_per_seed_of_which_score_sees_the_middle(a
         assert Picture(path).load().tobytes() == video[2].tobytes()
 
 
-def test_compare_draws_middle_frames(trainer: Trainer, adapter: Path, tmp_path: Path):
-    folder = trainer.output_dir.parent
+def test_compare_draws_middle_frames(run: Run, adapter: Path, tmp_path: Path):
+    folder = run.output_dir.parent
     words = ["-r", f"{folder / 'redness.py'}:group", "--prompts", folder / "prompts.txt", "--num-prompts", 2]
-    run("compare", adapter, *words, "--seeds", 1, "--seed", 7, "--output", tmp_path)
+    command("compare", adapter, *words, "--seeds", 1, "--seed", 7, "--output", tmp_path)
     for number in range(2):
         with Image.open(tmp_path / "images" / "run" / f"{number:03d}-{7 + number}.png") as picture:
             expected = sample_images(adapter, None, [picture.info["prompt"]], [7 + number])[2]

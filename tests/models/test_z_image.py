@@ -26,8 +26,8 @@ from family_checks import (
 )
 from transformers import Qwen3Config, Qwen3Model
 
+from ngrpo_lora.equations.solvers import flow_sigmas
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.solvers import flow_sigmas
 
 SIZE: dict[str, Any] = {"height_px": 32, "width_px": 48}
 BASE_SHIFT, TURBO_SHIFT = 6.0, 3.0  # the figures of Tongyi-MAI/Z-Image and Z-Image-Turbo

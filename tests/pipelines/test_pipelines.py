@@ -25,18 +25,23 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ngrpo_lora import lora
-from ngrpo_lora.adapter_file import Format, convert, read_adapter_file, save_tensors
-from ngrpo_lora.export import FILE_NAME, read_adapter, read_metadata
-from ngrpo_lora.model_card import diffusers_usage, read_pushed
+from ngrpo_lora.adapters import lora
+from ngrpo_lora.adapters.header import FILE_NAME, read_adapter
+from ngrpo_lora.adapters.loading import load_adapter
+from ngrpo_lora.adapters.reading import read_adapter_file, read_metadata
+from ngrpo_lora.adapters.writing import Format, convert, save_tensors
+from ngrpo_lora.equations.noise import derive_seed
+from ngrpo_lora.equations.solvers import SOLVERS
+from ngrpo_lora.hub.card import diffusers_usage, read_pushed
+from ngrpo_lora.hub.pipeline_file import SCHEDULER, pipeline_file, scheduler_file
 from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.models.flux import EMBEDDED
-from ngrpo_lora.noise import derive_seed
-from ngrpo_lora.pictures import read_png_text
-from ngrpo_lora.pipeline_file import SCHEDULER, pipeline_file, scheduler_file
-from ngrpo_lora.sampling import load_family, sample_images
-from ngrpo_lora.solvers import SOLVERS
-from ngrpo_lora.trainer import Trainer
+from ngrpo_lora.records.pictures import read_png_text
+from ngrpo_lora.sampling.sampler import sample_images
+from ngrpo_lora.training.rollouts import roll_out
+from ngrpo_lora.training.setup import prepare
+from ngrpo_lora.training.trainer import complete
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 
@@ -119,7 +124,7 @@ def make_case(name: str, base: Path, adapter: Path) -> Case:
     ours.load_lora_weights(adapter, adapter_name="default")
     info = read_adapter(adapter)
     family = load_family(info.model.model_copy(update={"device": "cpu"}))
-    family.load_adapter(str(adapter), 1.0)
+    load_adapter(family, str(adapter), 1.0)
     other = exact(stock(base, family.pipeline_class, dtype=torch.float32), ours)
     other.load_lora_weights(adapter)
     return Case(name, base, adapter, ours, other, family)
@@ -153,7 +158,7 @@ def get_case(
             *(f"model.path={base}", "model.device=cpu", "evaluation.strict=null"),
             *("rollout.group_size=2", "algorithm.num_anchors=1", "algorithm.updates_per_rollout=1", "lora.alpha=8"),
         )
-        Trainer(config).run()
+        complete(prepare(config))
         return make_case(name, base, output / "adapter" / FILE_NAME)
 
     def get(name: str) -> Case:
@@ -290,7 +295,7 @@ def test_the_cards_snippet_of_other_families_draws_the_trainers_picture(
     settings |= {"rollout.solver": solver, "rollout.shift": 2.5, "trainer.num_iterations": 1}
     settings |= {"rollout.group_size": 2, "algorithm.num_anchors": 1, "algorithm.updates_per_rollout": 1}
     output = tmp_path / "run"
-    Trainer(make_config(output, *(f"{key}={value}" for key, value in settings.items()))).run()
+    complete(prepare(make_config(output, *(f"{key}={value}" for key, value in settings.items()))))
     adapter = output / "adapter" / FILE_NAME
     hub.repositories["owner/name"] = Repository()
     hub.files("owner/name")[FILE_NAME] = adapter.read_bytes()
@@ -335,17 +340,17 @@ def test_one_generator_draws_the_noises_that_the_stock_pipeline_draws(flux: Case
 
 
 def test_neighbours_have_the_noises_and_the_pictures_of_a_training_group(flux: Case, finished_run: FinishedRun):
-    trainer = finished_run.trainer
-    seed = derive_seed(trainer.config.seed, "rollout", trainer.iteration, 0)
+    run = finished_run.run
+    seed = derive_seed(run.config.seed, "rollout", run.iteration, 0)
     module = sys.modules[type(flux.ours).__mro__[1].__module__]
-    shape = trainer.family.latent_shape
+    shape = run.family.latent_shape
     noises = torch.cat(module.seeded_noises((1, *shape), seed, 4, 0.5))
-    assert torch.equal(noises, trainer.algorithm.neighborhood(shape, seed))  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(noises, run.algorithm.neighborhood(shape, seed))  # pyright: ignore[reportAttributeAccessIssue]
     assert module.derive_seed(seed, "delta", 3) == derive_seed(seed, "delta", 3)
 
-    with torch.no_grad(), lora.swapped(trainer.family.transformer, trainer.averaged):
-        rollout = next(iter(trainer.roll_out(trainer.family.encode(PROMPTS[:1] * len(trainer.groups)))))
-        pictures = trainer.family.decode(rollout.final)
+    with torch.no_grad(), lora.swapped(run.family.transformer, run.lora_step.averaged):
+        rollout = next(iter(roll_out(run, run.family.encode(PROMPTS[:1] * len(run.groups)))))
+        pictures = run.family.decode(rollout.final)
     group = flux.ours(PROMPTS[0], seeds=seed, neighbors=4)
     assert np.abs(pixels(group.images) - pixels(pictures)).max() <= 1
     wide = flux.ours(PROMPTS[0], seeds=[seed, 1], neighbors=2, perturbation_strength=1.0, output_type="latent").images

@@ -14,7 +14,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from ngrpo_lora.solvers import SOLVERS, flow_sigmas, shifted, stretch_to_terminal
+from ngrpo_lora.equations.solvers import SOLVERS, flow_sigmas, shifted, stretch_to_terminal
 
 FILE = Path(__file__).parents[2] / "pipelines" / "scheduling_flow_dpm.py"
 ORDER = {"dpmpp_2m": 2, "euler": 1}

@@ -18,7 +18,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from ngrpo_lora.config import ModelRewardConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.rewards import _clip, aesthetic, clip_score, hpsv2, pickscore
-from ngrpo_lora.scoring import Samples, Scorer
+from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.types import Samples
 
 SIZE_PX = 32
 PROMPTS = [

@@ -21,7 +21,8 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerForU
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.rewards import geneval
 from ngrpo_lora.rewards.geneval import Detection
-from ngrpo_lora.scoring import Samples, Scorer
+from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.types import Samples
 from ngrpo_lora.world.pretrain import make_tokenizers
 
 BUS, DOG = geneval.CLASSES.index("bus"), geneval.CLASSES.index("dog")

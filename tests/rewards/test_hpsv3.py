@@ -12,7 +12,8 @@ from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
 
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.rewards import hpsv3
-from ngrpo_lora.scoring import Samples, Scorer
+from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.types import Samples
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TEMPLATE = (

@@ -13,7 +13,8 @@ from transformers import BertTokenizer
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.rewards import imagereward
 from ngrpo_lora.rewards._blip import from_checkpoint
-from ngrpo_lora.scoring import Samples, Scorer
+from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.types import Samples
 
 VISION, TEXT, DEPTH, IMAGE_PX = 128, 64, 2, 48
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "circle", "dog", "on", "grass", "##s"]

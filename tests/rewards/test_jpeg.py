@@ -8,7 +8,8 @@ from PIL import Image
 
 from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.rewards.jpeg import score
-from ngrpo_lora.scoring import BoundReward, Samples
+from ngrpo_lora.scoring.scorer import BoundReward
+from ngrpo_lora.types import Samples
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 

@@ -21,7 +21,9 @@ from scripted_server import CHAT, MODELS, ONE_MODEL, Answer, ScriptedServer, mod
 
 from ngrpo_lora.config import parse_config
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.scoring import BoundReward, Samples, ScoreCache
+from ngrpo_lora.scoring.cache import ScoreCache
+from ngrpo_lora.scoring.scorer import BoundReward
+from ngrpo_lora.types import Samples
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
 Serve = Callable[..., ScriptedServer]

@@ -11,10 +11,10 @@ from functools import cache
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from ngrpo_lora import rewards
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.rewards.ocr import Config, Reward, quoted, similarity
-from ngrpo_lora.scoring import BoundReward, Samples
+from ngrpo_lora.scoring.scorer import BoundReward, load_reward
+from ngrpo_lora.types import Samples
 
 PROMPT = 'a shop sign that says "Hello"'
 
@@ -135,7 +135,7 @@ def test_nothing_is_asked_of_the_network(monkeypatch: pytest.MonkeyPatch):
 def test_without_its_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     with pytest.raises(UserError, match=r"reward ocr needs .* pip install 'ngrpo-lora\[ocr\]'"):
-        rewards.load(Config(name="ocr"))
+        load_reward(Config(name="ocr"))
 
 
 def test_without_its_models_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path):
@@ -143,4 +143,4 @@ def test_without_its_models_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(rapidocr, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(UserError, match=r"needs the model PP-OCRv6_det_small.onnx .* pip install 'ngrpo-lora\[ocr\]'"):
-        rewards.load(Config(name="ocr"))
+        load_reward(Config(name="ocr"))

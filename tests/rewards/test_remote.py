@@ -29,11 +29,12 @@ from PIL import Image
 from scripted_server import Answer, ScriptedServer
 from typer.testing import CliRunner
 
-from ngrpo_lora.cli import app
+from ngrpo_lora.cli.app import app
 from ngrpo_lora.config import parse_config
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.reward_server import MAX_REQUEST_BYTES, RewardServer
-from ngrpo_lora.scoring import Samples, Scorer
+from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.scoring.server import MAX_REQUEST_BYTES, RewardServer
+from ngrpo_lora.types import Samples
 from ngrpo_lora.world import scenes
 
 OWN = """

@@ -12,8 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.prompts import open_prompts
-from ngrpo_lora.sampling import draw, load_family
+from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.prompts.sources import open_prompts
+from ngrpo_lora.sampling.sampler import draw
 
 HERE = Path(__file__).parent
 COUNT, COLUMNS, SIDE_PX, SEED = 192, 16, 64, 2000

@@ -1,0 +1,132 @@
+"""The LoRA file behind what people type: a file, a run, a repository of the Hub, with a strength or without."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ngrpo_lora.errors import ConfigError, UserError
+
+__all__ = ["adapter_label", "find_adapter", "finite_strength", "parse_weighted"]
+
+
+STANDARD_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers', PEFT's
+PLACES = "a LoRA file, a run's folder or a repository of the Hub (owner/name)"
+NO_OTHER = "no other safetensors file"
+HUB_FILE = r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+))?"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def find_adapter(path: str | Path, what: str = "adapter") -> Path:
+    """The LoRA file itself, also when its folder, its run's folder or its repository of the Hub is given.
+
+    What is on this disk wins; then `owner/name` is a repository, and `owner/name/file.safetensors` a file of one.
+
+    Raises:
+        ConfigError: nothing there, or several adapters in a place that names none of them as diffusers or PEFT do.
+        UserError: it cannot be had from the Hub.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        if (found := re.fullmatch(HUB_FILE, path.as_posix())) is None:
+            raise ConfigError(f"{what} must be {PLACES}, but {str(path)!r} does not exist")
+        return _download(found[1], found[2], what)
+    for folder in (path, path / "adapter"):
+        if name := the_adapter((file.name for file in folder.glob("*")), str(folder), what):
+            return folder / name
+    raise ConfigError(f"{what} must be {PLACES}, but {str(path)!r} holds no {STANDARD_NAMES[0]} and {NO_OTHER}")
+
+
+def the_adapter(names: Iterable[str], where: str, what: str) -> str | None:
+    """Which of a folder's files is the adapter; None: it holds none.
+
+    Raises:
+        ConfigError: several, of which none is named as diffusers or PEFT do.
+        UserError: a pickle file and nothing else.
+    """
+    inside = sorted(names)
+    named = [name for name in STANDARD_NAMES if name in inside]
+    found = named or [name for name in inside if name.endswith(".safetensors")]
+    if len(found) > 1:
+        raise ConfigError(f"{what} must be one LoRA, but {where!r} holds {' and '.join(found[:3])}; give the file")
+    if not found and (pickles := [name for name in inside if name.endswith(PICKLE_SUFFIXES)]):
+        refuse_pickle(Path(where, pickles[0]))
+    return found[0] if found else None
+
+
+def _download(repo: str, name: str | None, what: str) -> Path:
+    """A file of a repository of the Hub, or the adapter that it holds, from the cache where it is there."""
+    from huggingface_hub import hf_hub_download, model_info
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    from ngrpo_lora.downloads import hub_errors
+
+    if name is not None:
+        refuse_pickle(Path(repo, name))
+    shown = repr(repo if name is None else f"{repo}/{name}")
+    with hub_errors(f"{what} {shown} is no file or folder here, and the repository {repo!r}", repo, "a local file"):
+        try:
+            return Path(hf_hub_download(repo, name or STANDARD_NAMES[0]))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            inside = [file.rfilename for file in model_info(repo).siblings or [] if "/" not in file.rfilename]
+        if name is None and (found := the_adapter(inside, repo, what)):
+            if found == STANDARD_NAMES[1] and "adapter_config.json" in inside:
+                hf_hub_download(repo, "adapter_config.json")  # where PEFT says alpha
+            return Path(hf_hub_download(repo, found))
+    missing = f"{STANDARD_NAMES[0]} and {NO_OTHER}" if name is None else name
+    raise ConfigError(f"{what} must be {PLACES}, but {repo!r} on the Hub holds no {missing}")
+
+
+def parse_weighted(text: str, default: float = 1.0) -> tuple[str, float]:
+    """`FILE:0.5` -> the path and its weight, or `default` where none is given.
+
+    Raises:
+        ConfigError: a weight that is not finite.
+    """
+    path, _, number = text.rpartition(":")
+    try:
+        path, weight = (path, float(number)) if path else (text, default)
+    except ValueError:  # the colon is part of the path
+        path, weight = text, default
+    return path, finite_strength(path, weight)
+
+
+def finite_strength(path: str, strength: float) -> float:
+    """The strength of an adapter.
+
+    Raises:
+        ConfigError: it is not finite.
+    """
+    if not math.isfinite(strength):
+        raise ConfigError(f"the strength of an adapter must be finite, got {strength} for {path!r}")
+    return strength
+
+
+def adapter_label(path: Path) -> str:
+    """The file's name, or that of the run's folder or of the repository where the file is called what all are."""
+    folder = Path(os.path.abspath(path)).parent  # the Hub's cache has links, to files with numbers for names
+    run = folder.parent if folder.name == "adapter" else folder
+    if folder.parent.name == "snapshots":
+        run = Path(folder.parent.parent.name.rpartition("--")[2])
+    return re.sub(r"[^\w.-]+", "-", run.name if path.name in STANDARD_NAMES else path.stem)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise UserError for a pickle file, by its name or its first bytes; nothing of it is unpickled."""
+    pickled = path.suffix in PICKLE_SUFFIXES
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(8)  # of torch.save's archive, or of a bare pickle; of safetensors the header's length
+        pickled = pickled or start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and any(start[4:]))
+    if pickled:
+        raise UserError(
+            f"adapter {str(path)!r} is a pickle file, which can run any code when it is loaded; give a .safetensors "
+            "file, or have whoever made this one convert it"
+        )

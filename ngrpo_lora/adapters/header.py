@@ -1,0 +1,49 @@
+"""What an adapter says of itself in its header, so that it is drawn as it was trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ngrpo_lora.adapters.reading import read_metadata
+from ngrpo_lora.config import ModelConfig, RolloutConfig
+from ngrpo_lora.errors import UserError
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter says of itself: the model it belongs to and how it was sampled in training."""
+
+    model: ModelConfig
+    rollout: RolloutConfig
+
+
+def code_version() -> str:
+    """This package's version, `unknown` in a bare source tree."""
+    try:
+        return version("ngrpo-lora")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def read_adapter(path: str | Path) -> AdapterInfo:
+    """What an adapter says of itself; defaults where it is of another trainer and says nothing.
+
+    Raises:
+        UserError: not a safetensors file, or our metadata in it cannot be understood.
+    """
+    metadata = read_metadata(path)
+    if "ngrpo" not in metadata:
+        return AdapterInfo(ModelConfig(), RolloutConfig())
+    try:
+        own: dict[str, Any] = json.loads(metadata["ngrpo"])
+        return AdapterInfo(ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"]))
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"adapter {str(path)!r} has ngrpo metadata that this version cannot read: {error}") from error

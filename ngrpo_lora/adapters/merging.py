@@ -1,0 +1,186 @@
+"""Adapters put together: into one adapter, exactly or at a lower rank, or into the weights of a base model."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples, read_adapter_file
+from ngrpo_lora.adapters.report import digest, header_value
+from ngrpo_lora.adapters.writing import peft_metadata, state_dict
+from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.world import EMBEDDED
+
+__all__ = ["Merged", "merge", "merge_into_base"]
+
+KEPT = ("code_version", "family", "model", "rollout")  # of the first adapter's own metadata: how it is drawn
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The weighted sum of adapters."""
+
+    layers: dict[str, Layer]
+    metadata: dict[str, str]
+    error: float
+    """Norm of what a lower rank leaves out, over that of the exact sum."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As diffusers has it."""
+        return state_dict(self.layers)
+
+
+def merge(sources: Sequence[tuple[str, float]], rank: int | None = None) -> Merged:
+    """The weighted sum of adapters, by their ranks side by side, or the best approximation of a lower rank (SVD).
+
+    Args:
+        sources: files, each with its weight.
+        rank: the highest of a layer; None: the sum of all ranks, which is exact.
+    Raises:
+        UserError: a file that cannot be read, or adapters of different models.
+    """
+    files = [read_adapter_file(path) for path, _ in sources]
+    _check_alike(files)
+    layers: dict[str, Layer] = {}
+    for name in dict.fromkeys(name for file in files for name in file.layers):
+        pairs = [
+            (file.layers[name], weight) for file, (_, weight) in zip(files, sources, strict=True) if name in file.layers
+        ]
+        down = torch.cat([layer.down.float() for layer, _ in pairs])
+        layers[name] = Layer(down, torch.cat([layer.folded * weight for layer, weight in pairs], 1))
+    error = 0.0
+    if rank is not None:
+        reduced = {name: _reduce(layer, rank) for name, layer in layers.items()}
+        total = sum(layer.norm() ** 2 for layer in layers.values())
+        error = math.sqrt(sum(lost for _, lost in reduced.values()) / total) if total else 0.0
+        layers = {name: layer for name, (layer, _) in reduced.items()}
+    return Merged(layers, _metadata(files, [weight for _, weight in sources], layers), error)
+
+
+def _check_alike(files: Sequence[AdapterFile]) -> None:
+    """Raise UserError for adapters of different models."""
+    first = files[0]
+    for file in files[1:]:
+        if file.family != first.family:
+            raise UserError(
+                f"adapters must be of one model to be merged, but {str(first.path)!r} is of "
+                f"{first.family or 'unknown'} and {str(file.path)!r} of {file.family or 'unknown'}"
+            )
+        for name in [name for name in first.layers if name in file.layers]:
+            mine, other = ((len(layer.up), *layer.down.shape[1:]) for layer in (first.layers[name], file.layers[name]))
+            if mine != other:
+                raise UserError(
+                    f"adapters must be of one model to be merged, but {name!r} is {mine} in {str(first.path)!r} and "
+                    f"{other} in {str(file.path)!r}"
+                )
+
+
+def _reduce(layer: Layer, rank: int) -> tuple[Layer, float]:
+    """The nearest pair of at most `rank` (Eckart-Young), by QR and an SVD of (r, r); and the squared norm it lacks."""
+    if layer.rank <= rank:
+        return layer, 0.0
+    up_q, up_r = torch.linalg.qr(layer.folded.double().flatten(1))
+    down_q, down_r = torch.linalg.qr(layer.down.double().flatten(1).T)
+    u, s, v = torch.linalg.svd(up_r @ down_r.T, full_matrices=False)
+    root = s[:rank].sqrt()
+    up = (up_q @ u[:, :rank] * root).float().view(len(layer.up), -1, *layer.up.shape[2:])
+    down = (root[:, None] * v[:rank] @ down_q.T).float().view(-1, *layer.down.shape[1:])
+    return Layer(down, up), s[rank:].square().sum().item()
+
+
+def _metadata(files: Sequence[AdapterFile], weights: Sequence[float], layers: Mapping[str, Layer]) -> dict[str, str]:
+    """How the first adapter is drawn, and what was merged."""
+    first = files[0].metadata
+    merged = [
+        {"file": file.path.name, "sha256": digest(file.path), "weight": weight} | _source(file)
+        for file, weight in zip(files, weights, strict=True)
+    ]
+    metadata = {key: value for key, value in first.items() if key.startswith("modelspec.") or "base_model" in key}
+    if own := header_value(first, "ngrpo", {}):
+        metadata["ngrpo"] = json.dumps({key: own[key] for key in KEPT if key in own}, sort_keys=True)
+    return metadata | {
+        "format": "pt",
+        "lora_adapter_metadata": peft_metadata(layers),
+        "ngrpo_merged": json.dumps(merged, sort_keys=True),
+        "modelspec.title": " + ".join(
+            f"{weight:g} x {file.path.stem}" for file, weight in zip(files, weights, strict=True)
+        ),
+    }
+
+
+def _source(file: AdapterFile) -> dict[str, Any]:
+    """Rewards that an adapter of ours was trained on."""
+    rewards = header_value(file.metadata, "ngrpo", {}).get("rewards", [])
+    return {"rewards": [reward.get("label") or reward["name"] for reward in rewards]} if rewards else {}
+
+
+def merge_into_base(merged: Merged, base: str, output: Path) -> None:
+    """A copy of a model's folder whose transformer has the adapters' effect, in the number type that it has.
+
+    One file of weights is in memory at a time.
+
+    Args:
+        base: `embedded`, or a folder as diffusers' `save_pretrained` writes it.
+        output: made; must not exist.
+    Raises:
+        UserError: no such model, its weights are quantised, or it lacks a layer or has it in another size.
+    """
+    source = EMBEDDED if base == "embedded" else Path(base)
+    shards = sorted((source / "transformer").glob("*.safetensors"))
+    if not shards:
+        raise ConfigError(
+            f"--base must be embedded or a diffusers folder, but {base!r} holds no transformer/*.safetensors; "
+            "`hf download` fetches a model of the Hub"
+        )
+    if output.exists():
+        raise ConfigError(f"--output must be a new folder with --base, but {str(output)!r} is there")
+    _check_base(merged, base, shards)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(source, partial, ignore=lambda folder, names: [n for n in names if Path(folder, n) in shards])
+        for shard in shards:
+            weights = load_file(shard)
+            for name in merged.layers.keys() & {key.removesuffix(".weight") for key in weights}:
+                weight = weights[f"{name}.weight"]
+                delta = merged.layers[name].delta().view(weight.shape)
+                weights[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+            metadata = {"format": "pt", "ngrpo_merged": merged.metadata["ngrpo_merged"]}
+            save_file(weights, partial / "transformer" / shard.name, metadata)
+        partial.rename(output)
+    except OSError as error:
+        raise UserError(f"--output {str(output)!r} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_base(merged: Merged, base: str, shards: Sequence[Path]) -> None:
+    """Raise UserError unless every layer is there, in its size and in floating-point numbers."""
+    shapes: dict[str, tuple[list[int], str]] = {}
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            for key in file.keys():
+                weight = file.get_slice(key)
+                shapes[key.removesuffix(".weight")] = weight.get_shape(), weight.get_dtype()
+    if missing := [name for name in merged.layers if name not in shapes]:
+        raise UserError(
+            f"--base {base!r} is not the adapters' model: {len(missing)} of their {len(merged.layers)} layers are not "
+            f"there ({examples(missing)})"
+        )
+    for name, layer in merged.layers.items():
+        shape, dtype = shapes[name]
+        if shape != [len(layer.up), *layer.down.shape[1:]]:
+            raise UserError(f"--base {base!r} is not the adapters' model: {name!r} has the shape {shape} there")
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(
+                f"--base {base!r} must not be quantised, but {name!r} is {dtype}; give the original weights"
+            )

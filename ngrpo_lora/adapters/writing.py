@@ -1,0 +1,153 @@
+"""LoRA layers written in the format that is asked for, with alpha folded in."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ngrpo_lora.adapters.names import (
+    FORMATS,
+    KOHYA_PREFIX,
+    NAMES,
+    NATIVE_FORMATS,
+    row_shares,
+)
+from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples
+from ngrpo_lora.errors import UserError
+
+__all__ = ["Format", "convert", "save_tensors", "state_dict"]
+
+
+Format = Literal["diffusers", "comfyui", "kohya"]
+
+
+def state_dict(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """As diffusers has it, alpha folded in, float32."""
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"transformer.{name}.lora_A.weight"] = layer.down.float().contiguous()
+        tensors[f"transformer.{name}.lora_B.weight"] = layer.folded.contiguous()
+    return tensors
+
+
+def convert(file: AdapterFile, form: Format) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of the adapter in another format; of the header all stays that is still true.
+
+    Raises:
+        UserError: a format that this family's readers do not understand, with those that they do.
+    """
+    family, name = file.family, str(file.path)
+    if family is None:
+        raise UserError(f"adapter {name!r} is of a model that is unknown here; known are {', '.join(FORMATS)}")
+    if form not in FORMATS[family]:
+        raise UserError(
+            f"--format {form} has no reader for an adapter of {family}; give --format {' or '.join(FORMATS[family])}"
+        )
+    metadata = {key: value for key, value in file.metadata.items() if key != "lora_adapter_metadata"}
+    rank = Counter(layer.rank for layer in file.layers.values()).most_common(1)[0][0]
+    metadata |= {"format": "pt", "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
+    if form == "diffusers" or (form == "comfyui" and family not in NATIVE_FORMATS):
+        return state_dict(file.layers), metadata | {"lora_adapter_metadata": peft_metadata(file.layers)}
+    originals = _originals(file, family)
+    if form == "comfyui":
+        folded = {f"diffusion_model.{name}": layer for name, layer in originals.items()}
+        return {key.removeprefix("transformer."): tensor for key, tensor in state_dict(folded).items()}, metadata
+    _check_kohya(file, family, originals)
+    tensors = {}
+    for name, layer in originals.items():
+        flat = KOHYA_PREFIX + name.replace(".", "_")
+        tensors[f"{flat}.lora_down.weight"] = layer.down.float().contiguous()
+        tensors[f"{flat}.lora_up.weight"] = layer.folded.contiguous()
+        tensors[f"{flat}.alpha"] = torch.tensor(float(layer.rank))
+    return tensors, metadata | {"ss_network_module": "networks.lora"}
+
+
+def peft_metadata(layers: Mapping[str, Layer]) -> str:
+    """PEFT's settings for folded layers, as little as diffusers needs; ranks that differ are named in full."""
+    (rank, _), *others = Counter(layer.rank for layer in layers.values()).most_common()
+    config: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": list(layers)}
+    if others:
+        pattern = {f"^{re.escape(name)}": layer.rank for name, layer in layers.items() if layer.rank != rank}
+        config |= {"rank_pattern": pattern, "alpha_pattern": pattern}
+    return json.dumps({f"transformer.{key}": value for key, value in config.items()}, sort_keys=True)
+
+
+def _originals(file: AdapterFile, family: str) -> dict[str, Layer]:
+    """By the original names, with those layers as one that are one there."""
+    left, originals = dict(file.layers), {}
+    numbers = sorted({int(number) for name in left for number in re.findall(r"\.(\d+)\.", name)}) or [0]
+    for number in numbers:
+        for form, forms in NAMES[family].items():
+            parts = [part.format(number) for part in forms]
+            layers = [left.pop(part, None) for part in parts]
+            if any(layers):
+                originals[form.format(number)] = _fuse(layers, row_shares(parts))
+    if left:
+        raise UserError(
+            f"adapter {str(file.path)!r} adapts layers that have no name in this format ({examples(left)}); "
+            "--format diffusers has them"
+        )
+    return originals
+
+
+def _fuse(parts: Sequence[Layer | None], shares: Sequence[int]) -> Layer:
+    """One layer of all: ranks one after the other, each with rows of its own; what is missing has zeros.
+
+    Source: sd-scripts' layout of fused layers.
+    """
+    if len(parts) == 1 and parts[0] is not None:
+        return parts[0]
+    there = [(layer, share) for layer, share in zip(parts, shares, strict=True) if layer is not None]
+    width, ranks = len(there[0][0].up) // there[0][1], [layer.rank for layer, _ in there]
+    up, start = torch.zeros(width * sum(shares), sum(ranks)), 0
+    rows = up.split([width * share for share in shares])  # views
+    for layer, row in zip(parts, rows, strict=True):
+        if layer is not None:
+            row[:, start : start + layer.rank] = layer.folded
+            start += layer.rank
+    return Layer(torch.cat([layer.down.float() for layer, _ in there]), up)
+
+
+def _check_kohya(file: AdapterFile, family: str, originals: Mapping[str, Layer]) -> None:
+    """What diffusers' reading of kohya's names takes for granted."""
+    if family == "flux":
+        for name, layer in originals.items():
+            if name.endswith("linear1") and len(layer.up) != 7 * 3072:
+                raise UserError(
+                    f"--format kohya needs the width of FLUX.1, 3072, but {str(file.path)!r} has {len(layer.up) // 7}; "
+                    "give --format comfyui"
+                )
+    if family == "wan":
+        blocks = {name.split(".")[1] for name in originals if name.startswith("blocks.")}
+        layers = [form for form in NAMES["wan"] if form.startswith("blocks.") and not form.endswith("_img")]
+        expected = {form.format(block) for form in layers for block in blocks}
+        if missing := sorted(expected - originals.keys()):
+            raise UserError(
+                f"--format kohya needs every attention and feed-forward layer of a block for diffusers to read Wan's, "
+                f"but {str(file.path)!r} leaves out {examples(missing)}; give --format comfyui"
+            )
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output {str(path)!r} cannot be written: {error}") from None

@@ -1,0 +1,19 @@
+"""The `ngrpo` command: one file a group of commands, each of which imports what it needs when it is called."""
+
+from ngrpo_lora.cli import adapters, bench, evaluate, inspect, push, sample, train
+from ngrpo_lora.cli.app import app, group
+
+__all__ = ["app"]
+
+for command in (
+    *(train.train, sample.sample, adapters.info, adapters.export, adapters.merge),
+    *(evaluate.score, evaluate.compare, evaluate.curves, push.push),
+    *(inspect.config, inspect.plan, inspect.presets, inspect.rewards, inspect.reward_server),
+):
+    app.command()(command)
+
+bench_app = group("bench", "Measure this machine.")
+for command in (bench.overhead, bench.gpu, bench.solver, bench.pipeline):
+    bench_app.command()(command)
+
+group("prompts", "Look at prompts before training on them.").command()(inspect.inspect)

@@ -1,0 +1,96 @@
+"""`ngrpo info`, `export` and `merge`: LoRA files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ngrpo_lora.cli.app import print_table
+from ngrpo_lora.errors import ConfigError
+
+
+def info(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...", help="LoRA files of any trainer, runs, or owner/name of the Hub.", show_default=False
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
+) -> None:
+    """Say what LoRA files are and want: trainer, base, ranks, alpha, layers, effect, and how to draw with them."""
+    from ngrpo_lora.adapters.report import describe, lines
+
+    said = [describe(file) for file in files]
+    if as_json:
+        typer.echo(json.dumps(said, indent=1))
+        return
+
+    from rich.table import Table
+    from rich.text import Text
+
+    for one in said:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, value in lines(one):
+            table.add_row(Text(name, style="bold"), Text(value))
+        print_table(table)
+        typer.echo()
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="A LoRA file of any trainer, a run, or owner/name of the Hub.")
+    ],
+    form: Annotated[str, typer.Option("--format", help="diffusers, comfyui or kohya.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file to write; default: NAME-FORMAT.safetensors beside the adapter, of the Hub's ones here."
+        ),
+    ] = None,
+) -> None:
+    """Write an adapter in another format, with its alpha folded in."""
+    if form not in ("diffusers", "comfyui", "kohya"):
+        raise ConfigError(f"--format must be diffusers, comfyui or kohya, got {form!r}")
+
+    from ngrpo_lora.adapters.finding import adapter_label, find_adapter
+    from ngrpo_lora.adapters.reading import read_adapter_file
+    from ngrpo_lora.adapters.writing import convert, save_tensors
+
+    file = read_adapter_file(find_adapter(source, "FILE"))
+    beside = file.path.with_stem(f"{file.path.stem}-{form}")
+    target = output or (beside if Path(source).exists() else Path(f"{adapter_label(file.path)}-{form}.safetensors"))
+    save_tensors(target, *convert(file, form))
+    typer.echo(target)
+
+
+def merge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE[:WEIGHT]...",
+            help="LoRA files, runs, or owner/name of the Hub; weight 1 if not given.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The LoRA file to write; with --base a folder, which is made.")],
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Reduce to this rank, by SVD; default: the sum of ranks, which is exact.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Merge into this model: embedded, or a diffusers folder.")] = None,
+) -> None:
+    """Add up adapters into one, or into the weights of a base model."""
+    from ngrpo_lora.adapters.finding import parse_weighted
+    from ngrpo_lora.adapters.merging import merge as merge_adapters
+    from ngrpo_lora.adapters.merging import merge_into_base
+    from ngrpo_lora.adapters.writing import save_tensors
+
+    merged = merge_adapters([parse_weighted(text) for text in adapters], rank)
+    if base is None:
+        save_tensors(output, merged.tensors(), merged.metadata)
+    else:
+        merge_into_base(merged, base, output)
+    typer.echo(output if rank is None else f"{output}: relative error {merged.error:.3g} at rank {rank}")

@@ -1,0 +1,144 @@
+"""The `ngrpo` command. Heavy imports are inside the commands, so that `--help` and configuration errors are fast."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ngrpo_lora.errors import ConfigError, SharedError, UserError
+
+if TYPE_CHECKING:
+    from ngrpo_lora.config import Option
+
+__all__ = ["app"]
+
+
+class _Group(TyperGroup):
+    """Shows a UserError as its message alone, with exit status 2; every other error keeps its traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            if not isinstance(error, SharedError) or os.environ.get("RANK", "0") == "0":
+                typer.echo(f"ngrpo: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Tune flow-matching image models on rewards with Neighbor GRPO and LoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="A YAML file or a preset (default: demo), then settings such as rollout.num_steps=8. "
+        "`ngrpo config --describe` lists all keys.",
+        show_default=False,
+    ),
+]
+
+
+def split_arguments(arguments: list[str] | None) -> tuple[str | None, list[str]]:
+    """The first word is the config when it has no `=`; all others are overrides."""
+    words = arguments or []
+    return (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"ngrpo-lora {version('ngrpo-lora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Tune flow-matching image models on rewards with Neighbor GRPO and LoRA."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("ngrpo_lora").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that no command here needs
+
+
+def group(name: str, help: str) -> typer.Typer:
+    """A command of commands, `ngrpo NAME ...`."""
+    commands = typer.Typer(help=help, no_args_is_help=True)
+    app.add_typer(commands, name=name)
+    return commands
+
+
+Rewards = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reward",
+        "-r",
+        metavar="REWARD",
+        help="A reward's name, or a mapping as in rewards.train, '{name: NAME, cache: true}'; repeat for several.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto (prefers a GPU), cpu, cuda, cuda:N or mps.")]
+
+
+def make_folder(output: Path) -> None:
+    """Make the folder, and make sure that it can be written to."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output must be a writable folder, got {str(output)!r}: {error.strerror}") from None
+
+
+def asked_device(device: str) -> str:
+    """The device behind `auto`; one that is not there is an error."""
+    from ngrpo_lora.config.section import DEVICE_PATTERN
+    from ngrpo_lora.devices import resolve_device
+
+    if re.match(DEVICE_PATTERN, device) is None:
+        raise ConfigError(f"--device must be auto, cpu, cuda, cuda:N or mps, got {device!r}")
+    return resolve_device(device)
+
+
+def print_options(options: Iterable[Option]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from ngrpo_lora.config import show_value
+
+    table = Table("key", "accepts", "default", "meaning", box=None, pad_edge=False)
+    for option in options:
+        if option.is_section:
+            table.add_row(Text(f"\n{option.key}", style="bold"), "", "", Text(f"\n{option.description}", style="bold"))
+        else:
+            default = option.default if isinstance(option.default, str) else show_value(option.default)
+            table.add_row(*map(Text, (option.key, option.type, default, option.description)))
+    print_table(table)
+
+
+def print_table(what: Any) -> None:
+    """Print a table of rich's as wide as the terminal; wide where there is none."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 200).print(what)

@@ -1,0 +1,85 @@
+"""`ngrpo bench ...`: measure this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ngrpo_lora.cli.app import RunArguments, split_arguments
+
+
+def overhead(
+    arguments: RunArguments = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Timed iterations of each variant.")] = 5,
+) -> None:
+    """What each speed setting is worth here: a configuration as it is, and with each of them the other way."""
+    from ngrpo_lora.config import load_config
+
+    config = load_config(*split_arguments(arguments))
+
+    from ngrpo_lora.bench.training import overhead_table
+
+    overhead_table(config, iterations, typer.echo)
+
+
+def gpu(
+    arguments: RunArguments = None,
+    size: Annotated[
+        list[int] | None, typer.Option(min=16, help="Height and width, px; repeat for several.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Samples per forward pass; repeat for several.", show_default=False)
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each stage.")] = 3,
+) -> None:
+    """What a model costs here: time and peak memory by size and batch, with random weights, so nothing is downloaded.
+
+    Sizes are the configuration's, batches 1, 2 and 4, unless given.
+    """
+    from ngrpo_lora.config import load_config
+
+    config = load_config(*split_arguments(arguments))
+
+    from ngrpo_lora.bench.training import gpu_table
+
+    gpu_table(config, size or [config.model.height_px], batch or [1, 2, 4], repeats, typer.echo)
+
+
+def solver(
+    steps: Annotated[
+        list[int] | None, typer.Option(min=1, help="Solver steps; repeat for several.", show_default=False)
+    ] = None,
+    shift: Annotated[
+        list[float] | None, typer.Option(min=0.01, help="Timestep shift; repeat for several.", show_default=False)
+    ] = None,
+) -> None:
+    """What the solver errs by on a flow whose answer is known, its order, and what integer timesteps cost.
+
+    Steps are 4, 8, 16, ... 1024 and shifts 1 and 3, unless given.
+    """
+    from ngrpo_lora.bench.solver import solver_table
+
+    solver_table(steps or [2**power for power in range(2, 11)], shift or [1.0, 3.0], typer.echo)
+
+
+def pipeline(
+    widen: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="The embedded model's transformer so many times as wide; repeat.", show_default=False),
+    ] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(min=16, help="Height and width, px; repeat for several.", show_default=False)
+    ] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(min=1, help="Solver steps; repeat for several.", show_default=False)
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed pictures of each kind.")] = 10,
+) -> None:
+    """What our diffusers pipeline, and diffusers' own, add to the time that their networks take.
+
+    Widths are 1 and 4, size is 64 px and steps are 8 and 28, unless given.
+    """
+    from ngrpo_lora.bench.pipeline import overhead_table
+
+    overhead_table(widen or [1, 4], size or [64], steps or [8, 28], repeats, typer.echo)

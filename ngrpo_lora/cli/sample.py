@@ -1,0 +1,102 @@
+"""`ngrpo sample`: draw pictures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ngrpo_lora.cli.app import make_folder
+from ngrpo_lora.errors import ConfigError
+
+
+def sample(
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeat for several prompts.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="More of them: a source as in prompts.train, such as mine.txt or hpdv2:test.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="How many to take of --prompts.")] = 24,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:STRENGTH]",
+            help="LoRA file of any trainer, the folder of a run, or owner/name of the Hub; repeated, they draw "
+            "together. Without it the base model draws.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the first image of every prompt; default: 0.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Images per prompt, with seeds SEED, SEED + 1, ...")] = 1,
+    strength: Annotated[
+        float | None, typer.Option(help="Of adapters that have none beside their name; 1 is as trained, 0 the base.")
+    ] = None,
+    base_too: Annotated[bool, typer.Option("--base-too", help="Draw everything with the base model too.")] = False,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Each adapter draws alone: grid.png has prompts by adapters.")
+    ] = False,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="A picture that this command drew: draw it again, with what else is given changed."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="embedded, a diffusers folder or a Hub id; default: the model that the adapter names."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Solver steps; default: the first adapter's, as all below.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Timestep shift.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    solver: Annotated[str | None, typer.Option(help="dpmpp_2m or euler.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the PNG files; made when missing.")] = Path("samples"),
+) -> None:
+    """Draw images, or videos as animated PNG; the same prompt and seed give the same pixels, whatever else is drawn.
+
+    Every file says how it was drawn, so that --like can draw it again.
+    """
+    if not all(text.strip() for text in prompt or []):
+        raise ConfigError("--prompt must not be empty; say what to draw, for example --prompt 'a red star'")
+    if not (prompt or prompts or like):
+        raise ConfigError("--prompt, --prompts or --like must be given, for example --prompt 'a red star'")
+
+    from ngrpo_lora.adapters.finding import find_adapter, finite_strength, parse_weighted
+
+    chosen = [parse_weighted(text, 1.0 if strength is None else strength) for text in adapter or []]
+    adapters = [(find_adapter(path, "--adapter"), factor) for path, factor in chosen]
+    make_folder(output)
+
+    from ngrpo_lora.prompts import sources
+    from ngrpo_lora.records.pictures import save_png
+    from ngrpo_lora.sampling import recipes, settings
+
+    texts = [*(prompt or []), *(sources.listed_prompts(prompts, num_prompts) if prompts else [])]
+    info = settings.drawing_settings(adapters[0][0] if adapters else None, model)
+    if like is not None:
+        recipe = recipes.read_recipe(like, same_adapters=not adapters)
+        info = settings.on_this_machine(recipe.info, model)
+        texts, seed = texts or [recipe.prompt], recipe.seed if seed is None else seed
+        again = [(str(path), own if strength is None else strength) for path, own in recipe.adapters]
+        adapters = adapters or [(Path(path), finite_strength(path, factor)) for path, factor in again]
+    options = {"steps": steps, "shift": shift, "guidance": guidance, "solver": solver, "height": height, "width": width}
+    info = settings.with_settings(info, options)
+    columns = recipes.columns_of(adapters, grid, base_too)
+    seeds = range(seed or 0, (seed or 0) + num_images)
+    cells, captions = [], []
+    for drawing in recipes.draw_columns(info, columns, texts, seeds):
+        slug = re.sub(r"[^a-z0-9]+", "-", drawing.prompt.lower()).strip("-")[:60] or "prompt"
+        label = f"-{drawing.column.label}" if len(columns) > 1 else ""
+        path = output / f"{drawing.row:03d}-{slug}-seed{drawing.seed}{label}.png"
+        save_png(path, drawing.frames[0], drawing.text, drawing.frames[1:])
+        typer.echo(path)
+        cells.append(drawing.frames[len(drawing.frames) // 2])
+        captions.append(f"{drawing.column.label}, seed {drawing.seed}\n{drawing.prompt}")
+    if grid:
+        from ngrpo_lora.reports.grids import save_grid
+
+        save_grid(output / "grid.png", cells, captions, len(columns), caption_lines=3)
+        typer.echo(output / "grid.png")

@@ -1,0 +1,1 @@
+"""The settings of every algorithm, one file each, apart from the algorithms so that they are checked without torch."""

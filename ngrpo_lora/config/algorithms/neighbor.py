@@ -1,0 +1,67 @@
+"""Settings of Neighbor GRPO (arXiv 2511.16955), for `algorithms/neighbor.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ngrpo_lora.config.plugins import AlgorithmConfig, RolloutConfig
+
+
+class Config(AlgorithmConfig, frozen=True):
+    """Settings of Neighbor GRPO."""
+
+    name: Literal["neighbor"] = "neighbor"
+    perturbation_strength: float = Field(
+        0.3, gt=0, le=1, description="Radius of the noise neighbourhood (sigma, Eq. 7)."
+    )
+    num_anchors: int = Field(4, ge=1, description="B: anchors per group, each one forward-backward pass a step.")
+    num_train_steps: int = Field(4, ge=1, description="K: solver steps trained per anchor, drawn at random.")
+    train_window: int | None = Field(
+        None, ge=1, description="Trained steps are drawn from this many first ones, the noisiest; null: from all."
+    )
+    updates_per_rollout: int = Field(1, ge=1, description="Optimizer updates that share the B * K transitions.")
+    clip_range: float = Field(1e-4, gt=0, lt=1, description="Clip of the policy ratio (epsilon, Eq. 9).")
+    temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto", description="Divides squared distances; auto: the candidates' mean squared distance; the paper's is 1."
+    )
+    distance: Literal["latent", "clean"] = Field(
+        "latent", description="What Eq. 8 compares: latents after the step, or predictions of the clean image at it."
+    )
+    old_anchor: Literal["one_step", "rollout"] = Field(
+        "one_step", description="Old anchor: its one-step transition under old weights, or the rollout's own point."
+    )
+    advantage_p: float = Field(2.0, gt=0, le=2, description="Quasi-norm of the advantages (p, Eq. 11); 2: standard.")
+    scale_rewards: Literal["group", "batch"] = Field(
+        "group",
+        description="Divide a group's centred rewards by their own quasi-norm (Eq. 11), or by the standard deviation "
+        "of all groups of the iteration.",
+    )
+    min_reward_spread: float = Field(
+        0.0, ge=0, description="A group whose rewards all lie within so many of these deviations is skipped."
+    )
+    reference_weight: float = Field(0.0, ge=0, description="Weight of the squared distance to the base model's step.")
+
+    def check(self, rollout: RolloutConfig) -> None:
+        """B <= G, K <= steps, updates <= B * K."""
+        if self.num_anchors > rollout.group_size:
+            raise ValueError(
+                f"algorithm.num_anchors must be at most rollout.group_size ({rollout.group_size}), "
+                f"got {self.num_anchors}; lower it or draw larger groups"
+            )
+        if self.num_train_steps > rollout.num_steps:
+            raise ValueError(
+                f"algorithm.num_train_steps must be at most rollout.num_steps ({rollout.num_steps}), "
+                f"got {self.num_train_steps}; lower it or roll out with more steps"
+            )
+        if self.train_window is not None and not self.num_train_steps <= self.train_window <= rollout.num_steps:
+            raise ValueError(
+                f"algorithm.train_window must be from algorithm.num_train_steps ({self.num_train_steps}) to "
+                f"rollout.num_steps ({rollout.num_steps}), got {self.train_window}; null trains all steps"
+            )
+        if self.updates_per_rollout > self.num_anchors * self.num_train_steps:
+            raise ValueError(
+                f"algorithm.updates_per_rollout must be at most num_anchors * num_train_steps "
+                f"({self.num_anchors * self.num_train_steps}), got {self.updates_per_rollout}"
+            )

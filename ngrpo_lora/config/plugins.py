@@ -1,0 +1,224 @@
+"""Sections whose keys depend on a name: the algorithm's and each reward's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    field_validator,
+)
+
+from ngrpo_lora import registry
+from ngrpo_lora.config.section import DEVICE_PATTERN, Bounds, Section, listed
+from ngrpo_lora.errors import ConfigError
+
+__all__ = ["AlgorithmConfig", "ModelRewardConfig", "RewardConfig", "RewardsConfig", "RolloutConfig"]
+
+
+def check_reward_name(name: str) -> str:
+    """A file in rewards/, `package.module:function` or `file.py:function` (its file is looked for at the start)."""
+    if ":" in name:
+        target, function = registry.split_reference(name)
+        if not target or not function.isidentifier():
+            raise ValueError(f"must be a reward's name, package.module:function or file.py:function, got {name!r}")
+    else:
+        registry.check_name(registry.REWARDS, name)
+    return name
+
+
+Solver = Literal["dpmpp_2m", "euler"]
+
+
+class RolloutConfig(Section, frozen=True):
+    """How candidates are drawn."""
+
+    solver: Solver = Field(
+        default="dpmpp_2m", description="ODE solver of rollouts; an algorithm with stochastic steps has its own."
+    )
+    num_steps: int = Field(default=8, ge=2, le=1000, description="Solver steps per image.")
+    shift: float | None = Field(
+        default=None, gt=0, description="Timestep shift of the schedule; null: the model family's."
+    )
+    group_size: int = Field(default=12, ge=2, description="G: candidates per prompt, ranked against each other.")
+    prompts_per_iteration: int = Field(default=8, ge=1, description="P: prompt groups per iteration.")
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="Most images in one forward pass (memory only); null: a whole group."
+    )
+    merge_adapter: bool = Field(
+        default=False,
+        description="Add the adapter into the base's weights for rollouts: faster, for a second copy of those weights.",
+    )
+
+
+DEFAULT_ALGORITHM = "neighbor"
+
+
+class AlgorithmConfig(Section, frozen=True):
+    """Base of every algorithm's settings; `config/algorithms/NAME.py` defines `class Config(AlgorithmConfig)`."""
+
+    name: str = Field(description="Algorithm: a file in ngrpo_lora/algorithms.")
+
+    def check(self, rollout: RolloutConfig) -> None:
+        """Raise ValueError, with full keys in its message, where these settings and the rollout's do not fit."""
+
+
+def load_algorithm(value: Any) -> Any:
+    """Validate the section with the `Config` of the module that its `name` chooses; a plain string is the name."""
+    if isinstance(value, AlgorithmConfig):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"algorithm must be a name or a mapping with one, got {value!r}")
+    name = value.get("name", DEFAULT_ALGORITHM)
+    if not isinstance(name, str):
+        raise ValueError(f"algorithm.name must be a string, got {name!r}")
+    try:
+        settings = algorithm_settings(name)
+    except ConfigError as error:
+        raise ValueError(f"algorithm.name {error}") from None
+    return settings.model_validate({**value, "name": name})
+
+
+def algorithm_settings(name: str) -> type[AlgorithmConfig]:
+    """The `Config` of an algorithm: of `config/algorithms/NAME.py`, or of a module elsewhere, which holds both.
+
+    Raises:
+        ConfigError: no such algorithm; the nearest one is named.
+    """
+    return registry.load(registry.ALGORITHM_SETTINGS, name).Config
+
+
+class RewardConfig(Section, frozen=True):
+    """One reward: any function, or a file of rewards/ whose `Config` may add settings of its own."""
+
+    name: str = Field(description="A file in ngrpo_lora/rewards, package.module:function, or file.py:function.")
+    weight: float = Field(default=1.0, description="Weight in the sum; negative minimises the reward.")
+    label: str | None = Field(
+        default=None, pattern=r"^[\w.-]+$", description="Name in metrics and reports; null: the reward's own."
+    )
+    clip: Bounds | None = Field(
+        default=None, strict=False, description="Scores are held within [low, high] before they are added up."
+    )
+    range: Bounds | None = Field(
+        default=None, strict=False, description="What scores may be: one outside [low, high] is an error, or a failure."
+    )
+    batch_size: int | None = Field(default=None, ge=1, description="Most images a call; null: all at once.")
+    timeout_s: float | None = Field(
+        default=600.0, gt=0, description="A call that takes longer has failed; null: wait for ever."
+    )
+    concurrency: int = Field(default=16, ge=1, description="Calls under way at once, for rewards that are async.")
+    cache: bool = Field(
+        default=False, description="Keep the scores of evaluations by image and prompt, in output_dir/scores.sqlite."
+    )
+
+    _name = field_validator("name")(check_reward_name)
+
+    @field_validator("weight")
+    @classmethod
+    def _not_zero(cls, value: float) -> float:
+        if value == 0:
+            raise ValueError("must not be 0, got 0.0; name a reward in evaluation.rewards to watch it only")
+        return value
+
+    @field_validator("clip", "range")
+    @classmethod
+    def _low_to_high(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] >= value[1]:
+            raise ValueError(f"must be [low, high] with low below high, got {list(value)}")
+        return value
+
+    @property
+    def key(self) -> str:
+        """The label; else the name of the reward, of its file, or of its function."""
+        target, function = registry.split_reference(self.name) if ":" in self.name else (self.name, "")
+        own = target if function in ("", "score") else function
+        return self.label or (Path(own).stem if own.endswith(".py") else own.rpartition(".")[2])
+
+
+class ModelRewardConfig(RewardConfig, frozen=True):
+    """A reward that runs a network of its own."""
+
+    path: str = Field(default="", description="Weights: a Hub id, a folder or a file.")
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit; null: the default branch.")
+    device: str = Field(default="auto", pattern=DEVICE_PATTERN, description="auto: where the tuned model is.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Number type of the network; auto: float16 on a GPU, else float32."
+    )
+    offload: bool = Field(default=False, description="Keep the network in system memory between uses.")
+
+
+def reward_class(name: Any) -> type[RewardConfig]:
+    """The `Config` of the file of that name; of a function, or of no reward at all, RewardConfig."""
+    if not isinstance(name, str) or ":" in name or name not in registry.names(registry.REWARDS):
+        return RewardConfig
+    if not registry.defines(registry.REWARDS, name, "Config"):
+        return RewardConfig
+    return registry.load(registry.REWARDS, name).Config
+
+
+def load_reward_entry(value: Any) -> Any:
+    """Validate an entry with the settings of the reward that it names; a plain string is the name."""
+    if isinstance(value, RewardConfig):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a name or a mapping with one, got {value!r}")
+    return reward_class(value.get("name")).model_validate(value)
+
+
+def _distinct(rewards: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+    keys = [reward.key for reward in rewards]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"must name each reward once, got {', '.join(twice)} twice; give one of them a label")
+    return rewards
+
+
+RewardEntries = Annotated[
+    tuple[Annotated[SerializeAsAny[RewardConfig], BeforeValidator(load_reward_entry)], ...],
+    BeforeValidator(listed),
+    AfterValidator(_distinct),
+]
+
+
+class RewardsConfig(Section, frozen=True):
+    """What is trained on: one reward or the weighted sum of several. `rewards=world` is short for rewards.train."""
+
+    train: RewardEntries = Field(
+        default=(RewardConfig.model_construct(name="world"),),
+        strict=False,
+        description="A name, or a list of names and of {name, weight, ...}; `ngrpo rewards` lists them.",
+    )
+    combine: Literal["standardized", "raw"] = Field(
+        default="standardized",
+        description="Several rewards: standardised within each group and weighted (MixGRPO), or raw and weighted.",
+    )
+    frames: int = Field(
+        default=4, ge=1, description="Frames of a video that are scored, evenly spaced; its score is their mean."
+    )
+    max_failed_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="The run stops, with a checkpoint, where a larger share of an iteration's images has no score.",
+    )
+
+    @field_validator("train")
+    @classmethod
+    def _not_empty(cls, value: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+        if not value:
+            raise ValueError("must have at least one entry, got []; name a reward, for example rewards=world")
+        return value
+
+
+def reward_section(value: Any) -> Any:
+    """`world`, `[world, clip_score]` and `{name: world}` stand for the whole section."""
+    short = isinstance(value, str | list | tuple) or (isinstance(value, Mapping) and "name" in value)
+    return {"train": value} if short else value

@@ -1,0 +1,118 @@
+"""What pydantic finds wrong, said in our words: rule, value, remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import (
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+from ngrpo_lora.config.description import describe
+from ngrpo_lora.config.plugins import reward_class, reward_section
+from ngrpo_lora.config.section import listed
+
+__all__ = ["show_value"]
+
+
+def problems_in_words(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
+    """One line per faulty key: rule, value, remedy."""
+    options = {option.key: option for option in describe(data)}
+    lines: dict[str, list[tuple[str, Any]]] = {}
+    for detail in error.errors():
+        parts = [str(part) for part in detail["loc"]]
+        if detail["type"] == "extra_forbidden":
+            key = ".".join(parts)
+            near = _nearest_key(key, [*options, *_reward_keys(parts, data)])
+            lines[key] = [(f"unknown key {key}{near}", None)]
+            continue
+        # Drop what pydantic appends for the branches of a union: they are no keys.
+        while parts and not parts[-1].isdigit() and ".".join(parts) not in options and not _in_reward(parts):
+            parts.pop()
+        lines.setdefault(".".join(parts), []).append((_rule(detail), detail["input"]))
+    problems: list[str] = []
+    for key, rules in lines.items():
+        rule, value = " or ".join(dict.fromkeys(text for text, _ in rules)).replace(" or must be", " or"), rules[0][1]
+        if rule.startswith("unknown key"):
+            problems.append(rule)
+        elif not rule.startswith(("must", "names")):
+            problems.append(rule)  # a complete sentence of a check across keys
+        else:
+            option = options.get(key)
+            got = "" if ", got " in rule or rule.startswith("names") else f", got {show_value(value)}"
+            meaning = f" ({option.description.rstrip('.')})" if option is not None and got else ""
+            problems.append(f"{key} {rule}{got}{meaning}")
+    return problems
+
+
+def _in_reward(parts: Sequence[str]) -> bool:
+    """Whether a key lies within an entry of a list of rewards."""
+    return len(parts) > 3 and tuple(parts[:2]) in (("rewards", "train"), ("evaluation", "rewards"))
+
+
+def _reward_keys(parts: Sequence[str], data: Mapping[str, Any]) -> Iterator[str]:
+    """The keys that the reward around a key may have; none where there is no reward around it."""
+    if _in_reward(parts):
+        section = reward_section(data["rewards"]) if parts[0] == "rewards" else data["evaluation"]
+        entry = listed(section[parts[1]])[int(parts[2])]
+        yield from (".".join([*parts[:3], name]) for name in reward_class(entry["name"]).model_fields)
+
+
+_RULES = {
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be more than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "bool_type": "must be true or false",
+    "literal_error": "must be {expected}",
+    "model_type": "must be a section of keys",
+    "model_attributes_type": "must be a section of keys",
+    "dict_type": "must be a section of keys",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "missing": "must be given",
+    "too_short": "must have at least {min_length} entries",
+    "too_long": "must have at most {max_length} entries",
+}
+
+
+def show_value(value: Any) -> str:
+    """A value as a user writes it: YAML's true, false and null, bare names in lists, else Python's form."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
+
+
+def _rule(detail: ErrorDetails) -> str:
+    """The broken rule in our words; messages of our own validators pass unchanged."""
+    context = detail.get("ctx", {})
+    if detail["type"] == "value_error":
+        return str(context["error"])
+    if detail["type"] == "string_pattern_mismatch":
+        return "must be one of these forms"
+    if detail["type"] in _RULES:
+        return _RULES[detail["type"]].format(**context)
+    return f"must be valid: {detail['msg']}"
+
+
+def _nearest_key(key: str, keys: Sequence[str]) -> str:
+    """The known key with the same last part, else the one whose last part is spelt most alike, in words."""
+    prefix, _, leaf = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == prefix}
+    leaves = {k.rpartition(".")[2]: k for k in reversed(keys)}  # the first of its name
+    for known in (siblings, leaves):
+        close = difflib.get_close_matches(leaf, known, n=1, cutoff=0.6)
+        if close:
+            return f"; did you mean {known[close[0]]}?"
+    if siblings:
+        return f"; known are {', '.join(siblings.values())}"
+    return "; `ngrpo config --describe` lists all keys"

@@ -1,0 +1,344 @@
+"""The schema: every section of a run's configuration, with defaults and meanings."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
+
+from ngrpo_lora import registry
+from ngrpo_lora.config.plugins import (
+    AlgorithmConfig,
+    RewardEntries,
+    RewardsConfig,
+    RolloutConfig,
+    Solver,
+    check_reward_name,
+    load_algorithm,
+    reward_section,
+)
+from ngrpo_lora.config.section import DEVICE_PATTERN, Section
+
+__all__ = [
+    "EvaluationConfig",
+    "HubConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PromptsConfig",
+    "RunConfig",
+    "TrainerConfig",
+]
+
+
+class ModelConfig(Section, frozen=True):
+    """Which model is tuned and how it is asked for images."""
+
+    family: str = Field(
+        default="auto", description="Model family: a file in ngrpo_lora/models; auto: by the pipeline's class."
+    )
+    path: str = Field(
+        default="embedded", min_length=1, description="embedded, a local diffusers folder, or a Hub model id."
+    )
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit; null: the default branch.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Number type of the frozen base; the LoRA is always float32. "
+        "auto: bfloat16 where the device computes in it, otherwise float32.",
+    )
+    device: str = Field(
+        default="auto",
+        pattern=DEVICE_PATTERN,
+        description="auto (prefers a GPU), cpu, cuda, cuda:N or mps.",
+    )
+    height_px: int = Field(default=64, ge=16, description="Image height in pixels, a multiple of 16.")
+    width_px: int = Field(default=64, ge=16, description="Image width in pixels, a multiple of 16.")
+    guidance_scale: float | None = Field(default=None, ge=0, description="Guidance; null: what the model recommends.")
+    max_sequence_length: int | None = Field(
+        default=None, ge=1, description="Prompt tokens; null: what the model recommends."
+    )
+    negative_prompt: str = Field(
+        default="", description="What guidance by two passes leads away from; models with distilled guidance ignore it."
+    )
+    num_frames: int | None = Field(
+        default=None, ge=1, description="Frames of a video, 4 k + 1; null: what the model recommends."
+    )
+    quantization: Literal["none", "nf4", "int8", "int8_torchao", "float8_torchao"] = Field(
+        default="none",
+        description="Storage of the frozen transformer: bitsandbytes' NF4 or INT8, torchao's INT8 or FP8.",
+    )
+    swap_blocks: int = Field(
+        default=0, ge=0, description="Transformer blocks that wait in system memory and visit the GPU in turn."
+    )
+    text_encoders: Literal["keep", "offload", "cache"] = Field(
+        default="keep",
+        description="keep: on the model's device; offload: in system memory between uses; cache: all prompts of the "
+        "run are encoded before it, into output_dir/embeddings, and the encoders are never beside the transformer.",
+    )
+    vae_tiling: bool = Field(default=False, description="Decode in overlapping tiles: less memory for large pictures.")
+    attention: str | None = Field(
+        default=None,
+        description="diffusers' attention backend, such as flash or _native_cudnn; null: PyTorch's choice.",
+    )
+    compile: bool = Field(default=False, description="torch.compile the transformer's repeated blocks.")
+
+    @field_validator("family")
+    @classmethod
+    def _family_exists(cls, value: str) -> str:
+        if value != "auto":
+            registry.check_name(registry.MODELS, value)
+        return value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ModelConfig:
+        if self.compile and self.quantization == "nf4":
+            raise ValueError("model.compile must be false with model.quantization=nf4, got true; int8_torchao compiles")
+        if self.swap_blocks and self.compile:
+            raise ValueError(f"model.swap_blocks must be 0 with model.compile=true, got {self.swap_blocks}")
+        if self.swap_blocks and self.quantization != "none":
+            raise ValueError(
+                f"model.swap_blocks must be 0 with a quantised base, got {self.swap_blocks}; swap the blocks of a "
+                "16-bit base, or quantise"
+            )
+        return self
+
+    @field_validator("height_px", "width_px")
+    @classmethod
+    def _multiple_of_16(cls, value: int) -> int:
+        if value % 16:
+            below = value // 16 * 16
+            raise ValueError(f"must be a multiple of 16, got {value}; the nearest are {below} and {below + 16}")
+        return value
+
+
+PromptSources = (
+    Annotated[str, Field(min_length=1)] | Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)]
+)
+
+
+class PromptsConfig(Section, frozen=True):
+    """Where prompts come from."""
+
+    train: PromptSources = Field(
+        default="world:train",
+        description="world:train, world:held_out, one task of them (world:train/color); a UTF-8 file: .txt (one prompt "
+        "a line), .jsonl, .csv, .tsv, .parquet; a dataset of the Hub, hf:owner/name?split=train; hpdv2:train, "
+        "hpdv2:test, one of its styles (hpdv2:test/anime). The column is prompt, caption or text, or named by #column; "
+        "the others are metadata. Or several of these with their weights, {a.txt: 3, b.csv#title: 1}.",
+    )
+    held_out: PromptSources | Annotated[float, Field(gt=0, lt=1)] = Field(
+        default="world:held_out",
+        description="Evaluation prompts, in the same form as train; or a fraction, such as 0.05, of the files and "
+        "datasets in train, which are then not trained on.",
+    )
+    deduplicate: bool = Field(
+        default=True,
+        description="Drop prompts of a source that differ from an earlier one in case, spaces or Unicode form only.",
+    )
+
+
+class LoraConfig(Section, frozen=True):
+    """The adapter."""
+
+    rank: int = Field(default=16, ge=1, description="Rank of every LoRA pair.")
+    alpha: float | None = Field(default=None, gt=0, description="LoRA strength is alpha / rank; null: alpha = rank.")
+    targets: Literal["attention", "attention+feed_forward"] = Field(
+        default="attention+feed_forward", description="Which layers of the transformer blocks are adapted."
+    )
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="LoRA file of any trainer, its folder, or owner/name of the Hub, to start from; null: from "
+        "nothing. The reference stays the base, and a resumed run has weights of its own.",
+    )
+
+    @property
+    def resolved_alpha(self) -> float:
+        """alpha, or the rank where alpha is not given."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+
+class OptimizerConfig(Section, frozen=True):
+    """How the adapter is updated."""
+
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"] = Field(
+        default="adamw", description="Optimizer; the 8-bit ones are bitsandbytes'."
+    )
+    learning_rate: float = Field(default=3e-4, gt=0, description="Learning rate after warm-up.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), strict=False, description="Decay rates of the moment estimates."
+    )
+    weight_decay: float = Field(default=1e-4, ge=0, description="Decoupled weight decay of the LoRA weights.")
+    eps: float = Field(default=1e-8, gt=0, description="Term that keeps Adam's division finite (not used by Lion).")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="LoRA gradient norm cap.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="Learning rate over the run: constant, or decayed to 0."
+    )
+    warmup_iterations: int = Field(default=0, ge=0, description="Iterations of linear warm-up.")
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="Average of the LoRA weights, evaluated and exported; 0: off."
+    )
+    ema_every: int = Field(default=1, ge=1, description="Updates between two steps of that average.")
+
+
+class TrainerConfig(Section, frozen=True):
+    """Length of the run, memory and checkpoints."""
+
+    num_iterations: int = Field(
+        default=300, ge=1, description="Iterations: each is one rollout, its rewards and its updates."
+    )
+    micro_batch_size: int = Field(
+        default=16, ge=1, description="Transitions per forward and backward pass (memory only)."
+    )
+    gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
+    save_every: int = Field(default=50, ge=1, description="Iterations between checkpoints.")
+    keep_checkpoints: int = Field(default=3, ge=1, description="How many checkpoints stay on disk.")
+    num_threads: int | None = Field(default=None, ge=1, description="CPU threads; null: PyTorch's choice.")
+    cpu_processes: int = Field(
+        default=1,
+        ge=1,
+        description="Processes of a run on a CPU: of two cores, two processes make more than two threads of one.",
+    )
+    strategy: Literal["replicated", "fsdp"] = Field(
+        default="replicated",
+        description="Of several processes: each has the whole base, or they share it in pieces (FSDP2). LoRA gradients "
+        "are summed either way.",
+    )
+    timeout_s: float = Field(
+        default=1800.0, gt=0, description="A process that waits longer for the others ends the run with an error."
+    )
+
+
+class EvaluationConfig(Section, frozen=True):
+    """Held-out prompts with fixed seeds, before, during and after training."""
+
+    every: int = Field(
+        default=20, ge=1, description="Iterations between evaluations; the first and the last always run."
+    )
+    num_prompts: int = Field(default=48, ge=1, description="Held-out prompts, one image each.")
+    seed: int = Field(
+        default=1000, ge=0, lt=2**63, description="Seed of the first evaluation image; the rest follow it."
+    )
+    solver: Solver | None = Field(default=None, description="ODE solver of evaluations; null: rollout.solver.")
+    num_steps: int | None = Field(
+        default=None, ge=2, le=1000, description="Solver steps of evaluations; null: rollout.num_steps."
+    )
+    rewards: RewardEntries = Field(
+        default=(),
+        strict=False,
+        description="Rewards that are watched and not trained on, in the form of rewards.train.",
+    )
+    strict: str | None = Field(
+        default="world_strict", description="Pass-or-fail reward reported as eval/strict_accuracy; null: none."
+    )
+    num_samples: int = Field(default=12, ge=1, description="Pictures in the sample grid.")
+
+    @field_validator("strict")
+    @classmethod
+    def _strict_exists(cls, value: str | None) -> str | None:
+        return value if value is None else check_reward_name(value)
+
+
+class HubConfig(Section, frozen=True):
+    """Where the adapter is pushed, with a model card. `hub=owner/name` is short for hub.repo."""
+
+    repo: str | None = Field(
+        default=None, description="Hub repository, owner/name, made when missing; null: nothing is pushed."
+    )
+    push: Literal["end", "checkpoints"] = Field(
+        default="end", description="end: once, after training; checkpoints: also beside it, after every checkpoint."
+    )
+    private: bool = Field(default=False, description="A repository that is made is a private one.")
+    revision: str | None = Field(
+        default=None, min_length=1, description="Branch, made when missing, or refs/pr/N; null: the default branch."
+    )
+    create_pr: bool = Field(default=False, description="Open a pull request; the repository must exist.")
+    commit_message: str | None = Field(
+        default=None, min_length=1, description="Of every push; null: what was trained, and for how long."
+    )
+    timeout_s: float = Field(default=1800.0, gt=0, description="A push that takes longer has failed.")
+
+    @field_validator("repo")
+    @classmethod
+    def _hub_id(cls, value: str | None) -> str | None:
+        if value is not None and re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", value, re.ASCII) is None:
+            raise ValueError(f"must be owner/name, of letters, digits, -, _ and ., got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> HubConfig:
+        if self.create_pr and self.revision is not None:
+            raise ValueError(
+                f"hub.revision must be null with hub.create_pr=true, got {self.revision!r}; a pull request is opened "
+                "against the default branch, and refs/pr/N as hub.revision goes on with one"
+            )
+        return self
+
+
+def hub_section(value: Any) -> Any:
+    """`owner/name` and null stand for the whole section."""
+    return {"repo": value} if value is None or isinstance(value, str) else value
+
+
+class RunConfig(Section, frozen=True):
+    """Everything that defines a run."""
+
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description=ModelConfig.__doc__)
+    prompts: PromptsConfig = Field(default_factory=lambda: PromptsConfig(), description=PromptsConfig.__doc__)
+    rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(), description=RolloutConfig.__doc__)
+    algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(load_algorithm)] = Field(
+        default_factory=lambda: load_algorithm({}), description="The training objective."
+    )
+    rewards: Annotated[RewardsConfig, BeforeValidator(reward_section)] = Field(
+        default_factory=lambda: RewardsConfig(), description=RewardsConfig.__doc__
+    )
+    lora: LoraConfig = Field(default_factory=lambda: LoraConfig(), description=LoraConfig.__doc__)
+    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description=OptimizerConfig.__doc__)
+    trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig(), description=TrainerConfig.__doc__)
+    evaluation: EvaluationConfig = Field(
+        default_factory=lambda: EvaluationConfig(), description=EvaluationConfig.__doc__
+    )
+    hub: Annotated[HubConfig, BeforeValidator(hub_section)] = Field(
+        default_factory=lambda: HubConfig(), description=HubConfig.__doc__
+    )
+    output_dir: str = Field(default="runs/default", min_length=1, description="Folder of this run; made when missing.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of LoRA initialisation, prompt order and noises.")
+    resume: str | None = Field(
+        default=None, min_length=1, description="latest, or the path of a checkpoint, to go on; null: a new run."
+    )
+
+    @property
+    def evaluation_solver(self) -> Solver:
+        """The ODE solver of evaluations and of everything that is drawn with the adapter."""
+        return self.evaluation.solver or self.rollout.solver
+
+    @property
+    def evaluation_steps(self) -> int:
+        """The solver steps of evaluations and of everything that is drawn with the adapter."""
+        return self.evaluation.num_steps or self.rollout.num_steps
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> RunConfig:
+        self.algorithm.check(self.rollout)
+        model, trainer = self.model, self.trainer
+        quantized, swapped = model.quantization != "none", model.swap_blocks > 0
+        if swapped and not trainer.gradient_checkpointing:
+            raise ValueError(
+                f"trainer.gradient_checkpointing must be true with model.swap_blocks={model.swap_blocks}, got false; "
+                "without it a backward pass needs all blocks at once"
+            )
+        given = f"model.quantization={model.quantization}" if quantized else f"model.swap_blocks={model.swap_blocks}"
+        if self.rollout.merge_adapter and (quantized or swapped):
+            raise ValueError(f"rollout.merge_adapter must be false with {given}, got true")
+        if trainer.strategy == "fsdp" and (quantized or swapped):
+            raise ValueError(f"trainer.strategy must be replicated with {given}, got fsdp")
+        if trainer.strategy == "fsdp" and self.rollout.merge_adapter:
+            raise ValueError("rollout.merge_adapter must be false with trainer.strategy=fsdp, got true")
+        return self

@@ -1,0 +1,28 @@
+"""What all parts of the configuration have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+)
+
+__all__ = ["Section"]
+
+
+DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+Bounds = tuple[float, float]
+
+
+class Section(BaseModel, frozen=True):
+    """A part of the configuration: immutable, unknown keys refused, no silent conversions, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+def listed(value: Any) -> Any:
+    """Let `name` stand for `[name]`."""
+    return [value] if isinstance(value, str | Mapping) else value

@@ -1,0 +1,33 @@
+"""The terminal: what a command says beside its results, and the progress of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+class RunProgress(Progress):
+    """The bar and its times, and below it what the last iteration came to."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """One line of columns, one of status for each task."""
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(f"  {task.fields['status']}", no_wrap=True) for task in self.tasks)
+
+
+def progress_bar() -> RunProgress:
+    """Iterations, times, and a status of any length."""
+    return RunProgress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=console,
+    )

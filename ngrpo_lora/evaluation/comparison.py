@@ -1,0 +1,197 @@
+"""Adapters compared with their base, or with one another, on the same prompts and seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import track
+
+from ngrpo_lora.adapters.finding import adapter_label
+from ngrpo_lora.config import RewardConfig
+from ngrpo_lora.console import console
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.evaluation import pages
+from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.prompts.sources import open_prompts
+from ngrpo_lora.records.metrics import finite
+from ngrpo_lora.records.pictures import Picture, read_png_text, save_png
+from ngrpo_lora.scoring.cache import ScoreCache
+from ngrpo_lora.scoring.scorer import Scorer
+
+if TYPE_CHECKING:
+    from ngrpo_lora.adapters.header import AdapterInfo
+from ngrpo_lora.evaluation.judging import _write_csv, _write_json, judge
+from ngrpo_lora.evaluation.statistics import Difference, compare_scores
+
+__all__ = ["compare_adapters", "contestants", "distinct_prompts"]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Whose pictures they are, and what draws them."""
+
+    label: str
+    adapter: Path | None
+    info: AdapterInfo
+
+    def settings(self) -> dict[str, Any]:
+        """All that a picture depends on beside weights, prompt and seed."""
+        rollout = self.info.rollout.model_dump(mode="json", include={"solver", "num_steps", "shift"})
+        return self.info.model.model_dump(mode="json") | rollout
+
+    def fingerprint(self) -> str:
+        """Equal for equal weights and settings."""
+        weights = None if self.adapter is None else hashlib.sha256(self.adapter.read_bytes()).hexdigest()
+        return _digest(weights, self.settings())
+
+
+def compare_adapters(
+    entered: Sequence[Contestant],
+    prompts: Sequence[Prompt],
+    num_seeds: int,
+    seed: int,
+    configs: Sequence[RewardConfig],
+    output: Path,
+    device: str = "cpu",
+) -> list[Difference]:
+    """Draw, judge and write `images/`, `results.csv`, `results.json`, `side_by_side.html` and `blind.html`.
+
+    Args:
+        entered: the first is what the others are compared with.
+        prompts: (P,), all different.
+        num_seeds: K pictures per prompt; picture i of the P * K, prompt-major, has the seed `seed + i`.
+    Returns:
+        Every other contestant against the first, by every reward.
+    """
+    scorer = Scorer(configs, device)  # what a reward lacks should be known before a large model is loaded
+    seeds = list(range(seed, seed + len(prompts) * num_seeds))
+    pictures: dict[str, list[Picture]] = {}
+    for one in reversed(entered):  # adapters first: one that does not fit should be known before hours of drawing
+        pictures[one.label] = draw(one, prompts, seeds, output / "images" / one.label)
+    cache, labels = ScoreCache(output / "scores.sqlite"), [one.label for one in entered]
+    scores = {label: judge(scorer, pictures[label], cache, f"pictures of {label}", num_seeds) for label in labels}
+    texts = [picture.prompt for picture in pictures[labels[0]]]
+    differences = [
+        difference
+        for label in labels[1:]
+        for difference in compare_scores(label, scores[label], labels[0], scores[labels[0]], texts)
+    ]
+    rows = [
+        {
+            "prompt": texts[row],
+            "seed": seeds[row],
+            "files": {label: pictures[label][row].path.relative_to(output).as_posix() for label in labels},
+            "scores": {label: {name: raw[row] for name, raw in scores[label].items()} for label in labels},
+        }
+        for row in range(len(seeds))
+    ]
+    results = finite(
+        {
+            "comparison": _digest([one.fingerprint() for one in entered], texts, seeds)[:12],
+            "labels": labels,
+            "rewards": list(scorer.rewards),
+            "adapters": {one.label: None if one.adapter is None else str(one.adapter) for one in entered},
+            "settings": entered[0].settings(),
+            "differences": [asdict(difference) for difference in differences],
+            "pictures": rows,
+        }
+    )
+    _write_json(output / "results.json", results)
+    lines = [
+        {"label": label, "prompt": row["prompt"], "seed": row["seed"], "file": row["files"][label]}
+        | row["scores"][label]
+        for label in labels
+        for row in rows
+    ]
+    _write_csv(output / "results.csv", lines)
+    pages.write(results, output)
+    return differences
+
+
+def distinct_prompts(source: str, count: int, seed: int) -> list[Prompt]:
+    """The first `count` different prompts of a source; fewer where it has no more.
+
+    Raises:
+        ConfigError: no such source.
+    """
+    try:
+        prompts = open_prompts(source, seed)
+    except ConfigError as error:
+        raise ConfigError(f"--prompts {error}") from None
+    found: dict[str, Prompt] = {}
+    for index in range(20 * count):
+        prompt = prompts.prompt(index)
+        found.setdefault(prompt.text, prompt)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def contestants(adapters: Sequence[Path], model: str | None, base: bool, device: str) -> list[Contestant]:
+    """The base model, where it is wanted, and the adapters, named by their files or by their runs' folders.
+
+    Raises:
+        UserError: not an adapter, nothing to compare with, or adapters that draw in different ways.
+    """
+    from ngrpo_lora.sampling.settings import drawing_settings  # diffusers is slow to import
+
+    if len(adapters) + base < 2:
+        raise ConfigError("ADAPTER must be given twice or more with --no-base, got 1; the others meet the first")
+    infos = [drawing_settings(adapter, model, device) for adapter in adapters]
+    found = [Contestant("base", None, infos[0])] if base else []
+    for adapter, info in zip(adapters, infos, strict=True):
+        name, number = adapter_label(adapter), 2
+        label = name
+        while label in {"base", *(one.label for one in found)}:
+            label, number = f"{name}-{number}", number + 1
+        found.append(Contestant(label, adapter, info))
+    first = found[0].settings()
+    for one in found:
+        for key, value in one.settings().items():
+            if value != first[key]:
+                raise ConfigError(
+                    f"adapters must draw alike to be compared, but {key} is {value} for {one.label} and {first[key]} "
+                    f"for {found[-len(adapters)].label}; compare each with its base in a call of its own"
+                )
+    return found
+
+
+def draw(contestant: Contestant, prompts: Sequence[Prompt], seeds: Sequence[int], folder: Path) -> list[Picture]:
+    """Pictures in `folder`; one that is there already, from the same weights and settings, stays.
+
+    Args:
+        prompts: (P,).
+        seeds: (P * K,), prompt-major.
+    """
+    fingerprint, per_prompt = contestant.fingerprint(), len(seeds) // len(prompts)
+    pictures, missing = [], {}
+    for row, seed in enumerate(seeds):
+        number = row // per_prompt
+        picture = Picture(folder / f"{number:03d}-{seed}.png", prompts[number].text, prompts[number].metadata)
+        text = {"prompt": prompts[number].text, "seed": str(seed), "ngrpo": fingerprint}
+        pictures.append(picture)
+        if not text.items() <= read_png_text(picture.path).items():
+            missing[picture.path] = text
+    if missing:
+        from ngrpo_lora.sampling.sampler import Sampler  # diffusers is slow to import
+
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = [text["prompt"] for text in missing.values()]
+        sampler = Sampler(contestant.info, contestant.adapter)
+        images = sampler(texts, [int(text["seed"]) for text in missing.values()])
+        frames = sampler.family.num_frames  # of a video the middle one is compared
+        middle = islice(images, frames // 2, None, frames)
+        drawn = track(middle, f"drawing {contestant.label}", len(missing), console=console, transient=True)
+        for (path, text), image in zip(missing.items(), drawn, strict=True):
+            save_png(path, image, text)
+    return pictures
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,104 @@
+"""Pictures side by side: a row for each seed, a column for the base and for each adapter, judged or not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ngrpo_lora.config import RewardConfig
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.evaluation.judging import parameters
+from ngrpo_lora.evaluation.ranking import Ranking, show
+from ngrpo_lora.evaluation.statistics import Scores, compare_scores, differences_table, mean_interval
+from ngrpo_lora.reports.grids import CELL_PX, draw_grid, wrapped
+
+__all__ = ["Contest", "check_prompt"]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """R seeds by C columns.
+
+    pictures: R * C, row by row. ranking: what rewards say of them, in the same order; None: not judged.
+    """
+
+    columns: Sequence[str]
+    seeds: Sequence[int]
+    pictures: Sequence[Image.Image]
+    ranking: Ranking | None = None
+
+    def best(self) -> set[int]:
+        """The pictures that nothing of their row beats in what is shown; none of a row in which all are alike."""
+        if self.ranking is None:
+            return set()
+        found: set[int] = set()
+        for start in range(0, len(self.pictures), len(self.columns)):
+            row = range(start, start + len(self.columns))
+            shown = {place: round(self.ranking.totals[place], 3) for place in row}
+            known = {total for total in shown.values() if not math.isnan(total)}
+            if len(known) > 1:
+                found |= {place for place, total in shown.items() if total == max(known)}
+        return found
+
+    def grid(self, cell_px: int = CELL_PX) -> Image.Image:
+        """All pictures with what drew them, their seeds and scores; the best of a row has a frame."""
+        best, captions = self.best(), []
+        for place in range(len(self.pictures)):
+            row, column = divmod(place, len(self.columns))
+            scores = [] if self.ranking is None else self.ranking.columns(place).items()
+            lines = [f"{label} {show(score)}" for label, score in scores]
+            seed = f"seed {self.seeds[row]}" + (", best" if place in best else "")
+            captions.append("\n".join([self.columns[column], seed, *lines]))
+        height = max(len(wrapped(caption)) for caption in captions)
+        return draw_grid(self.pictures, captions, len(self.columns), height, cell_px, best)
+
+    def table(self) -> str:
+        """Markdown: each picture's scores, each column's means, and how the others differ from the first."""
+        judged = self.ranking
+        if judged is None:
+            return f"not judged; seeds {', '.join(map(str, self.seeds))}; {', '.join(self.columns)}"
+        best, width = self.best(), len(self.columns)
+        rows = [
+            [str(self.seeds[place // width]), self.columns[place % width], *map(show, judged.columns(place).values())]
+            + ["best" if place in best else ""]
+            for place in range(len(self.pictures))
+        ]
+        scores = {column: self.scores(number) for number, column in enumerate(self.columns)}
+        if len(self.seeds) > 1:
+            for column, own in scores.items():
+                means = [mean_interval(raw, [column] * len(raw)).show() for raw in own.values()]
+                rows.append(["mean (95% CI)", column, *means, ""])
+        text = table(["seed", "drawn with", *judged.columns(0), ""], rows)
+        reference, *others = scores
+        differences = [
+            one
+            for other in others
+            for one in compare_scores(other, scores[other], reference, scores[reference], [reference] * len(self.seeds))
+        ]
+        paired = [differences_table(differences)] if differences and len(self.seeds) > 1 else []
+        return "\n\n".join([text, *paired, *judged.failures])
+
+    def scores(self, column: int) -> Scores:
+        """Of the pictures of one column."""
+        assert self.ranking is not None
+        columns = [self.ranking.columns(place) for place in range(column, len(self.pictures), len(self.columns))]
+        return {label: [one[label] for one in columns] for label in columns[0]}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def check_prompt(rewards: Sequence[RewardConfig], prompt: str) -> None:
+    """Make sure, before anything is drawn or loaded, that rewards that need the prompt have it.
+
+    Raises:
+        ConfigError: one does, and there is none.
+    """
+    for reward in rewards:
+        if not prompt.strip() and parameters(reward) & {"prompt", "prompts"}:
+            raise ConfigError(f"reward {reward.key} needs the prompt, got none; write what the pictures should show")

@@ -1,0 +1,156 @@
+"""Means, shares and differences with confidence intervals, all of 95%.
+
+Pictures of one prompt are alike, so a prompt counts as one draw: standard errors are cluster-robust over prompts. Where
+all pictures are of one prompt, intervals are about this prompt and every picture is a draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import stats
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Difference", "Estimate", "compare_scores", "differences_table", "mean_interval", "share_interval"]
+
+
+Scores = dict[str, list[float]]
+"""By the reward's label, one per picture, NaN where it failed."""
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95% interval; the bounds are NaN where the data cannot give one."""
+
+    value: float
+    low: float
+    high: float
+
+    def show(self, form: str = ".3f") -> str:
+        """`0.750 [0.700, 0.800]`."""
+        bounds = "" if math.isnan(self.low) else f" [{self.low:{form}}, {self.high:{form}}]"
+        return f"{self.value:{form}}{bounds}"
+
+
+def mean_interval(values: Sequence[float], groups: Sequence[Hashable]) -> Estimate:
+    """The mean and its t interval, with one degree of freedom less than there are groups.
+
+    Args:
+        values: (N,); NaN has no say.
+        groups: (N,); equal entries say which values are alike.
+    """
+    kept, numbers = _finite(values, groups)
+    if not len(kept):
+        return Estimate(math.nan, math.nan, math.nan)
+    mean, degrees = float(kept.mean()), int(numbers.max())
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * _standard_error(kept, numbers) if degrees else math.nan
+    return Estimate(mean, mean - half, mean + half)
+
+
+def share_interval(wins: Sequence[float], groups: Sequence[Hashable]) -> Estimate:
+    """The mean of wins (1), ties (0.5) and losses (0), and Wilson's interval for it.
+
+    Wilson's n is the effective number of draws, p (1 - p) / se^2 (Kish 1965): at least the number of groups, at most
+    the number of draws, which it is when every group has one and there is no tie.
+
+    Args:
+        wins: (N,) in [0, 1]; NaN has no say.
+        groups: (N,); equal entries say which draws are alike.
+    """
+    kept, numbers = _finite(wins, groups)
+    if not len(kept):
+        return Estimate(math.nan, math.nan, math.nan)
+    share, count = float(kept.mean()), int(numbers.max()) + 1
+    variance, error = share * (1 - share), _standard_error(kept, numbers) if count > 1 else math.inf
+    effective = min(max(variance / error**2, count), len(kept)) if error else len(kept) if variance else count
+    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    center = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
+    half = z / (1 + z**2 / effective) * math.sqrt(variance / effective + z**2 / (4 * effective**2))
+    return Estimate(share, max(0.0, center - half), min(1.0, center + half))
+
+
+def _finite(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    """The values that are not NaN, and their groups, numbered from 0; of a single group every value is one."""
+    kept = [(value, group) for value, group in zip(values, groups, strict=True) if not math.isnan(value)]
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(group for _, group in kept))}
+    rows = [numbers[group] for _, group in kept] if len(numbers) > 1 else range(len(kept))
+    return np.array([value for value, _ in kept]), np.array(rows, dtype=int)
+
+
+def _standard_error(values: np.ndarray, groups: np.ndarray) -> float:
+    """Of the mean: se^2 = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / N^2 (Liang and Zeger 1986).
+
+    With groups of one size it is the standard error of the mean of their means.
+    """
+    sums = np.bincount(groups, values - values.mean())
+    return math.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / len(values)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a reward says of pictures `label` against the pictures `reference` of the same prompts and seeds."""
+
+    label: str
+    reference: str
+    reward: str
+    before: float
+    """Mean of the reference, over the pairs that have both scores."""
+    after: float
+    difference: Estimate
+    win_rate: Estimate
+    """Share of the pairs in which `label` scores higher; a tie is half a win."""
+    pairs: int
+    failed: int
+
+
+def compare_scores(
+    label: str, scores: Scores, reference: str, reference_scores: Scores, groups: Sequence[Hashable]
+) -> list[Difference]:
+    """One difference per reward that both have; row i of both is the same prompt and seed.
+
+    Args:
+        groups: (N,) prompts.
+    """
+    found = []
+    for reward in (name for name in scores if name in reference_scores):
+        before, after = np.array(reference_scores[reward]), np.array(scores[reward])
+        valid = ~np.isnan(after - before)
+        wins = np.where(valid, (after > before) + 0.5 * (after == before), math.nan)
+        old, new = (float(column[valid].mean()) if valid.any() else math.nan for column in (before, after))
+        difference, win_rate = mean_interval((after - before).tolist(), groups), share_interval(wins.tolist(), groups)
+        pairs = int(valid.sum())
+        found.append(Difference(label, reference, reward, old, new, difference, win_rate, pairs, len(valid) - pairs))
+    return found
+
+
+def differences_table(differences: Sequence[Difference]) -> str:
+    """Markdown."""
+    rows = [
+        (
+            d.label,
+            d.reference,
+            d.reward,
+            f"{d.before:.3f}",
+            f"{d.after:.3f}",
+            d.difference.show("+.3f"),
+            d.win_rate.show(".0%"),
+            d.pairs,
+            d.failed,
+        )
+        for d in differences
+    ]
+    head = ("", "against", "reward", "before", "after", "difference (95% CI)", "win rate (95% CI)", "pairs", "failed")
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -1,0 +1,71 @@
+"""Votes that people cast on the page `blind.html`, read and counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ngrpo_lora.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
+from ngrpo_lora.evaluation.statistics import Estimate, _table, share_interval
+
+__all__ = ["Votes", "read_votes", "votes_table"]
+
+
+VOTES_FORMAT = "ngrpo-votes-1"
+
+
+@dataclass(frozen=True)
+class Votes:
+    """What people said of `label` against `reference`, blind."""
+
+    label: str
+    reference: str
+    wins: int
+    ties: int
+    losses: int
+    win_rate: Estimate
+
+
+def read_votes(paths: Sequence[Path]) -> list[Votes]:
+    """The votes that `blind.html` saved, of one or several people, per adapter.
+
+    Raises:
+        ConfigError: not such a file, or files of different comparisons.
+    """
+    cast: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    comparisons = {}
+    for path in paths:
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            if saved["format"] != VOTES_FORMAT:
+                raise ValueError
+            comparisons[saved["comparison"]] = path
+            for vote in saved["votes"]:
+                worth = {"label": 1.0, "tie": 0.5, "reference": 0.0}[vote["choice"]]
+                cast.setdefault((vote["label"], vote["reference"]), []).append((worth, vote["prompt"]))
+        except OSError as error:
+            raise ConfigError(f"--votes must be a file, but {str(path)!r} is not: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"--votes must be a file that blind.html saved, but {str(path)!r} is none") from None
+    if len(comparisons) > 1:
+        names = " and ".join(map(str, comparisons.values()))
+        raise ConfigError(f"--votes must be of one comparison, but {names} are not; give each in a call of its own")
+    found = []
+    for (label, reference), votes in cast.items():
+        worths = [worth for worth, _ in votes]
+        wins, ties, losses = (worths.count(worth) for worth in (1.0, 0.5, 0.0))
+        win_rate = share_interval(worths, [prompt for _, prompt in votes])
+        found.append(Votes(label, reference, wins, ties, losses, win_rate))
+    return found
+
+
+def votes_table(votes: Sequence[Votes]) -> str:
+    """Markdown."""
+    rows = [(v.label, v.reference, v.win_rate.show(".0%"), v.wins, v.ties, v.losses) for v in votes]
+    return _table(("", "against", "preferred (95% CI)", "wins", "ties", "losses"), rows)

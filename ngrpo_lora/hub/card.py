@@ -1,0 +1,372 @@
+"""The model card of a run: what its adapter is, what it gained, how to draw with it.
+
+All of it comes from the run's own files; a part whose data is missing is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.adapters.reading import read_metadata
+from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig
+from ngrpo_lora.hub.pipeline_file import PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
+from ngrpo_lora.records.pictures import read_png_text
+
+if TYPE_CHECKING:
+    from ngrpo_lora.evaluation.statistics import Difference
+
+__all__ = ["Adapter", "Shown", "base_license", "cell", "diffusers_usage", "read_pushed", "shown_pictures", "write_card"]
+
+HUB = "https://huggingface.co"
+PROMPT_CHARACTERS = 200  # of a prompt in a table; the gallery has all of it
+
+# By the base of the shipped presets, for when its own card cannot be read: license, license_name, file of the licence.
+LICENSES: dict[str, tuple[str, str, str]] = {
+    "embedded": ("apache-2.0", "", ""),
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": ("other", "nscl-v2-custom", "LICENSE.txt"),
+    "Qwen/Qwen-Image": ("apache-2.0", "", ""),
+    "Tongyi-MAI/Z-Image": ("apache-2.0", "", ""),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("apache-2.0", "", ""),
+    "black-forest-labs/FLUX.1-Krea-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
+    "black-forest-labs/FLUX.1-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
+    "black-forest-labs/FLUX.1-schnell": ("apache-2.0", "", ""),
+    "black-forest-labs/FLUX.2-klein-base-4B": ("apache-2.0", "", ""),
+    "stabilityai/stable-diffusion-3.5-large": ("other", "stabilityai-ai-community", "LICENSE.md"),
+    "stabilityai/stable-diffusion-3.5-medium": ("other", "stabilityai-ai-community", "LICENSE.md"),
+}
+
+CITATION = """\
+@article{he2025neighbor,
+  title   = {Neighbor GRPO: Contrastive ODE Policy Optimization Aligns Flow Models},
+  author  = {He, Dailan and Feng, Guanlin and Ge, Xingtong and Niu, Yazhe and Zhang, Yi and Ma, Bingqi and Song, Guanglu and Liu, Yu and Li, Hongsheng},
+  journal = {arXiv preprint arXiv:2511.16955},
+  year    = {2025}
+}"""  # noqa: E501  # as arXiv gives it, one author list
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What the header of an exported adapter says, with the values that the model recommended filled in."""
+
+    family: str
+    model: ModelConfig
+    rollout: RolloutConfig
+
+    @property
+    def hub_id(self) -> str | None:
+        """The base's name on the Hub; the embedded model and a folder have none."""
+        path = self.model.path
+        return path if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists() else None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A held-out picture after training, and before where that is there; paths within the repository."""
+
+    prompt: str
+    seed: int
+    after: str
+    before: str | None
+
+
+def read_pushed(path: Path) -> Adapter:
+    """The header of an adapter that this package exported."""
+    own = json.loads(read_metadata(path)["ngrpo"])
+    model, rollout = ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"])
+    return Adapter(own["family"], model, rollout)
+
+
+def shown_pictures(folder: Path) -> list[Shown]:
+    """The pictures that a run's evaluations keep in `samples/first` and `samples/last`, by their order."""
+    found = []
+    for path in sorted((folder / "samples" / "last").glob("*.png")):
+        text, before = read_png_text(path), folder / "samples" / "first" / path.name
+        same = read_png_text(before) == text  # a resumed run may have been given other prompts
+        after, first = (file.relative_to(folder).as_posix() for file in (path, before))
+        found.append(Shown(str(text["prompt"]), int(text["seed"]), after, first if same else None))
+    return found
+
+
+def base_license(base: str) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` of a base, by its own card or else by our table; of others none."""
+    local = Path(base) / "README.md"
+    license, name, link = LICENSES.get(base, ("", "", ""))
+    if base != "embedded":
+        # No network, no such card, or one that cannot be parsed: of many kinds, and none is worth a failed push.
+        with contextlib.suppress(Exception):
+            own = ModelCard.load(local if local.is_file() else base, ignore_metadata_errors=True).data.to_dict()
+            license, name, link = own["license"], own.get("license_name", ""), own.get("license_link", "")
+    if link and "://" not in link:
+        link = f"{HUB}/{base}/blob/main/{link}"
+    found = {"license": license, "license_name": name, "license_link": link}
+    return {key: value for key, value in found.items() if value}
+
+
+def write_card(
+    folder: Path,
+    repo: str,
+    config: RunConfig,
+    iterations: int,
+    differences: Sequence[Difference],
+    license: dict[str, str],
+    revision: str | None = None,
+) -> ModelCard:
+    """The card of what lies in `folder` as it will in the repository.
+
+    Args:
+        folder: adapter, `summary.png`, `samples/`; all but the adapter may be missing.
+        iterations: how many the adapter was trained for.
+        differences: last evaluation against first, one a reward; none without two evaluations.
+        revision: branch that the adapter is on; None: the main one.
+    """
+    adapter, pictures = read_pushed(folder / FILE_NAME), shown_pictures(folder)
+    base, video = adapter.hub_id, (adapter.model.num_frames or 1) > 1 or adapter.family == "wan"
+    task = "text-to-video" if video else "text-to-image"
+    family = adapter.family.replace("_", "-")
+    gallery = [{"text": picture.prompt, "output": {"url": picture.after}} for picture in pictures]
+    data = ModelCardData(
+        license=license.get("license"),
+        license_name=license.get("license_name"),
+        license_link=license.get("license_link"),
+        library_name="diffusers",
+        pipeline_tag=task,
+        base_model=base,
+        tags=[task, "diffusers", "lora", "template:sd-lora", "neighbor-grpo", family],
+        base_model_relation="adapter" if base else None,
+        widget=gallery or None,
+    )
+    sections = [
+        introduction(repo, config, base, bool(pictures)),
+        gains(differences, pictures, (folder / "summary.png").is_file(), iterations),
+        usage(repo, revision, adapter, pictures),
+        training(repo, revision, config, adapter, iterations),
+        limitations(config, bool(differences)),
+        f"## Citation\n\n```bibtex\n{CITATION}\n```",
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def introduction(repo: str, config: RunConfig, base: str | None, gallery: bool) -> str:
+    """Title, one sentence, pictures."""
+    model = f"[{base}]({HUB}/{base})" if base else "the model embedded in ngrpo-lora"
+    if not base and config.model.path != "embedded":
+        model = cell(Path(config.model.path).name)
+    rewards = ", ".join(f"`{reward.key}`" for reward in config.rewards.train)
+    text = (
+        f"# {cell(repo.partition('/')[2])}\n\nA LoRA for {model}, tuned on the reward {rewards} with Neighbor GRPO "
+        "([arXiv 2511.16955](https://arxiv.org/abs/2511.16955)) by ngrpo-lora."
+    )
+    return f"{text}\n\n<Gallery />" if gallery else text
+
+
+def gains(differences: Sequence[Difference], pictures: Sequence[Shown], summary: bool, iterations: int) -> str:
+    """Held-out figures before and after, pictures before and after, and the curve."""
+    parts = []
+    if differences:
+        pairs = max(d.pairs for d in differences)
+        rows = [
+            (
+                cell(d.reward),
+                f"{d.before:.3f}",
+                f"{d.after:.3f}",
+                d.difference.show("+.3f"),
+                d.win_rate.show(".0%"),
+                str(d.pairs),
+            )
+            for d in differences
+        ]
+        parts += [
+            f"{pairs} held-out images, each with the same prompt and seed before training and after {iterations} "
+            "iterations; intervals are of 95%.",
+            table(("reward", "before", "after", "difference (95% CI)", "images won (95% CI)", "pairs"), rows),
+            "Every score is in [evaluation.csv](evaluation.csv).",
+        ]
+    before = [picture for picture in pictures if picture.before]
+    if before:
+        rows = [(cell(p.prompt), str(p.seed), f"![before]({p.before})", f"![after]({p.after})") for p in before]
+        parts.append(table(("prompt", "seed", "before", "after"), rows))
+    if summary:
+        parts.append("![The reward over the run, and held-out pictures before and after](summary.png)")
+    return "\n\n".join(["## What it gained", *parts]) if parts else ""
+
+
+def usage(repo: str, revision: str | None, adapter: Adapter, pictures: Sequence[Shown]) -> str:
+    """diffusers, `ngrpo sample`, ComfyUI."""
+    prompt, seed = (pictures[0].prompt, pictures[0].seed) if pictures else ("a red star", 0)
+    rollout, model = adapter.rollout, adapter.model
+    solver = "flow DPM-Solver++ 2M" if rollout.solver == "dpmpp_2m" else "Euler"
+    file = PIPELINE if has_pipeline(adapter.family) else SCHEDULER
+    exact = f"{rollout.num_steps} steps of {solver}, shift {rollout.shift:.4g}, guidance {model.guidance_scale:g}"
+    reads = ", which it reads from the adapter, " if file == PIPELINE else " "
+    text = (
+        f"## Use it\n\n```python\n{diffusers_usage(repo, revision, adapter, prompt, seed)}\n```\n\n"
+        f"This draws as in training: {exact}, {model.width_px} x {model.height_px} px{reads}and with noise levels that "
+        f"are never cut to integers. `trust_remote_code` runs one file, [{file}]({file}), which needs no other package "
+        "than diffusers does for LoRA. By the command line, to the same pixels:\n\n"
+    )
+    shell = "'" + " ".join(prompt.split()).replace("'", "'\\''") + "'"
+    if revision is None:
+        text += f"```\nngrpo sample --adapter {repo} --prompt {shell} --seed {seed}\n```"
+    else:
+        text += (
+            f"```\nhf download {repo} {FILE_NAME} --revision {revision} --local-dir .\n"
+            f"ngrpo sample --adapter {FILE_NAME} --prompt {shell} --seed {seed}\n```"
+        )
+    if adapter.hub_id is None:
+        return text
+    sampler = "the sampler `euler`"
+    if rollout.solver == "dpmpp_2m":
+        sampler = (
+            "the node SamplerDPMPP_2M_SDE with eta 0, which is this solver (the sampler `dpmpp_2m` is not: it weights "
+            "its second-order term by the log of sigma alone)"
+        )
+    return (
+        f"{text}\n\n**ComfyUI**: put the file into `ComfyUI/models/loras`, load it with LoraLoaderModelOnly at "
+        f"strength 1.0, and sample with {rollout.num_steps} steps, shift {rollout.shift:.4g}, guidance "
+        f"{model.guidance_scale:g} and {sampler}."
+    )
+
+
+def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: int) -> str:
+    """Python that draws one picture as in training, by the pipeline of the repository or its scheduler alone."""
+    model, embedded = adapter.model, adapter.model.path == "embedded"
+    base = "EMBEDDED" if embedded else repr(adapter.hub_id or f"path/to/{Path(model.path).name}")
+    base += f", revision={model.revision!r}" if model.revision else ""
+    dtype, device = "bfloat16" if model.dtype == "auto" else model.dtype, "cpu" if embedded else "cuda"
+    where = repr(repo) if revision is None else f"{repo!r}, revision={revision!r}"
+    head = ["import torch", "from diffusers import DiffusionPipeline"]
+    own = ["from ngrpo_lora.world import EMBEDDED"] if embedded else []
+    if has_pipeline(adapter.family):
+        branch = "" if revision is None else f"custom_revision={revision!r}, "
+        lines = [
+            *head,
+            *own,
+            "",
+            "pipeline = DiffusionPipeline.from_pretrained(",
+            f"    {base}, custom_pipeline={repo!r}, {branch}trust_remote_code=True, dtype=torch.{dtype}",
+            f').to("{device}")',
+            f"pipeline.load_lora_weights({where})",
+            f"image = pipeline({prompt!r}, seeds={seed}).images[0]",
+            'image.save("image.png")',
+        ]
+        return "\n".join(lines)
+    video, settings = adapter.family == "wan", {"prompt": prompt} | call_settings(adapter)
+    lines = [
+        *head,
+        *(["from diffusers.utils import export_to_video"] if video else []),
+        "from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module",
+        *own,
+        "",
+        "Scheduler = get_class_from_dynamic_module(",
+        f"    {where}, module_file={SCHEDULER!r}, class_name={SCHEDULER_CLASS!r}, trust_remote_code=True",
+        ")",
+        f'pipeline = DiffusionPipeline.from_pretrained({base}, dtype=torch.{dtype}).to("{device}")',
+        f"pipeline.scheduler = Scheduler.from_config(pipeline.scheduler.config, {scheduler_settings(adapter)})",
+        f"pipeline.load_lora_weights({where})",
+        f"{'video' if video else 'image'} = pipeline(",
+        *(f"    {name}={value!r}," for name, value in settings.items()),
+        f'    generator=torch.Generator("cpu").manual_seed({seed}),',
+        ").frames[0]" if video else ").images[0]",
+        'export_to_video(video, "video.mp4", fps=16)' if video else 'image.save("image.png")',
+    ]
+    return "\n".join(lines)
+
+
+def call_settings(adapter: Adapter) -> dict[str, Any]:
+    """How a run draws, as arguments of a stock pipeline."""
+    model, rollout = adapter.model, adapter.rollout
+    settings: dict[str, Any] = {}
+    if model.negative_prompt and adapter.family != "flux2_klein":  # whose pipeline takes none
+        settings["negative_prompt"] = model.negative_prompt
+    settings |= {"height": model.height_px, "width": model.width_px, "num_inference_steps": rollout.num_steps}
+    settings |= {"guidance_scale": model.guidance_scale, "max_sequence_length": model.max_sequence_length}
+    if adapter.family == "wan" and model.num_frames:
+        settings["num_frames"] = model.num_frames
+    if adapter.family == "sana":  # its times begin at 0.999, and small sizes are not drawn larger
+        levels = [round(0.999 * (1 - step / rollout.num_steps), 6) for step in range(rollout.num_steps)]
+        settings |= {"sigmas": levels, "use_resolution_binning": False}
+    return settings
+
+
+def scheduler_settings(adapter: Adapter) -> str:
+    """A run's shift and solver, as arguments of the scheduler; multistep configurations have a name of their own."""
+    shift = f"flow_shift={adapter.rollout.shift!r}"
+    if adapter.family == "flux2_klein":
+        shift = f"shift={adapter.rollout.shift!r}, use_dynamic_shifting=False"
+    return shift if adapter.rollout.solver == "dpmpp_2m" else f"{shift}, solver_order=1"
+
+
+def training(repo: str, revision: str | None, config: RunConfig, adapter: Adapter, iterations: int) -> str:
+    """Settings as a table, and the command that runs it again."""
+    branch = f" --revision {revision}" if revision else ""
+    rows = [(name, cell(str(value))) for name, value in settings(config, adapter, iterations)]
+    return (
+        f"## How it was trained\n\n{table(('setting', 'value'), rows)}\n\nAgain, with all settings "
+        f"([config.yaml](config.yaml)):\n\n```\nhf download {repo} config.yaml{branch} --local-dir .\n"
+        "ngrpo train config.yaml\n```"
+    )
+
+
+def settings(config: RunConfig, adapter: Adapter, iterations: int) -> Iterator[tuple[str, Any]]:
+    """Name and value of what matters most."""
+    rollout, model, optimizer = adapter.rollout, adapter.model, config.optimizer
+    group, prompts = rollout.group_size, rollout.prompts_per_iteration
+    yield "rewards", " + ".join(f"{r.weight:g} x {r.key}" if r.weight != 1 else r.key for r in config.rewards.train)
+    if config.evaluation.rewards:
+        yield "watched, not trained on", ", ".join(reward.key for reward in config.evaluation.rewards)
+    sources = config.prompts.train
+    yield "prompts", sources if isinstance(sources, str) else ", ".join(f"{s} (x {n})" for s, n in sources.items())
+    yield "algorithm", config.algorithm.name
+    yield "iterations", iterations
+    yield "an iteration", f"{prompts} prompts x {group} candidates = {prompts * group} images"
+    yield "images seen", iterations * prompts * group
+    yield "solver", f"{rollout.solver}, {rollout.num_steps} steps, shift {rollout.shift:.4g}"
+    yield "guidance", f"{model.guidance_scale:g}"
+    yield "size", f"{model.width_px} x {model.height_px} px"
+    yield "LoRA", f"rank {config.lora.rank}, alpha {config.lora.resolved_alpha:g}, {config.lora.targets}"
+    yield "optimizer", f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, {optimizer.schedule}"
+    if optimizer.ema_decay:
+        yield "average of the weights", optimizer.ema_decay
+    yield "base", f"{model.dtype}" + ("" if model.quantization == "none" else f", {model.quantization}")
+    yield "seed", config.seed
+
+
+def limitations(config: RunConfig, measured: bool) -> str:
+    """What the figures do not say."""
+    names = ", ".join(f"`{reward.key}`" for reward in config.rewards.train)
+    lines = [
+        f"- It was tuned to please {names}. What these do not see (variety, style, other subjects) may have changed "
+        "too, and their own biases are now the adapter's.",
+        "- It was trained at one size, number of steps and guidance (above); elsewhere its effect may be smaller, or "
+        "another.",
+        "- Whatever the base model cannot do or should not be used for holds for it too, and so does its licence.",
+    ]
+    if measured:
+        lines.insert(
+            1,
+            "- The figures are of one run, by the rewards themselves, on one seed for each held-out prompt; their "
+            "intervals are about prompts, not about training again with another seed.",
+        )
+    return "## Limitations\n\n" + "\n".join(lines)
+
+
+def cell(text: str) -> str:
+    """Any text as one line of Markdown that means itself, also in a table."""
+    line = " ".join(text.split())
+    short = line if len(line) <= PROMPT_CHARACTERS else f"{line[: PROMPT_CHARACTERS - 1]}…"
+    return re.sub(r"([\\`*_\[\]<>|~&$@])", r"\\\1", short)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, of cells that are safe."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))

@@ -1,0 +1,26 @@
+"""A model family by its configuration, loaded on its device."""
+
+from __future__ import annotations
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from ngrpo_lora import registry
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.devices import resolve_device, resolve_dtype
+from ngrpo_lora.models._base import BaseFamily, Parts
+from ngrpo_lora.models._index import family_of
+
+
+def load_family(config: ModelConfig, parts: Parts = "all", divided: bool = False) -> BaseFamily:
+    """The model family of a configuration on its device, loaded without the libraries' notes and bars.
+
+    Raises:
+        UserError: no such model, no family for it, or it cannot be loaded.
+    """
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    device = resolve_device(config.device)
+    config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, device)})
+    return registry.load(registry.MODELS, family_of(config)).Family(config, device, parts, divided)

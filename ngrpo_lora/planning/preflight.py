@@ -1,0 +1,199 @@
+"""What can be found wrong with a run before its model loads: files, functions, packages, the output folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ngrpo_lora import registry
+from ngrpo_lora.config import RunConfig, changed_keys, load_config
+from ngrpo_lora.devices import resolve_device
+from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.models._quantization import check_quantization
+from ngrpo_lora.prompts.sources import read_split
+from ngrpo_lora.records.checkpoints import STATE_FILE, checkpoints
+
+__all__ = ["check_resumable", "check_run", "check_settings"]
+
+# What a resumed run may change: where it runs, how long, what it reports; nothing that changes its updates.
+MAY_CHANGE = (
+    *("output_dir", "resume", "hub.", "evaluation.", "trainer.", "rollout.micro_batch_size"),
+    *("model.device", "model.swap_blocks", "model.text_encoders", "model.vae_tiling"),
+)
+REMOTE = ("hf:", "hpdv2:")  # prompts that a network may be asked for
+
+
+def check_run(config: RunConfig) -> None:
+    """Make sure that `config` can start here; makes the output folder when all else is well.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    problems = [*_prompts(config), *_settings(config), *_output_dir(config)]
+    if not problems:
+        problems = [*_not_writable(Path(config.output_dir)), *_family(config)]
+    if not problems:
+        problems = [*_hub(config)]  # last, as it may make the repository
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_settings(config: RunConfig) -> None:
+    """What of `check_run` asks no network and writes nothing; the output folder is not looked at.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    sources = (config.prompts.train, config.prompts.held_out)
+    sources = [[one] if isinstance(one, str) else one for one in sources if isinstance(one, str | dict)]
+    local = not any(name.startswith(REMOTE) for source in sources for name in source)
+    if problems := [*(_prompts(config) if local else ()), *_settings(config)]:
+        raise ConfigError(problems)
+
+
+def check_resumable(config: RunConfig) -> None:
+    """Whether the run in its own output folder is this one, as far as it may not change.
+
+    Raises:
+        ConfigError: one line per setting that differs.
+    """
+    if problems := [*_changes(Path(config.output_dir) / "config.yaml", config)]:
+        raise ConfigError(problems)
+
+
+def _settings(config: RunConfig) -> Iterator[str]:
+    yield from _functions(config)
+    yield from _model(config)
+    yield from _packages(config)
+    yield from _init_from(config)
+
+
+def _prompts(config: RunConfig) -> Iterator[str]:
+    try:
+        read_split(config.prompts)
+    except ConfigError as error:
+        yield from error.problems
+
+
+def _functions(config: RunConfig) -> Iterator[str]:
+    trained = [(f"rewards.train.{i}.name", reward.name) for i, reward in enumerate(config.rewards.train)]
+    watched = [(f"evaluation.rewards.{i}.name", reward.name) for i, reward in enumerate(config.evaluation.rewards)]
+    strict = [] if config.evaluation.strict is None else [("evaluation.strict", config.evaluation.strict)]
+    for key, name in trained + watched + strict:
+        if ":" in name:
+            try:
+                registry.check_function(name)
+            except ConfigError as error:
+                yield f"{key} {error}"
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    path = Path(config.model.path)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            yield f"model.path must be a diffusers folder, but {str(path)!r} holds no model_index.json"
+    elif path.is_file():
+        yield f"model.path must be a folder, but {str(path)!r} is a file; give its diffusers folder"
+    elif config.model.path != "embedded" and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path):
+        yield f"model.path must be embedded, an existing folder or a Hub id (owner/name), got {config.model.path!r}"
+
+
+def _family(config: RunConfig) -> Iterator[str]:
+    """Whether the model can be had and is of a known family, by its small index file; nothing else is downloaded."""
+    from ngrpo_lora.models._index import family_of
+
+    try:
+        family_of(config.model)
+    except UserError as error:
+        yield str(error)
+
+
+def _init_from(config: RunConfig) -> Iterator[str]:
+    """Whether the adapter to start from can be read, and has room in the new one; a resumed run does not need it."""
+    if config.lora.init_from is None or config.resume is not None:
+        return
+
+    from ngrpo_lora.adapters.reading import read_adapter_file
+
+    try:
+        layers = read_adapter_file(config.lora.init_from).layers
+    except UserError as error:
+        yield f"lora.init_from: {error}"
+        return
+    rank, room = max(layer.rank for layer in layers.values()), config.lora.rank
+    if rank > room:
+        yield f"lora.rank must be at least {rank}, that of lora.init_from {config.lora.init_from!r}, got {room}"
+
+
+def _hub(config: RunConfig) -> Iterator[str]:
+    """Whether the run can be pushed; without `hub.repo` nothing is asked."""
+    if config.hub.repo is not None:
+        from ngrpo_lora.hub.pushing import check_access
+
+        try:
+            check_access(config.hub)
+        except UserError as error:
+            yield str(error)
+
+
+def _packages(config: RunConfig) -> Iterator[str]:
+    if config.optimizer.name.endswith("_8bit") and importlib.util.find_spec("bitsandbytes") is None:
+        name = config.optimizer.name
+        yield f"optimizer.name={name} needs bitsandbytes, which is not installed; pip install 'ngrpo-lora[8bit]'"
+    try:
+        check_quantization(config.model.quantization, resolve_device(config.model.device))
+    except UserError as error:
+        yield str(error)
+
+
+def _output_dir(config: RunConfig) -> Iterator[str]:
+    output_dir = Path(config.output_dir)
+    holds_run = (output_dir / "config.yaml").exists()
+    if config.resume is None:
+        if holds_run:
+            yield (
+                f"output_dir must not hold another run, but {config.output_dir!r} does; "
+                "give resume=latest to go on with it, or another output_dir"
+            )
+        return
+    if config.resume == "latest":
+        run_dir = output_dir
+        if not checkpoints(output_dir):
+            folder = str(output_dir / "checkpoints")
+            yield f"resume=latest needs a checkpoint, but {folder!r} holds none; drop resume to start anew"
+            return
+    else:
+        checkpoint = Path(config.resume).resolve()
+        state = checkpoint / STATE_FILE if checkpoint.is_dir() else checkpoint
+        if not state.is_file():
+            yield f"resume must be latest or the path of a checkpoint, but {config.resume!r} is none"
+            return
+        run_dir = state.parents[2]
+        if holds_run and run_dir != output_dir.resolve():
+            yield f"output_dir must be the resumed run's ({str(run_dir)!r}) or a new one, got {config.output_dir!r}"
+    if (run_dir / "config.yaml").is_file():
+        yield from _changes(run_dir / "config.yaml", config)
+
+
+def _changes(path: Path, config: RunConfig) -> Iterator[str]:
+    """Differences to the run's own configuration that would make the resumed run another one."""
+    try:
+        old = load_config(path)
+    except ConfigError as error:
+        yield from (f"resume: {path}: {problem}" for problem in error.problems)
+        return
+    for change in changed_keys(old, config):
+        if not change.startswith(MAY_CHANGE):
+            yield f"a resumed run must keep its settings, but {change}; undo it, or start anew in another output_dir"
+
+
+def _not_writable(output_dir: Path) -> Iterator[str]:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        yield f"output_dir must be a writable folder, but {str(output_dir)!r} is not: {error.strerror}; choose another"

@@ -1,0 +1,230 @@
+"""Prompt sources: `(source, seed, index) -> prompt`, so that a run's prompts do not depend on who asks when."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ngrpo_lora.config import PromptsConfig
+from ngrpo_lora.equations.noise import derive_seed
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.prompts.files import BUILTIN_SOURCES, Prompt, PromptTable, prompt_key, read_prompts
+from ngrpo_lora.world.scenes import TASKS, TEMPLATES, Task, split_scenes
+
+__all__ = [
+    "BUILTIN_SOURCES",
+    "Prompt",
+    "PromptList",
+    "PromptMix",
+    "PromptSource",
+    "Split",
+    "WorldPrompts",
+    "count_longer",
+    "divide",
+    "open_prompts",
+    "open_split",
+    "read_split",
+    "token_lengths",
+]
+
+logger = logging.getLogger(__name__)
+
+Sources = str | Mapping[str, int]
+
+
+class PromptSource(Protocol):
+    """An endless, seeded sequence of prompts."""
+
+    def prompt(self, index: int) -> Prompt:
+        """The prompt at a position, the same at every call."""
+        ...
+
+
+class PromptList:
+    """Prompts that were read from somewhere, in a new order every time round."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int):
+        self.prompts, self.seed = prompts, seed
+
+    def prompt(self, index: int) -> Prompt:
+        """Every prompt once per epoch."""
+        epoch, position = divmod(index, len(self.prompts))
+        order = np.random.default_rng(derive_seed(self.seed, "epoch", epoch)).permutation(len(self.prompts))
+        return self.prompts[order[position]]
+
+
+class WorldPrompts:
+    """Captions of the embedded world, its tasks in turn."""
+
+    def __init__(self, held_out: bool, seed: int, tasks: Sequence[Task] = TASKS):
+        self.seed, self.tasks = seed, tasks
+        self.scenes = {task: split_scenes(task)[held_out] for task in tasks}
+
+    def prompt(self, index: int) -> Prompt:
+        """A random scene of task `tasks[index mod len(tasks)]` in a random template."""
+        rng = np.random.default_rng(derive_seed(self.seed, "prompt", index))
+        pool = self.scenes[self.tasks[index % len(self.tasks)]]
+        return Prompt(TEMPLATES[rng.integers(len(TEMPLATES))].format(pool[rng.integers(len(pool))].caption))
+
+
+class PromptMix:
+    """Several sources: of every `sum(weights)` prompts, each source gives its weight's number, evenly spread."""
+
+    def __init__(self, sources: Sequence[PromptSource], weights: Sequence[int]):
+        self.sources, self.weights = sources, weights
+        # Each source's prompts lie in the middles of equal parts of the cycle.
+        places = [((turn + 0.5) / weight, s, turn) for s, weight in enumerate(weights) for turn in range(weight)]
+        self.cycle = [(s, turn) for _, s, turn in sorted(places)]
+
+    def prompt(self, index: int) -> Prompt:
+        """The next prompt of the source whose turn it is."""
+        epoch, position = divmod(index, len(self.cycle))
+        source, turn = self.cycle[position]
+        return self.sources[source].prompt(epoch * self.weights[source] + turn)
+
+
+def open_prompts(source: Sources, seed: int, tables: Mapping[str, PromptTable] | None = None) -> PromptSource:
+    """The prompts of a built-in source (`world:train`, `world:held_out/color`), of a file or dataset, or of several.
+
+    Args:
+        source: one name, or the weight of each.
+        tables: files and datasets that were read already; without it they are read here, without duplicates.
+    Raises:
+        ConfigError: as `read_prompts`.
+    """
+    if not isinstance(source, str):
+        parts = [open_prompts(name, derive_seed(seed, name), tables) for name in source]
+        return PromptMix(parts, list(source.values()))
+    if source in BUILTIN_SOURCES:
+        split, _, task = source.partition("/")
+        return WorldPrompts(split == "world:held_out", seed, [t for t in TASKS if not task or t == task])
+    table = read_prompts(source) if tables is None else tables[source]
+    return PromptList(table.prompts, seed)
+
+
+def divide(prompts: Iterable[Prompt], fraction: float) -> tuple[list[Prompt], list[Prompt]]:
+    """A training and a held-out part by the SHA-256 of each `prompt_key`: equal prompts are always on one side.
+
+    Neither order, file nor seed matters, and a larger fraction holds out what a smaller one does, and more.
+
+    Args:
+        fraction: expected share of the held-out part, in (0, 1).
+    Raises:
+        ConfigError: one of the parts is empty.
+    """
+    parts: tuple[list[Prompt], list[Prompt]] = ([], [])
+    for prompt in prompts:
+        parts[derive_seed("held_out", prompt_key(prompt.text)) < fraction * 2**63].append(prompt)
+    if not all(parts):
+        train, held_out = map(len, parts)
+        raise ConfigError(
+            f"must leave prompts on both sides, but of {train + held_out} it holds out {held_out}; "
+            "set another fraction, or a source of its own"
+        )
+    return parts
+
+
+class Split(NamedTuple):
+    """Tables by source, for training and for evaluation; the built-in sources have none."""
+
+    train: dict[str, PromptTable]
+    held_out: dict[str, PromptTable]
+
+
+def read_split(config: PromptsConfig) -> Split:
+    """Read all files and datasets of a configuration; a `held_out` that is a number divides those of `train`.
+
+    Raises:
+        ConfigError: one line per faulty source, beginning with its key.
+    """
+    problems: list[str] = []
+    tables = _read("train", config.train, config.deduplicate, problems)
+    if isinstance(config.held_out, str | dict):
+        split = Split(tables, _read("held_out", config.held_out, config.deduplicate, problems))
+    else:
+        split, key = Split({}, {}), f"prompts.held_out={config.held_out:g}"
+        for name in _names(config.train):
+            if name in BUILTIN_SOURCES:
+                rule = f"{key} must divide files or datasets, but {name} is neither"
+                problems.append(f"{rule}; set it to a source such as world:held_out")
+            elif name in tables:
+                try:
+                    train, held_out = divide(tables[name].prompts, config.held_out)
+                except ConfigError as error:
+                    problems.append(f"{key} of {name!r} {error}")
+                else:
+                    split.train[name] = replace(tables[name], prompts=train)
+                    split.held_out[name] = PromptTable(held_out)
+    if problems:
+        raise ConfigError(problems)
+    return split
+
+
+def _names(sources: Sources) -> list[str]:
+    return [sources] if isinstance(sources, str) else list(sources)
+
+
+def _read(key: str, sources: Sources, deduplicate: bool, problems: list[str]) -> dict[str, PromptTable]:
+    """The tables of a key's files and datasets; what is wrong with the others is added to `problems`."""
+    tables: dict[str, PromptTable] = {}
+    for name in _names(sources):
+        if name not in BUILTIN_SOURCES:
+            try:
+                tables[name] = read_prompts(name, deduplicate)
+            except ConfigError as error:
+                problems.append(f"prompts.{key} {error}")
+    return tables
+
+
+def open_split(config: PromptsConfig, train_seed: int, held_out_seed: int) -> tuple[PromptSource, PromptSource]:
+    """The training and the held-out prompts of a run; logs what was dropped, and what is in both.
+
+    Raises:
+        ConfigError: as `read_split`.
+    """
+    split = read_split(config)
+    for key, tables in split._asdict().items():
+        for name, table in tables.items():
+            if table.num_duplicates:
+                logger.info("prompts.%s: %d duplicates of %s dropped", key, table.num_duplicates, name)
+    seen, kept_apart = (
+        {prompt_key(prompt.text) for table in tables.values() for prompt in table.prompts} for tables in split
+    )
+    if common := seen & kept_apart:
+        logger.warning(
+            "%d of %d prompts of prompts.held_out are in prompts.train too: held-out figures tell less than they seem; "
+            "drop them from one, or give held_out a fraction such as 0.05",
+            len(common),
+            len(kept_apart),
+        )
+    held_out = config.held_out if isinstance(config.held_out, str | dict) else config.train
+    return open_prompts(config.train, train_seed, split.train), open_prompts(held_out, held_out_seed, split.held_out)
+
+
+def token_lengths(texts: Sequence[str], tokenizer: Callable[..., Any]) -> list[int]:
+    """Tokens of each text, special ones included, nothing cut off."""
+    return [len(ids) for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]
+
+
+def count_longer(texts: Sequence[str], tokenizer: Callable[..., Any], limit: int) -> int:
+    """How many texts have more than `limit` tokens, special ones included: a model reads only their beginnings."""
+    return sum(length > limit for length in token_lengths(texts, tokenizer))
+
+
+def listed_prompts(source: str, count: int) -> list[str]:
+    """The first prompts of a source, in the order of its file.
+
+    Raises:
+        ConfigError: no such source.
+    """
+    try:
+        if source in BUILTIN_SOURCES:
+            endless = open_prompts(source, 0)
+            return [endless.prompt(index).text for index in range(count)]
+        return [prompt.text for prompt in read_prompts(source).prompts[:count]]
+    except ConfigError as error:
+        raise ConfigError(f"--prompts {error}") from None

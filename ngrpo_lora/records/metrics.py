@@ -1,0 +1,97 @@
+"""What a run says: `metrics.jsonl`, one line a step; on screen what will be done, a progress bar, what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ngrpo_lora.types import Metrics
+
+
+class MetricsFile:
+    """`metrics.jsonl`. Opened for a resumed run, it drops the lines after the checkpoint."""
+
+    def __init__(self, path: Path, resume_after: int | None):
+        rows = []
+        if resume_after is not None and path.exists():
+            rows = [row for row in read_metrics(path) if row["step"] <= resume_after]
+        *complete, self.last = rows or [{}]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(map(to_line, complete)))
+        partial.replace(path)
+        self.file = path.open("a")
+        self.start = self.file.tell()  # of the last line
+        if self.last:
+            self.rewrite()
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Append a line, or add to the last one where that is of this step; NaN and infinity are null."""
+        if self.last.get("step") != step:
+            self.last, self.start = {"step": step}, self.file.tell()
+        self.last |= metrics
+        self.rewrite()
+
+    def rewrite(self) -> None:
+        """Put the last line in its place."""
+        self.file.truncate(self.start)
+        self.file.write(to_line(self.last))
+        self.file.flush()
+
+    def has(self, key: str) -> bool:
+        """Whether the last line has this metric."""
+        return key in self.last
+
+
+def to_line(row: dict[str, Any]) -> str:
+    """Strict JSON: NaN and infinity are null."""
+    return json.dumps(finite(row)) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same lists and dictionaries with None in place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of `metrics.jsonl`; a line torn by a crash is dropped."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def save_scores(path: Path, prompts: Sequence[str], seeds: Sequence[int], scores: dict[str, Tensor]) -> None:
+    """Every score of an evaluation, one line an image, so that runs can be compared image by image."""
+    columns = {label: raw.tolist() for label, raw in scores.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            file.write(to_line({"prompt": prompt, "seed": seed} | {k: values[row] for k, values in columns.items()}))
+
+
+def read_scores(output_dir: Path) -> dict[int, dict[str, np.ndarray]]:
+    """Every evaluation of a run: scores (N,) by label, NaN where one failed, by iteration."""
+    evaluations = {}
+    for path in sorted((output_dir / "evaluations").glob("*.jsonl")):
+        rows = read_metrics(path)
+        labels = [label for label in rows[0] if label not in ("prompt", "seed")]
+        evaluations[int(path.stem)] = {label: np.array([row[label] for row in rows], dtype=float) for label in labels}
+    return evaluations
+
+
+def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of every line that has this metric."""
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]

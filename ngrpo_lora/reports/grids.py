@@ -1,0 +1,71 @@
+"""Captioned grids of pictures."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Container, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ngrpo_lora.records.pictures import save_png
+
+CELL_PX, CAPTION_LINES, LINE_PX = 160, 2, 17
+NUM_SHOWN = 4
+FRAME = "#1a9c3f"
+CAPTION_PX = CAPTION_LINES * LINE_PX
+
+
+def save_grid(
+    path: Path,
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    columns: int = 6,
+    caption_lines: int = CAPTION_LINES,
+) -> None:
+    """Write `draw_grid` to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(images, captions, columns, caption_lines).save(path)
+
+
+def draw_grid(
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    columns: int = 6,
+    caption_lines: int = CAPTION_LINES,
+    cell_px: int = CELL_PX,
+    framed: Container[int] = (),
+) -> Image.Image:
+    """Images with their captions below, `columns` a row; small ones are enlarged without smoothing.
+
+    Captions keep their line breaks; what is more than `caption_lines` lines is left out. Letters grow with the cell.
+    Those of the numbers `framed` have a green frame.
+    """
+    scale = cell_px / CELL_PX
+    rows, caption_px = -(-len(images) // columns), caption_lines * round(LINE_PX * scale)
+    sheet = Image.new("RGB", (columns * cell_px, rows * (cell_px + caption_px)), "white")
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11 * scale)
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = index % columns * cell_px, index // columns * (cell_px + caption_px)
+        resample = Image.Resampling.NEAREST if max(image.size) < cell_px else Image.Resampling.LANCZOS
+        factor = (cell_px - 6) / max(image.size)
+        size = (round(image.width * factor), round(image.height * factor))
+        left = x + (cell_px - size[0]) // 2
+        if index in framed:
+            canvas.rectangle((left - 3, y, left + size[0] + 2, y + size[1] + 5), fill=FRAME)
+        sheet.paste(image.resize(size, resample), (left, y + 3))
+        lines = wrapped(caption)[:caption_lines]
+        canvas.multiline_text((x + 4, y + cell_px), "\n".join(lines), fill="black", font=font, spacing=2 * scale)
+    return sheet
+
+
+def wrapped(caption: str) -> list[str]:
+    """A caption's lines, as wide as a picture of a grid."""
+    return [part for line in caption.splitlines() for part in textwrap.wrap(line, 28)]
+
+
+def save_shown(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """The first few pictures in full size, each with its prompt and seed: `0.png`, `1.png`, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(images[:NUM_SHOWN]):
+        save_png(folder / f"{index}.png", image, {"prompt": prompts[index], "seed": str(seeds[index])})

@@ -1,0 +1,123 @@
+"""Pictures by several adapters side by side, each of which says how it was drawn."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic import ValidationError
+
+from ngrpo_lora.adapters.finding import adapter_label
+from ngrpo_lora.adapters.header import AdapterInfo, code_version
+from ngrpo_lora.adapters.report import digest
+from ngrpo_lora.config import ModelConfig, RolloutConfig
+from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.records.pictures import read_png_text
+from ngrpo_lora.sampling.sampler import Sampler, draw
+
+
+@dataclass(frozen=True)
+class Column:
+    """What draws: LoRA files with their strengths, all at once; none is the base."""
+
+    label: str
+    adapters: tuple[tuple[Path, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One sample, of a video all frames, and the PNG text with which `--like` draws it again."""
+
+    column: Column
+    row: int
+    prompt: str
+    seed: int
+    frames: list[Image.Image]
+    text: dict[str, str]
+
+
+def columns_of(adapters: Sequence[tuple[Path, float]], apart: bool, base_too: bool) -> list[Column]:
+    """The base where it is wanted, and the adapters together, or each of them apart."""
+    columns = [Column("base")] if base_too or not adapters else []
+    groups = [(one,) for one in adapters] if apart else [tuple(adapters)] if adapters else []
+    for group in groups:
+        name = "+".join(adapter_label(path) + ("" if strength == 1 else f"x{strength:g}") for path, strength in group)
+        label, number = name, 2
+        while label in [column.label for column in columns]:
+            label, number = f"{name}-{number}", number + 1
+        columns.append(Column(label, group))
+    return columns
+
+
+def draw_columns(
+    info: AdapterInfo, columns: Sequence[Column], prompts: Sequence[str], seeds: Sequence[int]
+) -> Iterator[Drawing]:
+    """Every prompt with every seed (prompt-major) by every column, drawn when it is asked for.
+
+    Raises:
+        UserError: no such model, or a file that is no adapter, or fits no layer of the model.
+    """
+    sampler = Sampler(info)
+    for column in columns:  # an adapter that does not fit should be known before an hour of drawing
+        sampler.use(column.adapters)
+    settings = shown_settings(info, sampler.family)
+    digests = {path: digest(path) for column in columns for path, _ in column.adapters}
+    for number, prompt in enumerate(prompts):
+        text = sampler.family.encode([prompt])
+        for seed in seeds:
+            for column in columns:
+                sampler.use(column.adapters)
+                frames = draw(sampler.family, text, [seed], sampler.solver, sampler.sigmas)
+                adapters = [
+                    {"file": os.path.abspath(path), "sha256": digests[path], "strength": strength}
+                    for path, strength in column.adapters
+                ]
+                own = {"ngrpo": json.dumps(settings | {"adapters": adapters}, sort_keys=True)}
+                yield Drawing(column, number, prompt, seed, frames, {"prompt": prompt, "seed": str(seed)} | own)
+
+
+def shown_settings(info: AdapterInfo, family: BaseFamily) -> dict[str, Any]:
+    """All that a picture depends on beside adapters, prompt and seed, with what the model recommends written out."""
+    shift = info.rollout.shift or family.shift(info.rollout.num_steps)
+    rollout = {"solver": info.rollout.solver, "num_steps": info.rollout.num_steps, "shift": shift}
+    model = info.model.model_copy(update=family.settings).model_dump(mode="json")
+    return {"code_version": code_version(), "model": model, "rollout": rollout}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a picture was drawn."""
+
+    info: AdapterInfo
+    adapters: tuple[tuple[Path, float], ...]
+    prompt: str
+    seed: int
+
+
+def read_recipe(path: Path, same_adapters: bool = True) -> Recipe:
+    """What `ngrpo sample` wrote into a picture.
+
+    Args:
+        same_adapters: the files must be there, unchanged; otherwise they are not looked at.
+    Raises:
+        UserError: not such a picture, or an adapter has gone or is another one now.
+    """
+    text = read_png_text(path)
+    try:
+        own = json.loads(text["ngrpo"])
+        info = AdapterInfo(ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"]))
+        adapters = [(Path(one["file"]), one["sha256"], float(one["strength"])) for one in own["adapters"]]
+        prompt, seed = text["prompt"], int(text["seed"])
+    except (ValidationError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"--like must be a PNG file that `ngrpo sample` wrote, but {str(path)!r} is none") from None
+    for file, sha256, _ in adapters if same_adapters else []:
+        if not file.is_file() or digest(file) != sha256:
+            what = "has changed since" if file.is_file() else "is not there any more"
+            raise UserError(f"{str(path)!r} was drawn with {str(file)!r}, which {what}; give the one with --adapter")
+    return Recipe(info, tuple((file, strength) for file, _, strength in adapters), prompt, seed)

@@ -1,0 +1,50 @@
+"""How an adapter wants to be drawn: as its header says, or as its model's family is drawn where it says nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ngrpo_lora.adapters.header import AdapterInfo, read_adapter
+from ngrpo_lora.adapters.reading import read_metadata
+from ngrpo_lora.config import load_config
+from ngrpo_lora.models._blueprint import architectures
+
+__all__ = ["Recommendation", "recommend"]
+
+PRESETS = {
+    "flux": "flux",
+    "flux2_klein": "flux2-klein",
+    "qwen_image": "qwen-image",
+    "sana": "sana",
+    "sd3": "sd35-medium",
+    "wan": "wan",
+    "z_image": "z-image",
+}
+"""By family: whose settings count for files of other trainers."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """How to draw with an adapter."""
+
+    info: AdapterInfo
+    base: str
+    """A model that the package knows, whose schedule it is."""
+    source: str
+    """Who says so, in words."""
+
+
+def recommend(path: Path, family: str) -> Recommendation:
+    """What a LoRA file of this family recommends, without its base being looked up anywhere.
+
+    Raises:
+        UserError: our metadata in it cannot be understood.
+    """
+    preset = load_config(PRESETS[family])
+    if "ngrpo" not in read_metadata(path):
+        info = AdapterInfo(preset.model, preset.rollout)
+        return Recommendation(info, preset.model.path, f"not in the file; those of the preset {PRESETS[family]}")
+    info = read_adapter(path)  # its shift is the one that was trained with, so any model of the family will do
+    known = info.model.path == "embedded" or info.model.path in architectures()
+    return Recommendation(info, info.model.path if known else preset.model.path, "as in training")

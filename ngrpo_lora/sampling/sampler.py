@@ -1,0 +1,143 @@
+"""Draw images with the deterministic solver: evaluation, `ngrpo sample`, and anybody's script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ngrpo_lora.adapters.header import AdapterInfo
+from ngrpo_lora.adapters.loading import load_adapter
+from ngrpo_lora.equations.noise import gaussian_noise
+from ngrpo_lora.equations.solvers import SOLVERS
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.sampling.settings import drawing_settings
+from ngrpo_lora.types import TextEmbeds
+
+
+@torch.no_grad()
+def draw(
+    family: BaseFamily,
+    text: TextEmbeds,
+    seeds: Sequence[int],
+    solver: str,
+    sigmas: Tensor,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Image.Image]:
+    """One image per row of `text`, of a video model `num_frames`, each row alone in its batch.
+
+    Kernels round differently for different batch sizes, so only this makes an image a function of weights,
+    prompt, seed and settings, to the bit.
+    """
+    images = []
+    for row, seed in enumerate(seeds):
+        noise = gaussian_noise((1, *family.latent_shape), seed)
+        images += family.decode(solve(family, text[[row]], noise, solver, sigmas))
+        progress()
+    return images
+
+
+@torch.no_grad()
+def solve(
+    family: BaseFamily,
+    text: TextEmbeds,
+    noise: Tensor,
+    solver: str,
+    sigmas: Tensor,
+    before_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Noise (B, ...) -> clean latents (B, ...), `before_step` being called before each of the K steps."""
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        before_step()
+        return family.velocity(latents, sigma, text)
+
+    return SOLVERS[solver](velocity, noise.to(family.device), sigmas)[-1]
+
+
+class Sampler:
+    """A model, with an adapter or without, that draws as its settings say."""
+
+    def __init__(self, info: AdapterInfo, adapter: str | Path | None = None, strength: float = 1.0):
+        self.family = load_family(info.model)
+        self.names: dict[Path, str] = {}  # of the adapters that are on the model, active or not
+        self.settle(info)
+        if adapter is not None:
+            self.use([(Path(adapter), strength)])
+
+    def settle(self, info: AdapterInfo) -> None:
+        """Draw as these settings say from now on; what is loaded stays as it is loaded."""
+        self.info, self.solver = info, info.rollout.solver
+        self.sigmas = self.family.sigmas(info.rollout.num_steps, info.rollout.shift)
+
+    def at(self, info: AdapterInfo) -> Sampler:
+        """The same loaded model, with the same adapters, at other settings.
+
+        Raises:
+            UserError: the model cannot draw so.
+        """
+        other = copy(self)
+        other.family = self.family.at(info.model)
+        other.settle(info)
+        return other
+
+    def use(self, adapters: Sequence[tuple[Path, float]]) -> None:
+        """Draw with these LoRA files together, each at its strength, from now on; with none, the base itself.
+
+        Raises:
+            UserError: as `BaseFamily.load_adapter`.
+        """
+        strengths: dict[str, float] = {}
+        for path, strength in adapters:
+            if path not in self.names:
+                name = f"adapter_{len(self.names)}"
+                load_adapter(self.family, path, strength, name)
+                self.names[path] = name
+            strengths[self.names[path]] = strengths.get(self.names[path], 0.0) + strength
+        if strengths:
+            self.family.transformer.enable_adapters()
+            self.family.pipeline.set_adapters([*strengths], [*strengths.values()])
+        elif self.names:
+            self.family.transformer.disable_adapters()
+
+    def remove_adapters(self) -> None:
+        """Take all LoRA files off the model, so that their memory is free and changed files are read again."""
+        if self.names:
+            self.family.pipeline.unload_lora_weights()
+            self.names.clear()
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image.Image]:
+        """One image per prompt and seed, of a video model `num_frames`, drawn when they are asked for."""
+        for prompt, rows in groupby(zip(prompts, seeds, strict=True), itemgetter(0)):
+            text = self.family.encode([prompt])
+            for _, seed in rows:
+                yield from draw(self.family, text, [seed], self.solver, self.sigmas)
+
+
+def sample_images(
+    adapter: str | Path | None,
+    model: str | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    strength: float = 1.0,
+) -> list[Image.Image]:
+    """Draw every prompt with every seed (prompt-major), with the settings that the adapter was trained with.
+
+    A video model gives all frames of each, one after the other.
+
+    Args:
+        adapter: LoRA file; None draws with the base model.
+        model: `embedded`, a diffusers folder or a Hub id; None: the base that the adapter names.
+        strength: scale of the adapter; 0 is the base model.
+    Raises:
+        UserError: no such model, or a file that is no adapter, or fits no layer of the model.
+    """
+    sampler = Sampler(drawing_settings(adapter, model), adapter, strength)
+    return list(sampler([prompt for prompt in prompts for _ in seeds], [*seeds] * len(prompts)))

@@ -1,0 +1,104 @@
+"""With which settings a model or an adapter is drawn, here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ngrpo_lora.adapters.header import AdapterInfo, read_adapter
+from ngrpo_lora.adapters.reading import read_metadata
+from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig, load_config, preset_names
+from ngrpo_lora.devices import resolve_device
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.models._blueprint import architectures
+from ngrpo_lora.models._index import model_index
+from ngrpo_lora.models._quantization import NEED_GPU
+
+OPTIONS = {
+    "steps": "num_steps",
+    "shift": "shift",
+    "solver": "solver",
+    "guidance": "guidance_scale",
+    "height": "height_px",
+    "width": "width_px",
+}
+"""Options of `ngrpo sample`, and the settings that they change."""
+
+
+def drawing_settings(adapter: str | Path | None, model: str | None, device: str = "auto") -> AdapterInfo:
+    """What an adapter was trained with, or the defaults; `model` replaces the base that it names.
+
+    Raises:
+        UserError: not an adapter.
+    """
+    info = read_adapter(adapter) if adapter is not None else AdapterInfo(ModelConfig(), RolloutConfig())
+    return on_this_machine(info, model, device)
+
+
+def own_settings(path: str, adapter: Path | None = None) -> AdapterInfo:
+    """How a model is drawn: as the adapter says, else as its preset trains it, else as a preset of its family.
+
+    Only size, frames, steps and negative prompt are a preset's; shift and guidance are the model's own. A model
+    without a preset has the defaults, but 1024 x 1024 pixels.
+
+    Raises:
+        UserError: no such model, or not an adapter.
+    """
+    if adapter is not None and "ngrpo" in read_metadata(adapter):
+        info = read_adapter(adapter)
+        return AdapterInfo(info.model.model_copy(update={"path": path}), info.rollout)
+    if path == "embedded":
+        return AdapterInfo(ModelConfig(), RolloutConfig())
+    presets, known = preset_by_model(), architectures()
+    found = presets.get(path)
+    if found is None:
+        pipeline = known[path]["pipeline"] if path in known else model_index(path)["_class_name"]
+        alike = (run for model, run in presets.items() if known.get(model, {}).get("pipeline") == pipeline)
+        found = next(alike, None)
+    if found is None:
+        return AdapterInfo(ModelConfig(path=path, height_px=1024, width_px=1024), RolloutConfig())
+    kept = found.model.model_dump(include={"height_px", "width_px", "num_frames", "negative_prompt"})
+    return AdapterInfo(ModelConfig(path=path, **kept), RolloutConfig(num_steps=found.rollout.num_steps))
+
+
+@cache
+def preset_by_model() -> dict[str, RunConfig]:
+    """The shipped presets by `model.path`, the first of each."""
+    runs: dict[str, RunConfig] = {}
+    for name in preset_names():
+        run = load_config(name)
+        runs.setdefault(run.model.path, run)
+    return runs
+
+
+def on_this_machine(info: AdapterInfo, model: str | None, device: str = "auto") -> AdapterInfo:
+    """Settings of elsewhere with the device of here; `model` replaces the base that they name."""
+    config = info.model.model_copy(update={"device": device} | ({"path": model} if model else {}))
+    if config.quantization in NEED_GPU and not resolve_device(device).startswith("cuda"):
+        config = config.model_copy(update={"quantization": "none"})  # pictures differ by its rounding
+    return AdapterInfo(config, info.rollout)
+
+
+def with_settings(info: AdapterInfo, changes: Mapping[str, str | float | None]) -> AdapterInfo:
+    """Other settings, by the names of the command's options; None leaves one as it is.
+
+    Raises:
+        ConfigError: one line per value that is not possible.
+    """
+    given = {OPTIONS[option]: value for option, value in changes.items() if value is not None}
+    model, rollout = (
+        part.model_dump() | {key: value for key, value in given.items() if key in type(part).model_fields}
+        for part in (info.model, info.rollout)
+    )
+    try:
+        return AdapterInfo(ModelConfig.model_validate(model), RolloutConfig.model_validate(rollout))
+    except ValidationError as error:
+        named = {field: option for option, field in OPTIONS.items()}
+        raise ConfigError(
+            f"--{named[str(detail['loc'][0])]} {detail['msg'].removeprefix('Value error, ')}"
+            + ("" if ", got " in detail["msg"] else f", got {detail['input']!r}")
+            for detail in error.errors()
+        ) from None

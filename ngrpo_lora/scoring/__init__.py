@@ -1,0 +1,1 @@
+"""Images in, one number for each image and reward out, added up over several rewards."""

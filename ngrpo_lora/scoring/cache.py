@@ -1,0 +1,52 @@
+"""Scores that are kept between evaluations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+from ngrpo_lora import registry
+from ngrpo_lora.config import RewardConfig
+from ngrpo_lora.types import Samples
+
+__all__ = ["ScoreCache"]
+
+
+class ScoreCache:
+    """Scores by image, prompt and reward in an SQLite file; a score that failed is not kept."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self.connect() as connection:
+            connection.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL NOT NULL)")
+
+    def connect(self) -> sqlite3.Connection:
+        """A connection of its own for every thread."""
+        return sqlite3.connect(self.path, timeout=60)
+
+    def keys(self, config: RewardConfig, samples: Samples) -> list[str]:
+        """One key an image: pixels, prompt, metadata, the reward's settings, and the source of a function."""
+        own = config.model_dump(mode="json", exclude={"weight", "label", "clip", "batch_size", "timeout_s"})
+        source = registry.source_digest(config.name) if ":" in config.name else ""
+        keys = []
+        for image, prompt, metadata in zip(samples.images, samples.prompts, samples.metadata, strict=True):
+            what = [own, source, image.mode, image.size, prompt, metadata]
+            digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
+            digest.update(image.tobytes())
+            keys.append(digest.hexdigest())
+        return keys
+
+    def read(self, keys: Sequence[str]) -> dict[str, float]:
+        """The known ones."""
+        with self.connect() as connection:
+            rows = (connection.execute("SELECT key, score FROM scores WHERE key = ?", [k]).fetchone() for k in keys)
+            return dict(row for row in rows if row is not None)
+
+    def write(self, scores: dict[str, float]) -> None:
+        """Keep the finite ones."""
+        kept = [(key, score) for key, score in scores.items() if abs(score) < float("inf")]
+        with self.connect() as connection:
+            connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", kept)

@@ -1,0 +1,130 @@
+"""One step of the adapter: scaled gradients, summed over processes, clipped, skipped where not finite, averaged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ngrpo_lora.config import OptimizerConfig
+from ngrpo_lora.errors import SharedError, UserError
+from ngrpo_lora.training.optimizers import learning_rate_factor, make_optimizer
+from ngrpo_lora.training.processes import Processes
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class LoraStep:
+    """The adapter's live and averaged weights and what moves them; all processes hold the same.
+
+    parameters: the live weights by name, float32.
+    averaged: their moving average, which is evaluated and exported; without `optimizer.ema_decay` the live ones.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        parameters: Mapping[str, nn.Parameter],
+        processes: Processes,
+        base_dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.config, self.parameters, self.processes = config, dict(parameters), processes
+        averaging = config.ema_decay > 0
+        self.averaged = {n: p.detach().clone() if averaging else p.detach() for n, p in parameters.items()}
+        self.optimizer = make_optimizer(config, parameters.values())
+        # float16 ends at 6e-8, where the gradients of a large picture begin: they are scaled up on their way.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=base_dtype == torch.float16)
+        self.taken = self.skipped_in_a_row = 0
+
+    def set_rate(self, iteration: int, num_iterations: int) -> float:
+        """Set the learning rate of an iteration, counted from 0, and return it."""
+        rate = self.config.learning_rate * learning_rate_factor(self.config, iteration, num_iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar loss to those that wait for `take`."""
+        self.scaler.scale(loss).backward()
+
+    def take(self, finite: bool, empty: bool) -> float:
+        """Move the adapter by the gradients that wait, and forget them.
+
+        Args:
+            finite: whether every loss of this step was finite, on all processes.
+            empty: whether no process had a loss; nothing moves then but the average.
+        Returns:
+            The gradient's norm before it was clipped; NaN where the step was skipped, as it was not finite.
+        """
+        parameters = self.parameters.values()
+        if self.processes.count > 1 and not empty:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.processes.sum_([p.grad for p in parameters if p.grad is not None])
+        if not empty:
+            self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm).item()
+        if finite and math.isfinite(norm):
+            if not empty:
+                self.scaler.step(self.optimizer)
+            self.taken, self.skipped_in_a_row = self.taken + 1, 0
+            self._average()
+        else:
+            norm, self.skipped_in_a_row = math.nan, self.skipped_in_a_row + 1
+        if not empty:
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        return norm
+
+    def check_progress(self) -> None:
+        """End a run that has not moved for long.
+
+        Raises:
+            SharedError: too many steps in a row were skipped.
+        """
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise SharedError(
+                f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite; lower "
+                f"optimizer.learning_rate ({self.config.learning_rate}) and go on with resume=latest"
+            )
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Every `ema_every` steps, keep `ema_decay` of the average and take the rest from the live weights."""
+        if self.config.ema_decay > 0 and self.taken % self.config.ema_every == 0:
+            for name, parameter in self.parameters.items():
+                self.averaged[name].lerp_(parameter, 1 - self.config.ema_decay)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs; tensors and plain values only."""
+        return {
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "averaged": self.averaged,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "taken": self.taken,
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from the state of the same adapter.
+
+        Raises:
+            UserError: it is of an adapter with other layers or another rank.
+        """
+        shapes = {name: p.shape for name, p in self.parameters.items()}
+        if {name: p.shape for name, p in state["parameters"].items()} != shapes:
+            raise UserError(
+                "the checkpoint's adapter has other layers or another rank; resume with its own config.yaml"
+            )
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state["parameters"][name])
+            self.averaged[name].copy_(state["averaged"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):  # of float16
+            self.scaler.load_state_dict(state["scaler"])
+        self.taken = state.get("taken", 0)  # checkpoints of 0.1.0 have none, and averaged every step

@@ -1,0 +1,153 @@
+"""One run as several processes: who owns which groups, how they agree, and how `ngrpo train` starts them.
+
+Every process owns whole groups and computes what it can alone; scores and metrics are gathered, LoRA gradients are
+summed. Because a number is the sum over all transitions wherever they were computed, and every random number is a
+function of the run's seed and the group's position, a run does not depend on the number of processes but for the
+order of float additions. DistributedDataParallel's hooks would instead need as many backward passes on every
+process, which groups without advantages do not give.
+
+Started by `ngrpo train` itself, by `accelerate launch` or by `torchrun`: all set RANK, WORLD_SIZE and MASTER_ADDR.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ngrpo_lora.devices import launched
+from ngrpo_lora.errors import UserError, first_line
+
+__all__ = ["Processes", "is_loss", "shard"]
+
+T = TypeVar("T")
+
+
+class Processes:
+    """This process and its peers. Alone, every method is the identity."""
+
+    def __init__(self, timeout_s: float = 1800.0):
+        self.rank, self.count = 0, 1
+        if not launched():
+            return
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            try:
+                dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            except (RuntimeError, ValueError) as error:
+                where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                raise UserError(
+                    f"processes could not meet at {where} ({first_line(error)}); is the port in use, or the address "
+                    "reachable? choose another MASTER_PORT or --main_process_port"
+                ) from None
+        self.rank, self.count, self.timeout_s = dist.get_rank(), dist.get_world_size(), timeout_s
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def shares(self, total: int) -> list[range]:
+        """`total` items as one consecutive part for each process; parts differ by one at most."""
+        bounds = [total * rank // self.count for rank in range(self.count + 1)]
+        return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+    def share(self, total: int) -> range:
+        """This process's part."""
+        return self.shares(total)[self.rank]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in their order, on every process; tensors should be on the CPU."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        with self.contact():
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """The main process's value, on every process."""
+        values: list[Any] = [value if self.is_main else None]
+        if self.count > 1:
+            with self.contact():
+                dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so anywhere."""
+        return any(self.gather(flag))
+
+    def agree(self, problem: str | None) -> str | None:
+        """The first problem that any process has, on every process, so that all stop together."""
+        problems = self.gather(problem)
+        for rank, found in enumerate(problems):
+            if found is not None:
+                same = all(other == found for other in problems)
+                return found if same else f"process {rank} of {self.count}: {found}"
+        return None
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one dtype and device by their sums over the processes, in one message."""
+        if self.count == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        with self.contact():
+            dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    @contextmanager
+    def contact(self) -> Iterator[None]:
+        """Turn the loss of a peer, or waiting too long for one, into a message.
+
+        Raises:
+            UserError: a process has ended, or none answered within the timeout.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_loss(error):
+                raise
+            if re.search("time(d )?out", str(error), re.IGNORECASE):
+                why = (
+                    f"waited for the others longer than trainer.timeout_s ({self.timeout_s:g}); raise it, or speed up "
+                    "what they wait for (a reward, most often)"
+                )
+            else:
+                why = f"lost another process, whose own message says why ({first_line(error)})"
+            raise UserError(f"process {self.rank} of {self.count} {why}; go on with resume=latest") from None
+
+    def close(self) -> None:
+        """Leave the others in order; without it they would report a lost connection."""
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def shard(
+    transformer: nn.Module, blocks: Sequence[nn.Module], replicated: set[nn.Parameter], device: torch.device
+) -> None:
+    """Divide the frozen base among the processes (FSDP2), block by block; `replicated` stays whole everywhere.
+
+    The base comes from system memory: no device ever holds more than its pieces and one whole block.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    for parameter in replicated:
+        parameter.data = parameter.data.to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, ignored_params=replicated)
+    fully_shard(transformer, mesh=mesh, ignored_params=replicated)
+
+
+def is_loss(error: RuntimeError) -> bool:
+    """Whether an error is the communication library's own: a peer is gone, or did not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

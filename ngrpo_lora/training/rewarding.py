@@ -1,0 +1,105 @@
+"""Scores the images of an iteration, masks what has no score, and says what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ngrpo_lora.equations.advantages import batch_deviation, reward_spread
+from ngrpo_lora.errors import SharedError, UserError
+from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.scoring.combining import combine, correlations
+from ngrpo_lora.scoring.scorer import Wait
+from ngrpo_lora.training.run import Run
+from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Samples
+
+
+def submit(run: Run, prompt: Prompt, images: list[Image.Image]) -> Wait:
+    """Start to score the candidates of one prompt; the returned function waits for the scores."""
+    return run.scorer.submit(samples(run, [prompt] * (len(images) // run.family.num_frames), images))
+
+
+def samples(run: Run, prompts: Sequence[Prompt], images: list[Image.Image]) -> Samples:
+    """What rewards see of one sample a prompt: its image, or some frames of its video, evenly spaced."""
+    count, total = scored_frames(run), run.family.num_frames
+    chosen = [(2 * i + 1) * total // (2 * count) for i in range(count)]
+    shown = [images[start + i] for start in range(0, len(images), total) for i in chosen]
+    repeated = [prompt for prompt in prompts for _ in chosen]
+    return Samples(shown, [p.text for p in repeated], [p.metadata for p in repeated], len(shown))
+
+
+def scored_frames(run: Run) -> int:
+    """How many pictures of each sample are scored: one, or `rewards.frames` of a video."""
+    return min(run.config.rewards.frames, run.family.num_frames)
+
+
+def middle_frames(run: Run, images: list[Image.Image]) -> list[Image.Image]:
+    """One picture of each sample: the image, or the middle frame of the video."""
+    return images[run.family.num_frames // 2 :: run.family.num_frames]
+
+
+def collect(run: Run, rollouts: list[Rollout], pending: list[Wait]) -> RewardBatch:
+    """Scores of all processes' P groups as one batch; a sample whose latents are not finite has none.
+
+    Raises:
+        UserError: a reward is none, or failed for more than `rewards.max_failed_share`.
+    """
+    finite = torch.stack([rollout.final.flatten(1).isfinite().all(1) for rollout in rollouts])  # (P, G)
+    scores, problem = {}, None
+    try:
+        groups = [wait(run.watchers.before_pass) for wait in pending]
+        own = {label: torch.stack([mean_of_frames(run, group[label]) for group in groups]) for label in groups[0]}
+        scores = {label: raw.where(finite, torch.nan) for label, raw in own.items()}
+    except UserError as error:
+        problem = str(error)
+    problem = run.processes.agree(problem)
+    if problem is None:
+        shares = run.processes.gather(scores)
+        scores = {label: torch.cat([share[label] for share in shares]) for label in scores}
+        problem = too_many_failed(run, scores)
+    if problem is not None:
+        raise SharedError(f"iteration {run.iteration + 1}: {problem}, then go on with resume=latest")
+    return combine(scores, run.config.rewards.train, run.config.rewards.combine)
+
+
+def mean_of_frames(run: Run, scores: Tensor) -> Tensor:
+    """Scores of pictures -> scores of samples, (N * frames,) -> (N,)."""
+    return scores.view(-1, scored_frames(run)).mean(1)
+
+
+def too_many_failed(run: Run, scores: dict[str, Tensor]) -> str | None:
+    """What is wrong where more scores failed than `rewards.max_failed_share` allows, or all of them."""
+    limit = run.config.rewards.max_failed_share
+    for label, raw in scores.items():
+        share = (~raw.isfinite()).double().mean().item()
+        if share > limit or share == 1:
+            return (
+                f"reward {label} has no score for {share:.0%} of the images, more than rewards.max_failed_share "
+                f"({limit:g}) allows; reasons are above; fix it or raise the limit"
+            )
+    return None
+
+
+def weighted_mean(run: Run, means: dict[str, float]) -> float:
+    """The weighted sum of the raw means of all trained rewards, which the curve shows."""
+    return float(sum(config.weight * means[config.key] for config in run.config.rewards.train))
+
+
+def describe(run: Run, batch: RewardBatch) -> Metrics:
+    """Reward statistics over all valid samples; a group of equal rewards has zero spread."""
+    spread = reward_spread(batch.rewards, batch.valid)
+    means = {label: scores.nanmean().item() for label, scores in batch.scores.items()}
+    raw = {f"rollout/{label}_mean": mean for label, mean in means.items()}
+    if len(means) > 1:
+        for label, scores in batch.scores.items():
+            raw[f"rollout/{label}_failed_share"] = (~scores.isfinite()).double().mean().item()
+        raw |= {f"rollout/correlation/{pair}": value for pair, value in correlations(batch.scores).items()}
+    return raw | {
+        "rollout/reward_mean": weighted_mean(run, means),
+        "rollout/reward_std": batch_deviation(batch.rewards, batch.valid),
+        "rollout/zero_spread_share": (spread <= 0).double().mean().item(),
+        "rollout/failed_share": (~batch.valid).double().mean().item(),
+    }

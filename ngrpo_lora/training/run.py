@@ -1,0 +1,81 @@
+"""What one run is made of, and how far it has come. `setup.prepare` makes it; every phase is a function of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ngrpo_lora.algorithms._base import Algorithm
+from ngrpo_lora.config import RunConfig
+from ngrpo_lora.equations.schedule import Schedule
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.prompts.sources import PromptSource
+from ngrpo_lora.scoring.cache import ScoreCache
+from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.training.lora_step import LoraStep
+from ngrpo_lora.training.metering import EvaluationCounter
+from ngrpo_lora.training.processes import Processes
+from ngrpo_lora.training.watcher import Watchers
+
+
+@dataclass
+class Run:
+    """The parts of a run on this process, and its state.
+
+    schedule, evaluation_schedule: noise levels of rollouts and of evaluations.
+    prompts, held_out: where training prompts come from, and the fixed ones of evaluations.
+    scorer, watching: rewards that are trained on, and those that evaluations add.
+    iteration: how many iterations are complete.
+    kept: the state at the start of the iteration under way, where that has several updates.
+    evaluation_missing: whether the iteration that is complete has yet to be evaluated.
+    """
+
+    config: RunConfig
+    processes: Processes
+    watchers: Watchers
+    family: BaseFamily
+    lora_step: LoraStep
+    algorithm: Algorithm
+    schedule: Schedule
+    evaluation_schedule: Schedule
+    prompts: PromptSource
+    held_out: list[Prompt]
+    scorer: Scorer
+    watching: Scorer
+    score_cache: ScoreCache | None
+    counter: EvaluationCounter
+    iteration: int = 0
+    kept: dict[str, Any] | None = None
+    evaluation_missing: bool = True
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder of everything that the run leaves."""
+        return Path(self.config.output_dir)
+
+    @property
+    def groups(self) -> range:
+        """This process's groups, of the `rollout.prompts_per_iteration` of each iteration."""
+        return self.processes.share(self.config.rollout.prompts_per_iteration)
+
+    @property
+    def base_is_sharded(self) -> bool:
+        """Whether the processes share the frozen base in pieces, so that each needs as many passes as any other."""
+        return self.config.trainer.strategy == "fsdp" and self.processes.count > 1
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no iteration is left."""
+        return self.iteration >= self.config.trainer.num_iterations
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation belongs to the iteration that has just ended."""
+        return self.iteration % self.config.evaluation.every == 0 or self.is_complete
+
+    @property
+    def save_due(self) -> bool:
+        """Whether a checkpoint belongs to the iteration that has just ended."""
+        return self.iteration % self.config.trainer.save_every == 0

@@ -1,0 +1,204 @@
+"""Turns a checked configuration into the parts of a run: what is refused is refused before anything large is loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ngrpo_lora import registry
+from ngrpo_lora.adapters import lora
+from ngrpo_lora.adapters.loading import read_fitting
+from ngrpo_lora.config import ModelConfig, RunConfig
+from ngrpo_lora.devices import process_device, resolve_device, use_device
+from ngrpo_lora.equations.noise import derive_seed
+from ngrpo_lora.errors import SharedError
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.models._embeddings import EmbeddingCache
+from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.prompts.sources import PromptSource, count_longer, open_split
+from ngrpo_lora.scoring.cache import ScoreCache
+from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.training.evaluation import strict_reward
+from ngrpo_lora.training.lora_step import LoraStep
+from ngrpo_lora.training.metering import EvaluationCounter
+from ngrpo_lora.training.processes import Processes, shard
+from ngrpo_lora.training.recorder import Recorder
+from ngrpo_lora.training.run import Run
+from ngrpo_lora.training.screen import Screen
+from ngrpo_lora.training.state import resume
+from ngrpo_lora.training.watcher import Watcher, Watchers, attend
+
+log = logging.getLogger(__name__)
+
+
+def prepare(config: RunConfig, *watchers: Watcher) -> Run:
+    """Everything that a run needs, loaded; where it resumes, as it was at its checkpoint.
+
+    Args:
+        watchers: told what happens after the run's own, which write its records and the screen.
+    Raises:
+        UserError: it does not fit the processes, or a reward, the model, an adapter or the checkpoint cannot be had.
+    """
+    if config.trainer.num_threads is not None:
+        torch.set_num_threads(config.trainer.num_threads)
+    processes = Processes(config.trainer.timeout_s)
+    device = process_device(resolve_device(config.model.device))
+    use_device(device)
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    if problem := processes.agree(misfit(config, processes.count)):
+        raise SharedError(problem)
+    own = [Recorder(), Screen()] if processes.is_main else [Screen()]
+    looking_on = Watchers([*own, *watchers])
+    # Rewards come first: what they lack should be known before a large model is loaded.
+    scorer, watching, score_cache = open_rewards(config, device)
+    prompts, held_out = open_prompts(config)
+    model = config.model.model_copy(update={"device": device})  # as this process has it
+    family = load_model(config, model, processes, looking_on, prompts, held_out)
+    watch_passes(looking_on, family)
+    parameters = add_lora(config, family, processes.count)
+    lora_step = LoraStep(config.optimizer, parameters, processes, family.dtype, family.device)
+    counter = EvaluationCounter(family.transformer, processes)
+    algorithm = registry.load(registry.ALGORITHMS, config.algorithm.name).Algorithm(config.algorithm, config.rollout)
+    run = Run(
+        config,
+        processes,
+        looking_on,
+        family,
+        lora_step,
+        algorithm,
+        family.schedule(config.rollout.num_steps, config.rollout.shift),
+        family.schedule(config.evaluation_steps, config.rollout.shift),
+        prompts,
+        held_out,
+        scorer,
+        watching,
+        score_cache,
+        counter,
+    )
+    warn(run)
+    if config.resume is not None:
+        resume(run, config.resume)
+    return run
+
+
+def misfit(config: RunConfig, count: int) -> str | None:
+    """What of the configuration does not fit so many processes."""
+    groups = config.rollout.prompts_per_iteration
+    if groups < count:
+        return f"rollout.prompts_per_iteration must be at least the number of processes ({count}), got {groups}"
+    if config.trainer.strategy == "fsdp" and count > 1 and groups % count:
+        return (
+            f"rollout.prompts_per_iteration must be a multiple of the number of processes ({count}) with "
+            f"trainer.strategy=fsdp, got {groups}"
+        )
+    return None
+
+
+def open_rewards(config: RunConfig, device: str) -> tuple[Scorer, Scorer, ScoreCache | None]:
+    """The rewards that are trained on, those that evaluations add, and the cache of scores, where one is asked for.
+
+    Raises:
+        UserError: a reward lacks what it needs.
+    """
+    trained = config.rewards.train
+    known = [reward.key for reward in trained]
+    watched = [*config.evaluation.rewards, *strict_reward(config)]
+    scorer = Scorer(trained, device)
+    watching = Scorer([reward for reward in watched if reward.key not in known], device)
+    caching = any(reward.cache for reward in (*trained, *watched))
+    return scorer, watching, ScoreCache(Path(config.output_dir) / "scores.sqlite") if caching else None
+
+
+def open_prompts(config: RunConfig) -> tuple[PromptSource, list[Prompt]]:
+    """Where training prompts come from, and the held-out ones of every evaluation.
+
+    Raises:
+        ConfigError: a source cannot be read.
+    """
+    prompts, held_out = open_split(config.prompts, derive_seed(config.seed, "prompts"), config.evaluation.seed)
+    return prompts, [held_out.prompt(i) for i in range(config.evaluation.num_prompts)]
+
+
+def load_model(
+    config: RunConfig,
+    model: ModelConfig,
+    processes: Processes,
+    watchers: Watchers,
+    prompts: PromptSource,
+    held_out: list[Prompt],
+) -> BaseFamily:
+    """The model; with `model.text_encoders: cache` its encoders come and go before the transformer is loaded."""
+    sharded = config.trainer.strategy == "fsdp" and processes.count > 1
+    if model.text_encoders != "cache":
+        return load_family(model, divided=sharded)
+    cache = EmbeddingCache(Path(config.output_dir) / "embeddings", model)
+    last = config.trainer.num_iterations * config.rollout.prompts_per_iteration
+    texts = [prompt.text for prompt in (*map(prompts.prompt, range(last)), *held_out)]
+    missing = cache.missing([*texts, model.negative_prompt])
+    mine = [missing[i] for i in processes.share(len(missing))]
+    if mine:
+        log.info("encoding %d prompts into %s", len(mine), cache.folder)
+        family = load_family(model, "text")
+        attend(watchers, modules_of(*family.encoders))
+        cache.fill(family, mine)
+    processes.gather(None)  # all files are there
+    family = load_family(model, "image", sharded)
+    family.cache = cache
+    return family
+
+
+def watch_passes(watchers: Watchers, family: BaseFamily) -> None:
+    """Let watchers know of every pass through a block of the transformer and a part of the VAE and the encoders."""
+    # A compiled block would have the call in its graph.
+    blocks = [] if family.config.compile else family.blocks
+    attend(watchers, [family.transformer, *blocks, *modules_of(family.vae, *family.encoders)])
+
+
+def modules_of(*networks: nn.Module) -> list[nn.Module]:
+    """Every module within these, themselves included."""
+    return [module for network in networks for module in network.modules()]
+
+
+def add_lora(config: RunConfig, family: BaseFamily, num_processes: int) -> dict[str, nn.Parameter]:
+    """Put the adapter on the transformer, which is then checkpointed, sharded and compiled as configured.
+
+    Returns:
+        The adapter's parameters by name.
+    Raises:
+        UserError: no layer of this model is adapted, or `lora.init_from` does not fit.
+    """
+    transformer = family.transformer
+    suffixes, excluded = family.lora_targets(config.lora.targets)
+    lora.inject(transformer, config.lora, suffixes, excluded, derive_seed(config.seed, "lora"))
+    if config.lora.init_from is not None and config.resume is None:
+        lora.start_from(transformer, read_fitting(family, config.lora.init_from), excluded)
+    if config.trainer.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    parameters = lora.parameters(transformer)
+    if config.trainer.strategy == "fsdp" and num_processes > 1:
+        shard(transformer, family.blocks, set(parameters.values()), family.device)
+    if config.model.compile:
+        family.compile_blocks()
+    return parameters
+
+
+def warn(run: Run) -> None:
+    """Say what makes a run slower, or a prompt shorter, than one might think."""
+    device = run.family.device
+    names = run.processes.gather(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+    if not run.processes.is_main:
+        return
+    if len(set(names)) > 1:
+        log.warning(
+            "processes run on different devices (%s): each iteration waits for the slowest, and the one with the "
+            "least memory sets the micro-batch; CUDA_VISIBLE_DEVICES chooses",
+            ", ".join(names),
+        )
+    texts = list({prompt.text for prompt in (*map(run.prompts.prompt, range(1000)), *run.held_out)})
+    for name, (tokenizer, limit) in run.family.tokenizers().items():
+        if longer := count_longer(texts, tokenizer, limit):
+            log.warning("%s reads %d tokens: %d of %d prompts are cut there", name, limit, longer, len(texts))

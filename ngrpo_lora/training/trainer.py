@@ -1,0 +1,78 @@
+"""Algorithm 1 of Neighbor GRPO, for any algorithm, model family and reward.
+
+prompts -> text embeddings -> noises -> ODE rollout -> images -> rewards -> advantages -> loss -> LoRA step -> export
+"""
+
+from __future__ import annotations
+
+from ngrpo_lora.config import RunConfig
+from ngrpo_lora.devices import without_cudnn_attention
+from ngrpo_lora.training.evaluation import evaluate
+from ngrpo_lora.training.export import export
+from ngrpo_lora.training.metering import Stages
+from ngrpo_lora.training.rewarding import collect, describe, middle_frames, submit
+from ngrpo_lora.training.rollouts import decode, prompts_of, roll_out
+from ngrpo_lora.training.run import Run
+from ngrpo_lora.training.setup import prepare
+from ngrpo_lora.training.state import check_complete, checkpoint_on_error, interrupt_asked, save
+from ngrpo_lora.training.updates import update
+from ngrpo_lora.training.watcher import Watcher
+from ngrpo_lora.types import Metrics
+
+
+def train(config: RunConfig, *watchers: Watcher) -> Metrics:
+    """Run a checked configuration to its end, in sight of `watchers`; returns the last evaluation.
+
+    Raises:
+        UserError: the model cannot be loaded, or the run cannot go on; all that was made is on disk.
+    """
+    run = prepare(config, *watchers)  # processes, model, LoRA, prompts, rewards, algorithm, optimizer
+    with run.processes.contact():
+        evaluation = complete(run)
+    run.processes.close()
+    return evaluation
+
+
+def complete(run: Run) -> Metrics:
+    """Iterate until the run is complete, evaluating and saving on the way, and export its adapter."""
+    evaluation, stopped = Metrics(), run.is_complete
+    with run.watchers.looking_on(run), checkpoint_on_error(run), interrupt_asked() as interrupted:
+        if run.evaluation_missing:
+            evaluation = evaluate(run)
+            run.watchers.after_step(run.iteration, evaluation)
+        while not stopped:
+            metrics = iterate(run)
+            run.watchers.after_update(run.iteration, metrics)
+            stopped = run.is_complete or run.processes.any(interrupted())
+            if run.evaluation_due:
+                metrics |= (evaluation := evaluate(run))
+            run.watchers.after_step(run.iteration, metrics)
+            if stopped or run.save_due:
+                save(run)
+                run.watchers.after_save(run.iteration, last=stopped)
+    check_complete(run)
+    run.watchers.after_end(export(run))
+    return evaluation
+
+
+@without_cudnn_attention()  # for checkpointed blocks, which are computed again in the backward pass
+def iterate(run: Run) -> Metrics:
+    """One iteration: draw P groups under the old weights, score them, and move the adapter."""
+    stages, prompts = Stages(), prompts_of(run)
+    run.counter.reset()
+    with stages("rollout"):
+        text = run.family.encode([prompt.text for prompt in prompts])
+        rollouts, pending, shown = [], [], []
+        for prompt, rollout in zip(prompts, roll_out(run, text), strict=True):  # Eq. 2, 7
+            rollouts.append(rollout.to("cpu"))
+            images = decode(run, rollout)
+            shown = shown or middle_frames(run, images)
+            pending.append(submit(run, prompt, images))  # is scored while the next group is drawn
+    with stages("reward"):  # what is left to wait for
+        batch = collect(run, rollouts, pending)
+        advantages = run.algorithm.advantages(batch)  # Eq. 3, 11
+    run.watchers.after_rewards(prompts[0].text, shown, batch.rewards[run.groups.start].tolist())
+    with stages("update"):
+        policy = update(run, rollouts, advantages, text)  # Eq. 8 to 10: B anchors, K steps, one or more LoRA steps
+    run.iteration, run.kept = run.iteration + 1, None
+    return describe(run, batch) | policy | run.counter.per_sample(batch.rewards.numel()) | stages.metrics

@@ -1,0 +1,190 @@
+"""The adapter on a one-block FLUX transformer in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from ngrpo_lora.adapters import lora
+from ngrpo_lora.config import LoraConfig
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.models.flux import Family
+
+ATTENTION, FEED_FORWARD = list(Family.attention), list(Family.feed_forward)
+
+BLOCK, SINGLE = "transformer_blocks.0.", "single_transformer_blocks.0."
+
+
+def tiny_transformer(dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FluxTransformer2DModel(
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            pooled_projection_dim=8,
+            axes_dims_rope=(4, 2, 2),
+        )
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"hidden_states": (2, 4, 4), "encoder_hidden_states": (2, 3, 8), "pooled_projections": (2, 8)}
+    ids = {"txt_ids": torch.zeros(3, 3), "img_ids": torch.zeros(4, 3)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()} | ids
+
+
+def run(model: FluxTransformer2DModel) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs(model.dtype), timestep=torch.tensor([0.5, 0.5]), return_dict=False)[0]
+
+
+def injected(seed: int = 0, **settings: object) -> FluxTransformer2DModel:
+    model = tiny_transformer()
+    config = LoraConfig.model_validate({"rank": 2} | settings)
+    lora.inject(model, config, ATTENTION + FEED_FORWARD, ["proj_out"], seed)
+    return model
+
+
+def randomise(model: FluxTransformer2DModel) -> None:
+    with torch.no_grad():
+        for parameter in lora.parameters(model).values():
+            parameter.normal_()
+
+
+def test_the_named_layers_of_the_blocks_are_adapted_and_no_other():
+    names = {name.split(".lora_")[0] for name in lora.parameters(injected())}
+    joint = [f"attn.{part}" for part in ATTENTION] + [part for part in FEED_FORWARD if part.startswith("ff")]
+    single = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"]
+    assert names == {BLOCK + part for part in joint} | {SINGLE + part for part in single}
+
+
+def test_a_new_adapter_changes_nothing():
+    assert torch.equal(run(injected()), run(tiny_transformer()))
+
+
+def test_the_adapter_adds_alpha_over_rank_times_b_a():
+    model, base = injected(alpha=6.0), tiny_transformer()
+    randomise(model)
+    parameters, name = lora.parameters(model), f"{BLOCK}attn.to_q"
+    update = parameters[f"{name}.lora_B.default.weight"] @ parameters[f"{name}.lora_A.default.weight"]
+    x = torch.randn(5, 16)
+    adapted, plain = model.get_submodule(name)(x), base.get_submodule(name)(x)
+    torch.testing.assert_close(adapted - plain, 6.0 / 2 * x @ update.T, rtol=1e-4, atol=1e-4)
+
+
+def test_the_adapter_is_float32_on_a_base_of_16_bits():
+    model = tiny_transformer(torch.bfloat16)
+    lora.inject(model, LoraConfig(rank=2), ATTENTION, [], seed=0)
+    assert {p.dtype for p in lora.parameters(model).values()} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert run(model).isfinite().all()
+
+
+def test_the_start_is_a_function_of_the_seed_alone():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = lora.parameters(injected(seed=1))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    again, other = lora.parameters(injected(seed=1)), lora.parameters(injected(seed=2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_disabled_is_the_base_exactly_and_only_for_the_context():
+    model = injected()
+    randomise(model)
+    adapted = run(model)
+    with lora.disabled(model):
+        assert torch.equal(run(model), run(tiny_transformer()))
+    assert torch.equal(run(model), adapted)
+    assert not torch.equal(adapted, run(tiny_transformer()))
+
+
+def test_disabled_ends_with_an_exception_too():
+    model = injected()
+    randomise(model)
+    adapted = run(model)
+    with pytest.raises(KeyError), lora.disabled(model):
+        raise KeyError
+    assert torch.equal(run(model), adapted)
+
+
+def test_a_merged_adapter_gives_the_same_outputs_from_the_base_layers_alone():
+    model = injected(alpha=6.0)
+    randomise(model)
+    adapted, ran = run(model), []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda *_: ran.append(1))
+    with lora.merged(model):
+        merged = run(model)
+    assert not ran
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4 * adapted.abs().max().item())
+    assert not torch.allclose(adapted, run(tiny_transformer()), rtol=1e-2, atol=1e-2)
+    assert torch.equal(run(model), adapted)
+    assert ran
+
+
+def test_merged_weights_are_put_back_bit_for_bit_after_an_exception_too():
+    model = injected()
+    randomise(model)
+    adapted = run(model)
+
+    def fail_while_merged() -> None:
+        with lora.merged(model):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_while_merged()
+    assert torch.equal(run(model), adapted)
+    with lora.disabled(model):
+        assert torch.equal(run(model), run(tiny_transformer()))
+
+
+def test_a_merged_adapter_keeps_the_type_of_the_base():
+    model = tiny_transformer(torch.bfloat16)
+    lora.inject(model, LoraConfig(rank=2), ATTENTION, [], 0)
+    randomise(model)
+    adapted = run(model).float()
+    with lora.merged(model):
+        assert {p.dtype for name, p in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
+        merged = run(model).float()
+    assert (merged - adapted).norm() < 0.05 * adapted.norm()
+
+
+def test_an_adapter_is_not_merged_into_quantised_weights():
+    model = injected()
+    layer = model.get_submodule(f"{BLOCK}attn.to_q").get_base_layer()
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match="rollout.merge_adapter=true needs a base whose weights are not quantised"):
+        lora.merged(model).__enter__()
+
+
+def test_swapped_weights_are_put_back_bit_for_bit():
+    model, other = injected(), injected()
+    randomise(model)
+    randomise(other)
+    before = {name: p.detach().clone() for name, p in lora.parameters(model).items()}
+    weights = {name: p.detach() for name, p in lora.parameters(other).items()}
+
+    def fail_with_the_others_weights() -> None:
+        with lora.swapped(model, weights):
+            assert torch.equal(run(model), run(other))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_with_the_others_weights()
+    assert all(torch.equal(before[name], p) and p.requires_grad for name, p in lora.parameters(model).items())
+
+
+def test_targets_that_fit_no_layer_are_an_error():
+    with pytest.raises(UserError, match="lora.targets fits no layer of FluxTransformer2DModel"):
+        lora.inject(tiny_transformer(), LoraConfig(), ["to_qkv"], [], 0)

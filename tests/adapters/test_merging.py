@@ -1,0 +1,159 @@
+"""Adapters added up: into one, exactly or at a lower rank, and into a base model's weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_transformers import make, output, pipeline_of, random_layers
+from torch import Tensor
+from typer.testing import CliRunner
+
+from ngrpo_lora import gaussian_noise
+from ngrpo_lora.adapters.loading import load_adapter
+from ngrpo_lora.adapters.merging import merge
+from ngrpo_lora.adapters.reading import Layer, read_adapter_file
+from ngrpo_lora.adapters.writing import peft_metadata, save_tensors, state_dict
+from ngrpo_lora.cli.app import app
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.world import EMBEDDED
+
+
+def write(path: Path, family: str, seed: int, rank: int = 2, targets: str = "all") -> str:
+    transformer = make(family)
+    torch.manual_seed(seed)
+    layers = random_layers(family, transformer, rank, targets)
+    header = {"lora_adapter_metadata": peft_metadata(layers), "ss_base_model_version": family}
+    save_tensors(path, state_dict(layers), header)
+    return str(path)
+
+
+def run(*words: object) -> str:
+    result = CliRunner().invoke(app, ["merge", *map(str, words)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refuse(*words: object) -> str:
+    result = CliRunner().invoke(app, ["merge", *map(str, words)])
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.splitlines()) == 1
+    return result.stderr
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3", "z_image"])
+def test_the_exact_merge_is_the_weighted_sum_in_stock_diffusers(family: str, tmp_path: Path):
+    """Of two ranks, one of them without feed-forward layers."""
+    paths = [write(tmp_path / "a.safetensors", family, 1), write(tmp_path / "b.safetensors", family, 2, 3, "attention")]
+    run(f"{paths[0]}:0.7", f"{paths[1]}:-0.4", "--output", tmp_path / "merged.safetensors")
+
+    expected = make(family)
+    for path, weight in zip(paths, (0.7, -0.4), strict=True):
+        for name, layer in read_adapter_file(path).layers.items():
+            module = expected.get_submodule(name)
+            module.weight += weight * layer.delta().view_as(module.weight)
+    actual = make(family)
+    pipeline_of(family, actual).load_lora_weights(tmp_path / "merged.safetensors")
+    assert relative_error(output(family, actual), output(family, expected)) <= 1e-6
+
+    with safe_open(tmp_path / "merged.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["ngrpo_merged"])
+    assert [(part["file"], part["weight"]) for part in said] == [("a.safetensors", 0.7), ("b.safetensors", -0.4)]
+    assert len({part["sha256"] for part in said}) == 2
+
+
+def test_a_lower_rank_is_the_best_there_is_and_its_error_is_told(tmp_path: Path):
+    paths = [write(tmp_path / f"{seed}.safetensors", "sana", seed) for seed in (1, 2)]
+    exact, sources = merge([(path, 1.0) for path in paths]), [(path, 1.0) for path in paths]
+    assert (exact.error, merge(sources, 4).error) == (0, 0)
+    lost = total = 0.0
+    reduced = merge(sources, 3)
+    for name, layer in exact.layers.items():
+        u, s, v = torch.linalg.svd(layer.delta().double(), full_matrices=False)
+        best = (u[:, :3] * s[:3] @ v[:3]).float()
+        assert reduced.layers[name].rank == 3
+        assert relative_error(reduced.layers[name].delta(), best) <= 1e-5
+        lost, total = lost + s[3:].square().sum().item(), total + s.square().sum().item()
+    assert 0.05 < reduced.error == pytest.approx((lost / total) ** 0.5, rel=1e-5)
+    printed = run(*paths, "--rank", 3, "--output", tmp_path / "x.safetensors")
+    assert printed == f"{tmp_path / 'x.safetensors'}: relative error {reduced.error:.3g} at rank 3\n"
+
+
+@pytest.fixture(scope="module")
+def embedded_adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    family = load_family(ModelConfig())
+    torch.manual_seed(0)
+    layers = random_layers("flux", family.transformer)
+    layers = {name: Layer(0.3 * x.down, x.up) for name, x in layers.items()}
+    path = tmp_path_factory.mktemp("embedded") / "adapter.safetensors"
+    save_tensors(path, state_dict(layers), {"ss_base_model_version": "flux1"})
+    return str(path)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
+def test_a_merged_base_has_the_adapters_velocity_within_its_rounding(
+    dtype: torch.dtype, tolerance: float, embedded_adapter: str, tmp_path: Path
+):
+    base = "embedded"  # stored in bfloat16
+    if dtype == torch.float32:
+        base = str(shutil.copytree(EMBEDDED, tmp_path / "base"))
+        weights = tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
+        save_file({name: w.to(dtype) for name, w in load_file(weights).items()}, weights, {"format": "pt"})
+    run(f"{embedded_adapter}:0.5", "--base", base, "--output", tmp_path / "merged")
+    family, merged = (load_family(ModelConfig(path=path)) for path in (base, str(tmp_path / "merged")))
+    latents, text = gaussian_noise((1, *family.latent_shape), 0), family.encode(["a red star"])
+    with torch.no_grad():
+        bare = family.velocity(latents, 0.5, text)
+        load_adapter(family, embedded_adapter, 0.5)
+        expected = family.velocity(latents, 0.5, text)
+        actual = merged.velocity(latents, 0.5, merged.encode(["a red star"]))
+    assert relative_error(actual, expected) <= tolerance
+    assert relative_error(bare, expected) > 20 * tolerance
+    stored = load_file(tmp_path / "merged" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {dtype}
+
+
+def test_a_base_in_several_files_is_merged_file_by_file(embedded_adapter: str, tmp_path: Path):
+    from diffusers import FluxTransformer2DModel
+
+    shutil.copytree(EMBEDDED, tmp_path / "base")
+    transformer: Any = FluxTransformer2DModel.from_pretrained(EMBEDDED, subfolder="transformer")
+    shutil.rmtree(tmp_path / "base" / "transformer")
+    transformer.save_pretrained(tmp_path / "base" / "transformer", max_shard_size="5MB")
+    assert len([*(tmp_path / "base" / "transformer").glob("*.safetensors")]) > 1
+    run(embedded_adapter, "--base", tmp_path / "base", "--output", tmp_path / "merged")
+    merged = FluxTransformer2DModel.from_pretrained(tmp_path / "merged", subfolder="transformer").state_dict()
+    for name, layer in read_adapter_file(embedded_adapter).layers.items():
+        expected = transformer.get_submodule(name).weight + layer.delta()
+        assert relative_error(merged[f"{name}.weight"], expected) <= 1e-7
+
+
+def test_what_cannot_be_merged_is_refused_in_one_line(embedded_adapter: str, tmp_path: Path):
+    sd3, wan = (write(tmp_path / f"{family}.safetensors", family, 1) for family in ("sd3", "wan"))
+    layers = {name: Layer(x.down.repeat(1, 2), x.up) for name, x in read_adapter_file(sd3).layers.items()}
+    save_tensors(tmp_path / "wide.safetensors", state_dict(layers), {"ss_base_model_version": "sd3"})
+    out = ("--output", tmp_path / "out.safetensors")
+    assert "sd3.safetensors' is of sd3 and " in refuse(sd3, wan, *out)
+    assert "is (32, 32) in" in refuse(sd3, tmp_path / "wide.safetensors", *out)
+    assert "must be finite, got inf" in refuse(f"{sd3}:inf", *out)
+    folder = ("--output", tmp_path / "folder")
+    assert "layers are not there (blocks.0.attn1.to_k" in refuse(wan, "--base", "embedded", *folder)
+    assert "holds no transformer/*.safetensors" in refuse(wan, "--base", "owner/name", *folder)
+    assert "must be a new folder" in refuse(embedded_adapter, "--base", "embedded", "--output", tmp_path)
+    shutil.copytree(EMBEDDED, tmp_path / "int8")
+    weights = tmp_path / "int8" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: w.to(torch.int8) for name, w in load_file(weights).items()}, weights)
+    assert "must not be quantised, but" in refuse(embedded_adapter, "--base", tmp_path / "int8", *folder)
+    assert not (tmp_path / "folder").exists()
+    assert not (tmp_path / "out.safetensors").exists()

@@ -1,0 +1,255 @@
+"""The card parsed back, as the Hub and a Markdown renderer read it: data, tables, links, and code that runs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import huggingface_hub
+import pytest
+import torch
+from hub_server import HubServer, Repository
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from PIL import Image
+from safetensors.torch import save_file
+
+from ngrpo_lora import registry
+from ngrpo_lora.config import RunConfig, load_config
+from ngrpo_lora.evaluation.statistics import compare_scores
+from ngrpo_lora.hub.card import LICENSES, base_license, cell, diffusers_usage, read_pushed, write_card
+from ngrpo_lora.hub.pipeline_file import has_pipeline
+from ngrpo_lora.models._index import pipeline_class
+from ngrpo_lora.records.pictures import save_png
+
+FLUX = "black-forest-labs/FLUX.1-dev"
+MISS = 'a "red" star\n---\nlicense: mit | two | `x` <b>bold</b> *three* _four_ [a](b) $x$ \\'
+MARKDOWN = MarkdownIt("commonmark").enable("table")
+PROMPTS = [
+    MISS,
+    "三つの星 ünïcödé \u2028 🟥 & co: # not a title",
+    "- item: {a: 'b'}\n- !!python/object:x",
+    "word " * 300,
+]
+
+
+def make_config(*overrides: str, path: str = FLUX) -> RunConfig:
+    settings = ["model.dtype=bfloat16", "model.height_px=720", "model.width_px=704", "rewards=[hpsv2, pickscore]"]
+    return load_config(None, [f"model.path={path}", *settings, *overrides])
+
+
+def make_folder(folder: Path, config: RunConfig, prompts: list[str], family: str = "flux") -> Path:
+    """What a push has staged when it writes the card."""
+    model = config.model.model_copy(update={"guidance_scale": 3.5, "max_sequence_length": 512})
+    rollout = config.rollout.model_copy(update={"shift": 3.1581})
+    own = {"family": family, "model": model.model_dump(), "rollout": rollout.model_dump()}
+    save_file({"a": torch.zeros(1)}, folder / "pytorch_lora_weights.safetensors", {"ngrpo": json.dumps(own)})
+    for part in ("first", "last"):
+        (folder / "samples" / part).mkdir(parents=True)
+        for index, prompt in enumerate(prompts):
+            text = {"prompt": prompt, "seed": str(1000 + index)}
+            save_png(folder / "samples" / part / f"{index}.png", Image.new("RGB", (8, 8)), text)
+    Image.new("RGB", (8, 8)).save(folder / "summary.png")
+    for name in ("config.yaml", "evaluation.csv", "pipeline.py"):
+        (folder / name).touch()
+    return folder
+
+
+def make_card(folder: Path, config: RunConfig, differences: list[Any], repo: str = "owner/my_lora") -> ModelCard:
+    """Written, and read back from its text."""
+    path = folder / "README.md"
+    write_card(folder, repo, config, 300, differences, base_license(config.model.path)).save(path)
+    return ModelCard.load(path)
+
+
+def tables(markdown: str) -> list[list[list[str]]]:
+    """Cells as text, by a Markdown parser."""
+    tokens = MARKDOWN.parse(markdown)
+    found: list[list[list[str]]] = []
+    for before, token in zip(tokens, tokens[1:], strict=False):
+        if before.type == "table_open":
+            found.append([])
+        if before.type == "tr_open":
+            found[-1].append([])
+        if before.type in ("th_open", "td_open"):
+            found[-1][-1].append("".join(child.content for child in token.children or []))
+    return found
+
+
+@pytest.fixture
+def differences() -> list[Any]:
+    before, after = {"hpsv2": [0.2, 0.3, 0.25], "a|b": [0.0, 1.0, 0.5]}, {"hpsv2": [0.3, 0.4, 0.3], "a|b": [1.0] * 3}
+    return compare_scores("run", after, "base", before, ["x", "y", "z"])
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """No base model's own card can be had."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_data_are_what_the_hub_asks_for(tmp_path: Path, differences: list[Any]):
+    config = make_config()
+    data = make_card(make_folder(tmp_path, config, ["a red star"]), config, differences).data.to_dict()
+    assert data == {
+        "base_model": FLUX,
+        "base_model_relation": "adapter",
+        "library_name": "diffusers",
+        "license": "other",
+        "license_name": "flux-1-dev-non-commercial-license",
+        "license_link": f"https://huggingface.co/{FLUX}/blob/main/LICENSE.md",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", "lora", "template:sd-lora", "neighbor-grpo", "flux"],
+        "widget": [{"text": "a red star", "output": {"url": "samples/last/0.png"}}],
+    }
+
+
+def test_prompts_of_any_kind_break_neither_the_data_nor_the_tables(tmp_path: Path, differences: list[Any]):
+    config = make_config()
+    card = make_card(make_folder(tmp_path, config, PROMPTS), config, differences)
+    assert [entry["text"] for entry in card.data.to_dict()["widget"]] == PROMPTS
+    assert card.data.to_dict()["license"] == "other"
+    gained, shown, settings = tables(card.text)
+    assert [len(row) for row in gained] == [6] * 3
+    assert [row[0] for row in gained] == ["reward", "hpsv2", "a|b"]
+    assert [len(row) for row in shown] == [4] * 5
+    for row, prompt in zip(shown[1:], PROMPTS, strict=True):
+        line = " ".join(prompt.split())
+        assert row[0] == (line if len(line) <= 200 else line[:199] + "…")
+    assert {len(row) for row in settings} == {2}
+    titles = [line for line in card.text.splitlines() if line.startswith("#")]
+    sections = ["What it gained", "Use it", "How it was trained", "Limitations", "Citation"]
+    assert titles == ["# my\\_lora", *(f"## {title}" for title in sections)]
+
+
+@pytest.mark.parametrize(
+    "text", ["|", "\\|", "\\", "a\\", "`|`", "``", "<!-- x -->", "&amp;", "**a**", "![a](b)", "$$x$$"]
+)
+def test_a_cell_means_itself(text: str):
+    row = tables(f"| a | b |\n|---|---|\n| {cell(text)} | c |")[0][1]
+    assert row == [text, "c"]
+
+
+def test_the_figures_are_those_of_the_comparison(tmp_path: Path, differences: list[Any]):
+    config = make_config()
+    card = make_card(make_folder(tmp_path, config, PROMPTS), config, differences)
+    row = tables(card.text)[0][1]
+    assert row == ["hpsv2", "0.250", "0.333", differences[0].difference.show("+.3f"), "100% [44%, 100%]", "3"]
+    assert row[3] == "+0.083 [+0.012, +0.155]"
+    settings = dict(tables(card.text)[2][1:])
+    assert settings["rewards"] == "hpsv2 + pickscore"
+    assert settings["images seen"] == str(300 * config.rollout.prompts_per_iteration * config.rollout.group_size)
+    assert settings["size"] == "704 x 720 px"
+
+
+def test_every_link_into_the_repository_has_its_file(tmp_path: Path, differences: list[Any]):
+    config = make_config()
+    card = make_card(make_folder(tmp_path, config, PROMPTS), config, differences)
+    tokens = [child for token in MARKDOWN.parse(card.text) for child in token.children or []]
+    links = {str(token.attrs.get("href") or token.attrs.get("src") or "://") for token in tokens}
+    links |= {entry["output"]["url"] for entry in card.data.to_dict()["widget"]}
+    local = {link for link in links if "://" not in link}
+    assert {"summary.png", "evaluation.csv", "config.yaml", "samples/first/0.png", "samples/last/3.png"} <= local
+    assert all((tmp_path / link).is_file() for link in local)
+    assert "TODO" not in card.content
+
+
+def test_what_is_missing_is_left_out(tmp_path: Path):
+    config = make_config(path="embedded")
+    make_folder(tmp_path, config, [])
+    (tmp_path / "summary.png").unlink()
+    card = make_card(tmp_path, config, [])
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0"
+    assert not {"widget", "base_model", "base_model_relation", "license_name"} & data.keys()
+    for word in ("What it gained", "<Gallery />", "samples/", "summary.png", "evaluation.csv", "ComfyUI", "figures"):
+        assert word not in card.text
+    assert "## Use it" in card.text
+
+
+def test_a_picture_of_another_prompt_is_not_shown_as_before(tmp_path: Path, differences: list[Any]):
+    config = make_config()
+    make_folder(tmp_path, config, ["a", "b"])
+    save_png(tmp_path / "samples/first/0.png", Image.new("RGB", (8, 8)), {"prompt": "of old", "seed": "1000"})
+    card = make_card(tmp_path, config, differences)
+    assert [row[0] for row in tables(card.text)[1]] == ["prompt", "b"]
+    assert len(card.data.to_dict()["widget"]) == 2
+
+
+def test_a_base_in_a_folder_is_named_without_its_place(tmp_path: Path):
+    base = tmp_path / "secret" / "my-flux"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# mine\n")
+    config = make_config(path=str(base))
+    card = make_card(make_folder(tmp_path, config, ["a"]), config, [])
+    assert card.data.to_dict()["license"] == "mit"
+    assert "base_model" not in card.data.to_dict()
+    assert "secret" not in card.content
+    assert "    'path/to/my-flux', custom_pipeline='owner/my_lora', trust_remote_code=True, dtype=torch.bf" in card.text
+
+
+def test_every_preset_has_a_licence_for_its_base():
+    from ngrpo_lora.config.presets import preset_files
+
+    assert {preset.model for preset in preset_files()} == set(LICENSES)
+
+
+def test_the_licence_is_the_base_s_own_where_it_can_be_read(monkeypatch: pytest.MonkeyPatch):
+    constants = huggingface_hub.constants
+    with HubServer() as hub:
+        for name, card in {
+            FLUX: "license: other\nlicense_name: new-license\nlicense_link: LICENSE",
+            "a/linked": "license: other\nlicense_name: x\nlicense_link: https://example.org/x",
+            "a/none": "tags: [x]",
+            "a/broken": "license: [",
+        }.items():
+            files = {"README.md": f"---\n{card}\n---\n# x\n".encode()}
+            hub.repositories[name] = Repository(branches={"main": files})
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        own = {"license": "other", "license_name": "new-license"}
+        assert base_license(FLUX) == own | {"license_link": f"https://huggingface.co/{FLUX}/blob/main/LICENSE"}
+        assert base_license("a/linked")["license_link"] == "https://example.org/x"
+        assert base_license("a/none") == base_license("a/broken") == base_license("a/gone") == {}
+        assert base_license("Qwen/Qwen-Image") == {"license": "apache-2.0"}
+
+
+@pytest.mark.parametrize("family", registry.names(registry.MODELS))
+def test_the_snippet_calls_each_family_s_pipeline_by_names_that_it_has(family: str, tmp_path: Path):
+    frames = ["model.num_frames=17"] if family == "wan" else []
+    config = make_config("model.negative_prompt=blurry", *frames)
+    adapter = read_pushed(make_folder(tmp_path, config, [], family) / "pytorch_lora_weights.safetensors")
+    code = ast.parse(diffusers_usage("owner/name", None, adapter, MISS, 7))
+    (call,) = [n for n in ast.walk(code) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "pipeline"]
+    given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg and k.arg != "generator"}
+    if has_pipeline(family):  # which reads the rest from the adapter
+        assert given == {"seeds": 7}
+        assert ast.literal_eval(call.args[0]) == MISS
+        return
+    kind = getattr(diffusers, pipeline_class(family))
+    assert given.keys() <= inspect.signature(kind.__call__).parameters.keys()
+    assert (given["prompt"], given["height"], given["width"]) == (MISS, 720, 704)
+    assert (given["guidance_scale"], given["num_inference_steps"]) == (3.5, config.rollout.num_steps)
+    assert given.get("negative_prompt") == (None if family == "flux2_klein" else "blurry")
+    assert (family == "wan") == ("num_frames" in given)
+
+
+def test_an_adapter_on_a_branch_is_used_from_there(tmp_path: Path):
+    config = make_config()
+    folder = make_folder(tmp_path, config, ["a"])
+    text = write_card(folder, "owner/name", config, 300, [], {}, "v1").text
+    for part in (
+        "custom_pipeline='owner/name', custom_revision='v1'",
+        "load_lora_weights('owner/name', revision='v1')",
+        "hf download owner/name pytorch_lora_weights.safetensors --revision v1 --local-dir .",
+        "hf download owner/name config.yaml --revision v1 --local-dir .",
+    ):
+        assert part in text
+    assert "revision" not in write_card(folder, "owner/name", config, 300, [], {}).text

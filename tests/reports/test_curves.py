@@ -1,0 +1,172 @@
+"""Pictures of a run: grids whose cells show their images, and the summary page."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ngrpo_lora.records.metrics import read_scores, save_scores
+from ngrpo_lora.reports.curves import Group, draw_progress, gain_correlations, gains, running_mean, write_summary
+from ngrpo_lora.reports.grids import CAPTION_PX, CELL_PX, save_grid, save_shown
+
+COLORS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200), (200, 0, 200), (90, 90, 90), (0, 0, 0)]
+
+
+def solid(color: tuple[int, int, int], width_px: int = 64, height_px: int = 64) -> Image.Image:
+    return Image.new("RGB", (width_px, height_px), color)
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 6, 1), (6, 6, 1), (7, 6, 2), (8, 3, 3)])
+def test_a_grid_has_columns_and_as_many_rows_as_it_takes(count: int, columns: int, rows: int, tmp_path: Path):
+    save_grid(tmp_path / "grid.png", [solid(color) for color in COLORS[:count]], ["caption"] * count, columns)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (columns * CELL_PX, rows * (CELL_PX + CAPTION_PX))
+
+
+def test_every_cell_shows_its_image_above_its_caption(tmp_path: Path):
+    path = tmp_path / "deep" / "folder" / "grid.png"
+    captions = ["a caption of some length that fills its two lines quite well"] * 7 + [""]
+    save_grid(path, [solid(color) for color in COLORS], captions, columns=3)
+    grid = np.asarray(Image.open(path))
+    for index, color in enumerate(COLORS):
+        x, y = index % 3 * CELL_PX, index // 3 * (CELL_PX + CAPTION_PX)
+        assert tuple(grid[y + CELL_PX // 2, x + CELL_PX // 2]) == color
+        has_text = (grid[y + CELL_PX : y + CELL_PX + CAPTION_PX, x : x + CELL_PX] < 128).any()
+        assert has_text == bool(captions[index])
+    assert (grid[-CAPTION_PX - CELL_PX :, 2 * CELL_PX :] == 255).all()  # the cell that is left over
+
+
+def test_a_small_picture_is_enlarged_without_inventing_colours(tmp_path: Path):
+    image = Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255]]] * 2, dtype=np.uint8))
+    save_grid(tmp_path / "grid.png", [image], [""])
+    colors = {color for _, color in Image.open(tmp_path / "grid.png").getcolors()}
+    assert colors == {(255, 0, 0), (0, 0, 255), (255, 255, 255)}
+
+
+@pytest.mark.parametrize(("width_px", "height_px"), [(40, 80), (80, 40), (640, 1280)])
+def test_a_picture_keeps_its_proportions(width_px: int, height_px: int, tmp_path: Path):
+    save_grid(tmp_path / "grid.png", [solid((200, 0, 0), width_px, height_px)], [""])
+    red = np.argwhere((np.asarray(Image.open(tmp_path / "grid.png")) == (200, 0, 0)).all(2))
+    height, width = red.max(0) - red.min(0) + 1
+    assert width / height == width_px / height_px
+
+
+def test_as_many_captions_as_images(tmp_path: Path):
+    with pytest.raises(ValueError, match="zip"):
+        save_grid(tmp_path / "grid.png", [solid(COLORS[0])] * 2, ["one"])
+
+
+def test_a_running_mean_on_numbers():
+    points = [(1, 1.0), (2, 3.0), (4, 8.0), (5, 4.0)]
+    assert running_mean(points, 2) == [(1.5, 2.0), (3.0, 5.5), (4.5, 6.0)]
+    assert running_mean(points, 4) == [(3.0, 4.0)]
+
+
+def test_the_summary_shows_curves_and_the_pictures_before_and_after(tmp_path: Path):
+    rows = [{"step": 0, "eval/reward_mean": 0.4, "eval/strict_accuracy": 0.2}]
+    rows += [{"step": step, "rollout/reward_mean": 0.1 * step, "eval/reward_mean": None} for step in range(1, 6)]
+    rows += [{"step": 6, "rollout/reward_mean": None, "eval/reward_mean": 0.8}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step, color in ((0, COLORS[0]), (3, COLORS[2]), (6, COLORS[1])):
+        save_grid(tmp_path / "samples" / f"{step:06d}.png", [solid(color)] * 6, ["caption"] * 6)
+    path = write_summary(tmp_path)
+    assert path == tmp_path / "summary.png"
+    with Image.open(path) as page:
+        assert min(page.size) > 800
+        pixels = np.asarray(page.convert("RGB")).astype(int)
+    rows = [(pixels == color).all(2).nonzero()[0] for color in COLORS[:3]]
+    before, after, neither = rows
+    assert len(before) > 10_000
+    assert len(after) > 10_000
+    assert before.max() < after.min()
+    assert len(neither) == 0
+    curve = (abs(pixels - np.array([31, 119, 180])) < 8).all(2).nonzero()[0]
+    assert len(curve) > 100
+    assert curve.max() < before.min()
+
+
+# Several rewards ----------------------------------------------------------------------------------------------------
+
+FIRST = {"a": [1.0, 2.0, 3.0, 4.0], "b": [10.0, 20.0, 30.0, math.nan], "c": [5.0, 5.0, 5.0, 5.0]}
+LAST = {"a": [2.0, 2.0, 4.0, math.nan], "b": [0.0, 20.0, 10.0, 10.0], "c": [5.0, 5.0, 5.0, 5.0]}
+
+
+def save_evaluations(output_dir: Path) -> None:
+    for step, columns in ((0, FIRST), (7, LAST)):
+        scores = {label: torch.tensor(values) for label, values in columns.items()}
+        save_scores(output_dir / "evaluations" / f"{step:06d}.jsonl", ["p", "q", "r", "s"], [5, 6, 7, 8], scores)
+
+
+def test_scores_of_evaluations_are_read_back(tmp_path: Path):
+    save_evaluations(tmp_path)
+    evaluations = read_scores(tmp_path)
+    assert list(evaluations) == [0, 7]
+    for scores, columns in zip(evaluations.values(), (FIRST, LAST), strict=True):
+        assert scores.keys() == columns.keys()
+        for label, values in columns.items():
+            np.testing.assert_array_equal(scores[label], values)
+
+
+def test_a_gain_is_paired_and_in_the_bases_deviations(tmp_path: Path):
+    save_evaluations(tmp_path)
+    curves = gains(read_scores(tmp_path))
+    assert curves["a"] == [(0, 0), (7, pytest.approx((1 + 0 + 1) / 3 / np.std(FIRST["a"])))]
+    assert curves["b"] == [(0, 0), (7, pytest.approx((-10 + 0 - 20) / 3 / np.std([10, 20, 30])))]
+    assert curves["c"] == [(0, 0), (7, 0)]
+
+
+def test_gains_that_oppose_each_other_correlate_negatively(tmp_path: Path):
+    save_evaluations(tmp_path)
+    labels, values = gain_correlations(read_scores(tmp_path))
+    assert labels == ["a", "b", "c"]
+    assert values[0, 1] == pytest.approx(np.corrcoef([1, 0, 1], [-10, 0, -20])[0, 1])
+    assert values[0, 1] < -0.8
+    assert np.isnan(values[0, 2])  # what does not change has no correlation
+
+
+def test_the_summary_of_several_rewards_has_a_line_for_each(tmp_path: Path):
+    rows = [{"step": 0, "eval/reward_mean": 0.4}, {"step": 7, "rollout/a_mean": 0.1, "eval/reward_mean": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_grid(tmp_path / "samples" / "000000.png", [solid(COLORS[3])] * 6, ["caption"] * 6)
+    with Image.open(write_summary(tmp_path)) as page:
+        height = page.height
+    save_evaluations(tmp_path)
+    with Image.open(write_summary(tmp_path)) as page:
+        assert page.height > height + 200
+        pixels = np.asarray(page.convert("RGB")).astype(int)
+    for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # matplotlib's first three
+        assert (abs(pixels - np.array(color)) < 8).all(2).sum() > 100
+
+
+def test_progress_shows_curve_pictures_and_the_group_best_first(tmp_path: Path):
+    rows = [{"step": step, "rollout/reward_mean": step / 9, "eval/reward_mean": 0.5} for step in range(9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    early = draw_progress(tmp_path)
+    assert early.size == (640, 320)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert np.asarray(draw_progress(tmp_path)).tobytes() != np.asarray(early).tobytes()
+
+    save_shown(tmp_path / "samples" / "first", [solid(color) for color in COLORS[:2]], ["a", "b"], [0, 1])
+    save_shown(tmp_path / "samples" / "last", [solid(color) for color in COLORS[2:4]], ["a", "b"], [0, 1])
+    page = np.asarray(draw_progress(tmp_path))
+    assert [tuple(page[370, x]) for x in (40, 120, 360, 440)] == COLORS[:4]
+
+    group = Group("a star", [solid(color, 64, 32) for color in COLORS[:4]], [0.1, 0.9, -1.0, 0.5])
+    page = np.asarray(draw_progress(tmp_path, group))
+    middle = len(page) - 40
+    assert [tuple(page[middle, x]) for x in (80, 240, 400, 560)] == [COLORS[index] for index in (1, 3, 0, 2)]
+
+
+@pytest.mark.parametrize("count", [2, 12, 24])
+def test_progress_of_a_group_of_any_size_is_about_square(count: int, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    group = Group("a star " * 50, [solid(COLORS[0])] * count, [0.0] * count)
+    page = draw_progress(tmp_path, group)
+    assert page.width == 640
+    assert 450 <= page.height <= 640

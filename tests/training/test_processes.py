@@ -1,0 +1,286 @@
+"""Runs of several real processes over gloo: the same results, and an end with a message whatever one of them does."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeConfig
+from safetensors.torch import load_file
+
+from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.cli.launching import free_port, process_count
+from ngrpo_lora.config import RunConfig
+from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.training.processes import Processes
+
+SEVERAL = ["rollout.prompts_per_iteration=4", "evaluation.num_prompts=5", "evaluation.num_samples=3"]
+
+# Redness, and on one process of several something worse; what it does is asked for by a file beside it.
+TROUBLE = """
+import os, time
+from pathlib import Path
+import numpy as np
+
+def score(images, prompts, metadata):
+    trouble = Path(__file__).with_suffix(".txt")
+    if trouble.exists() and os.environ.get("RANK") == "1":
+        {}
+    return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+"""
+
+
+@pytest.fixture(scope="module")
+def context() -> multiprocessing.context.ForkServerContext:
+    """A server that has imported the trainer once and forks every process from there."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ngrpo_lora.trainer"])
+    return context
+
+
+def child(rank: int, count: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], sender: Any):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    try:
+        sender.send((None, function(*arguments)))
+    except UserError as error:
+        sender.send((f"{type(error).__name__}: {error}", None))
+
+
+def run(context: Any, count: int, function: Callable[..., Any], *arguments: Any) -> list[tuple[str | None, Any]]:
+    """(error, value) of `function` on every process; a process that died has ("dead", its exit code)."""
+    port, processes = free_port(), []
+    for rank in range(count):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=child, args=(rank, count, port, function, arguments, sender))
+        process.start()
+        sender.close()
+        processes.append((process, receiver))
+    results = []
+    for process, receiver in processes:
+        try:
+            results.append(receiver.recv() if receiver.poll(120) else ("hangs", None))
+        except EOFError:
+            process.join()
+            results.append(("dead", process.exitcode))
+    for process, _ in processes:
+        process.join(20)
+        process.kill()
+    return results
+
+
+def train(config: RunConfig) -> float:
+    from ngrpo_lora.training.trainer import train
+
+    return train(config)["eval/reward_mean"]
+
+
+def rows(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
+
+
+def weights(output_dir: Path) -> torch.Tensor:
+    tensors = load_file(output_dir / "adapter" / FILE_NAME)
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Equal but for the order of additions; Adam's first steps divide by tiny gradients and magnify it."""
+    for row, same in zip(rows(one), rows(other), strict=True):
+        for key in row.keys() - {key for key in row if key.startswith("time/")}:
+            assert same[key] == pytest.approx(row[key], rel=1e-3, abs=1e-5), key
+    difference = (weights(one) - weights(other)).norm() / weights(one).norm()
+    assert difference < 1e-3
+    for folder, suffix in (("samples", "png"), ("evaluations", "jsonl")):
+        names = [path.name for path in sorted((one / folder).glob(f"*.{suffix}"))]
+        assert names == [path.name for path in sorted((other / folder).glob(f"*.{suffix}"))]
+        assert names
+
+
+@pytest.fixture(scope="module")
+def alone(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process, which the runs of several must equal."""
+    output_dir = tmp_path_factory.mktemp("alone")
+    train(make_config(output_dir, *SEVERAL))
+    return output_dir
+
+
+@pytest.mark.parametrize(("count", "setting"), [(2, ""), (3, ""), (4, ""), (2, "trainer.strategy=fsdp")])
+def test_results_do_not_depend_on_the_number_of_processes(
+    count: int, setting: str, context: Any, alone: Path, make_config: MakeConfig, tmp_path: Path
+):
+    """Three processes own one, one and two of four groups."""
+    results = run(context, count, train, make_config(tmp_path, *SEVERAL, *([setting] if setting else [])))
+    assert [error for error, _ in results] == [None] * count
+    assert len({value for _, value in results}) == 1
+    assert_same_run(alone, tmp_path)
+
+
+def test_where_there_is_nothing_to_learn_no_process_moves(context: Any, make_config: MakeConfig, tmp_path: Path):
+    reward = tmp_path / "flat.py"
+    reward.write_text("def score(images):\n    return [0.5] * len(images)\n")
+    settings = [*SEVERAL, f"rewards.train={reward}:score", "optimizer.weight_decay=0.5"]
+    train(make_config(tmp_path / "one", *settings))
+    assert [error for error, _ in run(context, 2, train, make_config(tmp_path / "two", *settings))] == [None] * 2
+    assert torch.equal(weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    context: Any, alone: Path, make_config: MakeConfig, tmp_path: Path
+):
+    half = make_config(tmp_path, *SEVERAL, "trainer.save_every=1")
+    run(context, 2, train, half)
+    for path in (tmp_path / "checkpoints").glob("iteration-000002"):
+        path.rename(tmp_path / "later")
+    results = run(context, 4, train, half.model_copy(update={"resume": "latest"}))
+    assert [error for error, _ in results] == [None] * 4
+    assert_same_run(alone, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("does", "message", "strategy"),
+    [
+        ("os.kill(os.getpid(), 9)", "lost another process", "replicated"),
+        ("os._exit(1)", "lost another process", "fsdp"),
+        ("return [float('nan')] * len(images)", "has no score for 50% of the images", "replicated"),
+    ],
+    ids=["killed", "ends", "fails"],
+)
+def test_what_befalls_one_process_ends_all_with_a_message_and_the_run_can_go_on(
+    does: str, message: str, strategy: str, context: Any, make_config: MakeConfig, tmp_path: Path
+):
+    reward, trouble = tmp_path / "trouble.py", tmp_path / "trouble.txt"
+    reward.write_text(TROUBLE.format(does))
+    settings = [*SEVERAL, f"rewards.train={reward}:score", "rewards.max_failed_share=0.1", "trainer.save_every=1"]
+    config = make_config(tmp_path / "run", *settings, f"trainer.strategy={strategy}")
+    one = config.model_copy(update={"trainer": config.run.model_copy(update={"num_iterations": 1})})
+    assert [error for error, _ in run(context, 2, train, one)] == [None, None]
+    trouble.write_text("now")
+    begin = time.monotonic()
+    results = run(context, 2, train, config.model_copy(update={"resume": "latest"}))
+    assert time.monotonic() - begin < 60
+    assert message in str(results[0][0])
+    assert "resume=latest" in str(results[0][0])
+    assert results[1][0] == ("dead" if "os." in does else results[0][0])
+    trouble.unlink()
+    assert [error for error, _ in run(context, 2, train, config.model_copy(update={"resume": "latest"}))] == [
+        None,
+        None,
+    ]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2]
+
+
+def wait_for_a_slow_one(timeout_s: float) -> None:
+    processes = Processes(timeout_s)
+    if processes.rank == 1:
+        time.sleep(timeout_s + 4)
+    processes.gather(processes.rank)
+
+
+def test_waiting_for_a_slow_process_is_bounded(context: Any):
+    results = run(context, 2, wait_for_a_slow_one, 2.0)
+    assert "waited for the others longer than trainer.timeout_s (2)" in str(results[0][0])
+    assert results[1][0] is not None
+
+
+def gather_and_sum() -> tuple[Any, ...]:
+    processes = Processes(30.0)
+    tensors = [torch.full((2,), 1.0 + processes.rank), torch.tensor([[10.0 * processes.rank]])]
+    processes.sum_(tensors)
+    problem = "not good" if processes.rank == 2 else None
+    collected = (
+        processes.gather(processes.rank),
+        processes.broadcast(processes.rank),
+        processes.any(processes.rank == 1),
+    )
+    agreed = (processes.agree(problem), processes.agree(None), processes.agree("the same"))
+    return (list(processes.share(8)), collected, [t.tolist() for t in tensors], agreed)
+
+
+def test_processes_share_gather_sum_and_agree(context: Any):
+    results = run(context, 3, gather_and_sum)
+    assert [value[0] for _, value in results] == [[0, 1], [2, 3, 4], [5, 6, 7]]
+    for _, (_, collected, tensors, agreed) in results:
+        assert collected == ([0, 1, 2], 0, True)
+        assert tensors == [[6.0, 6.0], [[30.0]]]
+        assert agreed == ("process 2 of 3: not good", None, "the same")
+
+
+def test_fewer_groups_than_processes_are_refused_before_the_model_loads(
+    context: Any, make_config: MakeConfig, tmp_path: Path
+):
+    config = make_config(tmp_path, "rollout.prompts_per_iteration=2", "model.path=nobody/nothing")
+    for error, _ in run(context, 3, train, config):
+        assert error == (
+            "SharedError: rollout.prompts_per_iteration must be at least the number of processes (3), got 2"
+        )
+
+
+def test_what_a_divided_base_cannot_do_is_refused(context: Any, make_config: MakeConfig, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"rollout\.merge_adapter must be false with trainer\.strategy=fsdp"):
+        make_config(tmp_path, "trainer.strategy=fsdp", "rollout.merge_adapter=true")
+    uneven = make_config(tmp_path, *SEVERAL, "trainer.strategy=fsdp", "rollout.prompts_per_iteration=3")
+    for error, _ in run(context, 2, train, uneven):
+        assert "rollout.prompts_per_iteration must be a multiple of the number of processes (2)" in str(error)
+
+
+def command(count: int, output_dir: Path, make_config: MakeConfig, *overrides: str) -> list[str]:
+    """`ngrpo train` of a file with these settings, as several processes."""
+    from ngrpo_lora.config import dump_config
+
+    file = output_dir.with_suffix(".yaml")
+    file.write_text(dump_config(make_config(output_dir, *SEVERAL, "trainer.num_threads=1", *overrides)))
+    return [sys.executable, "-m", "ngrpo_lora", "train", str(file), "--num-processes", str(count)]
+
+
+def test_the_command_starts_the_processes_and_ctrl_c_stops_them_after_an_iteration(
+    make_config: MakeConfig, tmp_path: Path
+):
+    words = command(2, tmp_path / "run", make_config, "trainer.num_iterations=200", "evaluation.every=200")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and len(rows(tmp_path / "run")) > 1):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # what the terminal does: to every process
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert stderr.count("go on with resume=latest") == 1
+    steps = [row["step"] for row in rows(tmp_path / "run")]
+    assert (tmp_path / "run" / "checkpoints" / f"iteration-{steps[-1]:06d}").is_dir()
+    assert "Traceback" not in stderr
+
+
+def test_a_killed_process_is_named_by_the_command(make_config: MakeConfig, tmp_path: Path):
+    (tmp_path / "trouble.py").write_text(TROUBLE.format("os.kill(os.getpid(), 9)"))
+    (tmp_path / "trouble.txt").write_text("now")
+    words = command(2, tmp_path / "run", make_config, f"rewards.train={tmp_path / 'trouble.py'}:score")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "process 1 of 2 was killed (SIGKILL, often for lack of memory)" in done.stderr
+    assert "process 0 of 2 lost another process" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert process_count("auto", None) == 2
+    assert process_count("cuda", 1) == 1
+    assert process_count("cuda:1", None) == 1
+    assert process_count("cpu", 4) == 4
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert [process_count("cpu", None, on_cpu) for on_cpu in (1, 2, 5)] == [1, 2, 3]
+    with pytest.raises(UserError, match=r"--num-processes must be at most the number of GPUs \(2\)"):
+        process_count("auto", 3)
