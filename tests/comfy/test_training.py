@@ -75,7 +75,7 @@ from pathlib import Path
 
 import torch
 
-import ngrpo_lora.trainer as trainer
+from ngrpo_lora.training import trainer
 from diffusers import FluxTransformer2DModel
 
 NODE_CLASS_MAPPINGS = {}
@@ -88,15 +88,15 @@ def lacking(self, *args, **kwargs):
     return forward(self, *args, **kwargs)
 
 def telling(name):
-    method = getattr(trainer.Trainer, name)
-    def told(self, *args, **kwargs):
-        (BASE / "phase").write_text(f"{name} {self.iteration}")
-        return method(self, *args, **kwargs)
+    phase = getattr(trainer, name)
+    def told(run, *args, **kwargs):
+        (BASE / "phase").write_text(f"{name} {run.iteration}")
+        return phase(run, *args, **kwargs)
     return told
 
 FluxTransformer2DModel.forward = lacking
 for name in ("evaluate", "roll_out", "update"):
-    setattr(trainer.Trainer, name, telling(name))
+    setattr(trainer, name, telling(name))
 """
 
 

@@ -1,0 +1,50 @@
+"""Settings of Flow-GRPO (arXiv 2505.05470), for `algorithms/flow_grpo.py`; defaults are those of its code for SD3.5."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ngrpo_lora.config.plugins import AlgorithmConfig, RolloutConfig
+
+
+class Config(AlgorithmConfig, frozen=True):
+    """Settings of Flow-GRPO."""
+
+    name: Literal["flow_grpo"] = "flow_grpo"
+    step: Literal["sde", "cps"] = Field(
+        "sde", description="Stochastic step: Flow-GRPO's own, or coefficients-preserving sampling (arXiv 2509.05952)."
+    )
+    eta: float = Field(
+        0.7, gt=0, description="Strength of the fresh noise; at most 1 for cps. 0.9 in Flow-GRPO's FLUX."
+    )
+    noise_last_step: bool = Field(
+        True,
+        description="Add fresh noise in the last step too, as the published code does, which stays in the picture; "
+        "false: that step is Euler's.",
+    )
+    num_train_steps: int | None = Field(
+        None, ge=1, description="Solver steps trained per sample, drawn at random; null: all but the last."
+    )
+    updates_per_rollout: int = Field(2, ge=1, description="Optimizer updates; each has its share of the samples.")
+    clip_range: float = Field(1e-4, gt=0, lt=1, description="Clip of the policy ratio (epsilon).")
+    max_advantage: float = Field(5.0, gt=0, description="Advantages are held within plus and minus this.")
+    reference_weight: float = Field(
+        0.0, ge=0, description="Weight of the divergence from the base model (beta); 0.04 in the paper, 0 for FLUX."
+    )
+
+    def check(self, rollout: RolloutConfig) -> None:
+        """eta <= 1 for cps, trained steps < steps, updates <= samples."""
+        if self.step == "cps" and self.eta > 1:
+            raise ValueError(f"algorithm.eta must be at most 1 with algorithm.step=cps, got {self.eta:g}")
+        if self.num_train_steps is not None and self.num_train_steps >= rollout.num_steps:
+            raise ValueError(
+                f"algorithm.num_train_steps must be less than rollout.num_steps ({rollout.num_steps}), as the last "
+                f"step is not trained, got {self.num_train_steps}; null trains all others"
+            )
+        if self.updates_per_rollout > (samples := rollout.prompts_per_iteration * rollout.group_size):
+            raise ValueError(
+                f"algorithm.updates_per_rollout must be at most the samples of an iteration ({samples}), "
+                f"got {self.updates_per_rollout}"
+            )
