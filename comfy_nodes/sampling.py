@@ -12,10 +12,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.equations.noise import derive_seed, gaussian_noise, neighbor_noise
+from ngrpo_lora.equations.noise import gaussian_noise, neighbor_noise
 from ngrpo_lora.equations.solvers import SOLVERS, dpmpp_2m_step, pairs
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import architectures, make_family, read_blueprint
+from ngrpo_lora.seeds import derive_seed
 
 from ._api import listed, schema, verdict
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ngrpo_lora.equations.advantages import group_advantages
-    from ngrpo_lora.equations.noise import derive_seed, gaussian_noise, neighbor_noise
+    from ngrpo_lora.equations.noise import gaussian_noise, neighbor_noise
     from ngrpo_lora.equations.solvers import dpmpp_2m, dpmpp_2m_step, euler, flow_sigmas
     from ngrpo_lora.equations.surrogate import (
         auto_temperature,
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         leaping_log_ratio,
         leaping_logits,
     )
+    from ngrpo_lora.seeds import derive_seed
 
 __all__ = [
     "auto_temperature",
@@ -35,17 +36,18 @@ __all__ = [
 ]
 
 HOMES = {
-    "advantages": ("group_advantages",),
-    "noise": ("derive_seed", "gaussian_noise", "neighbor_noise"),
-    "solvers": ("dpmpp_2m", "dpmpp_2m_step", "euler", "flow_sigmas"),
-    "surrogate": ("auto_temperature", "clipped_objective", "leaping_log_ratio", "leaping_logits"),
+    "equations.advantages": ("group_advantages",),
+    "equations.noise": ("gaussian_noise", "neighbor_noise"),
+    "equations.solvers": ("dpmpp_2m", "dpmpp_2m_step", "euler", "flow_sigmas"),
+    "equations.surrogate": ("auto_temperature", "clipped_objective", "leaping_log_ratio", "leaping_logits"),
+    "seeds": ("derive_seed",),
 }
 
 
 def __getattr__(name: str) -> Any:
     for module, names in HOMES.items():
         if name in names:
-            return getattr(importlib.import_module(f"ngrpo_lora.equations.{module}"), name)
+            return getattr(importlib.import_module(f"ngrpo_lora.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

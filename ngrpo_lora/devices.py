@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +13,6 @@ from ngrpo_lora.errors import UserError
 
 __all__ = [
     "free_memory",
-    "launched",
-    "process_device",
     "resolve_device",
     "resolve_dtype",
     "use_device",
@@ -87,13 +84,3 @@ def without_cudnn_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-def launched() -> bool:
-    """Whether this process is one of several that a launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def process_device(device: str) -> str:
-    """This process's own GPU where the configuration says `cuda`."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched() else device

@@ -25,6 +25,7 @@ __all__ = [
     "ALGORITHM_SETTINGS",
     "MODELS",
     "REWARDS",
+    "REWARD_SETTINGS",
     "allow_modules",
     "check_function",
     "check_name",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 ALGORITHMS, MODELS, REWARDS = "ngrpo_lora.algorithms", "ngrpo_lora.models", "ngrpo_lora.rewards"
-ALGORITHM_SETTINGS = "ngrpo_lora.config.algorithms"
+ALGORITHM_SETTINGS, REWARD_SETTINGS = "ngrpo_lora.config.algorithms", "ngrpo_lora.config.rewards"
 """The folders whose files are chosen by name. Rooms below name them here as text, and so import none of them."""
 
 allow_modules = True

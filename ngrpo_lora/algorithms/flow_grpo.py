@@ -23,10 +23,11 @@ from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms.flow_grpo import Config
 from ngrpo_lora.equations import sde
 from ngrpo_lora.equations.advantages import group_advantages
-from ngrpo_lora.equations.noise import derive_seed, gaussian_noise
+from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import VelocityFn, pairs
 from ngrpo_lora.equations.surrogate import clipped_objective
+from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
 
 

@@ -24,10 +24,11 @@ from torch import Tensor
 from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms.neighbor import Config
 from ngrpo_lora.equations.advantages import batch_deviation, group_advantages
-from ngrpo_lora.equations.noise import derive_seed, gaussian_noise, neighbor_noise
+from ngrpo_lora.equations.noise import gaussian_noise, neighbor_noise
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import SOLVERS, VelocityFn
 from ngrpo_lora.equations.surrogate import auto_temperature, clipped_objective, leaping_log_ratio, leaping_logits
+from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
 
 

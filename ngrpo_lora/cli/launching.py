@@ -10,9 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 
-import torch
-
-from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.errors import UserError
 
 __all__ = ["launch", "process_count"]
@@ -29,6 +26,10 @@ def process_count(device: str, asked: int | None, on_cpu: int = 1) -> int:
     Raises:
         UserError: more are asked for than there are GPUs.
     """
+    import torch
+
+    from ngrpo_lora.devices import resolve_device
+
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if asked is not None and asked > 1 and (gpus or device.startswith("cuda")) and asked > gpus:
         raise UserError(

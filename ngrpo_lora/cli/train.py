@@ -36,8 +36,8 @@ def train(
     config = load_config(*split_arguments(arguments))
 
     from ngrpo_lora.cli import launching
-    from ngrpo_lora.devices import launched
     from ngrpo_lora.planning.preflight import check_run
+    from ngrpo_lora.ranks import launched
 
     if launched():
         from ngrpo_lora.training.processes import Processes

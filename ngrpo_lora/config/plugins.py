@@ -154,13 +154,24 @@ class ModelRewardConfig(RewardConfig, frozen=True):
     offload: bool = Field(default=False, description="Keep the network in system memory between uses.")
 
 
+class ClipConfig(ModelRewardConfig, frozen=True):
+    """A reward that runs a CLIP network."""
+
+    processor: str | None = Field(
+        default=None,
+        description="Tokenizer and, for a single file of weights, config.json: a Hub id or a folder; null: path.",
+    )
+
+
 def reward_class(name: Any) -> type[RewardConfig]:
-    """The `Config` of the file of that name; of a function, or of no reward at all, RewardConfig."""
+    """A reward's own settings, from its file or that of its name in `config/rewards/`; else RewardConfig."""
     if not isinstance(name, str) or ":" in name or name not in registry.names(registry.REWARDS):
         return RewardConfig
-    if not registry.defines(registry.REWARDS, name, "Config"):
-        return RewardConfig
-    return registry.load(registry.REWARDS, name).Config
+    if name in registry.names(registry.REWARD_SETTINGS):
+        return registry.load(registry.REWARD_SETTINGS, name).Config
+    if registry.defines(registry.REWARDS, name, "Config"):
+        return registry.load(registry.REWARDS, name).Config
+    return RewardConfig
 
 
 def load_reward_entry(value: Any) -> Any:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-
-def derive_seed(*labels: object) -> int:
-    """A 63-bit seed from labels, the same in every process (SHA-256, not `hash`)."""
-    digest = hashlib.sha256("\x1f".join(map(str, labels)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def gaussian_noise(shape: Sequence[int], seed: int) -> Tensor:

@@ -10,9 +10,7 @@ from pathlib import Path
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import RunConfig, changed_keys, load_config
-from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.models._quantization import check_quantization
 from ngrpo_lora.prompts.sources import read_split
 from ngrpo_lora.records.checkpoints import STATE_FILE, checkpoints
 
@@ -143,10 +141,14 @@ def _packages(config: RunConfig) -> Iterator[str]:
     if config.optimizer.name.endswith("_8bit") and importlib.util.find_spec("bitsandbytes") is None:
         name = config.optimizer.name
         yield f"optimizer.name={name} needs bitsandbytes, which is not installed; pip install 'ngrpo-lora[8bit]'"
-    try:
-        check_quantization(config.model.quantization, resolve_device(config.model.device))
-    except UserError as error:
-        yield str(error)
+    if config.model.quantization != "none":
+        from ngrpo_lora.devices import resolve_device
+        from ngrpo_lora.models._quantization import check_quantization
+
+        try:
+            check_quantization(config.model.quantization, resolve_device(config.model.device))
+        except UserError as error:
+            yield str(error)
 
 
 def _output_dir(config: RunConfig) -> Iterator[str]:

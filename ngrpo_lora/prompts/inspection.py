@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ngrpo_lora.equations.noise import derive_seed
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.prompts.files import BUILTIN_SOURCES, Prompt, PromptTable, read_prompts
 from ngrpo_lora.prompts.sources import divide, open_prompts, token_lengths
+from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.world import EMBEDDED
 
 __all__ = ["inspect_sources", "load_tokenizers"]

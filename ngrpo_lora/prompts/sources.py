@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ngrpo_lora.config import PromptsConfig
-from ngrpo_lora.equations.noise import derive_seed
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.prompts.files import BUILTIN_SOURCES, Prompt, PromptTable, prompt_key, read_prompts
+from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.world.scenes import TASKS, TEMPLATES, Task, split_scenes
 
 __all__ = [

@@ -10,8 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ngrpo_lora.errors import UserError
 
 STATE_FILE = "state.pt"
@@ -28,6 +26,8 @@ def save(output_dir: Path, iteration: int, state: dict[str, Any], keep: int) -> 
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    import torch  # takes longer to load than all that is done without a state
+
     torch.save(state, partial / STATE_FILE)
     if final.exists():
         shutil.rmtree(final)
@@ -55,6 +55,8 @@ def load(resume: str, output_dir: Path, device: str) -> dict[str, Any]:
         path = found[-1]
     else:
         path = Path(resume)
+    import torch
+
     try:
         return torch.load(path / STATE_FILE if path.is_dir() else path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError) as error:

@@ -17,29 +17,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ngrpo_lora.config import ModelRewardConfig
+from ngrpo_lora.config.plugins import ClipConfig, ModelRewardConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.rewards._placement import in_use, placement
 
-__all__ = ["Clip", "ClipConfig", "Resize", "load_clip", "read_weights", "to_pixels", "unreadable"]
+__all__ = ["Clip", "Resize", "load_clip", "read_weights", "to_pixels", "unreadable"]
 
 Resize = Literal["crop", "letterbox", "squash"]
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # of CLIP's training images, in [0, 1]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-
-
-class ClipConfig(ModelRewardConfig, frozen=True):
-    """A reward that runs a CLIP network."""
-
-    processor: str | None = Field(
-        default=None,
-        description="Tokenizer and, for a single file of weights, config.json: a Hub id or a folder; null: path.",
-    )
 
 
 class Clip:

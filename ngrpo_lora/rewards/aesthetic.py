@@ -15,27 +15,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
+from ngrpo_lora.config.rewards.aesthetic import FILE, Config
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.rewards._clip import ClipConfig, load_clip, read_weights
+from ngrpo_lora.rewards._clip import load_clip, read_weights
 
-FILE = "sac+logos+ava1-l14-linearMSE.pth"
 LAYERS = {"v1": [""], "v2": [f"layers.{index}." for index in (0, 2, 4, 6, 7)]}  # 1, 3 and 5 are dropout
-
-
-class Config(ClipConfig, frozen=True):
-    """LAION's aesthetic score."""
-
-    path: str = Field(
-        default="openai/clip-vit-large-patch14",
-        description="A Hub id or folder with the network the head was made for.",
-    )
-    head: str = Field(
-        default="camenduru/improved-aesthetic-predictor",
-        description=f"The head: a Hub id or folder that has {FILE}, or a file of v1 or v2.",
-    )
 
 
 class Reward:

@@ -16,23 +16,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
-from ngrpo_lora.rewards._clip import ClipConfig, load_clip
-
-
-class Config(ClipConfig, frozen=True):
-    """CLIP score."""
-
-    path: str = Field(
-        default="openai/clip-vit-large-patch14",
-        description="A Hub id or folder with any CLIP network, or a file of weights (with processor).",
-    )
-    resize: Literal["auto", "crop", "squash"] = Field(
-        default="auto",
-        description="Of wide and tall images: the middle, or all, made square; auto: squash for DFN, else crop.",
-    )
+from ngrpo_lora.config.rewards.clip_score import Config
+from ngrpo_lora.rewards._clip import load_clip
 
 
 class Reward:

@@ -31,10 +31,11 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from torch import Tensor
 
-from ngrpo_lora.config import ModelRewardConfig
+from ngrpo_lora.config.plugins import ClipConfig
+from ngrpo_lora.config.rewards.geneval import Config
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.registry import nearest
-from ngrpo_lora.rewards._clip import ClipConfig, load_clip, unreadable
+from ngrpo_lora.rewards._clip import load_clip, unreadable
 from ngrpo_lora.rewards._placement import in_use, placement
 
 # COCO's classes in its order; mouse, remote and keyboard have the names that GenEval gives them.
@@ -61,22 +62,6 @@ STRIDE_PX = 32
 GREY = 128  # fills both sides up to a multiple of the stride
 MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]  # of ImageNet, in levels
 STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
-
-
-class Config(ModelRewardConfig, frozen=True):
-    """GenEval's rules on Mask2Former's detections."""
-
-    path: str = Field(
-        default="facebook/mask2former-swin-small-coco-instance",
-        description="A Mask2Former for COCO's 80 classes: a Hub id or a folder.",
-    )
-    color_model: str = Field(
-        default="openai/clip-vit-large-patch14", description="The CLIP network that names colours: a Hub id or folder."
-    )
-    graded: bool = Field(default=False, description="Score how much of the prompt is met, not only whether all is.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="float32", description="Number type of both networks; thresholds are GenEval's for float32."
-    )
 
 
 class Clause(BaseModel, frozen=True):

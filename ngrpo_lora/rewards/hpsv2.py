@@ -15,23 +15,12 @@ import html
 from collections.abc import Sequence
 
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
-from ngrpo_lora.rewards._clip import ClipConfig, load_clip
+from ngrpo_lora.config.rewards.hpsv2 import FILE, Config
+from ngrpo_lora.rewards._clip import load_clip
 
-FILE = "HPS_v2.1_compressed.pt"
 STRAIGHT = str.maketrans({**dict.fromkeys("ʼ‘’‚‛", "'"), **dict.fromkeys("“”„‟", '"')})
-
-
-class Config(ClipConfig, frozen=True):
-    """HPSv2.1."""
-
-    path: str = Field(default="xswu/HPSv2", description=f"A Hub id or folder that has {FILE}, or such a file.")
-    processor: str | None = Field(
-        default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        description="A Hub id or folder with the tokenizer and the config.json of the CLIP network that was tuned.",
-    )
 
 
 class Reward:

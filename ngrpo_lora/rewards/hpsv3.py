@@ -19,19 +19,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 
-from ngrpo_lora.config import ModelRewardConfig
+from ngrpo_lora.config.rewards.hpsv3 import FILE, Config
 from ngrpo_lora.rewards._clip import MEAN, STD, read_weights, unreadable
 from ngrpo_lora.rewards._placement import in_use, placement
 
-FILE = "HPSv3.safetensors"
 PATCH_PX, MERGED = 14, 2  # the language model sees one token for 2 x 2 patches of 14 x 14 pixels
 FRAMES = 2  # an image is a video of two equal frames
 SIDE_PX = PATCH_PX * MERGED
@@ -83,20 +81,6 @@ INSTRUCTION = (
     "\n"
     "END\n"
 )
-
-
-class Config(ModelRewardConfig, frozen=True):
-    """HPSv3."""
-
-    path: str = Field(default="MizzenAI/HPSv3", description=f"A Hub id or folder that has {FILE}, or such a file.")
-    processor: str = Field(
-        default="Qwen/Qwen2-VL-7B-Instruct",
-        description="config.json and tokenizer of the network that was tuned: a Hub id or a folder.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="bfloat16", description="Number type of the network; the head is always float32."
-    )
-    batch_size: int | None = Field(default=4, ge=1, description="Most images a call; null: all at once.")
 
 
 class Reward:

@@ -17,24 +17,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
-from ngrpo_lora.config import ModelRewardConfig
+from ngrpo_lora.config.rewards.imagereward import FILE, Config
 from ngrpo_lora.rewards._clip import read_weights, to_pixels, unreadable
 from ngrpo_lora.rewards._placement import in_use, placement
 
-FILE = "ImageReward.pt"
 MAX_TOKENS = 35
-
-
-class Config(ModelRewardConfig, frozen=True):
-    """ImageReward."""
-
-    path: str = Field(default="THUDM/ImageReward", description=f"A Hub id or folder that has {FILE}, or such a file.")
-    tokenizer: str = Field(
-        default="google-bert/bert-base-uncased", description="BERT's tokenizer: a Hub id or a folder."
-    )
 
 
 class Reward:

@@ -18,7 +18,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from pydantic import Field
 
@@ -42,6 +41,8 @@ class Reward:
     """Reads one image and compares."""
 
     def __init__(self, config: Config, device: str):
+        import torch
+
         try:
             import rapidocr
         except ImportError as error:

@@ -11,20 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
-from ngrpo_lora.rewards._clip import ClipConfig, load_clip
-
-
-class Config(ClipConfig, frozen=True):
-    """PickScore."""
-
-    path: str = Field(default="yuvalkirstain/PickScore_v1", description="A Hub id or folder with the tuned network.")
-    processor: str | None = Field(
-        default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        description="A Hub id or folder with the tokenizer; null: path.",
-    )
+from ngrpo_lora.config.rewards.pickscore import Config
+from ngrpo_lora.rewards._clip import load_clip
 
 
 class Reward:

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ngrpo_lora.devices import launched
 from ngrpo_lora.errors import UserError, first_line
+from ngrpo_lora.ranks import launched
 
 __all__ = ["Processes", "is_loss", "shard"]
 

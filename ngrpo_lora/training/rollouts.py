@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from ngrpo_lora.adapters import lora
-from ngrpo_lora.equations.noise import derive_seed
 from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.types import Rollout, TextEmbeds
 

@@ -12,16 +12,17 @@ from ngrpo_lora import registry
 from ngrpo_lora.adapters import lora
 from ngrpo_lora.adapters.loading import read_fitting
 from ngrpo_lora.config import ModelConfig, RunConfig
-from ngrpo_lora.devices import process_device, resolve_device, use_device
-from ngrpo_lora.equations.noise import derive_seed
+from ngrpo_lora.devices import resolve_device, use_device
 from ngrpo_lora.errors import SharedError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._embeddings import EmbeddingCache
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.sources import PromptSource, count_longer, open_split
+from ngrpo_lora.ranks import process_device
 from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.evaluation import strict_reward
 from ngrpo_lora.training.lora_step import LoraStep
 from ngrpo_lora.training.metering import EvaluationCounter

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_lora.adapters import lora
-from ngrpo_lora.equations.noise import derive_seed
+from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.state import on_cpu, state
 from ngrpo_lora.types import Metrics, Rollout, TextEmbeds, Transition, Velocities, mean_metrics

@@ -256,7 +256,7 @@ def flow_config(make_config: MakeConfig, folder: Path, *overrides: str) -> Any:
 
 
 def test_a_run_costs_what_the_method_costs_and_starts_at_a_ratio_of_1(make_config: MakeConfig, tmp_path: Path):
-    """NFE_old is the steps: no old velocity is computed again for the second update. NFE_theta: all steps but the last."""
+    """NFE_old is the steps: the second update has its old velocities from the rollout. NFE_theta: all but the last."""
     from ngrpo_lora.training.setup import prepare
     from ngrpo_lora.training.trainer import complete
 

@@ -30,7 +30,6 @@ from ngrpo_lora.adapters.header import FILE_NAME, read_adapter
 from ngrpo_lora.adapters.loading import load_adapter
 from ngrpo_lora.adapters.reading import read_adapter_file, read_metadata
 from ngrpo_lora.adapters.writing import Format, convert, save_tensors
-from ngrpo_lora.equations.noise import derive_seed
 from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.hub.card import diffusers_usage, read_pushed
 from ngrpo_lora.hub.pipeline_file import SCHEDULER, pipeline_file, scheduler_file
@@ -39,6 +38,7 @@ from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.models.flux import EMBEDDED
 from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.sampling.sampler import sample_images
+from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.rollouts import roll_out
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete

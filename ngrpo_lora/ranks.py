@@ -1,0 +1,17 @@
+"""Which process this is, among those that a launcher has started: what its environment variables say."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["launched", "process_device"]
+
+
+def launched() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def process_device(device: str) -> str:
+    """This process's own GPU where the configuration says `cuda`."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched() else device
