@@ -18,7 +18,7 @@ from ngrpo_lora.config import ModelConfig, parse_config
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.models._base import ASKED_FOR
+from ngrpo_lora.models._base import RELOADABLE
 from ngrpo_lora.models._blueprint import architectures
 from ngrpo_lora.models._index import INDEX
 from ngrpo_lora.sampling.sampler import Sampler, solve
@@ -130,7 +130,7 @@ class LoadPipeline(io.ComfyNode):
     def execute(cls, model: str, dtype: str, **options: Any) -> io.NodeOutput:
         config, device = cls.loading(model, dtype, options), comfy.model_management.get_torch_device()
         own = own_settings(config.path)
-        config = config.model_copy(update=own.model.model_dump(include=ASKED_FOR) | {"device": str(device)})
+        config = config.model_copy(update=own.model.model_dump(include=RELOADABLE) | {"device": str(device)})
         make_room(device)
         with torch.inference_mode(False):
             return io.NodeOutput(Sampler(AdapterInfo(config, own.rollout)))
@@ -262,7 +262,7 @@ class PipelineSample(io.ComfyNode):
         info = settings(pipeline, adapter, changes | {"solver": None if solver == OWN else solver})
         make_room(pipeline.family.device)
         with torch.inference_mode(False), torch.no_grad():
-            sampler = pipeline.at(info)
+            sampler = pipeline.with_settings(info)
             shape = sampler.family.latent_shape
             if noise is None:
                 rows = torch.cat([gaussian_noise((1, *shape), seed + row) for row in range(batch)])

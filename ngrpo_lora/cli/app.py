@@ -11,8 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from typer.core import TyperGroup
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # looking for plug-ins takes longer than checking a file
+
+import typer  # noqa: E402
+from typer.core import TyperGroup  # noqa: E402
 
 from ngrpo_lora.errors import ConfigError, SharedError, UserError
 

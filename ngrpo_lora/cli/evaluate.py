@@ -114,9 +114,9 @@ def compare(
     configs = judging.parse_rewards(reward or [])
     drawn = comparison.distinct_prompts(prompts, num_prompts, seed)
     place = asked_device(device)
-    entered = comparison.contestants(files, model, base, place)
+    baseline, candidates = comparison.open_candidates(files, model, base, place)
     make_folder(output)
-    differences = comparison.compare_adapters(entered, drawn, seeds, seed, configs, output, place)
+    differences = comparison.compare_adapters(baseline, candidates, drawn, seeds, seed, configs, output, place)
     typer.echo(statistics.differences_table(differences))
     typer.echo(f"\nside by side: {output / 'side_by_side.html'}\nblind vote:   {output / 'blind.html'}")
 

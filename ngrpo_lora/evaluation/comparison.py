@@ -26,15 +26,15 @@ from ngrpo_lora.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
     from ngrpo_lora.adapters.header import AdapterInfo
-from ngrpo_lora.evaluation.judging import _write_csv, _write_json, judge
+from ngrpo_lora.evaluation.judging import judge, write_csv, write_json
 from ngrpo_lora.evaluation.statistics import Difference, compare_scores
 
-__all__ = ["compare_adapters", "contestants", "distinct_prompts"]
+__all__ = ["compare_adapters", "distinct_prompts", "open_candidates"]
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """Whose pictures they are, and what draws them."""
+class Candidate:
+    """One model to compare, the base or the base with an adapter: whose pictures they are, and what draws them."""
 
     label: str
     adapter: Path | None
@@ -52,7 +52,8 @@ class Contestant:
 
 
 def compare_adapters(
-    entered: Sequence[Contestant],
+    baseline: Candidate,
+    candidates: Sequence[Candidate],
     prompts: Sequence[Prompt],
     num_seeds: int,
     seed: int,
@@ -63,25 +64,43 @@ def compare_adapters(
     """Draw, judge and write `images/`, `results.csv`, `results.json`, `side_by_side.html` and `blind.html`.
 
     Args:
-        entered: the first is what the others are compared with.
+        baseline: what the candidates are compared with.
         prompts: (P,), all different.
         num_seeds: K pictures per prompt; picture i of the P * K, prompt-major, has the seed `seed + i`.
     Returns:
-        Every other contestant against the first, by every reward.
+        Every candidate against the baseline, by every reward.
     """
     scorer = Scorer(configs, device)  # what a reward lacks should be known before a large model is loaded
     seeds = list(range(seed, seed + len(prompts) * num_seeds))
+    everyone = [baseline, *candidates]
     pictures: dict[str, list[Picture]] = {}
-    for one in reversed(entered):  # adapters first: one that does not fit should be known before hours of drawing
+    for one in reversed(everyone):  # adapters first: one that does not fit should be known before hours of drawing
         pictures[one.label] = draw(one, prompts, seeds, output / "images" / one.label)
-    cache, labels = ScoreCache(output / "scores.sqlite"), [one.label for one in entered]
-    scores = {label: judge(scorer, pictures[label], cache, f"pictures of {label}", num_seeds) for label in labels}
-    texts = [picture.prompt for picture in pictures[labels[0]]]
+    cache = ScoreCache(output / "scores.sqlite")
+    scores = {
+        one.label: judge(scorer, pictures[one.label], cache, f"pictures of {one.label}", num_seeds) for one in everyone
+    }
+    texts = [picture.prompt for picture in pictures[baseline.label]]
     differences = [
         difference
-        for label in labels[1:]
-        for difference in compare_scores(label, scores[label], labels[0], scores[labels[0]], texts)
+        for one in candidates
+        for difference in compare_scores(one.label, scores[one.label], baseline.label, scores[baseline.label], texts)
     ]
+    write_results(everyone, pictures, scores, seeds, differences, output)
+    return differences
+
+
+def write_results(
+    everyone: Sequence[Candidate],
+    pictures: dict[str, list[Picture]],
+    scores: dict[str, dict[str, list[float]]],
+    seeds: Sequence[int],
+    differences: Sequence[Difference],
+    output: Path,
+) -> None:
+    """Write `results.json`, `results.csv` and the two pages; the first of everyone is the baseline."""
+    labels = [one.label for one in everyone]
+    texts = [picture.prompt for picture in pictures[labels[0]]]
     rows = [
         {
             "prompt": texts[row],
@@ -93,25 +112,24 @@ def compare_adapters(
     ]
     results = finite(
         {
-            "comparison": _digest([one.fingerprint() for one in entered], texts, seeds)[:12],
+            "comparison": _digest([one.fingerprint() for one in everyone], texts, [*seeds])[:12],
             "labels": labels,
-            "rewards": list(scorer.rewards),
-            "adapters": {one.label: None if one.adapter is None else str(one.adapter) for one in entered},
-            "settings": entered[0].settings(),
+            "rewards": list(scores[labels[0]]),
+            "adapters": {one.label: None if one.adapter is None else str(one.adapter) for one in everyone},
+            "settings": everyone[0].settings(),
             "differences": [asdict(difference) for difference in differences],
             "pictures": rows,
         }
     )
-    _write_json(output / "results.json", results)
+    write_json(output / "results.json", results)
     lines = [
         {"label": label, "prompt": row["prompt"], "seed": row["seed"], "file": row["files"][label]}
         | row["scores"][label]
         for label in labels
         for row in rows
     ]
-    _write_csv(output / "results.csv", lines)
+    write_csv(output / "results.csv", lines)
     pages.write(results, output)
-    return differences
 
 
 def distinct_prompts(source: str, count: int, seed: int) -> list[Prompt]:
@@ -133,8 +151,10 @@ def distinct_prompts(source: str, count: int, seed: int) -> list[Prompt]:
     return list(found.values())
 
 
-def contestants(adapters: Sequence[Path], model: str | None, base: bool, device: str) -> list[Contestant]:
-    """The base model, where it is wanted, and the adapters, named by their files or by their runs' folders.
+def open_candidates(
+    adapters: Sequence[Path], model: str | None, base: bool, device: str
+) -> tuple[Candidate, list[Candidate]]:
+    """The baseline (the base model, else the first adapter) and the adapters that are compared with it, by their names.
 
     Raises:
         UserError: not an adapter, nothing to compare with, or adapters that draw in different ways.
@@ -144,13 +164,13 @@ def contestants(adapters: Sequence[Path], model: str | None, base: bool, device:
     if len(adapters) + base < 2:
         raise ConfigError("ADAPTER must be given twice or more with --no-base, got 1; the others meet the first")
     infos = [drawing_settings(adapter, model, device) for adapter in adapters]
-    found = [Contestant("base", None, infos[0])] if base else []
+    found = [Candidate("base", None, infos[0])] if base else []
     for adapter, info in zip(adapters, infos, strict=True):
         name, number = adapter_label(adapter), 2
         label = name
         while label in {"base", *(one.label for one in found)}:
             label, number = f"{name}-{number}", number + 1
-        found.append(Contestant(label, adapter, info))
+        found.append(Candidate(label, adapter, info))
     first = found[0].settings()
     for one in found:
         for key, value in one.settings().items():
@@ -159,17 +179,17 @@ def contestants(adapters: Sequence[Path], model: str | None, base: bool, device:
                     f"adapters must draw alike to be compared, but {key} is {value} for {one.label} and {first[key]} "
                     f"for {found[-len(adapters)].label}; compare each with its base in a call of its own"
                 )
-    return found
+    return found[0], found[1:]
 
 
-def draw(contestant: Contestant, prompts: Sequence[Prompt], seeds: Sequence[int], folder: Path) -> list[Picture]:
+def draw(candidate: Candidate, prompts: Sequence[Prompt], seeds: Sequence[int], folder: Path) -> list[Picture]:
     """Pictures in `folder`; one that is there already, from the same weights and settings, stays.
 
     Args:
         prompts: (P,).
         seeds: (P * K,), prompt-major.
     """
-    fingerprint, per_prompt = contestant.fingerprint(), len(seeds) // len(prompts)
+    fingerprint, per_prompt = candidate.fingerprint(), len(seeds) // len(prompts)
     pictures, missing = [], {}
     for row, seed in enumerate(seeds):
         number = row // per_prompt
@@ -183,11 +203,11 @@ def draw(contestant: Contestant, prompts: Sequence[Prompt], seeds: Sequence[int]
 
         folder.mkdir(parents=True, exist_ok=True)
         texts = [text["prompt"] for text in missing.values()]
-        sampler = Sampler(contestant.info, contestant.adapter)
+        sampler = Sampler(candidate.info, candidate.adapter)
         images = sampler(texts, [int(text["seed"]) for text in missing.values()])
         frames = sampler.family.num_frames  # of a video the middle one is compared
         middle = islice(images, frames // 2, None, frames)
-        drawn = track(middle, f"drawing {contestant.label}", len(missing), console=console, transient=True)
+        drawn = track(middle, f"drawing {candidate.label}", len(missing), console=console, transient=True)
         for (path, text), image in zip(missing.items(), drawn, strict=True):
             save_png(path, image, text)
     return pictures

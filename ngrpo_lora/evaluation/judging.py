@@ -127,8 +127,8 @@ def score_pictures(
     means = {label: mean_interval(raw, groups) for label, raw in scores.items()}
     failed = {label: sum(map(math.isnan, raw)) for label, raw in scores.items()}
     summary = [{"reward": label} | asdict(means[label]) | {"failed": failed[label]} for label in scores]
-    _write_csv(output / "scores.csv", rows)
-    _write_json(output / "scores.json", {"rewards": summary, "pictures": rows})
+    write_csv(output / "scores.csv", rows)
+    write_json(output / "scores.json", {"rewards": summary, "pictures": rows})
     shown = order if len(order) <= ON_SHEET else order[: ON_SHEET // 2] + order[-ON_SHEET // 2 :]
     captions = [
         "\n".join([*(f"{label} {raw[row]:.3f}" for label, raw in scores.items()), pictures[row].prompt or ""])
@@ -140,7 +140,7 @@ def score_pictures(
     return _table(("reward", "mean (95% CI)", "pictures", "failed"), cells)
 
 
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """A row that has no score leaves its cell empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -148,5 +148,5 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(finite(list(rows)))
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from ngrpo_lora.records.metrics import read_metrics
 
 if TYPE_CHECKING:
     pass
-from ngrpo_lora.evaluation.judging import _write_csv, _write_json
+from ngrpo_lora.evaluation.judging import write_csv, write_json
 from ngrpo_lora.evaluation.statistics import Difference, compare_scores
 
 __all__ = ["compare_evaluations"]
@@ -45,6 +45,6 @@ def compare_evaluations(run: Path, output: Path) -> list[Difference]:
         for i, (prompt, seed) in enumerate(pairs)
     ]
     differences = compare_scores(f"{name} @ {int(files[-1].stem)}", after, f"@ {int(files[0].stem)}", before, prompts)
-    _write_csv(output / f"{name}.csv", rows)
-    _write_json(output / f"{name}.json", {"run": str(run), "differences": [asdict(d) for d in differences]})
+    write_csv(output / f"{name}.csv", rows)
+    write_json(output / f"{name}.json", {"run": str(run), "differences": [asdict(d) for d in differences]})
     return differences

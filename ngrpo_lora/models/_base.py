@@ -28,8 +28,8 @@ from ngrpo_lora.models._quantization import check_quantization, keep_inputs_whol
 from ngrpo_lora.types import TextEmbeds
 
 Parts = Literal["all", "text", "image"]
-ASKED_FOR = {"height_px", "width_px", "num_frames", "guidance_scale", "max_sequence_length", "negative_prompt"}
-"""Settings of a model that can change while it is loaded."""
+RELOADABLE = {"height_px", "width_px", "num_frames", "guidance_scale", "max_sequence_length", "negative_prompt"}
+"""Settings of a model that may change while it is loaded."""
 
 
 class PromptCache(Protocol):
@@ -83,11 +83,11 @@ class BaseFamily:
     num_frames: int = 1
     """Pictures per sample: more than one of a video model."""
 
-    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all", divided: bool = False):
+    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all", base_is_sharded: bool = False):
         """Load the pipeline, or only the part of it that encodes prompts, or only the part that draws.
 
         Args:
-            divided: the transformer stays in system memory, from where FSDP brings each process its pieces.
+            base_is_sharded: the transformer stays in system memory, from where FSDP brings each process its pieces.
         Raises:
             UserError: not a model of this family, or it cannot be loaded, or the size does not fit it.
         """
@@ -104,12 +104,12 @@ class BaseFamily:
         if self.draws:
             self.transformer: Any = self.pipeline.transformer.requires_grad_(False).eval()
             self.vae: Any = self.pipeline.vae.requires_grad_(False).eval()
-        self.settle(config)
+        self.configure(config)
         if self.draws:
-            self.place(divided)
+            self.place(base_is_sharded)
 
-    def settle(self, config: ModelConfig) -> None:
-        """Take over what a loaded model is asked for, `ASKED_FOR`.
+    def configure(self, config: ModelConfig) -> None:
+        """Apply the settings that may change without reloading the model (`RELOADABLE`).
 
         Raises:
             UserError: the model cannot draw so.
@@ -131,14 +131,14 @@ class BaseFamily:
             raise UserError(f"model.num_frames must be null for {config.path!r}, which draws no videos")
         self.latent_shape = self.latent_shape_of(config)
 
-    def at(self, config: ModelConfig) -> Self:
-        """The same loaded model, its weights and adapters, asked for what `config` says; the rest of it does not count.
+    def with_settings(self, config: ModelConfig) -> Self:
+        """A view of this model with the `RELOADABLE` settings of `config`; weights and adapters are shared.
 
         Raises:
-            UserError: as `settle`.
+            UserError: as `configure`.
         """
         other = copy(self)
-        other.settle(self.config.model_copy(update=config.model_dump(include=ASKED_FOR)))
+        other.configure(self.config.model_copy(update=config.model_dump(include=RELOADABLE)))
         return other
 
     # What a family defines
@@ -233,11 +233,11 @@ class BaseFamily:
         """What diffusers loads from: a folder or a Hub id."""
         return str(self.config.path)
 
-    def place(self, divided: bool) -> None:
+    def place(self, base_is_sharded: bool) -> None:
         """Move what draws to its device, and set how it computes there."""
         if self.config.swap_blocks:
             swap_blocks(self.blocks, self.config.swap_blocks, self.device)
-        if not divided:
+        if not base_is_sharded:
             self.transformer.to(self.device)
         self.vae.to(self.device)
         if self.config.vae_tiling:

@@ -12,7 +12,7 @@ from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._index import family_of
 
 
-def load_family(config: ModelConfig, parts: Parts = "all", divided: bool = False) -> BaseFamily:
+def load_family(config: ModelConfig, parts: Parts = "all", base_is_sharded: bool = False) -> BaseFamily:
     """The model family of a configuration on its device, loaded without the libraries' notes and bars.
 
     Raises:
@@ -23,4 +23,4 @@ def load_family(config: ModelConfig, parts: Parts = "all", divided: bool = False
         logging.disable_progress_bar()
     device = resolve_device(config.device)
     config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, device)})
-    return registry.load(registry.MODELS, family_of(config)).Family(config, device, parts, divided)
+    return registry.load(registry.MODELS, family_of(config)).Family(config, device, parts, base_is_sharded)

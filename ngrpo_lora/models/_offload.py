@@ -1,11 +1,11 @@
-"""Transformer blocks that wait in system memory and visit the device in turn (`model.swap_blocks`).
+"""Transformer blocks whose weights stay in system memory and are loaded to the device in turn (`model.swap_blocks`).
 
-The frozen weights of a waiting block lie in system memory, pinned for a GPU, as one run of bytes. The device has room
-for two such blocks: while one computes, the next is copied on a stream of its own, first to last in a forward pass and
-last to first where gradient checkpointing recomputes them in a backward pass. LoRA weights stay on the device.
+The frozen weights of an offloaded block lie in system memory, pinned for a GPU, as one run of bytes. The device has
+buffers for two such blocks: while one computes, the next is copied on a stream of its own, first to last in a forward
+pass and last to first where gradient checkpointing recomputes them in a backward pass. LoRA weights stay on the device.
 
-A visit ends when another block needs the room, not with the block's forward pass: a recomputed block is read until its
-gradients are there, and checkpointing leaves it by an exception as soon as it has what it needs.
+A block stays resident until another one needs its buffer, not only for its forward pass: a recomputed block is read
+until its gradients are there, and checkpointing leaves it by an exception as soon as it has what it needs.
 
 diffusers' group offloading is not for training: it moves the LoRA weights too, from under the optimizer, and with a
 stream it puts back the copies that it took before the first update.
@@ -30,7 +30,7 @@ PIECE = 1 << 24  # bytes; PyTorch rounds pinned memory up to a power of two
 
 
 def swap_blocks(blocks: Sequence[nn.Module], count: int, device: torch.device) -> None:
-    """Let the last `count` of `blocks`, given in the order in which they run, wait in system memory from now on.
+    """Offload the last `count` of `blocks`, given in the order in which they run, to system memory from now on.
 
     Their weights then seem to be on `device`, with their shapes. In a backward pass blocks must be recomputed from
     their inputs (gradient checkpointing); a gradient through a block that was not is an error of autograd.
@@ -42,9 +42,9 @@ def swap_blocks(blocks: Sequence[nn.Module], count: int, device: torch.device) -
         raise UserError(f"model.swap_blocks must be at most {len(blocks)}, the blocks of this model, got {count}")
     if not all(weight.is_floating_point() for block in blocks for weight in block.parameters()):
         raise UserError(f"model.swap_blocks must be 0 for a model whose weights are quantised, got {count}")
-    swap = BlockSwap([WaitingBlock(block, device) for block in blocks[-count:]], device)
+    swap = BlockSwap([OffloadedBlock(block, device) for block in blocks[-count:]], device)
     for index, block in enumerate(blocks[-count:]):
-        block.register_forward_pre_hook(lambda *_, index=index: swap.visit(index))
+        block.register_forward_pre_hook(lambda *_, index=index: swap.load(index))
 
 
 class Span(NamedTuple):
@@ -55,8 +55,8 @@ class Span(NamedTuple):
     stop: int
 
 
-class WaitingBlock:
-    """The weights of one block: in system memory, and in a room of the device when they are asked in."""
+class OffloadedBlock:
+    """The weights of one block: in system memory, and in a buffer of the device while the block is resident."""
 
     def __init__(self, block: nn.Module, device: torch.device):
         self.spans: list[Span] = []
@@ -71,57 +71,57 @@ class WaitingBlock:
             view.copy_(weight.data)
         pieces = host.split(PIECE)
         self.pieces = [piece.pin_memory() for piece in pieces] if device.type == "cuda" else pieces
-        self.leave()
+        self.unload()
 
-    def views(self, room: Tensor) -> list[Tensor]:
-        """The weights in a run of bytes."""
-        return [room[start:stop].view(w.dtype).view(w.shape) for w, start, stop in self.spans]
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """The weights as views of a run of bytes."""
+        return [buffer[start:stop].view(w.dtype).view(w.shape) for w, start, stop in self.spans]
 
-    def enter(self, room: Tensor) -> None:
-        """Copy the weights into the room and use them there."""
-        for piece, place in zip(self.pieces, room[: self.size].split(PIECE), strict=True):
+    def load(self, buffer: Tensor) -> None:
+        """Copy the weights into the buffer and use them there."""
+        for piece, place in zip(self.pieces, buffer[: self.size].split(PIECE), strict=True):
             place.copy_(piece, non_blocking=True)
-        for (weight, *_), view in zip(self.spans, self.views(room), strict=True):
+        for (weight, *_), view in zip(self.spans, self.views(buffer), strict=True):
             weight.data = view
 
-    def leave(self) -> None:
-        """Give up the room. What is left in place of each weight takes no memory and makes any result NaN."""
+    def unload(self) -> None:
+        """Give up the buffer. What is left in place of each weight takes no memory and makes any result NaN."""
         for (weight, *_), placeholder in zip(self.spans, self.away, strict=True):
             weight.data = placeholder
-            increment_version(weight)  # autograd must not read the room as this weight any more
+            increment_version(weight)  # autograd must not read the buffer as this weight any more
 
 
 class BlockSwap:
-    """Two rooms on the device, and which block is in each."""
+    """Two buffers on the device, and which block is resident in each."""
 
-    def __init__(self, blocks: list[WaitingBlock], device: torch.device):
+    def __init__(self, blocks: list[OffloadedBlock], device: torch.device):
         self.blocks, self.device = blocks, device
         size = max(block.size for block in blocks)
-        self.rooms = [torch.empty(size, dtype=torch.uint8, device=device) for _ in blocks[:2]]
-        self.guests: list[int | None] = [None for _ in self.rooms]
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in blocks[:2]]
+        self.resident: list[int | None] = [None for _ in self.buffers]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.last = -1
 
-    def visit(self, index: int) -> None:
-        """Before a block computes: its weights are there, and those of the next one on their way."""
+    def load(self, index: int) -> None:
+        """Make a block resident before it computes, and start to load the next one."""
         count, forwards = len(self.blocks), index == (self.last + 1) % len(self.blocks)
         self.last = index
-        if index not in self.guests:
+        if index not in self.resident:
             self.fetch(index, 0)
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
         following = index + 1 if forwards else index - 1
         if not torch.is_grad_enabled():
             following %= count  # another forward pass; with gradients the last block is the first to be recomputed
-        if following in range(count) and following not in self.guests:
-            self.fetch(following, 1 - self.guests.index(index))
+        if following in range(count) and following not in self.resident:
+            self.fetch(following, 1 - self.resident.index(index))
 
-    def fetch(self, index: int, room: int) -> None:
-        """Copy a block into a room, after all that was asked of the device so far."""
-        if (guest := self.guests[room]) is not None:
-            self.blocks[guest].leave()
-        self.guests[room] = index
+    def fetch(self, index: int, slot: int) -> None:
+        """Copy a block into a buffer, after all that was asked of the device so far."""
+        if (previous := self.resident[slot]) is not None:
+            self.blocks[previous].unload()
+        self.resident[slot] = index
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-            self.blocks[index].enter(self.rooms[room])
+            self.blocks[index].load(self.buffers[slot])

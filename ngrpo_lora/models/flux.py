@@ -30,9 +30,9 @@ class Family(BaseFamily):
     default_guidance = 3.5
     distilled_guidance = True
 
-    def settle(self, config: ModelConfig) -> None:
+    def configure(self, config: ModelConfig) -> None:
         """The positions of image tokens too."""
-        super().settle(config)
+        super().configure(config)
         if self.draws:
             _, height, width = self.latent_shape
             ids = self.pipeline._prepare_latent_image_ids(1, height // 2, width // 2, self.device, self.dtype)

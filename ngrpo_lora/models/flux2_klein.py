@@ -38,10 +38,10 @@ class Family(BaseFamily):
     )
     feed_forward = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 
-    def settle(self, config: ModelConfig) -> None:
+    def configure(self, config: ModelConfig) -> None:
         """The positions of tokens too."""
         check_guidance(config, self.distilled_guidance)
-        super().settle(config)
+        super().configure(config)
         tokens = int(self.settings["max_sequence_length"])
         self.text_ids = self.pipeline._prepare_text_ids(torch.empty(1, tokens, 1)).to(self.device)
         if self.draws:

@@ -36,10 +36,10 @@ class Family(BaseFamily):
     feed_forward = ("ffn.net.0.proj", "ffn.net.2")
     default_guidance = 5.0
 
-    def settle(self, config: ModelConfig) -> None:
+    def configure(self, config: ModelConfig) -> None:
         """A number of frames that latents can have."""
         check_frames(config)
-        super().settle(config)
+        super().configure(config)
         self.settings["num_frames"] = self.num_frames
 
     def load(self, parts: Parts) -> Any:

@@ -68,24 +68,24 @@ class Sampler:
     def __init__(self, info: AdapterInfo, adapter: str | Path | None = None, strength: float = 1.0):
         self.family = load_family(info.model)
         self.names: dict[Path, str] = {}  # of the adapters that are on the model, active or not
-        self.settle(info)
+        self.configure(info)
         if adapter is not None:
             self.use([(Path(adapter), strength)])
 
-    def settle(self, info: AdapterInfo) -> None:
-        """Draw as these settings say from now on; what is loaded stays as it is loaded."""
+    def configure(self, info: AdapterInfo) -> None:
+        """Draw with these settings from now on; the model stays as it was loaded."""
         self.info, self.solver = info, info.rollout.solver
         self.sigmas = self.family.sigmas(info.rollout.num_steps, info.rollout.shift)
 
-    def at(self, info: AdapterInfo) -> Sampler:
-        """The same loaded model, with the same adapters, at other settings.
+    def with_settings(self, info: AdapterInfo) -> Sampler:
+        """A view of this sampler with other settings; the model and its adapters are shared.
 
         Raises:
             UserError: the model cannot draw so.
         """
         other = copy(self)
-        other.family = self.family.at(info.model)
-        other.settle(info)
+        other.family = self.family.with_settings(info.model)
+        other.configure(info)
         return other
 
     def use(self, adapters: Sequence[tuple[Path, float]]) -> None:

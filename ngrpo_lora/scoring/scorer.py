@@ -185,7 +185,7 @@ class BoundReward:
             if outside.any():
                 what = f"reward {self.label} must lie in its range [{low:g}, {high:g}], got {scores[outside][0]:g}"
                 if not self.proven:
-                    raise UserError(f"{what}; mend the reward or its range")
+                    raise UserError(f"{what}; fix the reward or its range")
                 log.warning("%s; %d images are masked", what, int(outside.sum()))
                 scores = scores.where(~outside, torch.nan)
         self.proven = self.proven or bool(scores.isfinite().any())

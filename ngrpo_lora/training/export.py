@@ -32,7 +32,7 @@ def save_adapter(path: Path, family: BaseFamily, config: RunConfig) -> None:
     """Write the live adapter to `path`, atomically."""
     scale = config.lora.resolved_alpha / config.lora.rank
     tensors: dict[str, Tensor] = {}
-    live = lora.parameters(family.transformer)  # not the whole state, which a divided base would have to gather
+    live = lora.parameters(family.transformer)  # not the whole state, which a sharded base would have to gather
     for name, weight in get_peft_model_state_dict(family.transformer, live, lora.ADAPTER_NAME).items():
         folded = weight * scale if ".lora_B." in name else weight
         tensors[f"transformer.{name}"] = folded.detach().float().cpu().contiguous()

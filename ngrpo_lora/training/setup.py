@@ -135,7 +135,7 @@ def load_model(
     """The model; with `model.text_encoders: cache` its encoders come and go before the transformer is loaded."""
     sharded = config.trainer.strategy == "fsdp" and processes.count > 1
     if model.text_encoders != "cache":
-        return load_family(model, divided=sharded)
+        return load_family(model, base_is_sharded=sharded)
     cache = EmbeddingCache(Path(config.output_dir) / "embeddings", model)
     last = config.trainer.num_iterations * config.rollout.prompts_per_iteration
     texts = [prompt.text for prompt in (*map(prompts.prompt, range(last)), *held_out)]

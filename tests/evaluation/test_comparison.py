@@ -255,18 +255,19 @@ def test_only_what_is_missing_or_of_other_weights_or_settings_is_drawn(
     assert drawn(other, 1, 2, 3, 4) == ["1", "2", "3", "4"]
 
 
-def test_contestants_are_named_by_run_or_file_and_never_alike(adapter: Path, tmp_path: Path):
+def test_candidates_are_named_by_run_or_file_and_never_alike(adapter: Path, tmp_path: Path):
     copies = [tmp_path / name for name in ("sky blue.safetensors", "base.safetensors", "deep/sky-blue.safetensors")]
     for copy in copies:
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(adapter.read_bytes())
-    found = comparison.contestants([adapter, *copies], None, True, "cpu")
+    base, others = comparison.open_candidates([adapter, *copies], None, True, "cpu")
+    found = [base, *others]
     run = adapter.parents[1].name
     assert [one.label for one in found] == ["base", run, "sky-blue", "base-2", "sky-blue-2"]
     assert [one.adapter for one in found] == [None, adapter, *copies]
-    assert comparison.contestants([adapter, copies[0]], None, False, "cpu")[0].label == run
+    assert comparison.open_candidates([adapter, copies[0]], None, False, "cpu")[0].label == run
     with pytest.raises(ConfigError, match="twice or more with --no-base, got 1"):
-        comparison.contestants([adapter], None, False, "cpu")
+        comparison.open_candidates([adapter], None, False, "cpu")
 
 
 def test_adapters_that_draw_in_other_ways_are_not_compared(adapter: Path, tmp_path: Path):
@@ -279,7 +280,7 @@ def test_adapters_that_draw_in_other_ways_are_not_compared(adapter: Path, tmp_pa
     own["rollout"]["num_steps"] = 9
     save_file(tensors, tmp_path / "nine.safetensors", metadata | {"ngrpo": json.dumps(own)})
     with pytest.raises(ConfigError, match="num_steps is 9 for nine and 4 for"):
-        comparison.contestants([adapter, tmp_path / "nine.safetensors"], None, True, "cpu")
+        comparison.open_candidates([adapter, tmp_path / "nine.safetensors"], None, True, "cpu")
 
 
 def test_prompts_are_all_different_and_as_many_as_there_are(tmp_path: Path):

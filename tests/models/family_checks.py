@@ -226,7 +226,7 @@ def check_another_size(folder: Path | str, first: dict[str, Any], second: dict[s
 
     loaded, wanted = load(Path(folder), **first), load(Path(folder), **second)
     before = drawn(loaded)
-    other = loaded.at(wanted.config)
+    other = loaded.with_settings(wanted.config)
     assert other.transformer is loaded.transformer
     assert drawn(other) == drawn(wanted)
     assert drawn(loaded) == before

@@ -69,10 +69,10 @@ def test_encoders_are_gone_before_the_transformer_is_loaded(
     encoders: list[weakref.ref[Any]] = []
     loaded: list[Parts] = []
 
-    def load(config: ModelConfig, parts: Parts = "all", divided: bool = False) -> Any:
+    def load(config: ModelConfig, parts: Parts = "all", base_is_sharded: bool = False) -> Any:
         loaded.append(parts)
         assert all(encoder() is None for encoder in encoders)
-        family = load_family(config, parts, divided)
+        family = load_family(config, parts, base_is_sharded)
         encoders.extend(map(weakref.ref, family.encoders))
         encoders.extend(weakref.ref(parameter) for encoder in family.encoders for parameter in encoder.parameters())
         return family

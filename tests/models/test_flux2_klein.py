@@ -195,4 +195,4 @@ def test_a_loaded_model_can_be_asked_for_another_size(base: Path, distilled: Pat
     }
     check_another_size(base, SIZE, other)
     with pytest.raises(UserError, match="guidance_scale must be 1 or null"):
-        load(distilled, **SIZE).at(load(base, **other).config)
+        load(distilled, **SIZE).with_settings(load(base, **other).config)

@@ -127,7 +127,7 @@ def test_at_most_two_waiting_blocks_are_on_the_device_and_the_next_comes_while_o
     assert look() == ([], set())
     everything(model)
     assert len(seen) > 5 * 7
-    assert all(index in here and len(rooms) <= 2 and len(here) <= 2 for index, here, rooms in seen)
+    assert all(index in here and len(buffers) <= 2 and len(here) <= 2 for index, here, buffers in seen)
     forwards = [[0, 1], [1, 2], [2, 3], [3, 4]]
     here = [here for _, here, _ in seen]
     assert here[:10] == [*forwards, [0, 4]] * 2  # without gradient: on from the last to the first

@@ -332,4 +332,4 @@ def test_compare_draws_middle_frames(run: Run, adapter: Path, tmp_path: Path):
 def test_a_loaded_model_can_be_asked_for_another_size(wan21: Path):
     check_another_size(wan21, SMALL, {"height_px": 32, "width_px": 16, "num_frames": 9, "guidance_scale": 1.0})
     with pytest.raises(UserError, match=r"num_frames must be 4 k \+ 1"):
-        load(wan21, **SMALL).at(load(wan21, **SMALL).config.model_copy(update={"num_frames": 6}))
+        load(wan21, **SMALL).with_settings(load(wan21, **SMALL).config.model_copy(update={"num_frames": 6}))

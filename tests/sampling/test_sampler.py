@@ -76,7 +76,7 @@ def write_adapter(path: Path, sampler: Sampler, metadata: dict[str, str]) -> Pat
 def test_a_loaded_model_is_drawn_with_at_other_settings():
     sampler = Sampler(AdapterInfo(SMALL, RolloutConfig()))
     before = drawn(sampler)
-    other = sampler.at(OTHER)
+    other = sampler.with_settings(OTHER)
     assert (other.family.config.path, other.family.dtype) == ("embedded", torch.float32)  # as they were loaded
     expected = Sampler(AdapterInfo(SMALL.model_copy(update={"height_px": 96, "width_px": 48}), OTHER.rollout))
     assert drawn(other) == drawn(expected)
@@ -87,13 +87,13 @@ def test_adapters_leave_nothing_behind_and_a_changed_file_is_read_again(tmp_path
     sampler = Sampler(AdapterInfo(SMALL, RolloutConfig(num_steps=2)))
     path = write_adapter(tmp_path / "a.safetensors", sampler, {})
     before = drawn(sampler)
-    sampler.at(OTHER).use([(path, 1.0)])  # shared by all samplers of the model
+    sampler.with_settings(OTHER).use([(path, 1.0)])  # shared by all samplers of the model
     with_it = drawn(sampler)
     assert with_it != before
     sampler.remove_adapters()
     assert drawn(sampler) == before
     assert not any("lora" in name for name, _ in sampler.family.transformer.named_parameters())
-    path.write_bytes(write_adapter(tmp_path / "b.safetensors", sampler.at(OTHER), {}).read_bytes())
+    path.write_bytes(write_adapter(tmp_path / "b.safetensors", sampler.with_settings(OTHER), {}).read_bytes())
     sampler.use([(path, 1.0)])
     assert drawn(sampler) == with_it
     sampler.remove_adapters()

@@ -1,0 +1,142 @@
+"""The house: which rooms there are, in which order they import each other, how large they are, and their tests."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ngrpo_lora"
+TESTS = Path(__file__).parent
+
+# From the ground up: a room imports from those before it and from itself. A new room has its place here.
+ROOMS = [
+    *("errors", "ranks", "seeds", "registry", "types", "devices", "downloads", "console"),  # words that all use
+    "equations",  # the paper's equations, as functions of tensors
+    "world",  # the embedded world: scenes, verifier, model
+    "records",  # what a run leaves on disk
+    "config",  # one checked RunConfig
+    "reports",  # records as pictures, curves and tables
+    "prompts",  # where prompts come from
+    "models",  # one file a family: encode, velocity, decode
+    "adapters",  # LoRA in memory and in files
+    "rewards",  # one file a reward
+    "algorithms",  # one file a training objective
+    "scoring",  # calls rewards, and adds them up
+    "sampling",  # prompt, seed and settings -> picture
+    "training",  # Algorithm 1
+    "evaluation",  # is it better?
+    "hub",  # pushes a run
+    "planning",  # foretells memory and time, and what is wrong before a run starts
+    "bench",  # measures
+    "cli",  # one file a group of commands
+    "__main__",
+]
+
+MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+# Modules without a test file of their own name, and where they are tested.
+TESTED_IN = {}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name below `ngrpo_lora`."""
+    return {
+        path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")
+    }
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Names below `ngrpo_lora` that a file imports anywhere, and whether only type checkers do."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        found: list[str] = []
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} must import absolutely"
+            found = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in found:
+            if name.startswith("ngrpo_lora."):
+                yield name.removeprefix("ngrpo_lora."), id(node) in for_types
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_room_has_its_place():
+    rooms = {room_of(name) for name in modules()} - {"__init__"}
+    assert rooms == set(ROOMS)
+    assert len(ROOMS) == len(set(ROOMS))
+
+
+@pytest.mark.parametrize("module", modules())
+def test_no_import_runs_from_a_lower_room_to_a_higher_one(module: str):
+    """Imports within functions count as well; what only type checkers import does not."""
+    if module == "__init__":
+        return  # hands on names of many rooms when they are asked for
+    floor = ROOMS.index(room_of(module))
+    upwards = [
+        name for name, for_types in imports(modules()[module]) if not for_types and ROOMS.index(room_of(name)) > floor
+    ]
+    assert not upwards, f"{module} imports {', '.join(upwards)} from above"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = modules()
+    graph = {
+        name: {
+            target
+            for found, for_types in imports(path)
+            if not for_types
+            for target in (found, found.rpartition(".")[0], f"{found}.__init__", f"{found.rpartition('.')[0]}.__init__")
+            if target in known and target != name
+        }
+        for name, path in known.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("module", modules())
+def test_modules_and_functions_fit_on_a_screen_or_two(module: str):
+    text = modules()[module].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_MODULE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+def test_every_room_says_what_it_is_for():
+    for folder in (path.parent for path in PACKAGE.rglob("__init__.py")):
+        charter = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+        assert charter, folder
+        assert charter.splitlines()[0].endswith("."), folder
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if not name.endswith(("__init__", "__main__"))])
+def test_every_module_has_its_tests(module: str):
+    *room, name = module.split(".")
+    own = TESTS.joinpath(*room, f"test_{name.lstrip('_')}.py")
+    elsewhere = TESTED_IN.get(module)
+    assert own.is_file() != (elsewhere is not None), f"{own} is missing, or {module} needs no entry in TESTED_IN"
+    assert elsewhere is None or (TESTS / elsewhere).is_file(), elsewhere
