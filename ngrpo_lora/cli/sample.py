@@ -3,57 +3,76 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ngrpo_lora.cli.app import make_folder
 from ngrpo_lora.errors import ConfigError
 
+if TYPE_CHECKING:
+    from ngrpo_lora.sampling.recipes import Drawing
+
+PromptTexts = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeat for several prompts.")
+]
+PromptSource = Annotated[
+    str | None, typer.Option(help="More of them: a source as in prompts.train, such as mine.txt or hpdv2:test.")
+]
+NumPrompts = Annotated[int, typer.Option(min=1, help="How many to take of --prompts.")]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:STRENGTH]",
+        help="LoRA file of any trainer, the folder of a run, or owner/name of the Hub; repeated, they draw "
+        "together. Without it the base model draws.",
+    ),
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the first image of every prompt; default: 0.")]
+NumImages = Annotated[int, typer.Option(min=1, help="Images per prompt, with seeds SEED, SEED + 1, ...")]
+Strength = Annotated[
+    float | None, typer.Option(help="Of adapters that have none beside their name; 1 is as trained, 0 the base.")
+]
+BaseToo = Annotated[bool, typer.Option("--base-too", help="Draw everything with the base model too.")]
+Grid = Annotated[bool, typer.Option("--grid", help="Each adapter draws alone: grid.png has prompts by adapters.")]
+Like = Annotated[
+    Path | None,
+    typer.Option(help="A picture that this command drew: draw it again, with what else is given changed."),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="embedded, a diffusers folder or a Hub id; default: the model that the adapter names."),
+]
+Steps = Annotated[int | None, typer.Option(help="Solver steps; default: the first adapter's, as all below.")]
+Shift = Annotated[float | None, typer.Option(help="Timestep shift.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
+Solver = Annotated[str | None, typer.Option(help="dpmpp_2m or euler.")]
+Height = Annotated[int | None, typer.Option(help="Pixels.")]
+Width = Annotated[int | None, typer.Option(help="Pixels.")]
+Output = Annotated[Path, typer.Option(help="Folder for the PNG files; made when missing.")]
+
 
 def sample(
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeat for several prompts.")
-    ] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="More of them: a source as in prompts.train, such as mine.txt or hpdv2:test.")
-    ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="How many to take of --prompts.")] = 24,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE[:STRENGTH]",
-            help="LoRA file of any trainer, the folder of a run, or owner/name of the Hub; repeated, they draw "
-            "together. Without it the base model draws.",
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the first image of every prompt; default: 0.")
-    ] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Images per prompt, with seeds SEED, SEED + 1, ...")] = 1,
-    strength: Annotated[
-        float | None, typer.Option(help="Of adapters that have none beside their name; 1 is as trained, 0 the base.")
-    ] = None,
-    base_too: Annotated[bool, typer.Option("--base-too", help="Draw everything with the base model too.")] = False,
-    grid: Annotated[
-        bool, typer.Option("--grid", help="Each adapter draws alone: grid.png has prompts by adapters.")
-    ] = False,
-    like: Annotated[
-        Path | None,
-        typer.Option(help="A picture that this command drew: draw it again, with what else is given changed."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="embedded, a diffusers folder or a Hub id; default: the model that the adapter names."),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Solver steps; default: the first adapter's, as all below.")] = None,
-    shift: Annotated[float | None, typer.Option(help="Timestep shift.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    solver: Annotated[str | None, typer.Option(help="dpmpp_2m or euler.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the PNG files; made when missing.")] = Path("samples"),
+    prompt: PromptTexts = None,
+    prompts: PromptSource = None,
+    num_prompts: NumPrompts = 24,
+    adapter: Adapter = None,
+    seed: Seed = None,
+    num_images: NumImages = 1,
+    strength: Strength = None,
+    base_too: BaseToo = False,
+    grid: Grid = False,
+    like: Like = None,
+    model: Model = None,
+    steps: Steps = None,
+    shift: Shift = None,
+    guidance: Guidance = None,
+    solver: Solver = None,
+    height: Height = None,
+    width: Width = None,
+    output: Output = Path("samples"),
 ) -> None:
     """Draw images, or videos as animated PNG; the same prompt and seed give the same pixels, whatever else is drawn.
 
@@ -71,7 +90,6 @@ def sample(
     make_folder(output)
 
     from ngrpo_lora.prompts import sources
-    from ngrpo_lora.records.pictures import save_png
     from ngrpo_lora.sampling import recipes, settings
 
     texts = [*(prompt or []), *(sources.listed_prompts(prompts, num_prompts) if prompts else [])]
@@ -86,10 +104,17 @@ def sample(
     info = settings.with_settings(info, options)
     columns = recipes.columns_of(adapters, grid, base_too)
     seeds = range(seed or 0, (seed or 0) + num_images)
+    save_drawings(recipes.draw_columns(info, columns, texts, seeds), len(columns), output, grid)
+
+
+def save_drawings(drawings: Iterable[Drawing], num_columns: int, output: Path, grid: bool) -> None:
+    """Write each drawing as a PNG file as soon as it is there, and on demand all of them as one sheet."""
+    from ngrpo_lora.records.pictures import save_png
+
     cells, captions = [], []
-    for drawing in recipes.draw_columns(info, columns, texts, seeds):
+    for drawing in drawings:
         slug = re.sub(r"[^a-z0-9]+", "-", drawing.prompt.lower()).strip("-")[:60] or "prompt"
-        label = f"-{drawing.column.label}" if len(columns) > 1 else ""
+        label = f"-{drawing.column.label}" if num_columns > 1 else ""
         path = output / f"{drawing.row:03d}-{slug}-seed{drawing.seed}{label}.png"
         save_png(path, drawing.frames[0], drawing.text, drawing.frames[1:])
         typer.echo(path)
@@ -98,5 +123,5 @@ def sample(
     if grid:
         from ngrpo_lora.reports.grids import save_grid
 
-        save_grid(output / "grid.png", cells, captions, len(columns), caption_lines=3)
+        save_grid(output / "grid.png", cells, captions, num_columns, caption_lines=3)
         typer.echo(output / "grid.png")

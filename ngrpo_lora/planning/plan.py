@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ngrpo_lora import registry
 from ngrpo_lora.algorithms._base import Algorithm
-from ngrpo_lora.config import ModelRewardConfig, OptimizerConfig, RunConfig
+from ngrpo_lora.config import RunConfig
 from ngrpo_lora.devices import resolve_dtype
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import flow_sigmas
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.models._blueprint import blank_text
+from ngrpo_lora.planning.sizes import Items, base_sizes, optimizer_sizes, reward_networks
 from ngrpo_lora.planning.sketch import Sketch, sketch
 from ngrpo_lora.types import RewardBatch
 
@@ -41,17 +42,6 @@ SCORING = 0.15
 SHARD = 10e9  # a file of weights, of which one at a time is read
 
 # Parameters of reward networks, by the path of their weights.
-REWARD_PARAMETERS = {
-    "MizzenAI/HPSv3": 8.3e9,
-    "THUDM/ImageReward": 447e6,
-    "apple/DFN5B-CLIP-ViT-H-14-378": 987e6,
-    "facebook/mask2former-swin-small-coco-instance": 69e6,
-    "openai/clip-vit-large-patch14": 428e6,
-    "xswu/HPSv2": 986e6,
-    "yuvalkirstain/PickScore_v1": 986e6,
-}
-
-Items = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -166,104 +156,140 @@ def rehearse(config: RunConfig) -> Rehearsal:
     return Rehearsal(shape[1], calls, kept, updates, algorithm.needs_reference, algorithm.needs_old)
 
 
+@dataclass(frozen=True)
+class Batches:
+    """One process's share of an iteration, and how many samples share a pass.
+
+    groups: prompt groups of this process. at_once: of them, groups that are drawn together.
+    drawn, decoded, trained: samples of a forward pass, of a decoding, and transitions of a backward pass.
+    """
+
+    groups: int
+    at_once: int
+    drawn: int
+    decoded: int
+    trained: int
+
+    @classmethod
+    def of(cls, config: RunConfig, rehearsal: Rehearsal, gpus: int) -> Batches:
+        """Those of a configuration on so many GPUs."""
+        rollout = config.rollout
+        groups = -(-rollout.prompts_per_iteration // gpus)
+        chunk = rollout.micro_batch_size or rollout.group_size
+        at_once = min(groups, max(1, chunk // rollout.group_size))
+        decoded = min(rollout.micro_batch_size or rehearsal.samples, rehearsal.samples)
+        trained = min(config.trainer.micro_batch_size, -(-max(rehearsal.updates) // gpus))
+        return cls(groups, at_once, min(chunk, at_once * rehearsal.samples), decoded, trained)
+
+
+class Estimate:
+    """What one process of a run holds: bytes of each thing once, put together by stage in `gpu` and `system`."""
+
+    def __init__(self, config: RunConfig, drawn: Sketch, rehearsal: Rehearsal, gpus: int, on_cpu: bool):
+        self.config, self.drawn, self.rehearsal, self.on_cpu = config, drawn, rehearsal, on_cpu
+        model, family = config.model, drawn.family
+        self.itemsize = family.dtype.itemsize
+        self.batches = Batches.of(config, rehearsal, gpus)
+        self.forward, self.forward_one = drawn.velocity(self.batches.drawn), drawn.velocity(1)
+        self.backward = drawn.velocity(self.batches.trained, True, config.trainer.gradient_checkpointing)
+        self.decode = drawn.decode(self.batches.decoded, model.vae_tiling)
+        self.decode_one = drawn.decode(1, model.vae_tiling)
+        self.unpacked = 0 if model.quantization == "none" else max(layer.weight.nbytes for layer in drawn.linear)
+
+        self.base, self.whole, self.swapped = base_sizes(config, drawn, gpus)
+        self.adapter = 4 * sum(drawn.lora)
+        self.average = self.adapter if config.optimizer.ema_decay else 0
+        self.state, self.paged = optimizer_sizes(config.optimizer, drawn.lora)
+        self.encoders = self.itemsize * sum(drawn.blueprint.parameters(name) for name in family.text_encoders)
+        self.networks, self.notes = reward_networks(config)
+
+        latent = 4 * math.prod(family.latent_shape)
+        self.kept = latent * rehearsal.kept
+        drawn_latents = latent * rehearsal.samples * (config.rollout.num_steps + 1)
+        self.trajectories = self.batches.at_once * (drawn_latents + self.kept)
+        self.prompt = sum(tensor.nbytes for tensor in blank_text(family, 1).tensors.values())
+        negative = self.prompt if family.guided else 0
+        self.texts = self.prompt * self.batches.groups + negative
+        self.held_out = self.prompt * -(-config.evaluation.num_prompts // gpus) + negative
+
+    def gpu(self) -> dict[str, Items]:
+        """Bytes on the device by stage."""
+        model, live = self.config.model, self.adapter + self.average
+        resting = sum(self.networks["gpu"].values())
+        awake = resting + sum(self.networks["offload"].values())
+        scoring = SCORING * awake
+        merged = sum(layer.weight.nbytes for layer in self.drawn.adapted) if self.config.rollout.merge_adapter else 0
+        always: Items = {
+            "transformer": self.base,
+            "LoRA": live,
+            "optimizer": self.state,
+            "VAE": self.drawn.vae,
+            "text encoders": self.encoders if model.text_encoders == "keep" else 0,
+            "rewards": resting,
+        }
+        evaluating = always | {"LoRA": self.adapter + live, "text embeddings": self.held_out}
+        encoding: Items = {"text encoders": self.encoders, "activations": ENCODING * self.encoders}
+        scored = always | {"rewards": awake, "text embeddings": self.texts, "latents": self.trajectories}
+        forward, one, decode_one = self.forward.peak, self.forward_one.peak + self.unpacked, self.decode_one.peak
+        # PyTorch's AdamW takes the root of all second moments at once.
+        root = self.adapter if self.config.optimizer.name == "adamw" else 0
+        backward = max(self.backward.peak + self.unpacked, root)
+        stages: dict[str, Items] = {
+            "load": always | {"transformer": self.whole, "LoRA": 0, "optimizer": 0},
+            "encode": {"rewards": resting} | encoding if model.text_encoders == "cache" else evaluating | encoding,
+            "rollout": scored | {"LoRA": live + merged, "activations": forward + self.unpacked + scoring},
+            "decode": scored | {"activations": self.decode.peak + scoring},
+            "update": always | {"gradients": self.adapter, "text embeddings": self.texts, "activations": backward},
+            "evaluation": evaluating | {"rewards": awake, "activations": max(one, decode_one, scoring)},
+            "export": evaluating | {"LoRA": self.adapter * (2 + self.itemsize / 4) + self.average, "activations": one},
+        }
+        for items in stages.values():
+            items["reserve"] = SLACK * items.get("activations", 0) + (0 if self.on_cpu else CONTEXT)
+        return stages
+
+    def system(self) -> dict[str, Items]:
+        """Bytes of system memory by stage, of this process."""
+        model, drawn = self.config.model, self.drawn
+        pictures = 3 * model.height_px * model.width_px * drawn.family.num_frames * self.rehearsal.samples
+        training: Items = {
+            "processes": PROCESS,
+            "text encoders": self.encoders if model.text_encoders == "offload" else 0,
+            "rewards": sum(self.networks["offload"].values()) + sum(self.networks["system"].values()),
+            "swapped blocks": self.swapped,
+            "optimizer": self.paged,
+            "rollouts": self.batches.groups * (self.kept + pictures),
+        }
+        if self.on_cpu:
+            held = max(sum(items.values()) for items in self.gpu().values())
+            return {"train": training | {"networks and tensors": held}}
+        # bitsandbytes quantises on the GPU what it reads; all else is read as a whole.
+        read = drawn.vae + (min(drawn.weights, SHARD) if model.quantization in ("nf4", "int8") else drawn.weights)
+        read = max(read, self.encoders) if model.text_encoders == "cache" else read + self.encoders
+        return {"load": {"processes": PROCESS, "rewards": training["rewards"], "weights": read}, "train": training}
+
+
 def make_plan(config: RunConfig, gpus: int = 1) -> Plan:
     """Figures for a checked configuration on so many GPUs of one machine, each with a process of its own.
 
     Raises:
         UserError: no such model, or it cannot be reached and the package does not know it.
     """
-    model, rollout, trainer = config.model, config.rollout, config.trainer
-    on_cpu = model.device == "cpu"
+    model, on_cpu = config.model, config.model.device == "cpu"
     dtype = resolve_dtype(model.dtype, "cpu") if on_cpu else model.dtype.replace("auto", "bfloat16")
     drawn = sketch(model.model_copy(update={"dtype": dtype}), config.lora)
-    family, blueprint, itemsize = drawn.family, drawn.blueprint, getattr(torch, dtype).itemsize
+    family, blueprint = drawn.family, drawn.blueprint
     if model.swap_blocks > len(drawn.blocks):
         raise ConfigError(
             f"model.swap_blocks must be at most {len(drawn.blocks)}, the blocks of this model, got {model.swap_blocks}"
         )
-
-    # One process's share of an iteration, and its batches.
     rehearsal = rehearse(config)
-    groups = -(-rollout.prompts_per_iteration // gpus)
-    chunk = rollout.micro_batch_size or rollout.group_size
-    at_once = min(groups, max(1, chunk // rollout.group_size))
-    drawn_together = min(chunk, at_once * rehearsal.samples)
-    decoded_together = min(rollout.micro_batch_size or rehearsal.samples, rehearsal.samples)
-    trained_together = min(trainer.micro_batch_size, -(-max(rehearsal.updates) // gpus))
-
-    forward, forward_one = drawn.velocity(drawn_together), drawn.velocity(1)
-    backward = drawn.velocity(trained_together, True, trainer.gradient_checkpointing)
-    decode, decode_one = drawn.decode(decoded_together, model.vae_tiling), drawn.decode(1, model.vae_tiling)
-    unpacked = 0 if model.quantization == "none" else max(layer.weight.nbytes for layer in drawn.linear)
-
-    # What is there all the time.
-    base, whole, swapped = base_sizes(config, drawn, gpus)
-    adapter = 4 * sum(drawn.lora)
-    average = adapter if config.optimizer.ema_decay else 0
-    merged = sum(layer.weight.nbytes for layer in drawn.adapted) if rollout.merge_adapter else 0
-    state, paged = optimizer_sizes(config.optimizer, drawn.lora)
-    encoders = itemsize * sum(blueprint.parameters(name) for name in family.text_encoders)
-    networks, notes = reward_networks(config)
-    resting = sum(networks["gpu"].values())
-    awake = resting + sum(networks["offload"].values())
-    scoring = SCORING * awake
-
-    latent = 4 * math.prod(family.latent_shape)
-    kept = latent * rehearsal.kept
-    trajectories = at_once * (latent * rehearsal.samples * (rollout.num_steps + 1) + kept)
-    prompt = sum(tensor.nbytes for tensor in blank_text(family, 1).tensors.values())
-    negative = prompt if family.guided else 0
-    texts, held_out = (prompt * groups + negative, prompt * -(-config.evaluation.num_prompts // gpus) + negative)
-
-    always: Items = {
-        "transformer": base,
-        "LoRA": adapter + average,
-        "optimizer": state,
-        "VAE": drawn.vae,
-        "text encoders": encoders if model.text_encoders == "keep" else 0,
-        "rewards": resting,
-    }
-    evaluating = always | {"LoRA": 2 * adapter + average, "text embeddings": held_out}
-    encoding: Items = {"text encoders": encoders, "activations": ENCODING * encoders}
-    scored = always | {"rewards": awake, "text embeddings": texts, "latents": trajectories}
-    root = adapter if config.optimizer.name == "adamw" else 0  # PyTorch takes that of all second moments at once
-    gpu: dict[str, Items] = {
-        "load": always | {"transformer": whole, "LoRA": 0, "optimizer": 0},
-        "encode": {"rewards": resting} | encoding if model.text_encoders == "cache" else evaluating | encoding,
-        "rollout": scored | {"LoRA": adapter + average + merged, "activations": forward.peak + unpacked + scoring},
-        "decode": scored | {"activations": decode.peak + scoring},
-        "update": always
-        | {"gradients": adapter, "text embeddings": texts, "activations": max(backward.peak + unpacked, root)},
-        "evaluation": evaluating
-        | {"rewards": awake, "activations": max(forward_one.peak + unpacked, decode_one.peak, scoring)},
-        "export": evaluating
-        | {"LoRA": adapter * (2 + itemsize / 4) + average, "activations": forward_one.peak + unpacked},
-    }
-    for items in gpu.values():
-        items["reserve"] = SLACK * items.get("activations", 0) + (0 if on_cpu else CONTEXT)
-
-    pictures = 3 * model.height_px * model.width_px * family.num_frames * rehearsal.samples
-    training: Items = {
-        "processes": PROCESS,
-        "text encoders": encoders if model.text_encoders == "offload" else 0,
-        "rewards": sum(networks["offload"].values()) + sum(networks["system"].values()),
-        "swapped blocks": swapped,
-        "optimizer": paged,
-        "rollouts": groups * (kept + pictures),
-    }
-    # bitsandbytes quantises on the GPU what it reads; all else is read as a whole.
-    read = drawn.vae + (min(drawn.weights, SHARD) if model.quantization in ("nf4", "int8") else drawn.weights)
-    read = max(read, encoders) if model.text_encoders == "cache" else read + encoders
-    loading = {"processes": PROCESS, "rewards": training["rewards"], "weights": read}
-    system = {"load": loading, "train": training}
-    if on_cpu:
-        system = {"train": training | {"networks and tensors": max(sum(items.values()) for items in gpu.values())}}
-
-    evaluations = rehearsal.evaluations(rollout.prompts_per_iteration, drawn.passes)
-    per_forward = forward.flops / drawn_together / drawn.passes
-    per_theta = backward.flops / trained_together / drawn.passes
-    drawing = evaluations.old * per_forward + evaluations.samples * decode.flops / decoded_together
-    prompts = trainer.num_iterations * rollout.prompts_per_iteration + config.evaluation.num_prompts
+    estimate = Estimate(config, drawn, rehearsal, gpus, on_cpu)
+    batches = estimate.batches
+    evaluations = rehearsal.evaluations(config.rollout.prompts_per_iteration, drawn.passes)
+    per_forward = estimate.forward.flops / batches.drawn / drawn.passes
+    per_theta = estimate.backward.flops / batches.trained / drawn.passes
+    drawing = evaluations.old * per_forward + evaluations.samples * estimate.decode.flops / batches.decoded
+    prompts = config.trainer.num_iterations * config.rollout.prompts_per_iteration + config.evaluation.num_prompts
     networks_of_model = [name for name in (*family.text_encoders, "vae") if name in blueprint.parts]
     return Plan(
         origin=blueprint.origin,
@@ -271,71 +297,16 @@ def make_plan(config: RunConfig, gpus: int = 1) -> Plan:
         | {name: blueprint.parameters(name) for name in networks_of_model},
         gpus=gpus,
         on_cpu=on_cpu,
-        gpu={stage: nonzero(items) for stage, items in gpu.items()},
-        system={stage: nonzero(items, gpus) for stage, items in system.items()},
-        disk=prompt * prompts if model.text_encoders == "cache" else 0,
+        gpu={stage: nonzero(items) for stage, items in estimate.gpu().items()},
+        system={stage: nonzero(items, gpus) for stage, items in estimate.system().items()},
+        disk=estimate.prompt * prompts if model.text_encoders == "cache" else 0,
         evaluations=evaluations,
         flops_per_forward=per_forward,
         flops=drawing + evaluations.theta * per_theta,
-        notes=notes,
+        notes=estimate.notes,
     )
 
 
 def nonzero(items: Items, times: int = 1) -> Items:
     """What there is at all, so many times."""
     return {name: times * size for name, size in items.items() if size}
-
-
-def base_sizes(config: RunConfig, drawn: Sketch, gpus: int) -> tuple[float, float, float]:
-    """Bytes of the transformer: on each GPU while it is used, there while it is loaded, and in system memory."""
-    weights = drawn.quantized(config.model.quantization)
-    if count := config.model.swap_blocks:
-        away = sum(drawn.blocks[-count:])
-        base = weights - away + max(drawn.blocks[-count:]) * min(count, 2)  # the room that they visit
-        return base, base, away
-    if config.trainer.strategy == "fsdp" and gpus > 1:
-        in_blocks = sum(drawn.blocks)  # whole are the one that computes, the one that is next, and what is in no block
-        share = in_blocks / gpus + 2 * max(drawn.blocks) + weights - in_blocks
-        return share, share, 0
-    return weights, weights, 0
-
-
-def optimizer_sizes(config: OptimizerConfig, sizes: list[int]) -> tuple[int, int]:
-    """Bytes of the optimizer's state, on the GPU and in system memory, for weights of so many elements.
-
-    bitsandbytes keeps moments of small weights in float32, has a float32 scale for 256 elements of the others, and
-    pages all but the small ones.
-    """
-    moments = 1 if config.name == "lion_8bit" else 2
-    if config.name == "adamw":
-        return 4 * moments * sum(sizes), 0
-    on_gpu = paged = 0
-    for size in sizes:
-        if size < 4096:
-            on_gpu += 4 * moments * size
-            continue
-        on_gpu += 4 * moments * -(-size // 256)
-        if config.name == "paged_adamw_8bit" and size >= 100_000:
-            paged += moments * size
-        else:
-            on_gpu += moments * size
-    return on_gpu, paged
-
-
-def reward_networks(config: RunConfig) -> tuple[dict[str, Items], tuple[str, ...]]:
-    """Bytes of reward networks by where they rest (gpu, offload, system) and by their weights, and what is unknown.
-
-    Rewards that name the same weights share a network.
-    """
-    found: dict[str, Items] = {"gpu": {}, "offload": {}, "system": {}}
-    unknown = []
-    for reward in (*config.rewards.train, *config.evaluation.rewards):
-        if not isinstance(reward, ModelRewardConfig):
-            continue
-        place = "system" if "cpu" in (reward.device, config.model.device) else "offload" if reward.offload else "gpu"
-        itemsize = 4 if reward.dtype == "float32" or (place, reward.dtype) == ("system", "auto") else 2
-        paths = [value for value in reward.model_dump().values() if value in REWARD_PARAMETERS]
-        found[place] |= {path: itemsize * REWARD_PARAMETERS[path] for path in paths}
-        if reward.path not in paths:
-            unknown.append(f"the network of reward {reward.key} ({reward.path}) is of unknown size and left out")
-    return found, tuple(unknown)
