@@ -12,12 +12,7 @@ if TYPE_CHECKING:
     from ngrpo_lora.equations.advantages import group_advantages
     from ngrpo_lora.equations.noise import gaussian_noise, neighbor_noise
     from ngrpo_lora.equations.solvers import dpmpp_2m, dpmpp_2m_step, euler, flow_sigmas
-    from ngrpo_lora.equations.surrogate import (
-        auto_temperature,
-        clipped_objective,
-        leaping_log_ratio,
-        leaping_logits,
-    )
+    from ngrpo_lora.equations.surrogate import auto_temperature, clipped_objective, leaping_log_ratio, leaping_logits
     from ngrpo_lora.seeds import derive_seed
 
 __all__ = [

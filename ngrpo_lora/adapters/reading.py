@@ -24,12 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ngrpo_lora.adapters.finding import STANDARD_NAMES, find_adapter, refuse_pickle
-from ngrpo_lora.adapters.names import (
-    KOHYA_PREFIX,
-    diffusers_names,
-    guess_family,
-    row_shares,
-)
+from ngrpo_lora.adapters.names import KOHYA_PREFIX, diffusers_names, guess_family, row_shares
 from ngrpo_lora.errors import UserError
 
 __all__ = ["AdapterFile", "Layer", "check_fits", "examples", "read_adapter_file", "read_metadata", "warn_of_alpha"]

@@ -15,13 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ngrpo_lora.adapters.names import (
-    FORMATS,
-    KOHYA_PREFIX,
-    NAMES,
-    NATIVE_FORMATS,
-    row_shares,
-)
+from ngrpo_lora.adapters.names import FORMATS, KOHYA_PREFIX, NAMES, NATIVE_FORMATS, row_shares
 from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples
 from ngrpo_lora.errors import UserError
 

@@ -5,13 +5,7 @@ line per problem comes out. Nothing here loads a model or touches the output fol
 """
 
 from ngrpo_lora.config.description import Option, describe, describe_reward
-from ngrpo_lora.config.plugins import (
-    AlgorithmConfig,
-    ModelRewardConfig,
-    RewardConfig,
-    RewardsConfig,
-    RolloutConfig,
-)
+from ngrpo_lora.config.plugins import AlgorithmConfig, ModelRewardConfig, RewardConfig, RewardsConfig, RolloutConfig
 from ngrpo_lora.config.problems import show_value
 from ngrpo_lora.config.reading import (
     changed_keys,

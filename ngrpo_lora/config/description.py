@@ -7,9 +7,7 @@ from dataclasses import astuple, dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types
-from pydantic import (
-    BaseModel,
-)
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ngrpo_lora import registry

@@ -6,13 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    SerializeAsAny,
-    field_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator
 
 from ngrpo_lora import registry
 from ngrpo_lora.config.section import DEVICE_PATTERN, Bounds, Section, listed

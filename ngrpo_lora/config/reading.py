@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from ngrpo_lora import registry
 from ngrpo_lora.config.plugins import DEFAULT_ALGORITHM, RewardConfig, reward_section

@@ -177,11 +177,7 @@ def random_family(model: ModelConfig) -> BaseFamily:
         for block in family.blocks:
             quantize_linears(block, model.quantization, family.device)
     elif model.quantization != "none":
-        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
-            Float8WeightOnlyConfig,
-            Int8WeightOnlyConfig,
-            quantize_,
-        )
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
 
         kind = Int8WeightOnlyConfig if model.quantization == "int8_torchao" else Float8WeightOnlyConfig
         quantize_(family.transformer, kind())

@@ -60,10 +60,7 @@ def pipeline_quantization(kind: str, dtype: torch.dtype) -> PipelineQuantization
     elif kind == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        from torchao.quantization import (  # pyright: ignore[reportMissingImports]  # of the extra torchao
-            Float8WeightOnlyConfig,
-            Int8WeightOnlyConfig,
-        )
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]  # of the extra torchao
 
         config = TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8_torchao" else Float8WeightOnlyConfig())
     return PipelineQuantizationConfig(quant_mapping={"transformer": config})
