@@ -1,1 +1,1 @@
-"""LoRA in memory and in files: of any trainer, read, put on a model, merged and written."""
+"""LoRA adapters in memory and in files, of any trainer: found, read, put on a model, merged and written."""

@@ -1,4 +1,4 @@
-"""The LoRA file behind what people type: a file, a run, a repository of the Hub, with a strength or without."""
+"""Finds the LoRA file that a user names: a file, a run's folder or a Hub repository, perhaps with a strength."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def find_adapter(path: str | Path, what: str = "adapter") -> Path:
-    """The LoRA file itself, also when its folder, its run's folder or its repository of the Hub is given.
+    """The path of a LoRA file, given that file, its folder, its run's folder or its repository on the Hub.
 
-    What is on this disk wins; then `owner/name` is a repository, and `owner/name/file.safetensors` a file of one.
+    A local path comes first; otherwise `owner/name` is a repository, and `owner/name/file.safetensors` a file of one.
 
     Raises:
         ConfigError: nothing there, or several adapters in a place that names none of them as diffusers or PEFT do.
@@ -43,7 +43,7 @@ def find_adapter(path: str | Path, what: str = "adapter") -> Path:
 
 
 def the_adapter(names: Iterable[str], where: str, what: str) -> str | None:
-    """Which of a folder's files is the adapter; None: it holds none.
+    """The name of the one adapter among a folder's files, or None where there is none.
 
     Raises:
         ConfigError: several, of which none is named as diffusers or PEFT do.
@@ -60,7 +60,7 @@ def the_adapter(names: Iterable[str], where: str, what: str) -> str | None:
 
 
 def _download(repo: str, name: str | None, what: str) -> Path:
-    """A file of a repository of the Hub, or the adapter that it holds, from the cache where it is there."""
+    """The path of a Hub repository's file, or of its adapter where `name` is None, downloaded or from the cache."""
     from huggingface_hub import hf_hub_download, model_info
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -99,7 +99,7 @@ def parse_weighted(text: str, default: float = 1.0) -> tuple[str, float]:
 
 
 def finite_strength(path: str, strength: float) -> float:
-    """The strength of an adapter.
+    """Return `strength`, which must be finite; `path` names the adapter in the message.
 
     Raises:
         ConfigError: it is not finite.
@@ -110,7 +110,7 @@ def finite_strength(path: str, strength: float) -> float:
 
 
 def adapter_label(path: Path) -> str:
-    """The file's name, or that of the run's folder or of the repository where the file is called what all are."""
+    """A short name for an adapter: its file's, or its run's or repository's where the file has a standard name."""
     folder = Path(os.path.abspath(path)).parent  # the Hub's cache has links, to files with numbers for names
     run = folder.parent if folder.name == "adapter" else folder
     if folder.parent.name == "snapshots":

@@ -1,4 +1,4 @@
-"""What an adapter says of itself in its header, so that it is drawn as it was trained."""
+"""The settings in an adapter's header: its model and rollout, so that pictures are drawn as in training."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter says of itself: the model it belongs to and how it was sampled in training."""
+    """An adapter's own settings: the model that it belongs to, and how it was sampled in training."""
 
     model: ModelConfig
     rollout: RolloutConfig
 
 
 def code_version() -> str:
-    """This package's version, `unknown` in a bare source tree."""
+    """The installed version of this package, or `unknown` in a bare source tree."""
     try:
         return version("ngrpo-lora")
     except PackageNotFoundError:
@@ -34,7 +34,7 @@ def code_version() -> str:
 
 
 def read_adapter(path: str | Path) -> AdapterInfo:
-    """What an adapter says of itself; defaults where it is of another trainer and says nothing.
+    """The settings in an adapter's header, or the defaults where another trainer wrote it and there are none.
 
     Raises:
         UserError: not a safetensors file, or our metadata in it cannot be understood.

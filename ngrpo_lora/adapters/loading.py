@@ -1,4 +1,4 @@
-"""A LoRA file put on a model, by diffusers' own loader, after a check that it fits."""
+"""Puts a LoRA file on a model with diffusers' own loader, after a check that it fits."""
 
 from __future__ import annotations
 

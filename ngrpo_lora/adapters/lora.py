@@ -46,12 +46,12 @@ def inject(transformer: Any, config: LoraConfig, suffixes: list[str], excluded: 
 
 @torch.no_grad()
 def start_from(transformer: nn.Module, file: AdapterFile, left_out: Sequence[str]) -> None:
-    """Give the injected LoRA the effect of a file's.
+    """Set the injected LoRA's weights so that it has the effect of a LoRA file.
 
     Ranks that the file does not have keep their random lora_A and a lora_B of zeros, as if just injected.
 
     Args:
-        left_out: layers that are not adapted. Those within a block are without effect, and may be in the file.
+        left_out: layers that are not adapted. Those within a block have no effect, so the file may hold them.
     Raises:
         UserError: the file adapts other layers of this model, or has a higher rank.
     """
@@ -79,7 +79,7 @@ def parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def remove(transformer: Any, name: str) -> None:
-    """Take away an adapter that was loaded beside the trained one, which is active again and trainable."""
+    """Delete an adapter that was loaded beside the trained one, which becomes active and trainable again."""
     transformer.set_adapter(ADAPTER_NAME)
     if name in transformer.peft_config:
         transformer.delete_adapters(name)
@@ -87,7 +87,7 @@ def remove(transformer: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def disabled(transformer: Any) -> Iterator[None]:
-    """The base model exactly, for as long as the context lasts."""
+    """Switch the adapter off within the context, so that the model is exactly the base."""
     transformer.disable_adapters()
     try:
         yield
@@ -97,7 +97,7 @@ def disabled(transformer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def merged(transformer: Any) -> Iterator[None]:
-    """The adapter added into the base's weights, put back afterwards bit for bit.
+    """Add the adapter into the base's weights within the context; they are restored bit for bit after it.
 
     Forward passes then cost what the base's do. Memory: a second copy of the adapted layers' weights. The sum is
     rounded to the base's number type, so in 16 bits outputs differ a little from those of the unmerged adapter.
@@ -123,7 +123,7 @@ def merged(transformer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def beside_another() -> Iterator[None]:
-    """Load an adapter where there may be one already, without PEFT's warning that it might not be meant."""
+    """Allow a second adapter to be loaded within the context, without PEFT's warning that it might not be meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         yield
@@ -131,7 +131,7 @@ def beside_another() -> Iterator[None]:
 
 @contextlib.contextmanager
 def swapped(transformer: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-    """The adapter with other weights (an average, say), put back afterwards bit for bit."""
+    """Use other adapter weights (an average, say) within the context, without gradients; restored bit for bit."""
     live = parameters(transformer)
     kept = {name: live[name].detach().clone() for name in weights}
     with torch.no_grad():

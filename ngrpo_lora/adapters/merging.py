@@ -1,4 +1,4 @@
-"""Adapters put together: into one adapter, exactly or at a lower rank, or into the weights of a base model."""
+"""Merges adapters: into one adapter, exactly or at a lower rank, or into the weights of a base model."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ KEPT = ("code_version", "family", "model", "rollout")  # of the first adapter's 
 
 @dataclass(frozen=True)
 class Merged:
-    """The weighted sum of adapters."""
+    """The weighted sum of adapters, with the metadata of its file."""
 
     layers: dict[str, Layer]
     metadata: dict[str, str]
     error: float
-    """Norm of what a lower rank leaves out, over that of the exact sum."""
+    """Norm of what a lower rank leaves out, relative to that of the exact sum."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As diffusers has it."""
+        """The layers as diffusers' LoRA state dict, float32."""
         return state_dict(self.layers)
 
 
 def merge(sources: Sequence[tuple[str, float]], rank: int | None = None) -> Merged:
-    """The weighted sum of adapters, by their ranks side by side, or the best approximation of a lower rank (SVD).
+    """The weighted sum of adapters: their ranks concatenated, or the best approximation of a lower rank (SVD).
 
     Args:
         sources: files, each with its weight.
-        rank: the highest of a layer; None: the sum of all ranks, which is exact.
+        rank: the highest rank of a layer; None keeps the sum of all ranks, which is exact.
     Raises:
         UserError: a file that cannot be read, or adapters of different models.
     """
@@ -85,7 +85,7 @@ def _check_alike(files: Sequence[AdapterFile]) -> None:
 
 
 def _reduce(layer: Layer, rank: int) -> tuple[Layer, float]:
-    """The nearest pair of at most `rank` (Eckart-Young), by QR and an SVD of (r, r); and the squared norm it lacks."""
+    """The nearest pair of at most `rank` (Eckart-Young), by QR and an (r, r) SVD, and the squared norm it lacks."""
     if layer.rank <= rank:
         return layer, 0.0
     up_q, up_r = torch.linalg.qr(layer.folded.double().flatten(1))
@@ -98,7 +98,7 @@ def _reduce(layer: Layer, rank: int) -> tuple[Layer, float]:
 
 
 def _metadata(files: Sequence[AdapterFile], weights: Sequence[float], layers: Mapping[str, Layer]) -> dict[str, str]:
-    """How the first adapter is drawn, and what was merged."""
+    """Metadata of the merged file: how the first adapter is drawn, and what was merged."""
     first = files[0].metadata
     merged = [
         {"file": file.path.name, "sha256": digest(file.path), "weight": weight} | _source(file)
@@ -118,19 +118,19 @@ def _metadata(files: Sequence[AdapterFile], weights: Sequence[float], layers: Ma
 
 
 def _source(file: AdapterFile) -> dict[str, Any]:
-    """Rewards that an adapter of ours was trained on."""
+    """The rewards that one of our own adapters was trained on; empty for others."""
     rewards = header_value(file.metadata, "ngrpo", {}).get("rewards", [])
     return {"rewards": [reward.get("label") or reward["name"] for reward in rewards]} if rewards else {}
 
 
 def merge_into_base(merged: Merged, base: str, output: Path) -> None:
-    """A copy of a model's folder whose transformer has the adapters' effect, in the number type that it has.
+    """Copy a model's folder with the adapters added into its transformer's weights, whose number type stays the same.
 
     One file of weights is in memory at a time.
 
     Args:
         base: `embedded`, or a folder as diffusers' `save_pretrained` writes it.
-        output: made; must not exist.
+        output: the new folder, which must not exist yet.
     Raises:
         UserError: no such model, its weights are quantised, or it lacks a layer or has it in another size.
     """
@@ -164,7 +164,7 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
 
 
 def _check_base(merged: Merged, base: str, shards: Sequence[Path]) -> None:
-    """Raise UserError unless every layer is there, in its size and in floating-point numbers."""
+    """Raise UserError unless the base has every layer, in its size and in floating-point numbers."""
     shapes: dict[str, tuple[list[int], str]] = {}
     for shard in shards:
         with safe_open(shard, "pt") as file:

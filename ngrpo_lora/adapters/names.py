@@ -1,4 +1,4 @@
-"""What a model's layers are called: in diffusers, and in the original code that kohya's trainers and ComfyUI follow.
+"""Names of a model's layers in diffusers, and in the original code that kohya's trainers and ComfyUI follow.
 
 An original layer may be several of diffusers' side by side (queries, keys and values as one `qkv`); they are listed in
 the order of its rows. Sources: diffusers' `loaders/lora_conversion_utils.py`, and which keys ComfyUI asks for
@@ -23,7 +23,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "wan": ("diffusers", "comfyui", "kohya"),
     "z_image": ("diffusers", "comfyui", "kohya"),
 }
-"""By family: the formats that its readers understand. SD3 in kohya's names is read by ComfyUI, and not by diffusers."""
+"""The formats that each family's readers understand. ComfyUI reads SD3 in kohya's names, diffusers does not."""
 
 NATIVE_FORMATS = ("wan",)
 """Families for which ComfyUI has no map of diffusers' names."""
@@ -32,7 +32,7 @@ KOHYA_PREFIX = "lora_unet_"
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
 
 Names = dict[str, tuple[str, ...]]
-"""Original layers, `{}` for the number of a block, and diffusers' layers that they consist of."""
+"""Each original layer, with `{}` for the number of its block, and the diffusers layers that it consists of."""
 
 
 def _blocks(original: str, diffusers: str, layers: Mapping[str, str]) -> Names:
@@ -42,7 +42,7 @@ def _blocks(original: str, diffusers: str, layers: Mapping[str, str]) -> Names:
 
 
 def _same(blocks: str, layers: str) -> Names:
-    """Layers that have one name everywhere."""
+    """Names of layers that are called the same in diffusers and in the original code."""
     return {f"{blocks}{name}": (f"{blocks}{name}",) for name in layers.split()}
 
 
@@ -178,7 +178,7 @@ SIZES: dict[str, tuple[tuple[int, int], ...]] = {
     "qwen_image": ((3072, 60),),
     "sd3": ((1536, 24), (2432, 38)),
 }
-"""Width and number of joint blocks of the published models, whose attention layers have the same names."""
+"""(width, number of joint blocks) of the published models, for families that name their attention layers alike."""
 
 HEADERS = (
     (r"flux[._-]?2", "flux2_klein"),
@@ -189,13 +189,13 @@ HEADERS = (
     (r"sana", "sana"),
     (r"stable-diffusion-v?3|^sd_?3|^3(\.5)?-|3-5-", "sd3"),
 )
-"""What `modelspec.architecture` and `ss_base_model_version` look like, by family; the first that fits counts."""
+"""Patterns of `modelspec.architecture` and `ss_base_model_version` with their family; the first that fits counts."""
 
 
 def diffusers_names(name: str, family: str | None) -> tuple[str, ...]:
-    """The layers behind a file's name for one, such as `lora_unet_double_blocks_3_img_attn_qkv`.
+    """The diffusers layers that a file's key stands for, such as `lora_unet_double_blocks_3_img_attn_qkv`.
 
-    Names with dots that are in no table are diffusers' own: they are returned without their prefix. None are returned
+    Names with dots that are in no table are diffusers' own: they are returned without their prefix. The result is empty
     for a name with underscores that is unknown.
     """
     original, diffusers = _tables(family)
@@ -209,9 +209,9 @@ def diffusers_names(name: str, family: str | None) -> tuple[str, ...]:
 
 
 def original_rows(layer: str, family: str) -> tuple[str, int, int, int] | None:
-    """The original layer that a diffusers layer is, or is rows of: (name, first, share, total), rows in shares.
+    """Where a diffusers layer lies in the original model: (original layer, first, share, total).
 
-    None: it has no name there.
+    It fills `share` of that layer's `total` shares of rows, from share `first` on. None: it has no name there.
     """
     for number in (*re.findall(r"\d+", layer), ""):
         for form, forms in NAMES[family].items():
@@ -224,14 +224,14 @@ def original_rows(layer: str, family: str) -> tuple[str, int, int, int] | None:
 
 
 def row_shares(parts: Sequence[str]) -> list[int]:
-    """Relative widths; FLUX.1's feed-forward layer is four times as wide as the attention beside it."""
+    """Relative row counts of layers fused into one; FLUX.1's feed-forward layer is four times as wide as a query's."""
     return [4 if part.endswith("proj_mlp") else 1 for part in parts]
 
 
 def guess_family(names: Mapping[str, tuple[int, ...]], header: Mapping[str, str]) -> str | None:
     """The family whose layers a file adapts, None where it is not clear.
 
-    Names decide, or where several families have them what the header says, or sizes.
+    Layer names decide; where they fit several families, the header does, and after it the sizes.
 
     Args:
         names: the file's names for layers, with the widths of each.
@@ -248,14 +248,14 @@ def guess_family(names: Mapping[str, tuple[int, ...]], header: Mapping[str, str]
 
 
 def _is_known(name: str, family: str) -> bool:
-    """Whether a family has such a layer."""
+    """Whether a family has all the diffusers layers that a file's key stands for."""
     diffusers = _tables(family)[1]
     layers = diffusers_names(name, family)
     return bool(layers) and all(_look_up(layer, diffusers) for layer in layers)
 
 
 def _by_size(families: list[str], names: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Those of the smallest published model that has such a width and so many joint blocks."""
+    """The family of the smallest published model with such a width and so many joint blocks; all where none fits."""
     joint = {name: shape for name, shape in names.items() if re.search(r"(double|transformer|joint)_blocks", name)}
     last = max((int(number) for name in joint for number in re.findall(r"\d+", name)[:1]), default=-1)
     widths = {side for shape in joint.values() for side in shape}
@@ -270,13 +270,13 @@ def _by_size(families: list[str], names: Mapping[str, tuple[int, ...]]) -> list[
 
 @cache
 def _tables(family: str | None) -> tuple[Names, Names]:
-    """Original layers, and diffusers' ones; empty for a family that is unknown."""
+    """A family's layers by original and by diffusers' names; both tables are empty for an unknown family."""
     original = NAMES.get(family or "", {})
     return original, {part: (part,) for parts in original.values() for part in parts}
 
 
 def _look_up(name: str, table: Names, flat: bool = False) -> tuple[str, ...]:
-    """The layers that a name stands for; `flat` names have underscores in the places of dots."""
+    """The layers that a name stands for in a table; `flat` names have underscores in place of dots."""
     numbers = re.findall(r"(?<=blocks[._])\d+|(?<=layers[._])\d+|(?<=refiner[._])\d+", name)
     number = numbers[0] if numbers else ""
     for form, layers in table.items():

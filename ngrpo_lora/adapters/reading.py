@@ -1,9 +1,4 @@
-"""LoRA files of any trainer: read into layers under diffusers' names with alpha known, written in the format asked for.
-
-Formats (`adapter_names.py` has the names): `diffusers` is `transformer.<diffusers layer>.lora_A/.lora_B`; `comfyui` the
-same where ComfyUI maps these names, else `diffusion_model.<original layer>`; `kohya` is
-`lora_unet_<original_layer>.lora_down/.lora_up/.alpha`, its fused layers block diagonal. What is written has alpha
-folded in: ComfyUI reads none from the header, diffusers none from kohya's.
+"""Reads LoRA files of any trainer into layers under diffusers' names (`names.py`), with alpha known.
 
 Pickle files (.bin, .pt, .ckpt) run code when they are loaded, and are refused.
 """
@@ -63,20 +58,20 @@ class Layer:
 
     @property
     def rank(self) -> int:
-        """Of the pair."""
+        """Rank of this LoRA pair."""
         return len(self.down)
 
     @property
     def folded(self) -> Tensor:
-        """`scale * up`, float32."""
+        """`scale * up` in float32, the up matrix with alpha folded in."""
         return self.up.float() * self.scale
 
     def delta(self) -> Tensor:
-        """What is added, float32: (out, in), of a convolution (out, in * k * k)."""
+        """The change of the layer's weight in float32: (out, in), of a convolution (out, in * k * k)."""
         return self.folded.flatten(1) @ self.down.float().flatten(1)
 
     def norm(self) -> float:
-        """Its Frobenius norm, by two (r, r) products."""
+        """Frobenius norm of the weight's change, from two (r, r) products."""
         up, down = self.up.double().flatten(1), self.down.double().flatten(1)
         square = ((up.T @ up) * (down @ down.T)).sum().item()
         return abs(self.scale) * math.sqrt(max(square, 0.0))
@@ -84,20 +79,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A LoRA file, understood."""
+    """A LoRA file after it was read and checked."""
 
     path: Path
     metadata: dict[str, str]
     layers: dict[str, Layer]
-    """By diffusers' names of the transformer's layers."""
+    """LoRA pairs by diffusers' names of the transformer's layers."""
     family: str | None
-    """Of the model that it fits, by the names and sizes of its layers; None where that is not clear."""
+    """Family of the model that the file fits, by the names and sizes of its layers; None where that is not clear."""
     prefix: str
-    """What its names begin with."""
+    """Prefix of the file's keys, such as `transformer` or `lora_unet_`."""
     alpha: AlphaSource
-    """Where alpha stands; `unsaid` counts as equal to the rank."""
+    """Where the file states alpha; `unsaid` counts as equal to the rank."""
     texts: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Of text encoders that it adapts too, by the file's names: its layers and their ranks."""
+    """Layers of text encoders that the file adapts too, with their ranks, by the file's name of the encoder."""
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -123,8 +118,8 @@ def read_adapter_file(
 
     Args:
         path: the file, its folder, or its run's folder.
-        family: of the model it is meant for; None: guessed.
-        text_encoders: what becomes of layers of text encoders, which no model here adapts.
+        family: family of the model it is meant for; None: guessed from the file.
+        text_encoders: whether layers of text encoders, which no model here adapts, are an error or only counted.
     Raises:
         UserError: no such file, damaged, a pickle, no LoRA or one of another kind, in part unknown, or not finite.
     """
@@ -170,7 +165,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _take_texts(tensors: dict[str, Tensor]) -> dict[str, dict[str, int]]:
-    """Take what belongs to text encoders out of a file: by its names of them, layers and their ranks."""
+    """Move tensors of text encoders out of `tensors`; returns the ranks of their layers by encoder and layer."""
     texts: dict[str, dict[str, int]] = {}
     for key in [*tensors]:
         if found := re.fullmatch(TEXT_ENCODERS, key):
@@ -182,7 +177,7 @@ def _take_texts(tensors: dict[str, Tensor]) -> dict[str, dict[str, int]]:
 
 
 def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """By the file's names of layers: `down`, `up` and, where the file has it, `alpha`."""
+    """Tensors of each layer by the file's names: `down`, `up` and, where the file has it, `alpha`."""
     if other := {method for key in tensors for mark, method in OTHER_METHODS.items() if mark in key}:
         raise _refused(path, f"it is a {', '.join(sorted(other))}, not a plain pair of matrices a layer")
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -209,7 +204,7 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
 def _scales(
     path: Path, metadata: Mapping[str, str], pairs: Mapping[str, dict[str, Tensor]], family: str | None
 ) -> tuple[AlphaSource, dict[str, float]]:
-    """Where alpha stands, and alpha / rank of every layer."""
+    """Where the file states alpha, and alpha / rank of every layer."""
     ranks = {name: len(pair["down"]) for name, pair in pairs.items()}
     if any("alpha" in pair for pair in pairs.values()):
         return "tensors", {name: float(pair.get("alpha", ranks[name])) / ranks[name] for name, pair in pairs.items()}
@@ -241,14 +236,14 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> tuple[AlphaSource, 
 
 
 def _peft_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """alpha / rank, of rank-stabilised LoRA (arXiv 2312.03732) alpha / sqrt(rank); patterns as PEFT matches them."""
+    """alpha / rank, for rank-stabilised LoRA (arXiv 2312.03732) alpha / sqrt(rank); patterns as PEFT matches them."""
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
     own = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
     return next(own, config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _split(path: Path, name: str, layer: Layer, parts: Sequence[str]) -> list[Layer]:
-    """The layers that a fused one consists of, each with the ranks that reach it."""
+    """LoRA pairs of the layers that a fused one consists of, each with only the ranks that reach it."""
     if len(parts) == 1:
         return [layer]
     shares = row_shares(parts)
@@ -264,10 +259,10 @@ def _split(path: Path, name: str, layer: Layer, parts: Sequence[str]) -> list[La
 
 
 def check_fits(file: AdapterFile, transformer: nn.Module) -> None:
-    """Make sure that a model has every layer that an adapter adapts, in its size.
+    """Check that a model has every layer that an adapter adapts, in the same size.
 
     Raises:
-        UserError: with examples.
+        UserError: a layer is missing or of another size; the message gives examples.
     """
     sides = {name: _sides(module) for name, module in transformer.named_modules()}
     fits = "" if file.family is None else f"; by its layers it is one of {file.family}"
@@ -286,7 +281,7 @@ def check_fits(file: AdapterFile, transformer: nn.Module) -> None:
 
 
 def _sides(module: nn.Module) -> tuple[int, ...] | None:
-    """(out, in) of a linear layer, also one that has a LoRA or is quantised, (out, in, k, k) of a convolution."""
+    """(out, in) of a linear layer, LoRA or quantised too, (out, in, k, k) of a convolution; None for other modules."""
     from peft.tuners.lora import LoraLayer
 
     base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
@@ -302,12 +297,12 @@ def _size(sides: Sequence[int]) -> str:
 
 
 def warn_of_alpha(file: AdapterFile) -> None:
-    """Say that a file does not tell how strong it is."""
+    """Log a warning where a LoRA file does not state its alpha."""
     if file.alpha == "unsaid":
         log.warning("adapter %s does not say its alpha; it is taken to be the rank", file.path)
 
 
 def examples(names: Iterable[str]) -> str:
-    """The first three."""
+    """The first three names, separated by commas, for messages."""
     shown = [*names]
     return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")

@@ -1,4 +1,4 @@
-"""What a LoRA file is and wants, for people and as JSON: `ngrpo info`."""
+"""Describes a LoRA file for people and as JSON: its trainer, base, ranks, alpha and readers (`ngrpo info`)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def digest(path: Path) -> str:
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """All that can be said of a LoRA file, as JSON values; what is unknown is left out.
+    """Everything that is known about a LoRA file, as JSON values; unknown fields are left out.
 
     Raises:
         UserError: no such file, a damaged one, a pickle, or no LoRA at all.
@@ -84,7 +84,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def text_encoder(layers: Mapping[str, int]) -> dict[str, Any]:
-    """What kind of encoder has such layers, and how many of which rank a file adapts."""
+    """The kind of a text encoder (CLIP, T5 or unknown), and how many of its layers of which rank a file adapts."""
     kinds = {"CLIP": r"text_model", "T5": r"SelfAttention|EncDecAttention|DenseReluDense|encoder[._]block"}
     kind = next((kind for kind, form in kinds.items() if any(re.search(form, layer) for layer in layers)), "unknown")
     ranks = Counter(layers.values())
@@ -92,7 +92,7 @@ def text_encoder(layers: Mapping[str, int]) -> dict[str, Any]:
 
 
 def header_value(metadata: Mapping[str, str], key: str, empty: Value) -> Value:
-    """What a header holds as JSON, `empty` where it holds nothing of that type."""
+    """A field of the header parsed as JSON, or `empty` where it is missing or of another type."""
     try:
         value = json.loads(metadata.get(key, "null"))
     except ValueError:
@@ -101,7 +101,7 @@ def header_value(metadata: Mapping[str, str], key: str, empty: Value) -> Value:
 
 
 def trainer(metadata: Mapping[str, str], keys: list[str]) -> str:
-    """Who wrote a file, by its header and its names."""
+    """The program that wrote a LoRA file, by its header and its keys; `unknown` where neither tells."""
     if "ngrpo_merged" in metadata:
         return "ngrpo-lora, merged"
     if "ngrpo" in metadata:
@@ -121,7 +121,7 @@ def trainer(metadata: Mapping[str, str], keys: list[str]) -> str:
 
 
 def readers(file: AdapterFile) -> list[str]:
-    """Which of diffusers and ComfyUI know all the file's names."""
+    """Which of diffusers and ComfyUI understand all of the file's layer names."""
     if file.family is None:
         return []
     formats, native = FORMATS[file.family], file.prefix == "diffusion_model"
@@ -132,7 +132,7 @@ def readers(file: AdapterFile) -> list[str]:
 
 
 def alpha(file: AdapterFile) -> dict[str, Any]:
-    """alpha / rank, where it stands, whether all readers draw alike, and what they make of it where they do not."""
+    """The file's alpha / rank, where it is stated, whether it is 1 (folded in), and what readers do with it if not."""
     scales = sorted({layer.scale for layer in file.layers.values()})
     said: dict[str, Any] = {"scales": scales, "source": file.alpha, "folded": scales == [1.0]}
     if file.alpha == "unsaid":
@@ -143,14 +143,14 @@ def alpha(file: AdapterFile) -> dict[str, Any]:
 
 
 def kind(layer: str) -> str:
-    """Of a diffusers name."""
+    """The kind of a layer by its diffusers name: attention, feed-forward or other."""
     if re.search(FEED_FORWARD, layer):
         return "feed-forward"
     return "attention" if re.search(r"\.(attn\d?|attention)\.", layer) else "other"
 
 
 def _base(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The model that a file names."""
+    """The base model that a file's header names, as `base`; empty where it names none."""
     own = header_value(metadata, "ngrpo", {})
     named = [metadata.get(key) for key in ("modelspec.architecture", "ss_base_model_version")]
     base = own.get("model", {}).get("path") or next(filter(None, named), None)
@@ -158,7 +158,7 @@ def _base(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _training(own: dict[str, Any], merged: list[dict[str, Any]]) -> dict[str, Any]:
-    """How a file of ours was trained and wants to be drawn, and what was merged into it."""
+    """How one of our own files was trained and should be drawn, and what was merged into it."""
     said: dict[str, Any] = {"merged": merged} if merged else {}
     if "model" in own and "rollout" in own:
         model, rollout = own["model"], own["rollout"]
@@ -173,14 +173,14 @@ def _training(own: dict[str, Any], merged: list[dict[str, Any]]) -> dict[str, An
 
 
 def read_by(family: str | None, known: list[str]) -> str:
-    """Which readers know a file's names, and how those that could get others."""
+    """The readers that know a file's names, and the export commands that would make it readable by others."""
     could = [reader for reader in FORMATS.get(family or "", ()) if reader in ("diffusers", "comfyui")]
     remedies = [f"`ngrpo export --format {reader}` for {reader}" for reader in could if reader not in known]
     return "; ".join(filter(None, [", ".join(known), *remedies])) or "unknown"
 
 
 def lines(said: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """A description in words: what, and its value."""
+    """The result of `describe` as rows of text for people: (label, value)."""
     rows = [("file", said["file"]), ("SHA-256", said["sha256"]), ("trainer", said["trainer"])]
     if "base" in said:
         rows.append(("base", said["base"]))

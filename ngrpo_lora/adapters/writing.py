@@ -1,4 +1,10 @@
-"""LoRA layers written in the format that is asked for, with alpha folded in."""
+"""Writes LoRA layers in the format that is asked for, with alpha folded in.
+
+Formats (`names.py` has the names): `diffusers` is `transformer.<diffusers layer>.lora_A/.lora_B`; `comfyui` the same
+where ComfyUI maps these names, else `diffusion_model.<original layer>`; `kohya` is
+`lora_unet_<original_layer>.lora_down/.lora_up/.alpha`, its fused layers block diagonal. Alpha is folded in because
+ComfyUI reads none from the header, and diffusers none from kohya's.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +32,7 @@ Format = Literal["diffusers", "comfyui", "kohya"]
 
 
 def state_dict(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """As diffusers has it, alpha folded in, float32."""
+    """Layers as diffusers' LoRA state dict, float32, with alpha folded in."""
     tensors = {}
     for name, layer in layers.items():
         tensors[f"transformer.{name}.lora_A.weight"] = layer.down.float().contiguous()
@@ -35,10 +41,10 @@ def state_dict(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
 
 
 def convert(file: AdapterFile, form: Format) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of the adapter in another format; of the header all stays that is still true.
+    """Tensors and header of an adapter in another format; all fields of the header that are still true stay.
 
     Raises:
-        UserError: a format that this family's readers do not understand, with those that they do.
+        UserError: an unknown family, or a format that its readers do not know; the message names those that they do.
     """
     family, name = file.family, str(file.path)
     if family is None:
@@ -67,7 +73,7 @@ def convert(file: AdapterFile, form: Format) -> tuple[dict[str, Tensor], dict[st
 
 
 def peft_metadata(layers: Mapping[str, Layer]) -> str:
-    """PEFT's settings for folded layers, as little as diffusers needs; ranks that differ are named in full."""
+    """PEFT's settings for folded layers as JSON, as few as diffusers needs; ranks that differ are named in full."""
     (rank, _), *others = Counter(layer.rank for layer in layers.values()).most_common()
     config: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": list(layers)}
     if others:
@@ -77,7 +83,7 @@ def peft_metadata(layers: Mapping[str, Layer]) -> str:
 
 
 def _originals(file: AdapterFile, family: str) -> dict[str, Layer]:
-    """By the original names, with those layers as one that are one there."""
+    """Layers by their original names, fused where the original model has one layer."""
     left, originals = dict(file.layers), {}
     numbers = sorted({int(number) for name in left for number in re.findall(r"\.(\d+)\.", name)}) or [0]
     for number in numbers:
@@ -95,7 +101,7 @@ def _originals(file: AdapterFile, family: str) -> dict[str, Layer]:
 
 
 def _fuse(parts: Sequence[Layer | None], shares: Sequence[int]) -> Layer:
-    """One layer of all: ranks one after the other, each with rows of its own; what is missing has zeros.
+    """Fuse layers into one: their ranks follow one another, each fills its own rows, and a missing layer is zeros.
 
     Source: sd-scripts' layout of fused layers.
     """
@@ -113,7 +119,7 @@ def _fuse(parts: Sequence[Layer | None], shares: Sequence[int]) -> Layer:
 
 
 def _check_kohya(file: AdapterFile, family: str, originals: Mapping[str, Layer]) -> None:
-    """What diffusers' reading of kohya's names takes for granted."""
+    """Raise UserError where diffusers would misread kohya's names: FLUX.1 of another width, or Wan's blocks in part."""
     if family == "flux":
         for name, layer in originals.items():
             if name.endswith("linear1") and len(layer.up) != 7 * 3072:

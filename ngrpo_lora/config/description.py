@@ -1,4 +1,4 @@
-"""What every key accepts and means, for `ngrpo config --describe`, ComfyUI's widgets and messages."""
+"""Describes every configuration key, for `ngrpo config --describe`, ComfyUI's widgets and error messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Option:
 
 
 def describe(data: Mapping[str, Any] | None = None) -> Iterator[Option]:
-    """Every key, sections first, with the keys of the algorithm that `data` chooses (default: neighbor)."""
+    """Every key in the schema's order, a section before its keys; `data` chooses the algorithm (default: neighbor)."""
     section = (data or {}).get("algorithm")
     name = section if isinstance(section, str) else section.get("name") if isinstance(section, Mapping) else None
     yield from _describe(RunConfig, "", name if isinstance(name, str) else DEFAULT_ALGORITHM)
@@ -74,7 +74,7 @@ def _default(field: FieldInfo) -> Any:
 
 
 def type_text(annotation: Any, limits: Sequence[Any] = ()) -> str:
-    """`int >= 2`, `number > 0 | null`, `a | b`: what a key accepts, for people."""
+    """What a key accepts, in words for people: `int >= 2`, `number > 0 | null`, `a | b`."""
     plain = {int: "int", float: "number", str: "text", bool: "true | false", type(None): "null"}
     if annotation in plain:
         return f"{plain[annotation]} {', '.join(_bounds(limits))}".strip()
@@ -97,7 +97,7 @@ def type_text(annotation: Any, limits: Sequence[Any] = ()) -> str:
 
 
 def _bounds(limits: Sequence[Any]) -> Iterator[str]:
-    """`>= 2` and the like, from annotated_types' or Field's metadata."""
+    """Limits in words, such as `>= 2`, from annotated_types' or Field's metadata."""
     symbols = {annotated_types.Ge: ">=", annotated_types.Gt: ">", annotated_types.Le: "<=", annotated_types.Lt: "<"}
     for limit in limits:
         if isinstance(limit, FieldInfo):

@@ -16,7 +16,13 @@ __all__ = ["AlgorithmConfig", "ModelRewardConfig", "RewardConfig", "RewardsConfi
 
 
 def check_reward_name(name: str) -> str:
-    """A file in rewards/, `package.module:function` or `file.py:function` (its file is looked for at the start)."""
+    """Return the name of a reward: a file in rewards/, `package.module:function` or `file.py:function`.
+
+    Whether that module or file exists is checked when a run starts.
+
+    Raises:
+        ValueError: it is none of these.
+    """
     if ":" in name:
         target, function = registry.split_reference(name)
         if not target or not function.isidentifier():
@@ -63,7 +69,7 @@ class AlgorithmConfig(Section, frozen=True):
 
 
 def load_algorithm(value: Any) -> Any:
-    """Validate the section with the `Config` of the module that its `name` chooses; a plain string is the name."""
+    """Validate the algorithm's section with the `Config` that its `name` chooses; a plain string is the name alone."""
     if isinstance(value, AlgorithmConfig):
         return value
     if isinstance(value, str):
@@ -81,7 +87,7 @@ def load_algorithm(value: Any) -> Any:
 
 
 def algorithm_settings(name: str) -> type[AlgorithmConfig]:
-    """The `Config` of an algorithm: of `config/algorithms/NAME.py`, or of a module elsewhere, which holds both.
+    """The settings class of an algorithm: from `config/algorithms/NAME.py`, or from its own module elsewhere.
 
     Raises:
         ConfigError: no such algorithm; the nearest one is named.
@@ -130,7 +136,7 @@ class RewardConfig(Section, frozen=True):
 
     @property
     def key(self) -> str:
-        """The label; else the name of the reward, of its file, or of its function."""
+        """The reward's name in metrics: its label, else the name of the reward, of its file or of its function."""
         target, function = registry.split_reference(self.name) if ":" in self.name else (self.name, "")
         own = target if function in ("", "score") else function
         return self.label or (Path(own).stem if own.endswith(".py") else own.rpartition(".")[2])
@@ -158,7 +164,7 @@ class ClipConfig(ModelRewardConfig, frozen=True):
 
 
 def reward_class(name: Any) -> type[RewardConfig]:
-    """A reward's own settings, from its file or that of its name in `config/rewards/`; else RewardConfig."""
+    """The settings class of a reward: from `config/rewards/NAME.py` or from its own file, else RewardConfig."""
     if not isinstance(name, str) or ":" in name or name not in registry.names(registry.REWARDS):
         return RewardConfig
     if name in registry.names(registry.REWARD_SETTINGS):
@@ -169,7 +175,7 @@ def reward_class(name: Any) -> type[RewardConfig]:
 
 
 def load_reward_entry(value: Any) -> Any:
-    """Validate an entry with the settings of the reward that it names; a plain string is the name."""
+    """Validate a reward's entry with the settings class that its name chooses; a plain string is the name alone."""
     if isinstance(value, RewardConfig):
         return value
     if isinstance(value, str):
@@ -224,6 +230,6 @@ class RewardsConfig(Section, frozen=True):
 
 
 def reward_section(value: Any) -> Any:
-    """`world`, `[world, clip_score]` and `{name: world}` stand for the whole section."""
+    """Expand the short forms `world`, `[world, clip_score]` and `{name: world}` to the whole section."""
     short = isinstance(value, str | list | tuple) or (isinstance(value, Mapping) and "name" in value)
     return {"train": value} if short else value

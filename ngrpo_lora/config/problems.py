@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, said in our words: rule, value, remedy."""
+"""Turns pydantic's validation errors into our own messages: rule, value, remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["show_value"]
 
 
 def problems_in_words(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
-    """One line per faulty key: rule, value, remedy."""
+    """One message for each faulty key of a configuration: rule, value, remedy."""
     options = {option.key: option for option in describe(data)}
     lines: dict[str, list[tuple[str, Any]]] = {}
     for detail in error.errors():
@@ -52,7 +52,7 @@ def _in_reward(parts: Sequence[str]) -> bool:
 
 
 def _reward_keys(parts: Sequence[str], data: Mapping[str, Any]) -> Iterator[str]:
-    """The keys that the reward around a key may have; none where there is no reward around it."""
+    """The keys that are known in the reward's entry that `parts` lies in; none outside of such entries."""
     if _in_reward(parts):
         section = reward_section(data["rewards"]) if parts[0] == "rewards" else data["evaluation"]
         entry = listed(section[parts[1]])[int(parts[2])]
@@ -84,7 +84,7 @@ _RULES = {
 
 
 def show_value(value: Any) -> str:
-    """A value as a user writes it: YAML's true, false and null, bare names in lists, else Python's form."""
+    """A value as a user writes it: null, true and false as in YAML, all else as in Python."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return repr(value)
@@ -103,7 +103,7 @@ def _rule(detail: ErrorDetails) -> str:
 
 
 def _nearest_key(key: str, keys: Sequence[str]) -> str:
-    """The known key with the same last part, else the one whose last part is spelt most alike, in words."""
+    """A hint after an unknown key: the key spelt most alike, first of its own section, else which keys there are."""
     prefix, _, leaf = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == prefix}
     leaves = {k.rpartition(".")[2]: k for k in reversed(keys)}  # the first of its name

@@ -49,7 +49,7 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """One key a line, lists of plain values on their key's line."""
+    """YAML with one key a line, and lists of plain values on their key's line."""
 
 
 def _represent_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
@@ -61,7 +61,7 @@ _Dumper.add_representer(list, _represent_list)
 
 
 def preset_names() -> list[str]:
-    """Names of the shipped presets."""
+    """Names of the presets that the package ships, sorted."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
@@ -102,10 +102,10 @@ def parse_reward_entries(entries: Sequence[Any]) -> tuple[RewardConfig, ...]:
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """A section as people type it: lines of `key=value`, as for the command, or YAML.
+    """Parse a section as people type it: lines of `key=value`, as for the command, or YAML.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: the text is neither.
     """
     lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
     settings: dict[str, Any] = {}
@@ -128,7 +128,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, as `key: old -> new`."""
+    """The keys whose values differ between two configurations, as `key: old -> new` with dotted keys."""
     before, after = (dict(_flatten(config.model_dump(mode="json"))) for config in (old, new))
     keys = [*before, *(key for key in after if key not in before)]
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
@@ -159,7 +159,7 @@ def _find(config: str | Path | None) -> Path:
 
 
 def _presets() -> str:
-    """Those that extend no other: the rest is the same for a memory size each."""
+    """Names of presets for messages, without the variants for a memory size (`-24gb`, `-8x80gb`)."""
     return ", ".join(name for name in preset_names() if not re.search(r"-(\d+x)?\d+gb$", name))
 
 
@@ -180,7 +180,7 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Sections key by key, all else as a whole; another algorithm has nothing of the old one's settings."""
+    """Lay `own` over `base`: sections key by key, all else as a whole; a new algorithm drops the old one's settings."""
     result, own = _written_out(base), _written_out(own)
     for key, value in own.items():
         old = result.get(key)
@@ -194,7 +194,7 @@ def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _written_out(data: dict[str, Any]) -> dict[str, Any]:
-    """The sections that may be given in short, in full."""
+    """A copy of a configuration in which sections given in short are written in full."""
     long = dict(data)
     if "rewards" in data:
         long["rewards"] = reward_section(data["rewards"])

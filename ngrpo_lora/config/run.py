@@ -155,7 +155,7 @@ class LoraConfig(Section, frozen=True):
 
     @property
     def resolved_alpha(self) -> float:
-        """alpha, or the rank where alpha is not given."""
+        """The LoRA's alpha, or its rank where alpha is not given."""
         return float(self.rank) if self.alpha is None else self.alpha
 
 
@@ -277,7 +277,7 @@ class HubConfig(Section, frozen=True):
 
 
 def hub_section(value: Any) -> Any:
-    """`owner/name` and null stand for the whole section."""
+    """Expand the short forms `owner/name` and null to the whole section."""
     return {"repo": value} if value is None or isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""What all parts of the configuration have in common."""
+"""The base class of all sections of the configuration, and what they share."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ class Section(BaseModel, frozen=True):
 
 
 def listed(value: Any) -> Any:
-    """Let `name` stand for `[name]`."""
+    """Put a single name or mapping into a list, so that `name` stands for `[name]`; all else passes unchanged."""
     return [value] if isinstance(value, str | Mapping) else value

@@ -1,4 +1,4 @@
-"""Initial noises and their neighbourhood (Neighbor GRPO, Eq. 7). Pure functions of seeds."""
+"""Initial noises and their neighbourhood (Neighbor GRPO, Eq. 7), as pure functions of seeds and tensors."""
 
 from __future__ import annotations
 

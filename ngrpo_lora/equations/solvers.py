@@ -1,6 +1,6 @@
 """Deterministic ODE solvers for rectified flow: `latents = (1 - sigma) * clean + sigma * noise`.
 
-`velocity_fn(latents, sigma)` is the model, sigma the very float of `sigmas`: no integer timesteps.
+`velocity_fn(latents, sigma)` is the model; sigma is the very float of `sigmas`, never an integer timestep.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def shifted(t: Tensor, shift: float) -> Tensor:
 def stretch_to_terminal(sigmas: Tensor, terminal: float) -> Tensor:
     """(K + 1,) noise levels from 1 to 0 with all but the last stretched about 1, so that `sigmas[K - 1]` is `terminal`.
 
-    What schedulers call `shift_terminal`; source: diffusers' `FlowMatchEulerDiscreteScheduler`. A single step has
-    nothing to stretch.
+    Schedulers call it `shift_terminal`; source: diffusers' `FlowMatchEulerDiscreteScheduler`. A single step has nothing
+    to stretch.
     """
     if len(sigmas) == 2:
         return sigmas
@@ -95,7 +95,7 @@ def dpmpp_2m_step(
 
 
 def log_snr(sigma: float) -> float:
-    """`log((1 - sigma) / sigma)`, -inf at pure noise."""
+    """Log signal-to-noise ratio of a noise level, `log((1 - sigma) / sigma)`; -inf at pure noise."""
     return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf
 
 

@@ -1,6 +1,6 @@
-"""What every model family has in common; a family is a subclass named `Family` in a file of its own.
+"""The base class of all model families; a family is a subclass named `Family` in a file of its own.
 
-A family says how its model is asked for velocities; loading, placement, guidance by two passes, the schedule and
+A family defines how its model computes velocities; loading, placement, guidance by two passes, the schedule and
 LoRA files are the same for all and are diffusers' own.
 """
 
@@ -36,15 +36,15 @@ class PromptCache(Protocol):
     """Conditionings of prompts that were encoded before; `_embeddings.EmbeddingCache` keeps them on disk."""
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> TextEmbeds:
-        """What `BaseFamily.encode` gives for these prompts, on `device`."""
+        """The conditioning of prompts on `device`, the same as `BaseFamily.encode` gives."""
         ...
 
 
 class BaseFamily:
-    """One flow model behind a few verbs. Latents are unpacked (B, C, H, W), of video (B, C, F, H, W), float32.
+    """A flow model with text encoders and VAE. Latents are unpacked (B, C, H, W), of video (B, C, F, H, W), float32.
 
-    A subclass sets the class attributes and defines `latent_shape_of`, `encode_alone`, `forward` and, where
-    diffusers' usual VAE scaling does not fit, `decode`.
+    A subclass sets the class attributes and defines `latent_shape_of`, `encode_alone`, `text_shapes`, `forward`,
+    `tokenizers` and, where diffusers' usual VAE scaling does not fit, `decode`.
     """
 
     pipeline_class: ClassVar[str]
@@ -57,31 +57,31 @@ class BaseFamily:
     """`modelspec.architecture` of the base, by which model managers find it."""
 
     kohya_version: str
-    """`ss_base_model_version` of the base, for the same purpose."""
+    """`ss_base_model_version` of the base in kohya's metadata, by which model managers find it."""
 
     attention: ClassVar[tuple[str, ...]]
     """Suffixes of the attention layers that LoRA adapts."""
 
     feed_forward: ClassVar[tuple[str, ...]]
-    """Suffixes of the feed-forward layers that LoRA adapts too, where asked for."""
+    """Suffixes of the feed-forward layers that LoRA adapts as well where `lora.targets` says so."""
 
     not_adapted: ClassVar[tuple[str, ...]] = ()
-    """Full names of layers that a suffix would find and that must stay as they are."""
+    """Full names of layers that one of these suffixes fits and that are not adapted."""
 
     distilled_guidance: ClassVar[bool] = False
-    """Whether one pass is a guided one, or the model is drawn without guidance."""
+    """Whether one forward pass is enough: guidance is distilled into the model, or it is drawn without guidance."""
 
     default_guidance: float
-    """Guidance where the configuration gives none."""
+    """Guidance scale where the configuration gives none."""
 
     default_tokens: ClassVar[int] = 512
-    """Prompt tokens where the configuration gives none."""
+    """Number of prompt tokens where the configuration gives none."""
 
     size_multiple: int = 16
-    """Height and width are multiples of it."""
+    """Height and width in pixels must be multiples of this number."""
 
     num_frames: int = 1
-    """Pictures per sample: more than one of a video model."""
+    """Number of frames of one sample: 1 for an image, more for a video."""
 
     def __init__(self, config: ModelConfig, device: str, parts: Parts = "all", base_is_sharded: bool = False):
         """Load the pipeline, or only the part of it that encodes prompts, or only the part that draws.
@@ -112,7 +112,7 @@ class BaseFamily:
         """Apply the settings that may change without reloading the model (`RELOADABLE`).
 
         Raises:
-            UserError: the model cannot draw so.
+            UserError: the model cannot draw this size or number of frames.
         """
         self.config = config
         self.negative: TextEmbeds | None = None  # of guidance by two passes, encoded with the first prompts
@@ -144,11 +144,11 @@ class BaseFamily:
     # What a family defines
 
     def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
-        """(C, H, W) of one sample at the configured size, (C, F, H, W) of a video."""
+        """Shape of one sample's latents at the configured size: (C, H, W), of a video (C, F, H, W)."""
         raise NotImplementedError
 
     def encode_alone(self, prompt: str) -> dict[str, Tensor]:
-        """One prompt -> its conditioning by name, each (1, ...).
+        """Encode one prompt: the tensors of its conditioning by name, each (1, ...).
 
         Sequences of other lengths are padded with zeros when prompts are put together: give the number of tokens
         as `lengths`, (1,) int64 on the CPU, and cut or mask by it in `forward`.
@@ -156,28 +156,28 @@ class BaseFamily:
         raise NotImplementedError
 
     def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """Of what `encode_alone` gives for a prompt of so many tokens, without the 1: for `ngrpo plan`."""
+        """Shapes of `encode_alone`'s tensors for a prompt of `tokens` tokens, without the 1: for `ngrpo plan`."""
         raise NotImplementedError
 
     def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
-        """One pass: (B, C, H, W) in the model's dtype, (B,) float32, B rows -> velocity of the latents' shape."""
+        """One pass: (B, C, H, W) in the model's dtype, (B,) float32, B rows of text -> velocity like the latents."""
         raise NotImplementedError
 
     def tokenizers(self) -> dict[str, tuple[Any, int]]:
-        """By name: each tokenizer and how many tokens of a prompt reach its encoder."""
+        """Each tokenizer by its encoder's name, with how many tokens of a prompt reach that encoder."""
         raise NotImplementedError
 
     def max_tokens(self) -> int:
-        """Prompt tokens where the configuration gives none."""
+        """Number of prompt tokens where the configuration gives none."""
         return self.default_tokens
 
     @property
     def guided(self) -> bool:
-        """Whether guidance takes a second pass, without the prompt."""
+        """Whether guidance takes a second forward pass, with the negative prompt in place of the prompt."""
         return not self.distilled_guidance and self.settings["guidance_scale"] > 1
 
     def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        """Classifier-free guidance (arXiv 2207.12598) on velocities."""
+        """Classifier-free guidance (arXiv 2207.12598) of velocities with and without the prompt, both (B, ...)."""
         return unconditional + self.settings["guidance_scale"] * (conditional - unconditional)
 
     @torch.no_grad()
@@ -187,14 +187,14 @@ class BaseFamily:
         return self.pipeline.image_processor.postprocess(pixels, "pil")
 
     def vae_latents(self, latents: Tensor) -> Tensor:
-        """Clean latents -> as the VAE has them, and ComfyUI in its graphs."""
+        """Clean latents without the model's normalisation, as the VAE takes them and ComfyUI's graphs hold them."""
         config = self.vae.config
         return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
 
     # What all have in common
 
     def load(self, parts: Parts) -> Any:
-        """The diffusers pipeline of this family, by `from_pretrained`."""
+        """Load the diffusers pipeline of this family with `from_pretrained`."""
         config = self.config
         kind = getattr(diffusers, self.pipeline_class)
         quantized = None
@@ -220,21 +220,21 @@ class BaseFamily:
         return pipeline
 
     def left_out(self, parts: Parts) -> tuple[str, ...]:
-        """Pipeline components that are not loaded."""
+        """Names of the pipeline components that are not loaded for `parts`."""
         return {"text": ("transformer", "vae"), "image": self.text_encoders, "all": ()}[parts]
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """The VAE's number type."""
+        """Number type in which the VAE is loaded and decodes."""
         return self.dtype
 
     @property
     def source(self) -> str:
-        """What diffusers loads from: a folder or a Hub id."""
+        """The folder or Hub id that diffusers loads the model from."""
         return str(self.config.path)
 
     def place(self, base_is_sharded: bool) -> None:
-        """Move what draws to its device, and set how it computes there."""
+        """Move transformer and VAE to the device; set block swapping, VAE tiling and attention as configured."""
         if self.config.swap_blocks:
             swap_blocks(self.blocks, self.config.swap_blocks, self.device)
         if not base_is_sharded:
@@ -246,7 +246,7 @@ class BaseFamily:
             self.use_attention(self.config.attention)
 
     def use_attention(self, backend: str) -> None:
-        """Compute attention by one of diffusers' backends.
+        """Compute attention with one of diffusers' backends, such as `flash`.
 
         Raises:
             UserError: there is none of that name, or it cannot run here, or has no backward pass.
@@ -266,14 +266,14 @@ class BaseFamily:
         return [block for blocks in lists for block in blocks]
 
     def compile_blocks(self) -> None:
-        """torch.compile each block by itself."""
+        """Compile each of the transformer's blocks by itself with torch.compile."""
         # A block has a variant for every batch size, with gradient and without; beyond 8 it would run uncompiled.
         torch._dynamo.config.cache_size_limit = 64
         for block in self.blocks:
             block.compile()
 
     def lora_targets(self, targets: str) -> tuple[list[str], list[str]]:
-        """(suffixes to adapt, full names to leave out) of `lora.targets`."""
+        """The layers that a value of `lora.targets` means: (suffixes to adapt, full names to leave out)."""
         layers = self.attention + self.feed_forward if targets == "attention+feed_forward" else self.attention
         return [*layers], [name for name in self.not_adapted if name.endswith(layers)]
 
@@ -285,7 +285,7 @@ class BaseFamily:
         return scheduler.get("shift") or scheduler.get("flow_shift") or 1.0
 
     def mu(self, num_steps: int) -> float:
-        """Linear in the image tokens between the scheduler's two points (FLUX.1, SD3.5)."""
+        """Log of the dynamic shift, linear in image tokens between the scheduler's two points (FLUX.1, Qwen-Image)."""
         scheduler = self.pipeline.scheduler.config
         slope = (scheduler.max_shift - scheduler.base_shift) / (
             scheduler.max_image_seq_len - scheduler.base_image_seq_len
@@ -298,16 +298,16 @@ class BaseFamily:
         return math.prod(self.latent_shape[1:]) // 4
 
     def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:
-        """(K + 1,) noise levels at `shift`, or at the model's own."""
+        """(K + 1,) noise levels, spaced by `shift`, or by the model's own shift where it is None."""
         return flow_sigmas(num_steps, shift or self.shift(num_steps))
 
     def schedule(self, num_steps: int, shift: float | None = None) -> Schedule:
-        """`sigmas`, with the shift that they were made with."""
+        """The noise levels of `sigmas` with the shift that spaced them."""
         return Schedule(self.sigmas(num_steps, shift), shift or self.shift(num_steps))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbeds:
-        """Prompts -> conditioning on the model's device, no gradient.
+        """Encode prompts: one row of conditioning for each, on the model's device, without gradient.
 
         Each prompt is encoded alone: kernels round differently for different batch sizes, and an image must not
         depend on what is drawn beside it.
@@ -324,7 +324,7 @@ class BaseFamily:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """The text encoders on the device, and back in system memory where they wait there."""
+        """Keep the text encoders on the device within the context; offloaded ones return to system memory after it."""
         away = self.config.text_encoders != "keep" and self.device.type != "cpu"
         if away:
             for encoder in self.encoders:
@@ -337,13 +337,13 @@ class BaseFamily:
                     encoder.to("cpu")
 
     def release_encoders(self) -> None:
-        """Forget the text encoders; `encode` needs a cache from now on."""
+        """Drop the text encoders to free their memory; `encode` needs a cache from then on."""
         self.encoders = []
         self.pipeline.register_modules(**dict.fromkeys(self.text_encoders))
 
     @without_cudnn_attention()  # in every pass: a compiled block keeps the kernel that it was compiled with
     def velocity(self, latents: Tensor, sigma: Tensor | float, text: TextEmbeds) -> Tensor:
-        """(B, ...), scalar or (B,), B rows -> velocity (B, ...) float32, with gradient where enabled.
+        """Latents (B, ...), sigma scalar or (B,), B rows -> velocity (B, ...) float32, with gradient where enabled.
 
         Sigma reaches the model unrounded, as a float. Guidance by two passes guides here too, so that rollouts,
         updates and pictures see the same velocity.

@@ -1,4 +1,4 @@
-"""Models without their weights: what the small JSON files of a model say, and its family on the meta device.
+"""Models without their weights, built on the meta device from the small JSON files that describe them.
 
 There everything has a shape and nothing has contents, so that a model of any size is made within a second, and
 forward and backward passes through it can be counted (`planning/meter.py`).
@@ -38,7 +38,7 @@ ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A pipeline by its parts.
+    """A diffusers pipeline described by the classes and configurations of its parts.
 
     pipeline: its class. settings: what it is made with besides its parts. parts: by name, each with its `class` and
     `config`, or with the number of its `parameters`. origin: where this is from, in words.
@@ -50,7 +50,7 @@ class Blueprint:
     origin: str
 
     def parameters(self, name: str) -> int:
-        """How many parameters a part has; a part that the model comes without has none."""
+        """Number of parameters of a part; 0 for a part that the model comes without."""
         part = self.parts.get(name)
         if part is None:
             return 0
@@ -59,7 +59,7 @@ class Blueprint:
         return part["parameters"]
 
     def make(self, name: str, device: str = "meta") -> nn.Module:
-        """A part, without contents, or with random ones on another device."""
+        """Build a part: without contents on the meta device, with random weights on another."""
         kind, config = self.parts[name]["class"], self.parts[name]["config"]
         with torch.device(device):
             if name in ("transformer", "vae"):
@@ -69,7 +69,7 @@ class Blueprint:
 
 
 def read_blueprint(config: ModelConfig) -> Blueprint:
-    """The blueprint of `model.path`: the package's own of a model that it knows, else the folder's or the Hub's.
+    """The blueprint of `model.path`: the package's own for a model that it knows, else read from the folder or the Hub.
 
     Raises:
         UserError: no such model, or it cannot be reached.
@@ -83,13 +83,13 @@ def read_blueprint(config: ModelConfig) -> Blueprint:
 
 @cache
 def architectures() -> dict[str, dict[str, Any]]:
-    """The models that the package knows, by their Hub ids."""
+    """The parts of the models that the package knows, by their Hub ids."""
     return yaml.safe_load(ARCHITECTURES.read_text(encoding="utf-8"))["models"]
 
 
 @cache
 def read_files(path: str, revision: str | None) -> Blueprint:
-    """From `model_index.json` and the `config.json` of every part."""
+    """Read a blueprint from `model_index.json` and the `config.json` of every part."""
     folder = EMBEDDED if path == "embedded" else Path(path)
     local = folder.is_dir()
     index = model_index(str(folder) if local else path, revision)
@@ -110,7 +110,7 @@ def read_files(path: str, revision: str | None) -> Blueprint:
 
 
 def make_family(blueprint: Blueprint, config: ModelConfig, device: str = "meta") -> BaseFamily:
-    """The part of a family that draws, in `model.dtype`, with the weights of `Blueprint.make`; it gives no pictures.
+    """A family's drawing part with the weights of `Blueprint.make`, in `model.dtype`; its `decode` gives no pictures.
 
     Raises:
         UserError: there is no family for the pipeline, or the size does not fit it.
@@ -139,7 +139,7 @@ def make_family(blueprint: Blueprint, config: ModelConfig, device: str = "meta")
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:
-    """As `from_pretrained` loads it: all but what the model's class keeps in float32."""
+    """Cast a model to a number type as `from_pretrained` does: all but what its class keeps in float32."""
     exempt = model._keep_in_fp32_modules or []
     for name, weight in model.named_parameters():
         if not any(part in exempt for part in name.split(".")):
@@ -151,7 +151,7 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Any:
 
 
 def blank_text(family: BaseFamily, prompts: int) -> TextEmbeds:
-    """The conditioning of so many prompts of full length, without contents."""
+    """A conditioning of `prompts` prompts at full length whose contents do not matter: zeros, or none on meta."""
     tokens = int(family.settings["max_sequence_length"])
     tensors: dict[str, Tensor] = {}
     for name, shape in family.text_shapes(tokens).items():
@@ -163,7 +163,7 @@ def blank_text(family: BaseFamily, prompts: int) -> TextEmbeds:
 
 
 def random_family(model: ModelConfig) -> BaseFamily:
-    """The part of a configured model that draws, with random weights, quantised as `model.quantization` says."""
+    """The drawing part of a configured model with random weights, quantised as `model.quantization` says."""
     device = resolve_device(model.device)
     use_device(device)
     model = model.model_copy(update={"dtype": resolve_dtype(model.dtype, device)})

@@ -1,6 +1,6 @@
-"""Text embeddings of a run's prompts, made before it, so that the encoders are never there beside the transformer.
+"""Text embeddings on disk, made before a run, so that text encoders and transformer are never loaded together.
 
-`model.text_encoders: cache`. One safetensors file a prompt, named by the digest of prompt and encoder settings.
+This is `model.text_encoders: cache`: one safetensors file a prompt, named by the digest of prompt and encoder settings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DECIDING = ("path", "revision", "dtype", "max_sequence_length", "negative_prompt
 
 
 class EmbeddingCache:
-    """Conditionings on disk, one file a prompt."""
+    """A folder with the conditionings of prompts, one safetensors file each."""
 
     def __init__(self, folder: Path, model: ModelConfig):
         self.folder = folder
@@ -34,16 +34,16 @@ class EmbeddingCache:
         self.settings = json.dumps([model.model_copy(update={"dtype": dtype}).model_dump()[key] for key in DECIDING])
 
     def file(self, prompt: str) -> Path:
-        """Where the conditioning of a prompt is."""
+        """Path of the file for a prompt's conditioning, whether it exists yet or not."""
         digest = hashlib.sha256(f"{self.settings}\x1f{prompt}".encode()).hexdigest()
         return self.folder / f"{digest[:32]}.safetensors"
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
-        """Prompts that have yet to be encoded, each once."""
+        """The prompts that are not encoded yet, each once."""
         return [prompt for prompt in dict.fromkeys(prompts) if not self.file(prompt).is_file()]
 
     def fill(self, family: BaseFamily, prompts: Sequence[str]) -> None:
-        """Encode what is missing, one prompt at a time, and free the encoders."""
+        """Encode the missing prompts, one at a time, and free the text encoders."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with torch.no_grad(), family.awake():
             for prompt in self.missing(prompts):
@@ -57,7 +57,10 @@ class EmbeddingCache:
             torch.cuda.empty_cache()
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> TextEmbeds:
-        """What `BaseFamily.encode` gives, from disk. What decides shapes (`lengths`) stays on the CPU."""
+        """The conditioning of prompts from disk, as `BaseFamily.encode` gives it.
+
+        What decides shapes (`lengths`) stays on the CPU.
+        """
         alone = {prompt: load_file(self.file(prompt)) for prompt in dict.fromkeys(prompts)}
         text = TextEmbeds.join([alone[prompt] for prompt in prompts])
         return TextEmbeds({k: v if k == "lengths" else v.to(device) for k, v in text.tensors.items()})

@@ -1,4 +1,4 @@
-"""Which family a model belongs to, by the small `model_index.json` that every diffusers model has."""
+"""Finds the family of a model by the small `model_index.json` that every diffusers model has."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def family_of(config: ModelConfig) -> str:
 
 
 def family_of_pipeline(config: ModelConfig, pipeline: str) -> str:
-    """`family_of` for a model of which the pipeline's class is known.
+    """The name of the family of a model whose pipeline class is known; otherwise as `family_of`.
 
     Raises:
         UserError: no family for it, or `model.family` is another one.
@@ -54,7 +54,7 @@ def family_of_pipeline(config: ModelConfig, pipeline: str) -> str:
 
 
 def pipeline_class(name: str) -> str:
-    """`pipeline_class` of the family's file, which is read and not imported."""
+    """The `pipeline_class` that a family's file assigns; the file is parsed and not imported."""
     (path,) = (folder / f"{name}.py" for folder in map(Path, models.__path__) if (folder / f"{name}.py").is_file())
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "pipeline_class":
@@ -63,7 +63,7 @@ def pipeline_class(name: str) -> str:
 
 
 def model_index(path: str, revision: str | None = None) -> dict[str, Any]:
-    """`model_index.json` of a folder or of a model on the Hub.
+    """Contents of the `model_index.json` of a folder or of a model on the Hub.
 
     Raises:
         UserError: there is none, or it cannot be had: no such model, gated, no network.
@@ -83,7 +83,7 @@ def hub_file(repo: str, name: str, revision: str | None = None) -> str:
     """Path of a small file of a model on the Hub, downloaded or from the cache.
 
     Raises:
-        UserError: what stands in the way, with the remedy.
+        UserError: the file cannot be had; the message says why and what to do.
     """
     what = f"model.path {repo!r}"
     with hub_errors(what, repo, "a local folder"):

@@ -1,4 +1,4 @@
-"""A model family by its configuration, loaded on its device."""
+"""Loads the model family of a configuration on its device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ngrpo_lora.models._index import family_of
 
 
 def load_family(config: ModelConfig, parts: Parts = "all", base_is_sharded: bool = False) -> BaseFamily:
-    """The model family of a configuration on its device, loaded without the libraries' notes and bars.
+    """Load the model family of a configuration on its device, without the libraries' log lines and progress bars.
 
     Raises:
         UserError: no such model, no family for it, or it cannot be loaded.

@@ -48,7 +48,7 @@ def swap_blocks(blocks: Sequence[nn.Module], count: int, device: torch.device) -
 
 
 class Span(NamedTuple):
-    """Where a weight lies among the bytes of its block."""
+    """A weight and its range of bytes, start to stop, among those of its block."""
 
     weight: nn.Parameter
     start: int
@@ -74,25 +74,25 @@ class OffloadedBlock:
         self.unload()
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """The weights as views of a run of bytes."""
+        """The block's weights as views of `buffer`, (size,) uint8 or longer."""
         return [buffer[start:stop].view(w.dtype).view(w.shape) for w, start, stop in self.spans]
 
     def load(self, buffer: Tensor) -> None:
-        """Copy the weights into the buffer and use them there."""
+        """Copy the weights into a buffer on the device and use them there."""
         for piece, place in zip(self.pieces, buffer[: self.size].split(PIECE), strict=True):
             place.copy_(piece, non_blocking=True)
         for (weight, *_), view in zip(self.spans, self.views(buffer), strict=True):
             weight.data = view
 
     def unload(self) -> None:
-        """Give up the buffer. What is left in place of each weight takes no memory and makes any result NaN."""
+        """Release the buffer; the placeholders in place of the weights take no memory and make any result NaN."""
         for (weight, *_), placeholder in zip(self.spans, self.away, strict=True):
             weight.data = placeholder
             increment_version(weight)  # autograd must not read the buffer as this weight any more
 
 
 class BlockSwap:
-    """Two buffers on the device, and which block is resident in each."""
+    """Two buffers on the device, each the size of a block, and which block is resident in each."""
 
     def __init__(self, blocks: list[OffloadedBlock], device: torch.device):
         self.blocks, self.device = blocks, device
@@ -117,7 +117,7 @@ class BlockSwap:
             self.fetch(following, 1 - self.resident.index(index))
 
     def fetch(self, index: int, slot: int) -> None:
-        """Copy a block into a buffer, after all that was asked of the device so far."""
+        """Copy a block into the buffer `slot`, after all work that the device was given so far."""
         if (previous := self.resident[slot]) is not None:
             self.blocks[previous].unload()
         self.resident[slot] = index

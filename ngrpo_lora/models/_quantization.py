@@ -26,7 +26,7 @@ NEED_GPU = ("nf4", "int8")
 
 
 def check_quantization(kind: str, device: str) -> None:
-    """Make sure that a `model.quantization` can be had on a device.
+    """Check that a `model.quantization` is available on a device.
 
     Raises:
         UserError: its package is not installed, or it needs a GPU.
@@ -45,7 +45,7 @@ def check_quantization(kind: str, device: str) -> None:
 
 
 def pipeline_quantization(kind: str, dtype: torch.dtype) -> PipelineQuantizationConfig | None:
-    """What `from_pretrained` takes to quantise the transformer, which computes in `dtype`; None: nothing."""
+    """The `quantization_config` for `from_pretrained`, with a transformer that computes in `dtype`; None for `none`."""
     if kind == "none":
         return None
     from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
@@ -67,7 +67,7 @@ def pipeline_quantization(kind: str, dtype: torch.dtype) -> PipelineQuantization
 
 
 def keep_inputs_whole(module: nn.Module) -> None:
-    """Compute in bitsandbytes' INT8 layers with the weights in 8 bits and the inputs as they are.
+    """Make bitsandbytes' INT8 layers compute with unquantised inputs, so that only their weights are in 8 bits.
 
     LLM.int8 quantises the inputs too, all but their outliers, and keeps them where gradient checkpointing cannot let
     go of them: on an H100 its rollouts of FLUX.1 took 2.3 times as long as bfloat16's, and its update 10 GiB more.
@@ -80,7 +80,7 @@ def keep_inputs_whole(module: nn.Module) -> None:
 
 
 def int8_linear(layer: Any, x: Tensor) -> Tensor:
-    """A layer's output in the number type of `x`."""
+    """The output of a bitsandbytes INT8 layer, in the number type of its input `x`."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return Int8Linear.apply(x, layer.weight, layer.weight.SCB, bias)
 
@@ -88,7 +88,7 @@ def int8_linear(layer: Any, x: Tensor) -> Tensor:
 class Int8Linear(torch.autograd.Function):
     """`x W^T + b` for a frozen W, of which only the 8 bits are kept for the backward pass.
 
-    weight: (out, in) int8. scale: (out,), the largest absolute value of each row, which is 127.
+    weight: (out, in) int8. scale: (out,), the largest absolute value of each row, stored as 127.
     """
 
     @staticmethod
@@ -103,12 +103,12 @@ class Int8Linear(torch.autograd.Function):
 
 
 def unpack(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights that 8 bits stand for."""
+    """Dequantise INT8 weights: `weight * scale / 127` row by row, (out, in) in `dtype`."""
     return weight.to(dtype).mul_(scale[:, None] / 127)
 
 
 def quantize_linears(module: nn.Module, kind: str, device: torch.device) -> None:
-    """Put bitsandbytes' layers in place of the linear ones within a module, as a family does when it loads."""
+    """Replace the linear layers within a module by bitsandbytes' quantised ones, as a family does when it loads."""
     from bitsandbytes import nn as bnb
     from bitsandbytes.functional import int8_vectorwise_quant
 

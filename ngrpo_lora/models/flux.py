@@ -18,7 +18,7 @@ from ngrpo_lora.world import EMBEDDED
 
 
 class Family(BaseFamily):
-    """See `_base.BaseFamily` for the contract."""
+    """The FLUX.1 family, embedded model included; `_base.BaseFamily` documents its members."""
 
     pipeline_class = "FluxPipeline"
     text_encoders = ("text_encoder", "text_encoder_2")
@@ -31,7 +31,7 @@ class Family(BaseFamily):
     distilled_guidance = True
 
     def configure(self, config: ModelConfig) -> None:
-        """The positions of image tokens too."""
+        """Apply the settings of `config`, and recompute the positions of image tokens."""
         super().configure(config)
         if self.draws:
             _, height, width = self.latent_shape
@@ -40,32 +40,32 @@ class Family(BaseFamily):
 
     @property
     def source(self) -> str:
-        """The model in the package, a folder or a Hub id."""
+        """The embedded model's folder in the package, or the configured folder or Hub id."""
         return str(EMBEDDED) if self.config.path == "embedded" else self.config.path
 
     def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
-        """The VAE's channels and cells; the transformer takes 2 x 2 cells as one token."""
+        """(C, H, W) of the VAE's latents; the transformer takes 2 x 2 of their cells as one token."""
         scale = self.pipeline.vae_scale_factor
         return (self.transformer.config.in_channels // 4, config.height_px // scale, config.width_px // scale)
 
     def max_tokens(self) -> int:
-        """T5's, of the pipeline's 512 as many as the tokenizer gives."""
+        """Number of T5 tokens: the pipeline's 512, or fewer where the tokenizer's limit is lower."""
         return min(512, self.pipeline.tokenizer_2.model_max_length)
 
     def tokenizers(self) -> dict[str, tuple[Any, int]]:
-        """CLIP's, of whose 77 tokens one state is left, and T5's."""
+        """CLIP's tokenizer, whose 77 tokens yield a single pooled state, and T5's."""
         clip, t5 = self.pipeline.tokenizer, self.pipeline.tokenizer_2
         return {"CLIP": (clip, clip.model_max_length), "T5": (t5, int(self.settings["max_sequence_length"]))}
 
     def encode_alone(self, prompt: str) -> dict[str, Tensor]:
-        """T5 states and CLIP's pooled state."""
+        """Encode one prompt: T5's states and CLIP's pooled state."""
         embeds, pooled, _ = self.pipeline.encode_prompt(
             [prompt], None, device=self.device, max_sequence_length=int(self.settings["max_sequence_length"])
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """T5 states and CLIP's pooled state."""
+        """Shapes of T5's states and CLIP's pooled state for a prompt of `tokens` tokens."""
         config = self.transformer.config
         return {
             "prompt_embeds": (tokens, config.joint_attention_dim),
@@ -73,7 +73,7 @@ class Family(BaseFamily):
         }
 
     def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
-        """The transformer on packed latents."""
+        """Velocity of the latents, which are packed into tokens of 2 x 2 cells for the transformer."""
         batch, channels, height, width = latents.shape
         embeds = text.tensors["prompt_embeds"]
         guidance = None

@@ -28,7 +28,7 @@ from ngrpo_lora.types import TextEmbeds
 
 
 class Family(BaseFamily):
-    """See `_base.BaseFamily` for the contract."""
+    """The FLUX.2 klein family; `_base.BaseFamily` documents its members."""
 
     pipeline_class = "Flux2KleinPipeline"
     text_encoders = ("text_encoder",)
@@ -39,7 +39,7 @@ class Family(BaseFamily):
     feed_forward = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 
     def configure(self, config: ModelConfig) -> None:
-        """The positions of tokens too."""
+        """Apply the settings of `config`, and recompute the positions of text and image tokens."""
         check_guidance(config, self.distilled_guidance)
         super().configure(config)
         tokens = int(self.settings["max_sequence_length"])
@@ -48,58 +48,58 @@ class Family(BaseFamily):
             self.image_ids = self.pipeline._prepare_latent_ids(torch.empty(1, *self.latent_shape)).to(self.device)
 
     def load(self, parts: Parts) -> Any:
-        """The pipeline; guidance that a distilled model cannot follow is refused before its weights are read."""
+        """Load the pipeline; guidance that a distilled model cannot follow is refused before its weights are read."""
         index = model_index(self.config.path, self.config.revision)
         check_guidance(self.config, index.get("is_distilled", False))
         return super().load(parts)
 
     @property
     def distilled_guidance(self) -> bool:
-        """Whether the model is drawn without guidance."""
+        """Whether the model is distilled, and so drawn without guidance."""
         return self.pipeline.config.is_distilled
 
     @property
     def default_guidance(self) -> float:
-        """Of the base models."""
+        """Guidance scale: 4 for the base models, 1 (none) for the distilled ones."""
         return 1.0 if self.distilled_guidance else 4.0
 
     @property
     def size(self) -> str:
-        """4b or 9b, by the transformer's width."""
+        """Size of the model by its transformer's width: `4b` or `9b`."""
         return "4b" if self.transformer.config.num_attention_heads <= 24 else "9b"
 
     @property
     def architecture(self) -> str:
-        """As musubi-tuner writes it."""
+        """`modelspec.architecture` as musubi-tuner writes it."""
         return f"Flux.2-klein-{self.size}"
 
     @property
     def kohya_version(self) -> str:
-        """As musubi-tuner writes it."""
+        """`ss_base_model_version` as musubi-tuner writes it."""
         return f"flux_2_klein_{self.size}"
 
     def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
-        """Channels and cells of the patchified latents."""
+        """(C, H, W) of the patchified latents, each cell of which holds 2 x 2 cells of the VAE."""
         cell_px = 2 * self.pipeline.vae_scale_factor
         return (self.transformer.config.in_channels, config.height_px // cell_px, config.width_px // cell_px)
 
     @property
     def image_tokens(self) -> int:
-        """One a cell."""
+        """Number of tokens of one sample, one for each cell of the latents."""
         return math.prod(self.latent_shape[1:])
 
     def mu(self, num_steps: int) -> float:
-        """Black Forest Labs' fit to resolution and number of steps."""
+        """Logarithm of the shift, by Black Forest Labs' fit to resolution and number of steps."""
         return compute_empirical_mu(self.image_tokens, num_steps)
 
     def lora_targets(self, targets: str) -> tuple[list[str], list[str]]:
-        """Also the single blocks' `to_out`, in full: in double blocks a list of modules has that name."""
+        """The usual layers and the single blocks' `to_out`, by full names: in double blocks it is a list of modules."""
         layers, left_out = super().lora_targets(targets)
         blocks = range(len(self.transformer.single_transformer_blocks))
         return [*layers, *(f"single_transformer_blocks.{block}.attn.to_out" for block in blocks)], left_out
 
     def tokenizers(self) -> dict[str, tuple[Any, int]]:
-        """Qwen3's; a chat template takes some of its tokens."""
+        """Qwen3's tokenizer, and the number of tokens that its chat template leaves to a prompt."""
         tokenizer = self.pipeline.tokenizer
         template = tokenizer.apply_chat_template(
             [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -108,18 +108,18 @@ class Family(BaseFamily):
         return {"Qwen3": (tokenizer, left)}
 
     def encode_alone(self, prompt: str) -> dict[str, Tensor]:
-        """Qwen3's states, the padding's too."""
+        """Encode one prompt: Qwen3's states at full length, those of the padding included."""
         embeds, _ = self.pipeline.encode_prompt(
             [prompt], device=self.device, max_sequence_length=int(self.settings["max_sequence_length"])
         )
         return {"prompt_embeds": embeds}
 
     def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """Qwen3's states."""
+        """Shape of Qwen3's states for a prompt of `tokens` tokens."""
         return {"prompt_embeds": (tokens, self.transformer.config.joint_attention_dim)}
 
     def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
-        """The transformer on latents as a row of tokens."""
+        """Velocity of the latents, whose cells the transformer takes as a sequence of tokens."""
         tokens = self.transformer(
             hidden_states=self.pipeline._pack_latents(latents),
             timestep=sigmas,
@@ -132,7 +132,7 @@ class Family(BaseFamily):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Undo the batch norm and the patches, then decode."""
+        """Undo the batch norm and the 2 x 2 patches of clean latents, then decode them to images."""
         norm = self.vae.bn
         std = (norm.running_var.float() + norm.eps).sqrt().view(-1, 1, 1)
         cells = self.pipeline._unpatchify_latents(latents * std + norm.running_mean.float().view(-1, 1, 1))
@@ -140,7 +140,7 @@ class Family(BaseFamily):
         return self.pipeline.image_processor.postprocess(pixels, "pil")
 
     def vae_latents(self, latents: Tensor) -> Tensor:
-        """As they are: ComfyUI's VAE undoes batch norm and patches itself."""
+        """The latents unchanged, since ComfyUI's VAE undoes batch norm and patches itself."""
         return latents
 
 

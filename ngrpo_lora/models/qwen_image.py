@@ -4,10 +4,10 @@ Source of the conventions: diffusers' `QwenImagePipeline` (pipelines/qwenimage/p
 
 - Time: the transformer takes sigma itself, from 1 (noise) to 0, and gives `noise - clean`.
 - Latents: 16 channels, normalised by the VAE's `latents_mean` and `latents_std`; the transformer takes 2 x 2 cells as
-  one token. The VAE is one of video, and an image its first frame.
+  one token. The VAE is a video VAE; an image is its first frame.
 - Prompts: Qwen2.5-VL reads them within a template, whose first 34 states are dropped.
-- Guidance: two passes at 4.0, after which every token has the norm that it has with the prompt alone. The model card
-  leads away from a blank, `model.negative_prompt=" "`.
+- Guidance: two passes at 4.0, after which every token has the norm that it has with the prompt alone. The model card's
+  negative prompt is a blank, `model.negative_prompt=" "`.
 - Schedule: the shift depends on the size; then the last noise level is stretched to the scheduler's `shift_terminal`.
 """
 
@@ -26,7 +26,7 @@ from ngrpo_lora.types import TextEmbeds
 
 
 class Family(BaseFamily):
-    """See `_base.BaseFamily` for the contract."""
+    """The Qwen-Image family; `_base.BaseFamily` documents its members."""
 
     pipeline_class = "QwenImagePipeline"
     text_encoders = ("text_encoder",)
@@ -38,39 +38,39 @@ class Family(BaseFamily):
 
     @property
     def not_adapted(self) -> tuple[str, ...]:
-        """What the last block makes of the text reaches no image, so its layers would get no gradient."""
+        """Text layers of the last block, whose output reaches no image, so that they would get no gradient."""
         last = f"transformer_blocks.{self.transformer.config.num_layers - 1}"
         unused = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
         return tuple(f"{last}.{layer}" for layer in unused)
 
     def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
-        """The VAE's channels and cells; the transformer takes 2 x 2 cells as one token."""
+        """(C, H, W) of the VAE's latents; the transformer takes 2 x 2 of their cells as one token."""
         scale = self.pipeline.vae_scale_factor
         return (self.transformer.config.in_channels // 4, config.height_px // scale, config.width_px // scale)
 
     def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:
-        """(K + 1,) noise levels, stretched as the scheduler asks for."""
+        """(K + 1,) noise levels, the last before 0 stretched to the scheduler's `shift_terminal` where it has one."""
         sigmas = super().sigmas(num_steps, shift)
         terminal = self.pipeline.scheduler.config.get("shift_terminal")
         return stretch_to_terminal(sigmas, terminal) if terminal else sigmas
 
     def tokenizers(self) -> dict[str, tuple[Any, int]]:
-        """The template counts only with its end, which is cut first."""
+        """Qwen2.5-VL's tokenizer and its token limit; of the template only the end counts, and is cut first."""
         return {"Qwen2.5-VL": (self.pipeline.tokenizer, int(self.settings["max_sequence_length"]))}
 
     def encode_alone(self, prompt: str) -> dict[str, Tensor]:
-        """States of the prompt and of the template's end."""
+        """Encode one prompt: the states of the prompt and of the template's end, and their number."""
         embeds, _ = self.pipeline.encode_prompt(
             [prompt], device=self.device, max_sequence_length=int(self.settings["max_sequence_length"])
         )
         return {"prompt_embeds": embeds, "lengths": torch.tensor([embeds.shape[1]])}
 
     def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """States and their number."""
+        """Shapes of the states and of their number for a prompt of `tokens` tokens."""
         return {"prompt_embeds": (tokens, self.transformer.config.joint_attention_dim), "lengths": ()}
 
     def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
-        """The transformer on packed latents, with a mask where prompts differ in length."""
+        """Velocity of the latents, packed into tokens of 2 x 2 cells, with a mask where prompts differ in length."""
         batch, channels, height, width = latents.shape
         lengths = text.tensors["lengths"]
         longest = int(lengths.max())
@@ -87,7 +87,7 @@ class Family(BaseFamily):
         return tokens.permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
 
     def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        """Classifier-free guidance that keeps each token's norm, that of all channels of 2 x 2 cells."""
+        """Classifier-free guidance that keeps each token's norm (all channels of 2 x 2 cells) with the prompt alone."""
         guided = super().guide(conditional, unconditional)
         return (cells(guided) * (token_norms(conditional) / token_norms(guided))).view(guided.shape)
 
@@ -98,18 +98,18 @@ class Family(BaseFamily):
         return self.pipeline.image_processor.postprocess(video[:, :, 0], "pil")
 
     def vae_latents(self, latents: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, 1, H, W), not normalised."""
+        """(B, C, H, W) -> (B, C, 1, H, W): latents without the normalisation, as one frame of a video."""
         config, frame = self.vae.config, latents[:, :, None]
         mean, std = (frame.new_tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
         return frame * std + mean
 
 
 def cells(latents: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, H / 2, 2, W / 2, 2): what a token consists of is in dimensions 1, 3 and 5."""
+    """(B, C, H, W) -> (B, C, H / 2, 2, W / 2, 2), in which one token is dimensions 1, 3 and 5."""
     batch, channels, height, width = latents.shape
     return latents.view(batch, channels, height // 2, 2, width // 2, 2)
 
 
 def token_norms(latents: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 1, H / 2, 1, W / 2, 1) Euclidean norms."""
+    """(B, C, H, W) -> (B, 1, H / 2, 1, W / 2, 1), the Euclidean norm of each token."""
     return torch.linalg.vector_norm(cells(latents), dim=(1, 3, 5), keepdim=True)

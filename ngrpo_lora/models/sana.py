@@ -6,11 +6,11 @@ Source of the conventions: diffusers' `SanaPipeline` (pipelines/sana/pipeline_sa
 - Time: the transformer takes 1000 * sigma, from nearly 1000 (noise) to 0, times its own `timestep_scale`, and gives
   `noise - clean`.
 - Latents: 32 channels of AutoencoderDC, each cell 32 x 32 pixels and one token; only scaled.
-- Prompts: Gemma-2 reads them, in small letters, after an instruction ("complex human instruction"); 300 states are
+- Prompts: Gemma-2 reads them, in lower case, after an instruction ("complex human instruction"); 300 states are
   kept, the first and the last 299, with a mask. The negative prompt comes without the instruction.
 - Guidance: two passes at 4.5.
 - Schedule: that of diffusers' DPM-Solver++ for flows, a constant shift (`flow_shift`, 3) of times from 0.999 to 0.
-  With our `dpmpp_2m` it is diffusers' own sampler, but for the times, which that one cuts to integers.
+  With our `dpmpp_2m` it is diffusers' own sampler, except for the times, which diffusers cuts to integers.
 
 The pipeline draws other sizes than those trained on at the nearest of these and resizes the picture; here the
 configured size is drawn.
@@ -31,7 +31,7 @@ from ngrpo_lora.types import TextEmbeds
 
 
 class Family(BaseFamily):
-    """See `_base.BaseFamily` for the contract."""
+    """The Sana family; `_base.BaseFamily` documents its members."""
 
     pipeline_class = "SanaPipeline"
     text_encoders = ("text_encoder",)
@@ -44,7 +44,7 @@ class Family(BaseFamily):
     size_multiple = 32
 
     def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
-        """The VAE's channels and cells."""
+        """(C, H, W) of the VAE's latents, one cell for 32 x 32 pixels."""
         scale = self.pipeline.vae_scale_factor
         return (self.transformer.config.in_channels, config.height_px // scale, config.width_px // scale)
 
@@ -54,11 +54,11 @@ class Family(BaseFamily):
         return shifted(times, shift or self.shift(num_steps)).float()
 
     def tokenizers(self) -> dict[str, tuple[Any, int]]:
-        """Of the states kept one is the instruction's last."""
+        """Gemma-2's tokenizer and its tokens for a prompt: of the kept states, one is the instruction's last."""
         return {"Gemma-2": (self.pipeline.tokenizer, int(self.settings["max_sequence_length"]) - 1)}
 
     def encode_alone(self, prompt: str) -> dict[str, Tensor]:
-        """States and mask; the instruction is left out for a prompt that is the negative one."""
+        """Encode one prompt: states and mask; a prompt equal to the negative one goes without the instruction."""
         instruction = inspect.signature(self.pipeline.__call__).parameters["complex_human_instruction"].default
         embeds, mask, _, _ = self.pipeline.encode_prompt(
             prompt,
@@ -70,12 +70,12 @@ class Family(BaseFamily):
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """States and mask."""
+        """Shapes of the states and of their mask for a prompt of `tokens` tokens."""
         states = (tokens, self.transformer.config.caption_channels)
         return {"prompt_embeds": states, "prompt_attention_mask": (tokens,)}
 
     def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
-        """The transformer, with the mask of the prompts."""
+        """Velocity of the latents, with attention masked to the tokens of each prompt."""
         return self.transformer(
             hidden_states=latents,
             encoder_hidden_states=text.tensors["prompt_embeds"],

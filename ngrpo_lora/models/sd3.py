@@ -31,7 +31,7 @@ GUIDANCE = {"3-medium": 7.0, "3.5-medium": 4.5, "3.5-large": 3.5}
 
 
 class Family(BaseFamily):
-    """See `_base.BaseFamily` for the contract."""
+    """The Stable Diffusion 3 and 3.5 family; `_base.BaseFamily` documents its members."""
 
     pipeline_class = "StableDiffusion3Pipeline"
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -41,7 +41,7 @@ class Family(BaseFamily):
 
     @property
     def version(self) -> Literal["3-medium", "3.5-medium", "3.5-large"]:
-        """Of the three only 3.5 Medium has blocks with a second attention, and only 3 Medium no normalised queries."""
+        """Which of the three models: only 3.5 Medium has second attentions, only 3 Medium no normalised queries."""
         config = self.pipeline.transformer.config
         if config.qk_norm is None:
             return "3-medium"
@@ -49,32 +49,32 @@ class Family(BaseFamily):
 
     @property
     def architecture(self) -> str:
-        """As Stability AI's own files have it."""
+        """`modelspec.architecture` as Stability AI's own files have it."""
         return f"stable-diffusion-v{self.version}"
 
     @property
     def kohya_version(self) -> str:
-        """As sd-scripts has it."""
+        """`ss_base_model_version` as sd-scripts writes it."""
         return self.version.replace(".", "-")
 
     @property
     def default_guidance(self) -> float:
-        """Each model card's."""
+        """Guidance scale that the model card recommends."""
         return GUIDANCE[self.version]
 
     @property
     def not_adapted(self) -> tuple[str, ...]:
-        """The last block's queries of the prompt, from which nothing follows."""
+        """The last block's query layer of the prompt, whose output is not used."""
         return (f"transformer_blocks.{self.pipeline.transformer.config.num_layers - 1}.attn.add_q_proj",)
 
     def left_out(self, parts: Parts) -> tuple[str, ...]:
-        """T5 too where the model comes without it; diffusers wants to be told."""
+        """Components that are not loaded, T5 among them where the model comes without it: diffusers must be told."""
         index = model_index(self.source, self.config.revision)
         absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None]
         return (*super().left_out(parts), *absent)
 
     def load(self, parts: Parts) -> Any:
-        """The pipeline; where only prompts are encoded, with a transformer that has a configuration and no weights."""
+        """Load the pipeline; if only prompts are encoded, its transformer has a configuration and no weights."""
         pipeline = super().load(parts)
         if parts == "text":
             kind = diffusers.SD3Transformer2DModel
@@ -84,12 +84,12 @@ class Family(BaseFamily):
         return pipeline
 
     def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
-        """The VAE's channels and cells."""
+        """(C, H, W) of the VAE's latents."""
         scale = self.pipeline.vae_scale_factor
         return (self.transformer.config.in_channels, config.height_px // scale, config.width_px // scale)
 
     def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:
-        """(K + 1,) noise levels of K times from 1 to the shifted 1 / 1000, shifted (again), and 0.
+        """(K + 1,) noise levels: K times from 1 to the shifted 1 / 1000, shifted (again), then 0.
 
         The last step is therefore a very small one, as in the reference code and in diffusers.
         """
@@ -99,13 +99,13 @@ class Family(BaseFamily):
         return torch.cat([shifted(times, shift), times.new_zeros(1)]).float()
 
     def tokenizers(self) -> dict[str, tuple[Any, int]]:
-        """CLIP's two, whose vocabularies are one, and T5's where there is one."""
+        """The tokenizer of both CLIPs, whose vocabularies are one, and T5's where the model has it."""
         clip, t5 = self.pipeline.tokenizer, self.pipeline.tokenizer_3
         own = {"CLIP": (clip, clip.model_max_length)}
         return own | ({"T5": (t5, int(self.settings["max_sequence_length"]))} if t5 else {})
 
     def encode_alone(self, prompt: str) -> dict[str, Tensor]:
-        """The three encoders' states, and CLIP's pooled ones."""
+        """Encode one prompt: the states of all three encoders, and the pooled states of both CLIPs."""
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             [prompt],
             None,
@@ -117,7 +117,7 @@ class Family(BaseFamily):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """CLIP's 77 states before T5's, and pooled ones."""
+        """Shapes of the states, CLIP's 77 before T5's `tokens`, and of the pooled states."""
         config = self.transformer.config
         return {
             "prompt_embeds": (77 + tokens, config.joint_attention_dim),
@@ -125,7 +125,7 @@ class Family(BaseFamily):
         }
 
     def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
-        """The transformer, which makes patches by itself."""
+        """Velocity of the latents, which the transformer cuts into patches by itself."""
         return self.transformer(
             hidden_states=latents,
             timestep=1000 * sigmas,

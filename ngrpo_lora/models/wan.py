@@ -27,7 +27,7 @@ from ngrpo_lora.types import TextEmbeds
 
 
 class Family(BaseFamily):
-    """See `_base.BaseFamily` for the contract."""
+    """The Wan text-to-video family; `_base.BaseFamily` documents its members."""
 
     pipeline_class = "WanPipeline"
     text_encoders = ("text_encoder",)
@@ -37,13 +37,13 @@ class Family(BaseFamily):
     default_guidance = 5.0
 
     def configure(self, config: ModelConfig) -> None:
-        """A number of frames that latents can have."""
+        """Apply the settings of `config`, whose number of frames must be one that latents can have."""
         check_frames(config)
         super().configure(config)
         self.settings["num_frames"] = self.num_frames
 
     def load(self, parts: Parts) -> Any:
-        """The pipeline; what this family cannot draw is refused before weights are read."""
+        """Load the pipeline; what this family cannot draw is refused before weights are read."""
         config = self.config
         check_frames(config)
         if model_index(config.path, config.revision).get("transformer_2", [None])[0] is not None:
@@ -55,37 +55,37 @@ class Family(BaseFamily):
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """float32, as in the model cards' examples."""
+        """Number type of the VAE: float32, as in the model cards' examples."""
         return torch.float32
 
     @property
     def architecture(self) -> str:
-        """Wan 2.2's only single transformer is TI2V-5B."""
+        """`modelspec.architecture`; of Wan 2.2 only TI2V-5B has a single transformer."""
         return "wan2.2-ti2v-5b" if self.pipeline.config.expand_timesteps else "wan2.1"
 
     @property
     def num_frames(self) -> int:
-        """Five seconds: at 16 frames a second, of Wan 2.2 at 24."""
+        """Configured number of frames, else those of five seconds at 16 frames a second, 24 for Wan 2.2."""
         return self.config.num_frames or (121 if self.pipeline.config.expand_timesteps else 81)
 
     @property
     def size_multiple(self) -> int:
-        """Pixels of a patch."""
+        """Side of a transformer's patch in pixels."""
         return self.pipeline.vae_scale_factor_spatial * self.pipeline.transformer.config.patch_size[1]
 
     def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
-        """(C, F, H, W); the first frame has latents of its own."""
+        """(C, F, H, W) of the latents, in which the first frame of a video stands alone."""
         frames = (self.num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
         cell_px = self.pipeline.vae_scale_factor_spatial
         channels = self.transformer.config.in_channels
         return (channels, frames, config.height_px // cell_px, config.width_px // cell_px)
 
     def tokenizers(self) -> dict[str, tuple[Any, int]]:
-        """UMT5's."""
+        """UMT5's tokenizer and its token limit."""
         return {"UMT5": (self.pipeline.tokenizer, int(self.settings["max_sequence_length"]))}
 
     def encode_alone(self, prompt: str) -> dict[str, Tensor]:
-        """UMT5 states, then zeros."""
+        """Encode one prompt: UMT5's states, padded with zeros."""
         embeds, _ = self.pipeline.encode_prompt(
             [prompt],
             do_classifier_free_guidance=False,
@@ -95,11 +95,11 @@ class Family(BaseFamily):
         return {"prompt_embeds": embeds}
 
     def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """UMT5's states."""
+        """Shape of UMT5's states for a prompt of `tokens` tokens."""
         return {"prompt_embeds": (tokens, self.transformer.config.text_dim)}
 
     def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
-        """The transformer."""
+        """Velocity of the latents, (B, C, F, H, W)."""
         return self.transformer(
             hidden_states=latents,
             timestep=sigmas * 1000,
@@ -109,12 +109,12 @@ class Family(BaseFamily):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Undo the standardisation and decode; frames of a sample follow one another."""
+        """Undo the standardisation of clean latents and decode them; frames of a sample follow one another."""
         pixels = self.vae.decode(self.vae_latents(latents).to(self.vae.dtype), return_dict=False)[0]
         return [frame for video in self.pipeline.video_processor.postprocess_video(pixels, "pil") for frame in video]
 
     def vae_latents(self, latents: Tensor) -> Tensor:
-        """Not standardised."""
+        """Clean latents without the channel-wise standardisation, as the VAE takes them."""
         config = self.vae.config
         mean, std = (
             latents.new_tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)

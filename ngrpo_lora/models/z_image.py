@@ -26,7 +26,7 @@ TURBO_SHIFT = 3.0
 
 
 class Family(BaseFamily):
-    """See `_base.BaseFamily` for the contract."""
+    """The Z-Image family; `_base.BaseFamily` documents its members."""
 
     pipeline_class = "ZImagePipeline"
     text_encoders = ("text_encoder",)
@@ -37,25 +37,25 @@ class Family(BaseFamily):
 
     @property
     def default_guidance(self) -> float:
-        """5.0 of the base model, none of Turbo."""
+        """Guidance scale: 5.0 for the base model, 0 (none) for Turbo."""
         return 0.0 if self.pipeline.scheduler.config.shift == TURBO_SHIFT else 5.0
 
     @property
     def guided(self) -> bool:
-        """A scale of 1 is not the absence of guidance here; 0 is."""
+        """Whether guidance takes a second pass: here 0 is the scale without guidance, not 1."""
         return self.settings["guidance_scale"] > 0
 
     def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        """Guidance as in Imagen's Eq. 2 with `w - 1`."""
+        """Guidance of velocities as in Imagen's Eq. 2, with a scale of `w - 1`."""
         return conditional + self.settings["guidance_scale"] * (conditional - unconditional)
 
     def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
-        """The VAE's channels and cells."""
+        """(C, H, W) of the VAE's latents."""
         scale = self.pipeline.vae_scale_factor
         return (self.transformer.config.in_channels, config.height_px // scale, config.width_px // scale)
 
     def tokenizers(self) -> dict[str, tuple[Any, int]]:
-        """The chat turn around a prompt takes some of the tokens."""
+        """Qwen3's tokenizer, and the number of tokens that the chat turn around a prompt leaves to it."""
         tokenizer = self.pipeline.tokenizer
         turn = tokenizer.apply_chat_template(
             [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True, enable_thinking=True
@@ -63,7 +63,7 @@ class Family(BaseFamily):
         return {"Qwen3": (tokenizer, int(self.settings["max_sequence_length"]) - len(tokenizer(turn)["input_ids"]))}
 
     def encode_alone(self, prompt: str) -> dict[str, Tensor]:
-        """States of the chat turn."""
+        """Encode one prompt: Qwen3's states of its chat turn, and their number."""
         (embeds,), _ = self.pipeline.encode_prompt(
             [prompt],
             device=self.device,
@@ -73,11 +73,11 @@ class Family(BaseFamily):
         return {"prompt_embeds": embeds[None], "lengths": torch.tensor([len(embeds)])}
 
     def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """States and their number."""
+        """Shapes of the states and of their number for a prompt of `tokens` tokens."""
         return {"prompt_embeds": (tokens, self.transformer.config.cap_feat_dim), "lengths": ()}
 
     def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
-        """The transformer on images of one frame and on prompts at their own lengths."""
+        """Velocity of the latents, given as images of one frame, with prompts at their own lengths."""
         lengths = text.tensors["lengths"].tolist()
         prompts = [row[:length] for row, length in zip(text.tensors["prompt_embeds"], lengths, strict=True)]
         images = self.transformer([*latents.unsqueeze(2)], 1 - sigmas, prompts, return_dict=False)[0]

@@ -53,7 +53,7 @@ Rows = Iterable[tuple[str, Any]]  # where a row stands, and the row: text, or ce
 
 
 class Prompt(NamedTuple):
-    """What to draw, and what rewards are told beside it."""
+    """The text of a prompt, and the metadata that rewards get with it."""
 
     text: str
     metadata: dict[str, Any] = {}
@@ -69,7 +69,7 @@ class PromptTable:
 
 
 def prompt_key(text: str) -> str:
-    """What equal prompts have in common: NFKC, without case, single spaces."""
+    """The form in which equal prompts agree: NFKC, without case, single spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -77,7 +77,7 @@ def read_prompts(source: str, deduplicate: bool = True) -> PromptTable:
     """All prompts of a file or a dataset.
 
     Args:
-        source: one of the forms above.
+        source: one of the forms that head this module.
         deduplicate: keep only the first of several prompts with the same `prompt_key`.
     Raises:
         ConfigError: no such source, not readable, not what its name says, no column of prompts, or no prompt in it.
@@ -148,7 +148,7 @@ def _rows(source: str) -> tuple[Rows, str]:
 
 
 def _column(row: dict[str, Any], wanted: str, place: str) -> str:
-    """The column of prompts: the wanted one, else the first of `COLUMNS` that is there."""
+    """The name of the column of prompts: the wanted one, else the first of `COLUMNS` that is there."""
     if wanted in row:
         return wanted
     if not wanted:

@@ -30,9 +30,9 @@ def inspect_sources(
     """A column of figures for each source, then the first prompts that a run on them would train on.
 
     Args:
-        model: whose tokenizers count: embedded, a diffusers folder or a Hub id; none: no tokens.
-        held_out: the fraction that is held out.
-        seed: the run's.
+        model: whose tokenizers count tokens: `embedded`, a diffusers folder or a Hub id; None: tokens are not counted.
+        held_out: fraction of the prompts that is held out; None: nothing is.
+        seed: seed of the run, `seed` in its configuration.
     Raises:
         ConfigError: as `read_prompts`, or a fraction that cannot be held out.
         UserError: as `load_tokenizers`.
@@ -87,7 +87,7 @@ def load_tokenizers(model: str) -> dict[str, Any]:
 
 
 def _read(source: str, seed: int) -> PromptTable:
-    """All prompts of a source; of an endless one the first."""
+    """All prompts of a source; of an endless one the first `NUM_DRAWN`."""
     if source in BUILTIN_SOURCES:
         endless = open_prompts(source, seed)
         return PromptTable([endless.prompt(i) for i in range(NUM_DRAWN)])

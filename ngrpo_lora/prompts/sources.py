@@ -1,4 +1,4 @@
-"""Prompt sources: `(source, seed, index) -> prompt`, so that a run's prompts do not depend on who asks when."""
+"""Prompt sources: each prompt is a function of source, seed and index, whoever asks for it and when."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ class PromptSource(Protocol):
 
 
 class PromptList:
-    """Prompts that were read from somewhere, in a new order every time round."""
+    """Prompts of a file or dataset, in a new random order every epoch."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int):
         self.prompts, self.seed = prompts, seed
 
     def prompt(self, index: int) -> Prompt:
-        """Every prompt once per epoch."""
+        """The prompt at a position; an epoch has every prompt once."""
         epoch, position = divmod(index, len(self.prompts))
         order = np.random.default_rng(derive_seed(self.seed, "epoch", epoch)).permutation(len(self.prompts))
         return self.prompts[order[position]]
 
 
 class WorldPrompts:
-    """Captions of the embedded world, its tasks in turn."""
+    """Random captions of the embedded world, whose tasks take turns."""
 
     def __init__(self, held_out: bool, seed: int, tasks: Sequence[Task] = TASKS):
         self.seed, self.tasks = seed, tasks
@@ -72,7 +72,7 @@ class WorldPrompts:
 
 
 class PromptMix:
-    """Several sources: of every `sum(weights)` prompts, each source gives its weight's number, evenly spread."""
+    """Several sources mixed: of every `sum(weights)` prompts, each gives its weight's number, evenly spread."""
 
     def __init__(self, sources: Sequence[PromptSource], weights: Sequence[int]):
         self.sources, self.weights = sources, weights
@@ -107,7 +107,7 @@ def open_prompts(source: Sources, seed: int, tables: Mapping[str, PromptTable] |
 
 
 def divide(prompts: Iterable[Prompt], fraction: float) -> tuple[list[Prompt], list[Prompt]]:
-    """A training and a held-out part by the SHA-256 of each `prompt_key`: equal prompts are always on one side.
+    """Divide prompts into a training and a held-out part by the SHA-256 of `prompt_key`: equal ones stay together.
 
     Neither order, file nor seed matters, and a larger fraction holds out what a smaller one does, and more.
 
@@ -129,7 +129,7 @@ def divide(prompts: Iterable[Prompt], fraction: float) -> tuple[list[Prompt], li
 
 
 class Split(NamedTuple):
-    """Tables by source, for training and for evaluation; the built-in sources have none."""
+    """Tables of prompts by source, for training and for evaluation; the built-in sources have none."""
 
     train: dict[str, PromptTable]
     held_out: dict[str, PromptTable]
@@ -206,7 +206,7 @@ def open_split(config: PromptsConfig, train_seed: int, held_out_seed: int) -> tu
 
 
 def token_lengths(texts: Sequence[str], tokenizer: Callable[..., Any]) -> list[int]:
-    """Tokens of each text, special ones included, nothing cut off."""
+    """Number of tokens of each text, special ones included, with nothing cut off."""
     return [len(ids) for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]
 
 

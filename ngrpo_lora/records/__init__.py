@@ -1,1 +1,1 @@
-"""What a run leaves on disk, each file written whole or not at all."""
+"""What a run leaves on disk: metrics, scores, and checkpoints and pictures that are written whole or not at all."""

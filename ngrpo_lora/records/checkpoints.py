@@ -16,12 +16,12 @@ STATE_FILE = "state.pt"
 
 
 def checkpoint_dir(output_dir: Path, iteration: int) -> Path:
-    """`checkpoints/iteration-000050`: the state after 50 iterations."""
+    """Folder of the state after `iteration` iterations, such as `checkpoints/iteration-000050`."""
     return output_dir / "checkpoints" / f"iteration-{iteration:06d}"
 
 
 def save(output_dir: Path, iteration: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the state atomically, then delete all but the newest `keep` checkpoints."""
+    """Write a checkpoint atomically, delete all but the newest `keep`, and return its folder."""
     final = checkpoint_dir(output_dir, iteration)
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -38,15 +38,15 @@ def save(output_dir: Path, iteration: int, state: dict[str, Any], keep: int) -> 
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Folders of a run's complete checkpoints, oldest first."""
     return sorted(path.parent for path in (output_dir / "checkpoints").glob(f"iteration-*/{STATE_FILE}"))
 
 
 def load(resume: str, output_dir: Path, device: str) -> dict[str, Any]:
-    """The state of `latest`, or of the checkpoint folder given.
+    """Load the state of the `latest` checkpoint, or of the checkpoint at the path `resume`.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no checkpoint, or it cannot be read.
     """
     if resume == "latest":
         found = checkpoints(output_dir)

@@ -1,4 +1,4 @@
-"""What a run says: `metrics.jsonl`, one line a step; on screen what will be done, a progress bar, what came of it."""
+"""A run's numbers on disk: `metrics.jsonl`, one line a step, and each evaluation's scores, one line an image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ngrpo_lora.types import Metrics
 
 
 class MetricsFile:
-    """`metrics.jsonl`. Opened for a resumed run, it drops the lines after the checkpoint."""
+    """Writer of `metrics.jsonl`; opened for a resumed run, it drops the lines after the checkpoint."""
 
     def __init__(self, path: Path, resume_after: int | None):
         rows = []
@@ -31,30 +31,30 @@ class MetricsFile:
             self.rewrite()
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Append a line, or add to the last one where that is of this step; NaN and infinity are null."""
+        """Append a line of metrics, or add to the last one where that is of this step; NaN and infinity become null."""
         if self.last.get("step") != step:
             self.last, self.start = {"step": step}, self.file.tell()
         self.last |= metrics
         self.rewrite()
 
     def rewrite(self) -> None:
-        """Put the last line in its place."""
+        """Write the last line of the file anew in its place."""
         self.file.truncate(self.start)
         self.file.write(to_line(self.last))
         self.file.flush()
 
     def has(self, key: str) -> bool:
-        """Whether the last line has this metric."""
+        """Whether the last line has the metric `key`."""
         return key in self.last
 
 
 def to_line(row: dict[str, Any]) -> str:
-    """Strict JSON: NaN and infinity are null."""
+    """A row as a line of strict JSON, in which NaN and infinity become null."""
     return json.dumps(finite(row)) + "\n"
 
 
 def finite(value: Any) -> Any:
-    """The same lists and dictionaries with None in place of NaN and infinity."""
+    """A copy of nested lists and dictionaries with None in place of NaN and infinity."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -74,7 +74,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def save_scores(path: Path, prompts: Sequence[str], seeds: Sequence[int], scores: dict[str, Tensor]) -> None:
-    """Every score of an evaluation, one line an image, so that runs can be compared image by image."""
+    """Write every score of an evaluation, one line an image, so that runs can be compared image by image."""
     columns = {label: raw.tolist() for label, raw in scores.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -83,7 +83,7 @@ def save_scores(path: Path, prompts: Sequence[str], seeds: Sequence[int], scores
 
 
 def read_scores(output_dir: Path) -> dict[int, dict[str, np.ndarray]]:
-    """Every evaluation of a run: scores (N,) by label, NaN where one failed, by iteration."""
+    """Scores of all evaluations of a run: by iteration and label, (N,) with NaN where a reward failed."""
     evaluations = {}
     for path in sorted((output_dir / "evaluations").glob("*.jsonl")):
         rows = read_metrics(path)
@@ -93,5 +93,5 @@ def read_scores(output_dir: Path) -> dict[int, dict[str, np.ndarray]]:
 
 
 def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of every line that has this metric."""
+    """(step, value) of every line that has the metric `key`."""
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]

@@ -1,4 +1,4 @@
-"""Pictures on disk and what they should show: files, folders and grids in; PNG files that know their prompt out."""
+"""Reads pictures and their prompts from files, folders and grids, and writes PNG files that hold their prompt."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ FRAME_RATE = 16  # per second
 
 @dataclass(frozen=True)
 class Picture:
-    """A file, or a cell of one, with its prompt and what else its folder's metadata.jsonl says of it."""
+    """A picture file, or a cell of one, with its prompt and the other metadata of its folder's metadata.jsonl."""
 
     path: Path
     prompt: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     box: tuple[int, int, int, int] | None = None
-    """Left, upper, right, lower in pixels; None is the whole file."""
+    """The cell's left, upper, right and lower edge in pixels; None is the whole file."""
 
     @property
     def name(self) -> str:
-        """The file's path, and the upper left corner of a cell: `grid.png#64,0`."""
+        """The file's path, followed for a cell by its upper left corner in pixels: `grid.png#64,0`."""
         return str(self.path) if self.box is None else f"{self.path}#{self.box[0]},{self.box[1]}"
 
     def load(self) -> Image.Image:
-        """The pixels, RGB, upright; of a video its middle frame.
+        """The pixels as an upright RGB image; of a video its middle frame.
 
         Raises:
             UserError: not an image, or a damaged one.
@@ -53,10 +53,10 @@ class Picture:
 
 
 def collect(sources: Sequence[Path], prompt: str | None = None, grid: tuple[int, int] | None = None) -> list[Picture]:
-    """The pictures of files and folders, in order; each is read once, so that a bad one is known at once.
+    """The pictures of files and folders, in order; each is read once, so that a bad one is reported at once.
 
     Args:
-        prompt: what all of them should show. None: what each says itself, in this order: `name.txt` beside it, its
+        prompt: the prompt of all of them. None: each one's own, looked for in this order: `name.txt` beside it, its
             line of `metadata.jsonl` in its folder (`{"file_name": ..., "prompt": ...}`), or its own PNG text, which
             counts only with a seed beside it (ComfyUI keeps a graph under `prompt`).
         grid: (rows, columns) of equal cells in every file; each cell is a picture.
@@ -117,7 +117,7 @@ def _folder_metadata(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _cells(picture: Picture, grid: tuple[int, int] | None) -> Iterator[Picture]:
-    """The picture itself, or its cells row by row."""
+    """The picture itself, or the cells of its grid row by row."""
     width, height = picture.load().size
     if grid is None:
         yield picture
@@ -147,7 +147,7 @@ def save_png(path: Path, image: Image.Image, text: dict[str, str], following: Se
 
 
 def read_png_text(path: Path) -> dict[str, str]:
-    """The text chunks of a PNG file; none where it is no such file."""
+    """The text chunks of a PNG file by keyword; empty for a file that is none."""
     try:
         with Image.open(path) as image:
             return {str(key): value for key, value in image.info.items() if isinstance(value, str)}

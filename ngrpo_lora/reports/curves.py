@@ -1,4 +1,4 @@
-"""Pictures of a run: captioned grids, and one page with the reward curve and the images before and after."""
+"""Plots of a run: curves over iterations, gains of its rewards, and one page with the images before and after."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ngrpo_lora.reports.grids import LINE_PX, NUM_SHOWN
 
 
 def write_comparison(runs: Sequence[Path], path: Path) -> Path:
-    """The held-out reward and strict accuracy of several runs over their iterations, one line a run."""
+    """Plot the held-out reward and strict accuracy of several runs over their iterations, one line a run."""
     metrics = [read_metrics(run / "metrics.jsonl") for run in runs]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     columns = (("eval/reward_mean", "held-out reward"), ("eval/strict_accuracy", "held-out strict accuracy"))
@@ -43,7 +43,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Group:
-    """Candidates of one prompt with their rewards."""
+    """The candidates of one prompt, with their rewards."""
 
     prompt: str
     images: Sequence[Image.Image]
@@ -51,9 +51,9 @@ class Group:
 
 
 def draw_progress(output_dir: Path, group: Group | None = None, width_px: int = 640) -> Image.Image:
-    """How a run goes: its curve, held-out pictures of the base beside those of now, and a group, best first.
+    """Draw the progress of a run: its curve, held-out pictures of the base and of now, and a group, best first.
 
-    Can be drawn in any thread, beside whatever else draws.
+    It uses no state of pyplot, so that any thread may draw it, beside whatever else draws.
     """
     figure = Figure(figsize=(width_px / 100, width_px / 200), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -76,7 +76,7 @@ def draw_progress(output_dir: Path, group: Group | None = None, width_px: int = 
 
 
 def beside(pictures: Sequence[Image.Image], width_px: int) -> Image.Image:
-    """Pictures in one row."""
+    """Pictures side by side in one row, `width_px` wide."""
     row = Image.new("RGB", (width_px, max(picture.height for picture in pictures)), "white")
     for index, picture in enumerate(pictures):
         row.paste(picture, (sum(left.width for left in pictures[:index]), 0))
@@ -84,7 +84,7 @@ def beside(pictures: Sequence[Image.Image], width_px: int) -> Image.Image:
 
 
 def shown_pictures(output_dir: Path) -> dict[str, list[Image.Image]]:
-    """`save_shown`'s pictures: of the `base`, and of the latest evaluation after it, `now`; those that there are."""
+    """Pictures of `save_shown` by title: `base`, and `now` for the latest evaluation after it; those that there are."""
     found = {}
     for part, title in (("first", "base"), ("last", "now")):
         paths = sorted((output_dir / "samples" / part).glob("*.png"), key=lambda path: int(path.stem))
@@ -94,7 +94,7 @@ def shown_pictures(output_dir: Path) -> dict[str, list[Image.Image]]:
 
 
 def draw_strip(title: str, images: Sequence[Image.Image], columns: int, width_px: int) -> Image.Image:
-    """Pictures of one size, `columns` a row, below their title."""
+    """Pictures of one size in rows of `columns`, below their title."""
     cell_px, gap_px = width_px // columns, 4
     scale = (cell_px - gap_px) / max(images[0].size)
     width, height = (round(side * scale) for side in images[0].size)
@@ -108,13 +108,13 @@ def draw_strip(title: str, images: Sequence[Image.Image], columns: int, width_px
 
 
 def running_mean(points: list[tuple[int, float]], width: int) -> list[tuple[float, float]]:
-    """The mean step and value of every `width` points that follow each other."""
+    """Moving average: the mean step and value of every `width` points that follow one another."""
     steps, values = (np.convolve(column, np.ones(width) / width, "valid") for column in zip(*points, strict=True))
     return list(zip(steps.tolist(), values.tolist(), strict=True))
 
 
 def gains(evaluations: dict[int, dict[str, np.ndarray]]) -> dict[str, list[tuple[int, float]]]:
-    """By reward: (iteration, mean gain over the first evaluation), in standard deviations of the first one's scores.
+    """Curves by reward: (iteration, mean gain over the first evaluation, in standard deviations of its scores).
 
     Only images that have a score both times count.
     """
@@ -130,7 +130,7 @@ def gains(evaluations: dict[int, dict[str, np.ndarray]]) -> dict[str, list[tuple
 def gain_correlations(evaluations: dict[int, dict[str, np.ndarray]]) -> tuple[list[str], np.ndarray]:
     """Labels, and Pearson correlations (R, R) over images of what each reward gained from first to last evaluation.
 
-    Far below 0: where one reward gains, the other loses.
+    A value far below 0 means that where one reward gains, the other loses.
     """
     first, *_, last = evaluations.values()
     labels = list(first)
@@ -139,7 +139,7 @@ def gain_correlations(evaluations: dict[int, dict[str, np.ndarray]]) -> tuple[li
 
 
 def write_summary(output_dir: Path) -> Path:
-    """`summary.png`: rewards over iterations, of several each one's gain, and the first and last sample grids."""
+    """Write `summary.png`: rewards over iterations, of several each one's gain, and the first and last sample grids."""
     rows = read_metrics(output_dir / "metrics.jsonl")
     evaluations = read_scores(output_dir)
     several = len(evaluations) > 1 and len(next(iter(evaluations.values()))) > 1
@@ -165,7 +165,7 @@ def write_summary(output_dir: Path) -> Path:
 
 
 def draw_curve(axis: Axes, rows: list[dict[str, Any]], title: str) -> None:
-    """Training reward with its running mean, held-out reward and strict accuracy."""
+    """Plot the training reward with its running mean, the held-out reward and strict accuracy."""
     training = series(rows, "rollout/reward_mean")
     width = len(training) // 10
     lines: list[tuple[Sequence[tuple[float, float]], str, dict[str, Any]]] = [
@@ -184,7 +184,7 @@ def draw_curve(axis: Axes, rows: list[dict[str, Any]], title: str) -> None:
 
 
 def draw_gains(axis: Axes, curves: dict[str, list[tuple[int, float]]], trained: set[str]) -> None:
-    """One line a reward; those that are only watched are dashed."""
+    """Plot the gain of each reward as a line, dashed for rewards that are only watched."""
     for label, points in curves.items():
         kind = "trained on" if label in trained else "watched"
         axis.plot(
@@ -198,7 +198,7 @@ def draw_gains(axis: Axes, curves: dict[str, list[tuple[int, float]]], trained: 
 
 
 def draw_correlations(axis: Axes, labels: list[str], values: np.ndarray) -> None:
-    """The matrix, blue where rewards rise together and red where one pays for the other."""
+    """Draw a correlation matrix, blue where rewards rise together and red where one pays for the other."""
     axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1)
     for row, column in np.ndindex(values.shape):
         shade = "white" if abs(values[row, column]) > 0.6 else "black"

@@ -1,4 +1,4 @@
-"""Captioned grids of pictures."""
+"""Grids of pictures with captions, and single pictures in full size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def save_grid(
     columns: int = 6,
     caption_lines: int = CAPTION_LINES,
 ) -> None:
-    """Write `draw_grid` to a file."""
+    """Draw a captioned grid with `draw_grid` and write it to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(images, captions, columns, caption_lines).save(path)
 
@@ -39,7 +39,7 @@ def draw_grid(
     """Images with their captions below, `columns` a row; small ones are enlarged without smoothing.
 
     Captions keep their line breaks; what is more than `caption_lines` lines is left out. Letters grow with the cell.
-    Those of the numbers `framed` have a green frame.
+    Images whose index is in `framed` have a green frame.
     """
     scale = cell_px / CELL_PX
     rows, caption_px = -(-len(images) // columns), caption_lines * round(LINE_PX * scale)
@@ -60,12 +60,12 @@ def draw_grid(
 
 
 def wrapped(caption: str) -> list[str]:
-    """A caption's lines, as wide as a picture of a grid."""
+    """The lines of a caption, wrapped to the width of a grid's cell."""
     return [part for line in caption.splitlines() for part in textwrap.wrap(line, 28)]
 
 
 def save_shown(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    """The first few pictures in full size, each with its prompt and seed: `0.png`, `1.png`, ..."""
+    """Write the first `NUM_SHOWN` pictures in full size, each with its prompt and seed: `0.png`, `1.png`, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images[:NUM_SHOWN]):
         save_png(folder / f"{index}.png", image, {"prompt": prompts[index], "seed": str(seeds[index])})

@@ -1,4 +1,4 @@
-"""A run's figures in words, and those of several runs as a Markdown table."""
+"""Held-out figures of a run as lines of text, and those of several runs as a Markdown table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ngrpo_lora.records.metrics import read_metrics, series
 
 
 def figures(output_dir: Path) -> list[str]:
-    """Held-out figures before and after, of several rewards each, one a line."""
+    """Text lines with held-out figures before and after training, those of each reward if there are several."""
     rows = read_metrics(output_dir / "metrics.jsonl")
     keys = {"reward": "eval/reward_mean", "strict accuracy": "eval/strict_accuracy"}
     labels = [key[len("eval/") : -len("_mean")] for key in rows[0] if re.fullmatch("eval/.+(?<!/reward)_mean", key)]
@@ -27,7 +27,7 @@ def figures(output_dir: Path) -> list[str]:
 
 
 def comparison_table(runs: Sequence[Path]) -> str:
-    """Markdown: for every run its iterations, minutes of training, and held-out figures before and after."""
+    """A Markdown table of runs: iterations, minutes of training, and held-out figures before and after."""
     lines = ["| run | iterations | minutes | reward | strict accuracy |", "|---|---|---|---|---|"]
     for run in runs:
         rows = read_metrics(run / "metrics.jsonl")

@@ -61,12 +61,12 @@ SHIFT = 3.0  # of the noise levels in training and in sampling: the layout is se
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """The scene's caption in a random template."""
+    """The caption of a scene in a random template."""
     return TEMPLATES[rng.integers(len(TEMPLATES))].format(scene.caption)
 
 
 def batch_of_images(n: int, rng: np.random.Generator, layout: Layout) -> tuple[Tensor, list[str]]:
-    """(n, 3, 64, 64) in [-1, 1] and their captions."""
+    """Render n random training scenes: images (n, 3, 64, 64) in [-1, 1], and their captions."""
     scenes = [sample_scene(rng, TRAIN_SCENES, SHARES) for _ in range(n)]
     pixels = np.stack([draw(layout(scene, rng), rng) for scene in scenes])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -132,7 +132,7 @@ def make_transformer() -> FluxTransformer2DModel:
 
 
 def make_text_encoders(clip_tokens: int, eos: int, t5_tokens: int) -> tuple[CLIPTextModel, T5EncoderModel]:
-    """Text encoders of width 64, trained with the flow."""
+    """CLIP and T5 text encoders of width 64, which are trained with the flow."""
     clip = CLIPTextConfig(
         vocab_size=clip_tokens,
         hidden_size=64,
@@ -153,7 +153,7 @@ FIELDS = (len(SHAPES), len(COLORS) + 1, 4, len(RELATIONS) + 1)  # shape, colour 
 
 
 def promises(scene: Scene) -> list[tuple[int, int, int, int]]:
-    """What each noun of a caption stands for, as indices into FIELDS."""
+    """What each noun of a caption stands for: indices of its shape, colour, number and side, as counted in FIELDS."""
     nouns = scene.objects[:1] if scene.task == "count" else scene.objects
     number = len(scene.objects) - len(nouns)
     sides = (scene.relation, OPPOSITE[scene.relation]) if scene.relation else (None, None)
@@ -187,7 +187,7 @@ class Flow(nn.Module):
         return clip(captions, **kwargs).input_ids, t5(captions, **kwargs).input_ids
 
     def forward(self, packed: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
-        """(B, 16, 64), (B,), (B, 16), (B, 16) -> velocity (B, 16, 64)."""
+        """Packed latents (B, 16, 64), sigma (B,), token ids (B, 16) of CLIP and of T5 -> velocity (B, 16, 64)."""
         return self.transformer(
             hidden_states=packed,
             timestep=sigma,
@@ -200,12 +200,12 @@ class Flow(nn.Module):
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int = 200, decay_share: float = 0.5) -> float:
-    """Linear warm-up, constant, linear decay to zero over the last `decay_share`."""
+    """Factor of the peak learning rate: linear warm-up, constant, linear decay to 0 over the last `decay_share`."""
     return min(1.0, (step + 1) / warmup, (steps - step) / (decay_share * steps))
 
 
 def make_optimizers(module: nn.Module, peak: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of transformer blocks, AdamW for the rest."""
+    """Optimizers of a module: Muon for the matrices of transformer blocks, AdamW for the rest."""
     matrices, rest = [], []
     for name, parameter in module.named_parameters():
         (matrices if parameter.ndim == 2 and "transformer_blocks" in name else rest).append(parameter)
@@ -225,7 +225,7 @@ def optimise(
     loss_fn: Callable[[], Tensor],
     ema: AveragedModel | None = None,
 ) -> None:
-    """Minimise `loss_fn()` under bf16 autocast with the schedule above; `ema` follows."""
+    """Minimise `loss_fn()` under bf16 autocast on `learning_rate_factor`'s schedule; `ema` averages the weights."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizers = make_optimizers(module, peak)
     schedules = [LambdaLR(o, lambda step: learning_rate_factor(step, steps)) for o in optimizers]
@@ -249,7 +249,7 @@ def optimise(
 
 
 def train_vae(path: Path, steps: int) -> AutoencoderKL:
-    """L1 + 0.002 KL per latent dimension on rendered scenes."""
+    """Train the VAE on rendered scenes, or load it: L1 + 0.5 squared error + 0.002 KL per latent dimension."""
     vae = make_vae()
     if not path.exists():
         rng = np.random.default_rng(1)
@@ -288,7 +288,7 @@ def encode_scenes(path: Path, vae: AutoencoderKL, n: int) -> tuple[Tensor, list[
 
 
 def learn_to_read(path: Path, flow: Flow, steps: int) -> None:
-    """Teach the text encoders what a caption promises, as FLUX's come with a command of language.
+    """Teach the text encoders what a caption promises, as FLUX's own come already trained on language.
 
     T5's state at a noun, and CLIP's pooled state for both nouns, must tell shape, colour, number and side.
     """
@@ -318,7 +318,7 @@ def learn_to_read(path: Path, flow: Flow, steps: int) -> None:
 
 
 def train_flow(path: Path, flow: Flow, packed: Tensor, captions: list[str], steps: int) -> None:
-    """Flow matching; one caption in ten is dropped, so that guidance is possible. Leaves averaged weights in `flow`."""
+    """Train by flow matching, with one caption in ten dropped for guidance; leaves averaged weights in `flow`."""
     text, empty = flow.tokenize(captions), flow.tokenize([""])
     generator = torch.Generator().manual_seed(3)
 
@@ -346,7 +346,7 @@ def noised_batch(packed: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def assemble(flow: Flow, vae: AutoencoderKL, scale: float) -> FluxPipeline:
-    """The parts as a stock FluxPipeline in bfloat16."""
+    """Put the parts together as a stock FluxPipeline in bfloat16."""
     vae.register_to_config(scaling_factor=scale)
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),

@@ -52,7 +52,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption promises: the objects, all of them, and for two of them perhaps a relation."""
+    """What a caption promises: all the objects of the picture and, for two of them, perhaps their relation."""
 
     task: Task
     objects: tuple[Object, ...]
@@ -90,7 +90,7 @@ class Placed:
 
 
 def plural(shape: str) -> str:
-    """`crosses`, `stars`."""
+    """The plural of a shape's name, such as `crosses` or `stars`."""
     return f"{shape}es" if shape == "cross" else f"{shape}s"
 
 
@@ -143,7 +143,7 @@ def _scenes_by_prompt() -> dict[str, Scene]:
 
 
 def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
-    """Set upright objects near the centres of a 2 x 2 board, so that the caption is true; the rest is chance."""
+    """Set upright objects near the centres of a 2 x 2 board, so that the caption is true; the rest is random."""
     cells = [(x, y) for y in range(2) for x in range(2)]
     cell_px = SIZE_PX / 2
     colors = choose_colors(scene, rng)
@@ -164,7 +164,7 @@ def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
 
 
 def scatter(scene: Scene, rng: np.random.Generator) -> list[Placed]:
-    """Strew objects of any size and angle over the canvas, not touching; the VAE learns to see on these."""
+    """Scatter objects of any size and angle over the canvas, not touching; the VAE is trained on these."""
     colors = choose_colors(scene, rng)
     low, high = {1: (12, 18), 2: (10, 14), 3: (9, 12), 4: (8, 11)}[len(scene.objects)]
     while True:
@@ -182,7 +182,7 @@ def scatter(scene: Scene, rng: np.random.Generator) -> list[Placed]:
 
 
 def choose_colors(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """The promised colours, chance for the rest; the objects of a count share one."""
+    """Colours of a scene's objects: the promised ones, random for the rest; the objects of a count share one."""
     chance = [str(color) for color in rng.choice(list(COLORS), len(scene.objects))]
     if scene.task == "count":
         return chance[:1] * len(chance)

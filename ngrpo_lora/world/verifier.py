@@ -1,4 +1,4 @@
-"""Does a picture of the embedded world keep its caption's promise? A rule-based reader of pixels.
+"""Checks by rules on pixels whether a picture of the embedded world shows what its caption promises.
 
     background -> coverage -> blobs -> (shape, colour, place) of each -> matching to the promise -> Verdict
 
@@ -59,18 +59,18 @@ class Found:
 
     @property
     def shape(self) -> str:
-        """The shape it resembles most."""
+        """The name of the shape that this object resembles most."""
         return SHAPES[int(np.argmax(self.ious))]
 
     @property
     def color(self) -> str:
-        """The colour of most of its pixels."""
+        """The name of the colour that most of this object's pixels have."""
         return list(COLORS)[int(np.argmax(self.colors))]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer of `verify`, with what it rests on.
+    """The result of `verify`, with what it rests on.
 
     Attributes:
         strict: the promised objects and nothing else.
@@ -316,7 +316,7 @@ def _shape_and_color(found: Found, obj: Object) -> tuple[float, float, float]:
 
 
 def _soft_match(found: Found, obj: Object) -> float:
-    """In [0, 1]; a wrong colour halves it, a wrong shape takes nearly all."""
+    """How well an object fits a promise, in [0, 1]; a wrong colour halves it, a wrong shape takes nearly all."""
     iou, margin, color = _shape_and_color(found, obj)
     shape = expit((iou - MIN_IOU[obj.shape]) / IOU_WIDTH) * expit((margin - MIN_MARGIN) / MARGIN_WIDTH)
     return shape * (1 + color) / 2

@@ -35,7 +35,7 @@ class Config(AlgorithmConfig, frozen=True):
     )
 
     def check(self, rollout: RolloutConfig) -> None:
-        """eta <= 1 for cps, trained steps < steps, updates <= samples."""
+        """Raise ValueError unless eta <= 1 for cps, trained steps < steps and updates <= samples."""
         if self.step == "cps" and self.eta > 1:
             raise ValueError(f"algorithm.eta must be at most 1 with algorithm.step=cps, got {self.eta:g}")
         if self.num_train_steps is not None and self.num_train_steps >= rollout.num_steps:

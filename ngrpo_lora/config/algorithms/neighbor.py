@@ -44,7 +44,7 @@ class Config(AlgorithmConfig, frozen=True):
     reference_weight: float = Field(0.0, ge=0, description="Weight of the squared distance to the base model's step.")
 
     def check(self, rollout: RolloutConfig) -> None:
-        """B <= G, K <= steps, updates <= B * K."""
+        """Raise ValueError unless B <= G, K <= train_window <= steps and updates <= B * K."""
         if self.num_anchors > rollout.group_size:
             raise ValueError(
                 f"algorithm.num_anchors must be at most rollout.group_size ({rollout.group_size}), "

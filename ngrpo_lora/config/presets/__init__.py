@@ -18,7 +18,7 @@ NEEDS = re.compile(r"^# Needs (.+) by `ngrpo plan`; measured: (.+)\.$", re.MULTI
 
 @dataclass(frozen=True)
 class Preset:
-    """What the head of a preset's file says: its purpose, the memory that it needs, and whether that was measured."""
+    """A preset with what the head of its file says: its purpose, the memory that it needs, and what was measured."""
 
     name: str
     model: str
@@ -28,7 +28,7 @@ class Preset:
 
 
 def preset_files() -> Iterator[Preset]:
-    """All presets, each model's by memory."""
+    """All shipped presets in the order of their names, each model's variants by memory."""
     files = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.yaml")}
     own = {name: yaml.safe_load(text) for name, text in files.items()}
 
@@ -44,7 +44,7 @@ def preset_files() -> Iterator[Preset]:
 
 
 def memory(name: str) -> int:
-    """GB of all GPUs that a name ends with, 0 of one that names none."""
+    """GB of all GPUs together that a preset's name ends with; 0 where it names none."""
     found = MEMORY.search(name)
     return int(found[1] or 1) * int(found[2]) if found else 0
 

@@ -10,7 +10,7 @@ FILE = "sac+logos+ava1-l14-linearMSE.pth"
 
 
 class Config(ClipConfig, frozen=True):
-    """LAION's aesthetic score."""
+    """Settings of LAION's aesthetic score."""
 
     path: str = Field(
         default="openai/clip-vit-large-patch14",

@@ -10,7 +10,7 @@ from ngrpo_lora.config.plugins import ClipConfig
 
 
 class Config(ClipConfig, frozen=True):
-    """CLIP score."""
+    """Settings of the CLIP score."""
 
     path: str = Field(
         default="openai/clip-vit-large-patch14",

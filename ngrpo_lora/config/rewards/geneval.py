@@ -10,7 +10,7 @@ from ngrpo_lora.config.plugins import ModelRewardConfig
 
 
 class Config(ModelRewardConfig, frozen=True):
-    """GenEval's rules on Mask2Former's detections."""
+    """Settings of GenEval: its rules on Mask2Former's detections."""
 
     path: str = Field(
         default="facebook/mask2former-swin-small-coco-instance",

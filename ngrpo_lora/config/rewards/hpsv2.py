@@ -10,7 +10,7 @@ FILE = "HPS_v2.1_compressed.pt"
 
 
 class Config(ClipConfig, frozen=True):
-    """HPSv2.1."""
+    """Settings of HPSv2.1."""
 
     path: str = Field(default="xswu/HPSv2", description=f"A Hub id or folder that has {FILE}, or such a file.")
     processor: str | None = Field(

@@ -12,7 +12,7 @@ FILE = "HPSv3.safetensors"
 
 
 class Config(ModelRewardConfig, frozen=True):
-    """HPSv3."""
+    """Settings of HPSv3."""
 
     path: str = Field(default="MizzenAI/HPSv3", description=f"A Hub id or folder that has {FILE}, or such a file.")
     processor: str = Field(

@@ -10,7 +10,7 @@ FILE = "ImageReward.pt"
 
 
 class Config(ModelRewardConfig, frozen=True):
-    """ImageReward."""
+    """Settings of ImageReward."""
 
     path: str = Field(default="THUDM/ImageReward", description=f"A Hub id or folder that has {FILE}, or such a file.")
     tokenizer: str = Field(

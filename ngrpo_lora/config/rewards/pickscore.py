@@ -8,7 +8,7 @@ from ngrpo_lora.config.plugins import ClipConfig
 
 
 class Config(ClipConfig, frozen=True):
-    """PickScore."""
+    """Settings of PickScore."""
 
     path: str = Field(default="yuvalkirstain/PickScore_v1", description="A Hub id or folder with the tuned network.")
     processor: str | None = Field(
