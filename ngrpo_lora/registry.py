@@ -13,7 +13,8 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,7 +77,10 @@ def load(package: str, name: str) -> ModuleType:
         ImportError: the module exists and one of its own imports fails, or the dotted path is wrong.
     """
     check_name(package, name)
-    return importlib.import_module(name if "." in name else f"{package}.{name}")
+    if "." not in name:
+        return importlib.import_module(f"{package}.{name}")
+    with _naming_what_moved(name):
+        return importlib.import_module(name)
 
 
 def docstring(package: str, name: str) -> str:
@@ -137,12 +141,40 @@ def resolve_function(reference: str) -> Callable[..., Any]:
     """
     check_function(reference)
     target, function = split_reference(reference)
-    module = _load_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
+    with _naming_what_moved(target):
+        module = _load_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
     found = vars(module).get(function)
     if not callable(found):
         public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise ConfigError(f"names no function of {target}, got {function!r}{nearest(function, public)}")
     return found
+
+
+@contextmanager
+def _naming_what_moved(target: str) -> Iterator[None]:
+    """Turn an ImportError of a user's file that imports old places of this package into a message with the new ones.
+
+    Raises:
+        ConfigError: such imports are in the file or module `target`.
+    """
+    try:
+        yield
+    except ImportError as error:
+        from ngrpo_lora.moved import stale_imports
+
+        path = _source_path(target)
+        stale = stale_imports(path.read_text(encoding="utf-8")) if path is not None else []
+        if not stale:
+            raise
+        raise ConfigError(f"{target!r} imports what has moved: {'; '.join(stale)}; change these imports") from error
+
+
+def _source_path(target: str) -> Path | None:
+    """The source of a file or of an importable module; None where it has none."""
+    if target.endswith(".py"):
+        return Path(target)
+    spec = importlib.util.find_spec(target)
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -165,7 +197,5 @@ def _load_file(path: Path) -> ModuleType:
 
 def source_digest(reference: str) -> str:
     """SHA-256 of the file that holds the function behind `package.module:function` or `file.py:function`."""
-    target, _ = split_reference(reference)
-    spec = None if target.endswith(".py") else importlib.util.find_spec(target)
-    path = target if spec is None else spec.origin
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    path = _source_path(split_reference(reference)[0])
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None else ""

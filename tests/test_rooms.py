@@ -13,7 +13,17 @@ TESTS = Path(__file__).parent
 
 # From the ground up: a room imports from those before it and from itself. A new room has its place here.
 ROOMS = [
-    *("errors", "ranks", "seeds", "registry", "types", "devices", "downloads", "console"),  # words that all use
+    *(
+        "errors",
+        "ranks",
+        "seeds",
+        "moved",
+        "registry",
+        "types",
+        "devices",
+        "downloads",
+        "console",
+    ),  # words that all use
     "equations",  # the paper's equations, as functions of tensors
     "world",  # the embedded world: scenes, verifier, model
     "records",  # what a run leaves on disk

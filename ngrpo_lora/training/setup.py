@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from torch import nn
 from ngrpo_lora import registry
 from ngrpo_lora.adapters import lora
 from ngrpo_lora.adapters.loading import read_fitting
+from ngrpo_lora.algorithms._base import Algorithm
 from ngrpo_lora.config import ModelConfig, RunConfig
 from ngrpo_lora.devices import resolve_device, use_device
-from ngrpo_lora.errors import SharedError
+from ngrpo_lora.errors import ConfigError, SharedError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._embeddings import EmbeddingCache
 from ngrpo_lora.models._loading import load_family
@@ -54,6 +56,7 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
         raise SharedError(problem)
     own = [Recorder(), Screen()] if processes.is_main else [Screen()]
     looking_on = Watchers([*own, *watchers])
+    algorithm = open_algorithm(config)
     # Rewards come first: what they lack should be known before a large model is loaded.
     scorer, watching, score_cache = open_rewards(config, device)
     prompts, held_out = open_prompts(config)
@@ -63,7 +66,6 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
     parameters = add_lora(config, family, processes.count)
     lora_step = LoraStep(config.optimizer, parameters, processes, family.dtype, family.device)
     counter = EvaluationCounter(family.transformer, processes)
-    algorithm = registry.load(registry.ALGORITHMS, config.algorithm.name).Algorithm(config.algorithm, config.rollout)
     run = Run(
         config,
         processes,
@@ -97,6 +99,30 @@ def misfit(config: RunConfig, count: int) -> str | None:
             f"trainer.strategy=fsdp, got {groups}"
         )
     return None
+
+
+def open_algorithm(config: RunConfig) -> Algorithm:
+    """The algorithm that is configured.
+
+    Raises:
+        ConfigError: its module was written for another contract than that of `algorithms/_base.py`.
+    """
+    name = config.algorithm.name
+    kind = registry.load(registry.ALGORITHMS, name).Algorithm
+    for method in ("rollout", "advantages", "updates", "loss"):
+        wanted = [*inspect.signature(getattr(Algorithm, method)).parameters]
+        found = [*inspect.signature(getattr(kind, method)).parameters] if hasattr(kind, method) else []
+        if found != wanted:
+            raise ConfigError(
+                f"algorithm.name={name}: Algorithm.{method} must have the parameters {', '.join(wanted)}, as in "
+                f"algorithms/_base.py, got {', '.join(found) or 'no such method'}; change the module"
+            )
+    algorithm = kind(config.algorithm, config.rollout)
+    if lacking := [key for key in ("needs_reference", "needs_old", "metric_names") if not hasattr(algorithm, key)]:
+        raise ConfigError(
+            f"algorithm.name={name}: Algorithm must have {', '.join(lacking)}, as in algorithms/_base.py; add them"
+        )
+    return algorithm
 
 
 def open_rewards(config: RunConfig, device: str) -> tuple[Scorer, Scorer, ScoreCache | None]:
