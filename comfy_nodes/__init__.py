@@ -28,14 +28,14 @@ __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 
 class NeighborGRPOExtension(ComfyExtension):
-    """All nodes of the pack."""
+    """The extension that gives ComfyUI all nodes of this package."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """In the order of the menu."""
+        """All nodes, in the order of ComfyUI's menu."""
         subjects = (embedded, sampling, adapters, rewards, comparing, conditioning, pipelines, training)
         return [node for subject in subjects for node in subject.NODES]
 
 
 async def comfy_entrypoint() -> NeighborGRPOExtension:
-    """What ComfyUI calls."""
+    """Make the extension; ComfyUI calls this function when it loads the package."""
     return NeighborGRPOExtension()

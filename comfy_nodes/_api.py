@@ -28,7 +28,7 @@ CATEGORY = "Neighbor GRPO"
 
 
 def schema(node_id: str, **settings: Any) -> io.Schema:
-    """A schema in our category; what this ComfyUI's schemas do not have is left out."""
+    """Make a schema in our category; what this ComfyUI's schemas do not have is left out."""
     known = {field.name for field in fields(io.Schema)}
     kept = {name: value for name, value in settings.items() if name in known}
     return io.Schema(node_id=f"NGRPO_{node_id}", category=CATEGORY, **kept)
@@ -50,10 +50,10 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
 
 
 def listed(what: str, value: str, options: Sequence[str]) -> str:
-    """A choice of a list. ComfyUI 0.3.75 does not look whether what a graph says is in it.
+    """Check that a choice is in its list, as ComfyUI 0.3.75 does not for all values of a graph, and return it.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not in the list.
     """
     if value not in options:
         raise ConfigError(f"{what} must be one of {', '.join(options)}, got {value!r}{nearest(value, options)}")
@@ -61,9 +61,9 @@ def listed(what: str, value: str, options: Sequence[str]) -> str:
 
 
 def verdict(check: Callable[..., Any], *arguments: Any) -> bool | str:
-    """What `validate_inputs` returns: true, or the message of a check that fails.
+    """Result of a check for `validate_inputs`: true, or the message with which the check fails.
 
-    What another node gives is None before it has run; `execute` checks it.
+    An input from another node is None before that node has run; `execute` checks it then.
     """
     if any(argument is None for argument in arguments):
         return True
@@ -75,7 +75,7 @@ def verdict(check: Callable[..., Any], *arguments: Any) -> bool | str:
 
 
 def show_text(text: str, node: type[io.ComfyNode]) -> None:
-    """Write below a node's widgets; a node that says so has `hidden=[io.Hidden.unique_id]`."""
+    """Write a text below a node's widgets; the node's schema must have `hidden=[io.Hidden.unique_id]`."""
     PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
 
 
@@ -90,7 +90,7 @@ def register_folder(name: str, suffix: str) -> None:
 
 
 def own_folders() -> list[Path]:
-    """Where graphs may read: input, output, temp, and all folders of models; never that of the nodes."""
+    """Folders that graphs may read: input, output, temp, and all folders of models; never that of the nodes."""
     models = [
         path
         for name, (paths, _) in folder_paths.folder_names_and_paths.items()
@@ -105,7 +105,7 @@ def check_path(value: str, what: str) -> None:
     """Refuse a path out of ComfyUI's folders; a name of the Hub, which is no path, passes.
 
     Raises:
-        ConfigError: it lies elsewhere.
+        ConfigError: the path lies elsewhere.
     """
     path = Path(value).expanduser()
     looks_like_one = path.is_absolute() or value.startswith((".", "~")) or ".." in path.parts or path.exists()
@@ -116,17 +116,17 @@ def check_path(value: str, what: str) -> None:
 
 
 def make_room(device: torch.device) -> None:
-    """ComfyUI's own models, which do not know of ours, leave the GPU."""
+    """Unload ComfyUI's own models from the GPU, since ComfyUI knows nothing of ours."""
     if device.type != "cpu":
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
 
 
 def cancellable(call: Callable[..., T], *arguments: Any) -> T:
-    """Run in another thread, so that Cancel ends the wait; the call itself runs out unheard.
+    """Run a call in another thread, so that Cancel ends the wait; the call itself runs on, and its result is dropped.
 
     Raises:
-        InterruptProcessingException: cancelled.
+        InterruptProcessingException: the user has cancelled.
     """
     future = in_thread(partial(call, *arguments))
     while not future.done():

@@ -41,17 +41,17 @@ FAMILIES = {
     "SD3": "sd3",
     "WAN21": "wan",
 }
-"""By ComfyUI's classes, which their variants descend from."""
+"""Our families by ComfyUI's model classes; variants of a model are subclasses of these."""
 
 Patches = dict[Any, Any]
-"""As `comfy.lora.load_lora` gives them: by weight, or by (weight, rows), or by (weight, rows, function)."""
+"""Patches as `comfy.lora.load_lora` gives them: by weight, or by (weight, rows), or by (weight, rows, function)."""
 
 
 def family_of(model: ModelPatcher) -> str:
-    """Which of our families a MODEL belongs to.
+    """Find out which of our families a MODEL belongs to.
 
     Raises:
-        UserError: none.
+        UserError: the MODEL belongs to none.
     """
     kinds = [kind.__name__ for kind in type(model.model).__mro__]
     family = next((FAMILIES[kind] for kind in kinds if kind in FAMILIES), None)
@@ -64,13 +64,13 @@ def family_of(model: ModelPatcher) -> str:
 
 
 def lora_input() -> io.Combo.Input:
-    """A choice among all LoRA files."""
+    """Make the input that chooses among all LoRA files."""
     files = folder_paths.get_filename_list(FOLDER)
     return io.Combo.Input("lora_name", options=files, tooltip="A file in the loras folder.")
 
 
 def adapter_path(name: str) -> Path:
-    """A file of ComfyUI's loras folders by its name there.
+    """Path of a file in ComfyUI's loras folders, by its name there.
 
     Raises:
         ConfigError: there is none, or the name leaves the folders.
@@ -82,7 +82,7 @@ def adapter_path(name: str) -> Path:
 
 
 def fingerprint(name: str | None) -> tuple[int, ...]:
-    """Another one when the file has changed; what another node gives is None, and that node has a fingerprint."""
+    """Time and size of a LoRA file, by which a change shows; empty for None, a name that another node gives later."""
     if name is None:
         return ()
     state = adapter_path(name).stat()
@@ -90,14 +90,14 @@ def fingerprint(name: str | None) -> tuple[int, ...]:
 
 
 def check_strength(strength: float) -> None:
-    """Raise ConfigError for one that is not finite."""
+    """Raise ConfigError for a strength that is not finite."""
     if not math.isfinite(strength):
         raise ConfigError(f"strength must be finite, got {strength}; 1 is as trained, 0 the base")
 
 
 @dataclass(frozen=True)
 class FittingAdapter:
-    """A LoRA file that fits a MODEL, every layer of it."""
+    """A LoRA file of which every layer fits a MODEL, with its patches for that MODEL."""
 
     file: AdapterFile
     family: str
@@ -105,10 +105,10 @@ class FittingAdapter:
 
 
 def read_fitting(model: ModelPatcher, path: Path, alpha: str = ALPHA[0]) -> FittingAdapter:
-    """Read a LoRA file for a MODEL.
+    """Read a LoRA file, and find the weights of a MODEL that it changes.
 
     Raises:
-        UserError: no LoRA, or one of another model; a layer that has no place in the MODEL is an error too.
+        UserError: the file is no LoRA, or one of another model; a layer that has no place in the MODEL is an error too.
     """
     family = family_of(model)
     with torch.inference_mode(False):
@@ -124,7 +124,7 @@ def read_fitting(model: ModelPatcher, path: Path, alpha: str = ALPHA[0]) -> Fitt
 
 
 def places(model: ModelPatcher, weights: Mapping[str, Tensor], file: AdapterFile, family: str) -> dict[str, Any]:
-    """By the names of a file's layers: which weights of a MODEL they change, where it fuses layers with their rows.
+    """Weights of a MODEL that a file's layers change, by the layers' names; with rows where the MODEL fuses layers.
 
     Raises:
         UserError: a layer is not there, or in another size.
@@ -152,7 +152,7 @@ def places(model: ModelPatcher, weights: Mapping[str, Tensor], file: AdapterFile
 
 
 def original_place(layer: str, family: str, weights: Mapping[str, Tensor]) -> Any:
-    """Where ComfyUI's own map does not know diffusers' name: by the name in the original code, which it follows."""
+    """Place of a layer that ComfyUI's own map lacks, by its name in the original code, which ComfyUI follows."""
     found = original_rows(layer, family)
     if found is None:
         return None
@@ -165,13 +165,13 @@ def original_place(layer: str, family: str, weights: Mapping[str, Tensor]) -> An
 
 
 def named_base(file: AdapterFile) -> str:
-    """The base that a file names, to go on with."""
+    """The base that a file names, as words within a message; empty where it names none."""
     path = file.metadata.get("modelspec.title", "").removeprefix("Neighbor GRPO LoRA for ")
     return f", trained on {path}" if "ngrpo" in file.metadata and path else ""
 
 
 def apply(model: ModelPatcher, adapter: FittingAdapter, strength: float, schedule: StrengthSchedule) -> ModelPatcher:
-    """A clone of a MODEL with an adapter on it; at strength 0 the MODEL itself."""
+    """Put an adapter on a clone of a MODEL; at strength 0 the MODEL itself is returned."""
     constant = schedule.constant
     if not strength or constant == 0:
         return model
@@ -195,7 +195,7 @@ class Scheduled:
         self.used = False
 
     def put_on(self, model: ModelPatcher) -> None:
-        """Register with a MODEL.
+        """Register this adapter with a MODEL, weight by weight.
 
         Raises:
             UserError: a layer of it cannot be changed while it computes.
@@ -227,7 +227,7 @@ class Scheduled:
         transformer_options: Mapping[str, Any] = MappingProxyType({}),
         **conditions: Any,
     ) -> Tensor:
-        """One pass of the model, as `comfy.model_base.BaseModel.apply_model` has it."""
+        """Wrap `comfy.model_base.BaseModel.apply_model`: one pass, at the strength of its noise level."""
         place = progress(sigma.max().item(), transformer_options["sample_sigmas"].tolist())
         self.now, self.used = self.strength * self.schedule(place), False
         result = executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **conditions)
@@ -247,7 +247,7 @@ class ScheduledPatch:
         self.patch, self.rows, self.function = patch, rows, function
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """A weight that is the layer's own copy -> the same with the adapter's part added."""
+        """Add the adapter's part to a weight, which is the layer's own copy."""
         self.owner.used = True
         if not self.owner.now:
             return weight
@@ -261,14 +261,14 @@ class ScheduledPatch:
         return (changed / factor).to(weight.dtype)
 
     def move_to(self, device: torch.device) -> int:
-        """To where it is needed; bytes that it takes there."""
+        """Move the patch to a device, and return the bytes that it takes there."""
         moved = tuple(part.to(device) if isinstance(part, Tensor) else part for part in self.patch.weights)
         self.patch.weights = moved
         return sum(part.nbytes for part in moved if isinstance(part, Tensor))
 
 
 def report(name: str, path: Path, model: ModelPatcher, recommendation: Recommendation) -> str:
-    """What `ngrpo info` says of a file, and what counts here."""
+    """Report what `ngrpo info` says of a file, and the settings with which it is drawn here."""
     rows = dict(lines(describe(path))) | {"file": name}
     rows.pop("draw")
     info = recommendation.info
@@ -282,7 +282,7 @@ def report(name: str, path: Path, model: ModelPatcher, recommendation: Recommend
 
 
 def built_in_guidance(model: ModelPatcher, recommendation: Recommendation) -> str | None:
-    """What can be known of a MODEL that is of the right family and another base; its weights do not say its name."""
+    """A note where built-in guidance shows that a MODEL is of another base, else None; weights do not name a base."""
     own = weightless(recommendation.base, 64, 64).transformer.config.get("guidance_embeds")
     here = model.model.model_config.unet_config.get("guidance_embed")
     if own is None or here is None or own == here:
@@ -295,7 +295,7 @@ def built_in_guidance(model: ModelPatcher, recommendation: Recommendation) -> st
 
 
 class LoadAdapter(io.ComfyNode):
-    """A LoRA with its own sampler."""
+    """Node that puts a LoRA on a MODEL, with the sampler and noise levels of its training."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -28,17 +28,17 @@ from .adapters import adapter_path, apply, fingerprint, lora_input, read_fitting
 from .rewards import Entries, Rewards, loaded, samples_of, scores_of
 
 Choice = tuple[tuple[str, float], ...]
-"""NGRPO_ADAPTERS: files of the loras folders by name, each with a strength; every one is a column."""
+"""Value of NGRPO_ADAPTERS: files of the loras folders by name, each with a strength; every one is a column."""
 
 Adapters = io.Custom("NGRPO_ADAPTERS")
 AS_IT_IS = StrengthSchedule(((0.0, 1.0),))
 
 
 def parse_strengths(text: str) -> list[float]:
-    """`0.5, 1` -> numbers.
+    """Read strengths with commas between them, as in `0.5, 1`.
 
     Raises:
-        ConfigError: none, or one that is no finite number.
+        ConfigError: there is none, or one that is no finite number.
     """
     try:
         strengths = [float(part) for part in text.split(",")]
@@ -50,7 +50,7 @@ def parse_strengths(text: str) -> list[float]:
 
 
 class AdapterList(io.ComfyNode):
-    """Adapters to compare."""
+    """Node that lists adapters, each at one or several strengths, for Compare."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -88,7 +88,7 @@ class AdapterList(io.ComfyNode):
 
 
 def columns_of(adapters: Choice, base_too: bool) -> dict[str, tuple[str, float]]:
-    """By what stands below its pictures: the file's name, empty for the base, and its strength."""
+    """Columns by the caption of their pictures: each a file's name, empty for the base, and a strength."""
     labels = {name: adapter_label(adapter_path(name)) for name, _ in adapters}
     if len({*labels.values()}) < len(labels):  # of one name in several folders
         labels = {name: name.rpartition(".")[0] for name in labels}
@@ -99,7 +99,7 @@ def columns_of(adapters: Choice, base_too: bool) -> dict[str, tuple[str, float]]
 
 
 class Drawer:
-    """Draws one latent after the other with ComfyUI's own sampling, all of them one progress bar."""
+    """Draws one latent after the other with ComfyUI's own sampling, under one progress bar for all."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Drawer:
         self.latent, self.bar, self.done = latent, bar, 0
 
     def __call__(self, model: ModelPatcher, seed: int) -> Tensor:
-        """Latents (1, ...) of a seed."""
+        """Draw the latents (1, ...) of a seed with a MODEL."""
         start = comfy.sample.fix_empty_latent_channels(model, self.latent["samples"][:1])
         guider = comfy.samplers.CFGGuider(model)
         guider.inner_set_conds(self.conditions)
@@ -136,7 +136,7 @@ class Drawer:
 
 
 def decode(vae: Any, latents: Tensor) -> Image.Image:
-    """One picture, of a video its middle frame."""
+    """Decode latents (1, ...) to one picture, of a video its middle frame."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     frames = vae.decode(latents)  # (1, H, W, C), of a video (1, F, H, W, C)
     frames = frames.reshape(-1, *frames.shape[-3:])
@@ -145,7 +145,7 @@ def decode(vae: Any, latents: Tensor) -> Image.Image:
 
 
 def judge(pictures: list[Image.Image], rewards: Entries | None, prompt: str) -> Ranking | None:
-    """What rewards say of them, if there are any."""
+    """Rank pictures by their rewards; None where there are no rewards."""
     if not rewards:
         return None
     samples = samples_of(pictures, " ".join(prompt.split()), "")
@@ -155,7 +155,7 @@ def judge(pictures: list[Image.Image], rewards: Entries | None, prompt: str) -> 
 
 
 class Compare(io.ComfyNode):
-    """A captioned grid of base and adapters."""
+    """Node that draws the same seeds with base and adapters, as a captioned grid."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -19,7 +19,7 @@ from ._api import listed, make_room, register_folder, schema, show_text, verdict
 from .pipelines import Pipeline
 
 EMBEDDINGS = "ngrpo_embeddings"
-"""Folder of models/ that holds the files."""
+"""Folder of models/ that holds the files of embeddings."""
 
 SUFFIX = ".safetensors"
 NO_FILE = f"(no file in models/{EMBEDDINGS})"
@@ -32,7 +32,7 @@ register_folder(EMBEDDINGS, SUFFIX)
 
 
 class SavePromptEmbeddings(io.ComfyNode):
-    """CONDITIONING into a file."""
+    """Node that saves CONDITIONING in a file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -68,10 +68,10 @@ class SavePromptEmbeddings(io.ComfyNode):
 
 
 def file_of(name: str) -> Path:
-    """Where a file of that name is or will be.
+    """Path at which a file of that name is or will be.
 
     Raises:
-        ConfigError: it names a folder, or nothing.
+        ConfigError: the name is empty, or has a folder or odd characters in it.
     """
     stem = name.strip().removesuffix(SUFFIX)
     if re.fullmatch(r"\w[\w .-]{0,120}", stem) is None:
@@ -91,7 +91,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def described(conditioning: Conditioning) -> str:
-    """Shapes of the tensors, one line for each entry."""
+    """Shapes of the tensors of conditioning, as one line of text for each entry."""
     lines = []
     for states, others in conditioning:
         tensors = {"states": states} | {name: one for name, one in others.items() if isinstance(one, torch.Tensor)}
@@ -100,7 +100,7 @@ def described(conditioning: Conditioning) -> str:
 
 
 class LoadPromptEmbeddings(io.ComfyNode):
-    """CONDITIONING from a file."""
+    """Node that loads CONDITIONING from a file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -137,7 +137,7 @@ class LoadPromptEmbeddings(io.ComfyNode):
 
 
 def stored(name: str) -> Path:
-    """A file in models/ngrpo_embeddings.
+    """Path of a file that is in models/ngrpo_embeddings.
 
     Raises:
         ConfigError: there is none of that name.
@@ -147,7 +147,7 @@ def stored(name: str) -> Path:
 
 
 class EncodePrompt(io.ComfyNode):
-    """CONDITIONING from a pipeline's text encoders."""
+    """Node that makes CONDITIONING of a prompt by a pipeline's text encoders."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

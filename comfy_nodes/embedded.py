@@ -30,7 +30,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class EmbeddedLatents(comfy.latent_formats.LatentFormat):
-    """Latents in the graph are the VAE's, those in the model are scaled, as with any other model."""
+    """Latent format: latents in the graph are the VAE's, those in the model are scaled, as with any other model."""
 
     latent_channels = 16
 
@@ -39,7 +39,7 @@ class EmbeddedLatents(comfy.latent_formats.LatentFormat):
 
 
 def load_model() -> comfy.model_patcher.ModelPatcher:
-    """The transformer, float32."""
+    """Load the embedded model's transformer as a MODEL, in float32."""
     folder = EMBEDDED / "transformer"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = {name: weight.float() for name, weight in comfy.utils.load_torch_file(str(folder / WEIGHTS)).items()}
@@ -75,23 +75,23 @@ class TextEncoders(nn.Module):
         self.encoders = nn.ModuleList(family.encoders)
 
     def encode_token_weights(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """States (1, L, C) and the pooled state (1, C)."""
+        """Encode one prompt to its states (1, L, C) and its pooled state (1, C)."""
         text = self.family.encode(prompts).tensors
         return text["prompt_embeds"], text["pooled_prompt_embeds"]
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> list[str]:
-        """What `encode_token_weights` takes."""
+        """Return the prompt itself, which `encode_token_weights` takes in place of tokens."""
         return [text]
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
-        """These encoders have no layers to choose among."""
+        """Do nothing: these encoders have no layers to choose among."""
 
     def reset_clip_options(self) -> None:
-        """See `set_clip_options`."""
+        """Do nothing, as `set_clip_options` does nothing."""
 
 
 def load_clip(family: BaseFamily) -> comfy.sd.CLIP:
-    """The text encoders as CLIPTextEncode takes them."""
+    """Make a CLIP of the text encoders, as the node CLIPTextEncode takes it."""
     encoders = TextEncoders(family)
     device = torch.device("cpu")  # where the family is
     clip = comfy.sd.CLIP(no_init=True)
@@ -110,34 +110,34 @@ class Decoder:
         self.family, self.vae = family, family.vae
 
     def spacial_compression_decode(self) -> int:
-        """Pixels of a latent's cell, in height and in width."""
+        """Height and width in pixels of one cell of the latents."""
         return self.upscale_ratio
 
     def temporal_compression_decode(self) -> None:
-        """There is no time."""
+        """Return None, as for any VAE of single pictures."""
 
     @torch.no_grad()
     def decode(self, latents: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, 8 H, 8 W, 3) in [0, 1]."""
+        """Decode latents (B, C, H, W) to images (B, 8 H, 8 W, 3) in [0, 1]."""
         scaled = latents.float().cpu() * self.vae.config.scaling_factor
         return to_images([picture for one in scaled.split(1) for picture in self.family.decode(one)])
 
     def decode_tiled(self, latents: Tensor, **tiles: Any) -> Tensor:
-        """Whole: the pictures are small."""
+        """Decode without tiles, since the pictures are small."""
         return self.decode(latents)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 8 H, 8 W, 3) in [0, 1] -> (B, C, H, W)."""
+        """Encode images (B, 8 H, 8 W, 3) in [0, 1] to latents (B, C, H, W)."""
         return self.vae.encode(images[..., :3].cpu().movedim(-1, 1).float() * 2 - 1).latent_dist.mode()
 
     def encode_tiled(self, images: Tensor, **tiles: Any) -> Tensor:
-        """See `decode_tiled`."""
+        """Encode without tiles, since the pictures are small."""
         return self.encode(images)
 
 
 class LoadEmbedded(io.ComfyNode):
-    """The embedded model."""
+    """Node that loads the embedded model as MODEL, CLIP and VAE."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

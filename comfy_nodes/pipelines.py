@@ -1,4 +1,4 @@
-"""diffusers pipelines in the graph: drawn to the bit as `ngrpo sample` draws, also models that ComfyUI has none for."""
+"""diffusers pipelines in the graph: drawn to the bit as `ngrpo sample` draws, also models that ComfyUI cannot run."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from ngrpo_lora.sampling.settings import own_settings, with_settings
 from ._api import listed, make_room, schema, to_images, verdict
 from .adapters import adapter_path, fingerprint
 
-Pipeline = io.Custom("NGRPO_PIPELINE")  # an `ngrpo_lora.sampling.Sampler`
+Pipeline = io.Custom("NGRPO_PIPELINE")  # an `ngrpo_lora.sampling.sampler.Sampler`
 
 LOCAL = "diffusers/"
-"""Before the names of folders in models/diffusers, which might otherwise be names of the Hub."""
+"""Prefix of the names of folders in models/diffusers, which might otherwise be names of the Hub."""
 
 OWN = "model's own"
 NO_LORA = "none"
@@ -38,14 +38,14 @@ PREVIEW_PX = 512
 
 
 def local_models() -> dict[str, Path]:
-    """Diffusers folders below models/diffusers, by the name that the list shows."""
+    """Find diffusers' folders below models/diffusers, by the name that the list shows."""
     roots = [Path(root) for root in folder_paths.get_folder_paths("diffusers")]
     found = [(root, file.parent) for root in roots for depth in ("*", "*/*") for file in root.glob(f"{depth}/{INDEX}")]
     return {f"{LOCAL}{folder.relative_to(root).as_posix()}": folder for root, folder in sorted(found)}
 
 
 class LoadPipeline(io.ComfyNode):
-    """A diffusers pipeline."""
+    """Node that loads a diffusers pipeline."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -111,7 +111,7 @@ class LoadPipeline(io.ComfyNode):
 
     @classmethod
     def loading(cls, model: str, dtype: str, options: dict[str, Any]) -> ModelConfig:
-        """What is loaded, as the widgets say.
+        """Configuration of the model that the widgets describe.
 
         Raises:
             ConfigError: a model that is not in the list, or settings that do not fit each other.
@@ -137,7 +137,7 @@ class LoadPipeline(io.ComfyNode):
 
 
 class PipelineSample(io.ComfyNode):
-    """Pictures drawn by a diffusers pipeline."""
+    """Node that draws pictures with a diffusers pipeline."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -231,7 +231,7 @@ class PipelineSample(io.ComfyNode):
 
     @classmethod
     def check(cls, prompt: str, solver: str, lora: str) -> None:
-        """Raise ConfigError where a widget cannot be drawn with."""
+        """Raise ConfigError where the value of a widget cannot be drawn with."""
         if not prompt.strip():
             raise ConfigError("prompt must not be empty; say what to draw")
         listed("solver", solver, [OWN, *SOLVERS])
@@ -278,7 +278,7 @@ class PipelineSample(io.ComfyNode):
 
 
 def settings(pipeline: Sampler, adapter: Path | None, changes: dict[str, Any]) -> AdapterInfo:
-    """What is drawn with: the widgets, else the LoRA's, else the model's.
+    """Settings to draw with: those of the widgets, else the LoRA's, else the model's.
 
     Raises:
         ConfigError: a value that is not possible, by the name of its widget.
@@ -293,7 +293,7 @@ def settings(pipeline: Sampler, adapter: Path | None, changes: dict[str, Any]) -
 def draw(
     sampler: Sampler, prompts: list[str], noises: Tensor, node: type[io.ComfyNode]
 ) -> tuple[list[Image.Image], Tensor]:
-    """Every prompt from every noise, each alone in its batch, with progress, previews and Cancel.
+    """Draw every prompt from every noise, each alone in its batch, with progress, previews and Cancel.
 
     Returns:
         Pictures, and latents (P * B, ...) as the VAE has them.

@@ -45,7 +45,7 @@ from ._api import (
 )
 
 FUNCTIONS = "ngrpo_rewards"
-"""Folder of models/ whose Python files hold rewards of one's own."""
+"""Folder of models/ whose Python files hold the user's own rewards."""
 
 NO_FUNCTION = f"(no file in models/{FUNCTIONS})"
 SERVERS = ["judge", "unifiedreward", "vqascore"]
@@ -58,13 +58,13 @@ Rewards = io.Custom("NGRPO_REWARDS")
 
 
 class Chosen(Entries):
-    """NGRPO_REWARDS: entries as in `rewards.train`. What they load lives as long as ComfyUI keeps the node's output."""
+    """Value of NGRPO_REWARDS: entries as in `rewards.train`. What they load lives while ComfyUI keeps the output."""
 
     scorer: Scorer | None = None
     loading = threading.Lock()  # one for all chains: a load that was cancelled runs on
 
     def load(self) -> Scorer:
-        """The rewards, loaded once."""
+        """Load the rewards at the first call, and return what scores with them."""
         with self.loading:
             if self.scorer is None:
                 with torch.inference_mode(False):
@@ -72,7 +72,7 @@ class Chosen(Entries):
             return self.scorer
 
     def unload(self) -> None:
-        """Let go of what was loaded."""
+        """Let go of the loaded rewards, so that their memory is free."""
         self.scorer = None
 
 
@@ -80,7 +80,7 @@ register_folder(FUNCTIONS, ".py")
 
 
 def functions() -> list[str]:
-    """`file.py:function` of every function of images in models/ngrpo_rewards; files are read, not imported."""
+    """List every function of images in models/ngrpo_rewards as `file.py:function`; files are read, not imported."""
     found = []
     for name in folder_paths.get_filename_list(FUNCTIONS):
         path = folder_paths.get_full_path(FUNCTIONS, name)
@@ -92,7 +92,7 @@ def functions() -> list[str]:
 
 
 def takes_images(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether it can be a reward, by its parameters' names."""
+    """Whether a function can be a reward: it has a parameter `image` or `images`."""
     arguments = function.args
     return bool({"image", "images"} & {one.arg for one in (*arguments.args, *arguments.kwonlyargs)})
 
@@ -109,7 +109,7 @@ def key_variable(url: str) -> str:
 
 
 def admitted(reward: RewardConfig) -> RewardConfig:
-    """An entry that a graph may ask for.
+    """Check that a graph may ask for a reward, and return it, with its server's key variable.
 
     Raises:
         ConfigError: a function elsewhere than in models/ngrpo_rewards, a path out of ComfyUI's folders, or a variable
@@ -141,7 +141,7 @@ def admitted(reward: RewardConfig) -> RewardConfig:
 
 
 def entry(name: str, weight: float, settings: str, own: dict[str, Any] | None = None) -> RewardConfig:
-    """One checked reward; settings as text are over the others.
+    """Make one checked reward; settings that are given as text take precedence over `own`.
 
     Raises:
         ConfigError: one line per problem.
@@ -155,12 +155,12 @@ def entry(name: str, weight: float, settings: str, own: dict[str, Any] | None = 
 
 
 def joined(earlier: Entries | None, reward: RewardConfig) -> Chosen:
-    """A chain, longer by one."""
+    """Make a chain of rewards that is longer by one."""
     return Chosen(parse_reward_entries([*(earlier or ()), reward]))
 
 
 def weight_input() -> io.Float.Input:
-    """The weight of a reward."""
+    """Make the input for the weight of a reward."""
     return io.Float.Input(
         "weight",
         default=1.0,
@@ -173,7 +173,7 @@ def weight_input() -> io.Float.Input:
 
 
 def settings_input(what: str) -> io.String.Input:
-    """Further settings as text."""
+    """Make the input for further settings of a reward as text."""
     return io.String.Input(
         "settings",
         default="",
@@ -183,12 +183,12 @@ def settings_input(what: str) -> io.String.Input:
 
 
 def chain_input() -> io.Input:
-    """Rewards to go on from."""
+    """Make the input for a chain of rewards to add to."""
     return Rewards.Input("rewards", optional=True, tooltip="Further rewards; this one is added to them.")
 
 
 class Reward(io.ComfyNode):
-    """One reward of `ngrpo_lora/rewards`."""
+    """Node that chooses a reward of `ngrpo_lora/rewards` by its name."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -219,7 +219,7 @@ class Reward(io.ComfyNode):
 
 
 class RewardFunction(io.ComfyNode):
-    """A Python function of one's own."""
+    """Node that makes a reward of a Python function of the user's."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -249,7 +249,7 @@ class RewardFunction(io.ComfyNode):
 
     @classmethod
     def entry(cls, function: str, weight: float, settings: str) -> RewardConfig:
-        """The checked reward."""
+        """Make the checked reward that the widgets describe."""
         return entry(reference(function), weight, settings)
 
     @classmethod
@@ -262,10 +262,10 @@ class RewardFunction(io.ComfyNode):
 
 
 def reference(function: str) -> str:
-    """`file.py:function` with the file's whole path.
+    """Reference `file.py:function` with the file's whole path.
 
     Raises:
-        ConfigError: there is none in models/ngrpo_rewards.
+        ConfigError: there is no such function in models/ngrpo_rewards.
     """
     listed("function", function, functions() or [NO_FUNCTION])
     name, own = registry.split_reference(function)
@@ -273,7 +273,7 @@ def reference(function: str) -> str:
 
 
 class VLMJudge(io.ComfyNode):
-    """A vision-language model that is asked about every picture."""
+    """Node that makes a reward of a vision-language model, which is asked about every picture."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -322,7 +322,7 @@ class VLMJudge(io.ComfyNode):
     def entry(
         cls, judge: str, base_url: str, model: str, question: str, answer: str, weight: float, settings: str
     ) -> RewardConfig:
-        """The checked reward."""
+        """Make the checked reward that the widgets describe."""
         listed("judge", judge, SERVERS)
         asked = {"template": question, "answer": answer} if judge == "judge" else {}
         own = {"base_url": base_url.strip(), "model": model.strip() or None} | asked
@@ -360,7 +360,7 @@ class VLMJudge(io.ComfyNode):
 
 
 class Score(io.ComfyNode):
-    """Pictures judged and sorted."""
+    """Node that scores pictures and sorts them, best first."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -438,10 +438,10 @@ class Score(io.ComfyNode):
 
 
 def samples_of(pictures: Sequence[Image.Image], prompt: str, metadata: str) -> Samples:
-    """Pictures with what is said of them.
+    """Make samples of pictures, with their prompts and metadata read from text.
 
     Raises:
-        ConfigError: another number of lines than one or one for each picture, or metadata that is no mapping.
+        ConfigError: there is neither one line nor one for each picture, or metadata is no mapping.
     """
     lines = [line.strip() for line in prompt.splitlines() if line.strip()] or [""]
     prompts = each_its_own(lines, len(pictures), "prompt")
@@ -451,7 +451,7 @@ def samples_of(pictures: Sequence[Image.Image], prompt: str, metadata: str) -> S
 
 
 def loaded(rewards: Entries) -> Scorer:
-    """A chain's rewards; where they find no room beside ComfyUI's models, once more without them."""
+    """Load a chain's rewards; where they find no room beside ComfyUI's models, once more without those."""
     chosen = rewards if isinstance(rewards, Chosen) else Chosen(rewards)
     with suppress(torch.OutOfMemoryError):
         return cancellable(chosen.load)
@@ -460,7 +460,7 @@ def loaded(rewards: Entries) -> Scorer:
 
 
 def scores_of(scorer: Scorer, samples: Samples) -> dict[str, Tensor]:
-    """Scores (N,); where a network found no room beside ComfyUI's models, once more without them."""
+    """Scores (N,) by reward; where a network found no room beside ComfyUI's models, once more without those."""
     scores = cancellable(scorer, samples)
     if any("OutOfMemoryError" in reason for reward in scorer.rewards.values() for reason in reward.failures):
         make_room(comfy.model_management.get_torch_device())

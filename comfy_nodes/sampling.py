@@ -33,7 +33,7 @@ def sample_flow(
     disable: bool | None = None,
     solver: str = "dpmpp_2m",
 ) -> Tensor:
-    """`ngrpo_lora.solvers` in the form of k-diffusion's samplers: `denoise(latents, sigma)` predicts the clean latents.
+    """`ngrpo_lora.equations.solvers` as a k-diffusion sampler: `denoise(latents, sigma)` predicts the clean latents.
 
     Args:
         latents: (B, ...) at `sigmas[0]`. sigmas: (K + 1,), decreasing within [0, 1].
@@ -54,7 +54,7 @@ def sample_flow(
 
 
 class FlowSampler(io.ComfyNode):
-    """The trainer's solver as a SAMPLER."""
+    """Node that gives the trainer's solver as a SAMPLER."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -85,13 +85,13 @@ class FlowSampler(io.ComfyNode):
 
 @lru_cache(16)
 def weightless(path: str, height_px: int, width_px: int) -> BaseFamily:
-    """A known model at this size, without its weights: for its schedule."""
+    """Make a known model at this size without its weights, for its schedule."""
     config = ModelConfig(path=path, height_px=height_px, width_px=width_px)
     return make_family(read_blueprint(config), config)
 
 
 class FlowSigmas(io.ComfyNode):
-    """The trainer's noise levels as SIGMAS."""
+    """Node that gives the trainer's noise levels as SIGMAS."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -149,14 +149,14 @@ class Neighborhood:
         self.base_seed = seed if around == AROUND[0] else derive_seed(seed, "base")
 
     def generate_noise(self, latent: dict[str, Any]) -> Tensor:
-        """(B, ...) of the latents' shape."""
+        """Noise (B, ...) in the latents' shape, one member for each row."""
         _, *shape = latent["samples"].shape
         base = gaussian_noise(shape, self.base_seed)
         rows = latent.get("batch_index") or range(len(latent["samples"]))
         return torch.stack([self.member(base, self.first + row) for row in rows])
 
     def member(self, base: Tensor, index: int) -> Tensor:
-        """Neighbour `index`, or the middle itself for -1."""
+        """Noise of neighbour `index`, or `base` itself, the middle, for -1."""
         if index < 0:
             return base
         delta = gaussian_noise(base.shape, derive_seed(self.seed, "delta", index))
@@ -164,7 +164,7 @@ class Neighborhood:
 
 
 class NeighborNoise(io.ComfyNode):
-    """A neighbourhood as NOISE."""
+    """Node that gives a seed's neighbourhood as NOISE."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -44,12 +44,12 @@ from ._api import check_path, schema, show_text, to_images
 from .rewards import Chosen, Entries, Rewards, admitted
 
 FOLDER = "ngrpo"
-"""Of output/, where runs are, and of the first loras folder, where their adapters are."""
+"""Folder within output/ for runs, and within the first loras folder for their adapters."""
 
 GO_ON, ANEW = "go on with it", "start anew beside it"
 PREVIEW_S = 1.0
 PREVIEW_SHARE = 0.05
-"""The most of the time that previews take."""
+"""Largest share of the time that previews take."""
 
 TAKEN = {
     "output_dir": "is output/ngrpo/NAME: set name",
@@ -69,26 +69,26 @@ OUT_OF_MEMORY = (
 
 
 def run_dir(name: str) -> Path:
-    """Where a run is."""
+    """Folder of the run of this name."""
     return Path(folder_paths.get_output_directory()) / FOLDER / name
 
 
 def lora_name(name: str) -> str:
-    """The adapter of a run as ComfyUI's lists have it."""
+    """Name of a run's adapter in ComfyUI's lists."""
     return os.path.join(FOLDER, f"{name}.safetensors")
 
 
 def lora_path(name: str) -> Path:
-    """Where the adapter of a run is."""
+    """Path of a run's adapter in the first loras folder."""
     return Path(folder_paths.get_folder_paths("loras")[0]) / lora_name(name)
 
 
 MADE: dict[str, tuple[int, int]] = {}
-"""By name of a run, `file_times` as its node left them: what comes after the node need not be computed again."""
+"""`file_times` of runs by name, as their nodes left them: while they hold, later nodes need not compute again."""
 
 
 def file_times(name: str) -> tuple[int, int]:
-    """When a run's adapter and its copy among the LoRAs were written, 0 for none."""
+    """Times in ns at which a run's adapter and its copy among the LoRAs were written, 0 for none."""
     adapter, copy = run_dir(name) / "adapter" / FILE_NAME, lora_path(name)
     return (
         adapter.stat().st_mtime_ns if adapter.exists() else 0,
@@ -97,7 +97,7 @@ def file_times(name: str) -> tuple[int, int]:
 
 
 def free_name(name: str) -> str:
-    """`name`, else `name-2` and so on: one that neither a run nor an adapter has."""
+    """The first of `name`, `name-2` and so on that neither a run nor an adapter has."""
     number, free = 1, name
     while run_dir(free).exists() or lora_path(free).exists():
         number += 1
@@ -117,7 +117,7 @@ def check_name(name: str) -> None:
 def configure(
     preset: str, name: str, overrides: str, iterations: int, seed: int, prompts: str = "", rewards: Entries = ()
 ) -> RunConfig:
-    """The run that a node describes; nothing is read but what the overrides name.
+    """Configuration of the run that a node describes; nothing is read but what the overrides name.
 
     Raises:
         ConfigError: one line per problem.
@@ -145,12 +145,12 @@ def configure(
 
 
 def as_yaml(value: Any) -> str:
-    """A value for an override, in one line."""
+    """A value as one line of YAML, for an override."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def within_folders(config: RunConfig, given_rewards: bool) -> RunConfig:
-    """The same with the names of ComfyUI's files as paths.
+    """Turn names of ComfyUI's files in a configuration into paths, and check all of its paths and rewards.
 
     Raises:
         ConfigError: a path out of ComfyUI's folders, or a reward that no graph may ask for.
@@ -186,10 +186,10 @@ def check_sources(sources: Sources, key: str) -> None:
 
 
 def prompt_lines(prompts: str) -> list[str]:
-    """One prompt a line.
+    """Prompts of a text, one a line, without empty lines.
 
     Raises:
-        ConfigError: none.
+        ConfigError: there is no prompt.
     """
     lines = [line.strip() for line in prompts.splitlines() if line.strip()]
     if not lines:
@@ -198,13 +198,13 @@ def prompt_lines(prompts: str) -> list[str]:
 
 
 def prompts_path(name: str, prompts: str) -> Path:
-    """Where a run has its prompts: by their digest, so that others are noticed when it goes on."""
+    """File of a run's prompts, named by their digest, so that a run that goes on notices other prompts."""
     digest = hashlib.sha256("\n".join(prompt_lines(prompts)).encode()).hexdigest()[:12]
     return run_dir(name) / f"prompts-{digest}.txt"
 
 
 def check_earlier(config: RunConfig) -> None:
-    """Make sure that nothing is overwritten, and that a run that goes on stays the same.
+    """Check that nothing is overwritten, and that a run that goes on stays the same.
 
     Raises:
         ConfigError: a run of that name has other settings, or there is an adapter without its run.
@@ -226,10 +226,10 @@ def check_earlier(config: RunConfig) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder, and write a megabyte in it.
+    """Make a folder, and check that a megabyte can be written in it.
 
     Raises:
-        UserError: not possible.
+        UserError: the folder cannot be made or written in.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ def check_writable(folder: Path) -> None:
 
 
 def put_adapter(source: Path, name: str) -> str:
-    """Copy an adapter to where LoRA lists find it; its name there."""
+    """Copy an adapter to where LoRA lists find it, and return its name there."""
     target = lora_path(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
@@ -254,12 +254,12 @@ def put_adapter(source: Path, name: str) -> str:
 
 
 def iteration_of(checkpoint: Path) -> int:
-    """How far a checkpoint is."""
+    """Number of iterations after which a checkpoint was saved."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def finished(config: RunConfig) -> bool:
-    """Whether a run has come to its end."""
+    """Whether a run has done all its iterations and written its adapter and summary."""
     folder, wanted = Path(config.output_dir), config.trainer.num_iterations
     found = checkpoints(folder)
     complete = (folder / "adapter" / FILE_NAME).is_file() and (folder / "summary.png").is_file()
@@ -267,7 +267,7 @@ def finished(config: RunConfig) -> bool:
 
 
 class View(Watcher):
-    """A run as its node shows it; Cancel stops it."""
+    """Watcher that shows a run at its node; Cancel stops the run."""
 
     def __init__(self, config: RunConfig, node: type[io.ComfyNode]):
         self.folder, self.total, self.node = Path(config.output_dir), config.trainer.num_iterations, node
@@ -294,7 +294,7 @@ class View(Watcher):
         show_text(self.text(step, now, metrics), self.node)
 
     def text(self, step: int, now: float, metrics: Metrics) -> str:
-        """Where the run is, how well it does, and how long it will take."""
+        """Say which iteration a run is at, its rewards, and how many minutes are left."""
         said = [f"iteration {step} of {self.total}"]
         for key, name in (("rollout/reward_mean", "reward"), ("eval/reward_mean", "held-out")):
             if key in metrics:
@@ -306,7 +306,7 @@ class View(Watcher):
 
 
 class Warnings(logging.Handler):
-    """The last warnings of a run: a trainer's error says that the reasons are above."""
+    """Keeps the last warnings of a run: a trainer's error says that the reasons are above."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -317,16 +317,16 @@ class Warnings(logging.Handler):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the system."""
+    """Whether an error says that the memory of a GPU or of the system is used up."""
     lack = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return lack or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
-    """Train with ComfyUI's models out of the way; whatever ends it, nothing of the run stays in memory.
+    """Train with ComfyUI's models unloaded; whatever ends it, nothing of the run stays in memory.
 
     Raises:
-        InterruptProcessingException: cancelled.
+        InterruptProcessingException: the user has cancelled.
         UserError: the run cannot go on.
     """
     show_text("loading", node)
@@ -364,12 +364,12 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
 
 
 def worded(message: str) -> str:
-    """A trainer's message for the screen: what the command is told to do next is the node's own business."""
+    """A trainer's message as the node shows it, without advice that only a user of the command line can follow."""
     return re.sub(r"[;,]?( then)? go on with resume=latest", "", message).replace("reasons are above", "see below")
 
 
 def state_in_words(config: RunConfig) -> str:
-    """How far a run came, and how it goes on; its adapter so far is put into the LoRA lists."""
+    """Say how far a run came, and how it goes on; its adapter so far is put into the LoRA lists."""
     folder = Path(config.output_dir)
     found = checkpoints(folder)
     if not found:
@@ -386,7 +386,7 @@ def state_in_words(config: RunConfig) -> str:
 
 
 class Train(io.ComfyNode):
-    """Neighbor GRPO."""
+    """Node that trains a LoRA with Neighbor GRPO."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -469,7 +469,7 @@ class Train(io.ComfyNode):
         rewards: Entries | None = (),
         prompts: str | None = "",
     ) -> bool:
-        """What cannot run is not queued. An error is raised: what is returned ComfyUI shows once for every input."""
+        """Refuse to queue what cannot run, by an error: ComfyUI shows a returned message once for every input."""
         if earlier_run not in (None, GO_ON, ANEW):
             raise ConfigError(f"earlier_run must be {GO_ON!r} or {ANEW!r}, got {earlier_run!r}")
         if prompts:
@@ -485,7 +485,7 @@ class Train(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str | None, earlier_run: str | None, **others: Any) -> Any:
-        """A new run is always another one; the same one is looked at again when others have changed its files."""
+        """Fingerprint: always new for a new run; for the same run it changes when others have changed its files."""
         if earlier_run == ANEW or name is None:
             return time.time()
         times = file_times(name)
@@ -530,7 +530,7 @@ class Train(io.ComfyNode):
 
 
 def prepared(config: RunConfig, prompts: str) -> RunConfig:
-    """The run as it starts: from its latest checkpoint where it has one, with its prompts on disk.
+    """Configuration of the run as it starts: from its latest checkpoint where it has one, with its prompts on disk.
 
     Raises:
         ConfigError: one line per problem.

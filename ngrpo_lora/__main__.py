@@ -1,4 +1,4 @@
-"""`python -m ngrpo_lora` is `ngrpo`."""
+"""Lets `python -m ngrpo_lora` run the command `ngrpo`."""
 
 from ngrpo_lora.cli.app import app
 

@@ -12,16 +12,16 @@ console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class RunProgress(Progress):
-    """The bar and its times, and below it what the last iteration came to."""
+    """Progress of a run: a bar with times, and below it the figures of the last iteration."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """One line of columns, one of status for each task."""
+        """Give the lines of a progress display: the columns, then the status of each task."""
         yield self.make_tasks_table(self.tasks)
         yield from (Text(f"  {task.fields['status']}", no_wrap=True) for task in self.tasks)
 
 
 def progress_bar() -> RunProgress:
-    """Iterations, times, and a status of any length."""
+    """Make the progress of a run: iterations, times, and a status of any length."""
     return RunProgress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

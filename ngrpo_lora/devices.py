@@ -21,7 +21,7 @@ __all__ = [
 
 
 def resolve_device(device: str) -> str:
-    """`auto` is a GPU where there is one.
+    """Resolve `auto` to a GPU (CUDA, else MPS) where there is one, otherwise to the CPU.
 
     Raises:
         UserError: a GPU is asked for and there is none.
@@ -34,7 +34,7 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
-    """`auto` is bfloat16 where the device has instructions for it, otherwise float32.
+    """Resolve `auto` to bfloat16 where the device has instructions for it, otherwise to float32.
 
     On a CPU these are AVX512-BF16 and AMX, with which the embedded model runs twice as fast; without them bfloat16
     is slower than float32.
@@ -54,10 +54,10 @@ def resolve_dtype(dtype: str, device: str) -> str:
 def free_memory() -> int:
     """Bytes that are free on that GPU of this machine which has the fewest.
 
-    Several are asked in a process that ends: one that asks keeps a CUDA context, some hundred MiB, on each.
+    Several GPUs are asked in a process that ends: one that asks keeps a CUDA context, some hundred MiB, on each.
 
     Raises:
-        subprocess.CalledProcessError: one of several cannot be used.
+        subprocess.CalledProcessError: one of several GPUs cannot be used.
     """
     if torch.cuda.device_count() == 1:  # on which this process computes
         return torch.cuda.mem_get_info(0)[0]
@@ -66,14 +66,14 @@ def free_memory() -> int:
 
 
 def use_device(device: str) -> None:
-    """Make a GPU the one that this process computes on unless told otherwise; nothing to do for other devices."""
+    """Make a GPU the default device of this process; there is nothing to do for other devices."""
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device).index or 0)
 
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """PyTorch chooses among its other kernels of attention.
+    """Keep PyTorch from cuDNN's kernel of attention while the context lasts; it chooses among its others.
 
     On an H100 it prefers cuDNN's, whose backward pass in FLUX.1 at 720 px ended with an illegal memory access (PyTorch
     2.11, cuDNN 9.19), and with a mask has given NaN (https://github.com/pytorch/pytorch/issues/196678).

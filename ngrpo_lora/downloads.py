@@ -1,4 +1,4 @@
-"""What stands in the way of a file of the Hub, in words."""
+"""Puts into words why a file of the Hub cannot be had."""
 
 from __future__ import annotations
 

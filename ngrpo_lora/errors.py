@@ -20,9 +20,9 @@ class ConfigError(UserError, ValueError):
 
 
 class SharedError(UserError):
-    """An error that every process of a run has; the main one says it for all."""
+    """An error that every process of a run has; the main process shows it for all."""
 
 
 def first_line(error: Exception) -> str:
-    """The gist of a long message."""
+    """The first line of an error's message, or its type's name where there is no message."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -13,5 +13,5 @@ def launched() -> bool:
 
 
 def process_device(device: str) -> str:
-    """This process's own GPU where the configuration says `cuda`."""
+    """Resolve `cuda` to this process's own GPU where a launcher started several; other devices stay as they are."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched() else device

@@ -42,10 +42,10 @@ __all__ = [
 
 ALGORITHMS, MODELS, REWARDS = "ngrpo_lora.algorithms", "ngrpo_lora.models", "ngrpo_lora.rewards"
 ALGORITHM_SETTINGS, REWARD_SETTINGS = "ngrpo_lora.config.algorithms", "ngrpo_lora.config.rewards"
-"""The folders whose files are chosen by name. Rooms below name them here as text, and so import none of them."""
+"""Packages whose modules are chosen by name. Rooms below them name them here as text, and so import none of them."""
 
 allow_modules = True
-"""Whether names may be module paths, which are imported. Where they come from strangers, as in ComfyUI, it is false."""
+"""Whether names may be module paths, which are imported. False where names come from strangers, as in ComfyUI."""
 
 
 def names(package: str) -> list[str]:
@@ -111,7 +111,7 @@ def _folders(package: str) -> list[Path]:
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """`package.module:function` or `file.py:function` in two; the file may be on a drive of Windows."""
+    """Split `package.module:function` or `file.py:function` in two; the file may be on a drive of Windows."""
     target, _, function = reference.rpartition(":")
     return target, function
 
@@ -134,7 +134,7 @@ def check_function(reference: str) -> None:
 
 
 def resolve_function(reference: str) -> Callable[..., Any]:
-    """The function behind `package.module:function` or `file.py:function`.
+    """Import the function behind `package.module:function` or `file.py:function`.
 
     Raises:
         ConfigError: malformed, no such file or module, no such function (the nearest one is named).

@@ -54,13 +54,13 @@ class Rollout:
     final: Tensor
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+        """This rollout with all its tensors on another device."""
         return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """Scores of P groups.
+    """Rewards of P groups of G candidates, and the scores that they are made of.
 
     rewards: (P, G) float64, what the advantages are made of.
     valid: (P, G) bool, False where a reward failed.

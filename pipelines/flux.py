@@ -10,7 +10,7 @@ from .scheduling_flow_dpm import FlowDPMSolverMultistepScheduler
 
 
 class NeighborGRPOFluxPipeline(NeighborGRPOMixin, FluxPipeline):
-    """`FluxPipeline` and what `neighbor_grpo` adds."""
+    """diffusers' `FluxPipeline` with what `NeighborGRPOMixin` adds."""
 
     scheduler_class = FlowDPMSolverMultistepScheduler
     from_image_class = FluxImg2ImgPipeline

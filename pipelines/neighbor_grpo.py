@@ -1,4 +1,4 @@
-"""What the pipelines beside this file add to diffusers' own.
+"""Common base of the pipelines beside this file: what they add to diffusers' own.
 
 - The exact scheduler: pictures are those that the trainer saw.
 - An adapter's own settings, from its header: what a call leaves out is as in training.
@@ -44,7 +44,7 @@ StockPipeline: Any = object  # in whose place the next base of the class comes
 
 @dataclass(frozen=True)
 class Settings:
-    """What an adapter wants to be drawn with. `own_shift` is its run's configuration: None is the base's own rule."""
+    """Settings that an adapter was trained with; `own_shift` is what its run configured, None the base's own rule."""
 
     num_steps: int
     solver: str
@@ -59,7 +59,7 @@ class Settings:
 
 
 class NeighborGRPOMixin(StockPipeline):
-    """The first base of a class whose second is a stock pipeline; the attributes say how that one works."""
+    """Mixin to be named before a stock pipeline among a class's bases; its attributes say how that one works."""
 
     scheduler_class: ClassVar[Any]
     """`FlowDPMSolverMultistepScheduler`, imported by the pipeline's own file, where diffusers looks for imports."""
@@ -68,13 +68,13 @@ class NeighborGRPOMixin(StockPipeline):
     """The stock pipeline of the same model that starts from an image."""
 
     guided_by: ClassVar[str] = "guidance_scale"
-    """The argument that takes an adapter's guidance."""
+    """Name of the call's argument that takes an adapter's guidance."""
 
     unguided: ClassVar[float | None] = 1.0
-    """The highest guidance that takes one pass; None: guidance is distilled, and there is no negative prompt."""
+    """The highest guidance that needs one pass alone; None: guidance is distilled, and there is no negative prompt."""
 
     packs_latents: ClassVar[bool] = False
-    """Whether `latents` are tokens of 2 x 2 cells."""
+    """Whether the stock pipeline takes `latents` as tokens of 2 x 2 cells."""
 
     _settings: dict[str, Settings] = {}  # by adapter, in the order of loading
     _texts: dict[str, Any] | None = None  # embeddings of the prompt that is being drawn
@@ -94,8 +94,8 @@ class NeighborGRPOMixin(StockPipeline):
     ) -> Any:
         """Draw one picture after the other, with all arguments of the stock pipeline and seven more.
 
-        What is left out is as the active adapter's header says: steps, solver, shift, guidance, negative prompt,
-        prompt tokens, size. Of several adapters the first loaded is heard.
+        What is left out is taken from the active adapter's header: steps, solver, shift, guidance, negative prompt,
+        prompt tokens, size. Of several adapters the one that was loaded first counts.
 
         Args:
             seeds: every prompt is drawn with every seed, prompt-major; in place of `generator`.
@@ -103,12 +103,12 @@ class NeighborGRPOMixin(StockPipeline):
                 are those of a trainer's group of that seed.
             perturbation_strength: r in (0, 1]; default: the adapter's in training.
             solver: DPM-Solver++ 2M by default, or Euler's method.
-            shift: of the schedule; default: the adapter's at its own size, otherwise the base's.
-            image: where to start from, by the stock image-to-image pipeline; or a list, one for each prompt. A seed is
-                then its generator's.
+            shift: timestep shift of the schedule; default: the adapter's at its own size, otherwise the base's.
+            image: picture to start from, by the stock image-to-image pipeline; or a list, one for each prompt. A seed
+                is then that of the pipeline's generator.
             strength: in (0, 1], the share of the steps that is taken from an image; default: that pipeline's.
         Returns:
-            As the stock pipeline.
+            What the stock pipeline returns.
         Raises:
             ValueError: arguments that do not go together, or a size that the model does not have.
         """
@@ -167,7 +167,7 @@ class NeighborGRPOMixin(StockPipeline):
         return type(outputs[0])(images=images) if return_dict else (images,)
 
     def encode_prompt(self, *args: Any, **call: Any) -> Any:
-        """As the stock pipeline, but once for all pictures of a prompt."""
+        """Encode as the stock pipeline does, but once for all pictures of a prompt."""
         if self._texts is None or call.get("prompt_embeds") is not None:
             return super().encode_prompt(*args, **call)
         key = repr((args, call))
@@ -182,7 +182,7 @@ class NeighborGRPOMixin(StockPipeline):
         hotswap: bool = False,
         **options: Any,
     ) -> None:
-        """As the stock pipeline; and remember how the adapter wants to be drawn with.
+        """Load as the stock pipeline does, and remember the settings that the adapter was trained with.
 
         Raises:
             ValueError: no safetensors file or several, metadata that cannot be read, or a LoRA that would not take
@@ -203,12 +203,12 @@ class NeighborGRPOMixin(StockPipeline):
         self._settings = others if settings is None else others | {name: settings}
 
     def set_adapters(self, adapter_names: str | list[str], adapter_weights: Any = None) -> None:
-        """As the stock pipeline; ValueError for a strength that is not finite."""
+        """Do what the stock pipeline does; ValueError for a strength that is not finite."""
         check_strengths(adapter_weights)
         super().set_adapters(adapter_names, adapter_weights)
 
     def fuse_lora(self, *args: Any, lora_scale: float = 1.0, **options: Any) -> None:
-        """As the stock pipeline; ValueError for a strength that is not finite."""
+        """Do what the stock pipeline does; ValueError for a strength that is not finite."""
         check_strengths(lora_scale)
         super().fuse_lora(*args, lora_scale=lora_scale, **options)
 
@@ -238,7 +238,7 @@ class NeighborGRPOMixin(StockPipeline):
             raise ValueError(f"{what} has weights that are not finite, in {bad[0]}; it cannot be used")
 
     def _active_settings(self) -> Settings | None:
-        """Of the first loaded of the adapters that are active, or fused into the weights."""
+        """Settings of the first loaded of the adapters that are active, or fused into the weights; None without any."""
         names = self._settings if self.num_fused_loras else self.get_active_adapters()
         active = {name: settings for name, settings in self._settings.items() if name in names}
         if len(set(active.values())) > 1:
@@ -263,7 +263,7 @@ class NeighborGRPOMixin(StockPipeline):
     def _exact_scheduler(
         self, settings: Settings | None, height: int, width: int, solver: str | None, shift: float | None
     ) -> Any:
-        """In place of the Euler scheduler that models come with; any other is the user's choice and stays."""
+        """Exact scheduler in place of the Euler one that models come with; any other is the user's choice and stays."""
         if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             if solver is not None or shift is not None:
                 kind = type(self.scheduler).__name__
@@ -291,16 +291,16 @@ class NeighborGRPOMixin(StockPipeline):
         return self.default_sample_size * self.vae_scale_factor
 
     def _latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """(1, C, H, W), before packing."""
+        """Shape (1, C, H, W) of a picture's latents before packing."""
         channels = self.transformer.config.in_channels // (4 if self.packs_latents else 1)
         return (1, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
 
     def _packed(self, noise: Tensor) -> Tensor:
-        """Latents as the stock pipeline takes them."""
+        """Noise in the form in which the stock pipeline takes its latents."""
         return self._pack_latents(noise, *noise.shape) if self.packs_latents else noise
 
     def _stock_noises(self, call: dict[str, Any], shape: tuple[int, ...], count: int) -> list[Tensor]:
-        """Take `latents` or `generator` out of a call: what they give, or the global generator, one by one."""
+        """Take `latents` or `generator` out of a call; noise of each picture, else by the global generator."""
         if "latents" in call:
             return list(as_many(call.pop("latents"), count).split(1))
         return [
@@ -310,20 +310,20 @@ class NeighborGRPOMixin(StockPipeline):
 
 
 def as_many(values: Any, count: int) -> Any:
-    """Latents or generators; ValueError unless they are as many as pictures."""
+    """Return latents or generators unchanged; ValueError unless they are as many as pictures."""
     if len(values) != count:
         raise ValueError(f"latents and lists of generators must be as many as pictures, {count}, got {len(values)}")
     return values
 
 
 def take_generators(call: dict[str, Any], count: int) -> list[torch.Generator | None]:
-    """Take `generator` out of a call: one for each picture; None is the global one."""
+    """Take `generator` out of a call, and return one for each picture; None is the global one."""
     generator = call.pop("generator", None)
     return as_many(generator, count) if isinstance(generator, list) else [generator] * count
 
 
 def seeded_generators(seeds: int | Sequence[int], prompts: int) -> list[torch.Generator | None]:
-    """One for each prompt and seed, prompt-major, on the CPU; ValueError for no seed."""
+    """Make a generator for each prompt and seed, prompt-major, on the CPU; ValueError for no seed."""
     seeds = [seeds] if isinstance(seeds, int) else seeds
     if not seeds:
         raise ValueError("seeds must hold one seed at least, got none")
@@ -333,7 +333,7 @@ def seeded_generators(seeds: int | Sequence[int], prompts: int) -> list[torch.Ge
 def image_starts(
     image: Any, strength: float | None, prompts: int, generators: Sequence[torch.Generator | None]
 ) -> list[dict[str, Any]]:
-    """What each picture of the stock image-to-image pipeline is given, prompt-major.
+    """Make the arguments of the stock image-to-image pipeline for each picture, prompt-major.
 
     Raises:
         ValueError: no image, not as many as prompts, or a strength outside (0, 1].
@@ -351,7 +351,7 @@ def image_starts(
 
 
 def split_prompts(call: dict[str, Any]) -> list[dict[str, Any]]:
-    """Take what belongs to single prompts out of a call, and give the arguments of each.
+    """Take the arguments that belong to single prompts out of a call, and return those of each prompt.
 
     Raises:
         ValueError: not as many of one argument as there are prompts.
@@ -366,7 +366,7 @@ def split_prompts(call: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def row(value: Any, i: int) -> Any:
-    """What of an argument belongs to prompt i: a string, never a list of one, which Z-Image writes into."""
+    """The part of an argument for prompt i; of texts a string, never a list of one, which Z-Image writes into."""
     if isinstance(value, str):
         return value
     return value[i] if isinstance(value[i], str) else value[i : i + 1]
@@ -404,20 +404,20 @@ def gaussian_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def derive_seed(*labels: object) -> int:
-    """A 63-bit seed from labels, the trainer's."""
+    """A 63-bit seed from labels, the same as the trainer's (SHA-256)."""
     digest = hashlib.sha256("\x1f".join(map(str, labels)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def join(parts: list[Any]) -> Any:
-    """Pictures of several calls, of whatever output type."""
+    """Join the pictures of several calls, whatever their output type."""
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
     return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [image for part in parts for image in part]
 
 
 def find_file(source: str, where: dict[str, Any]) -> Path:
-    """The safetensors file that `load_lora_weights` means: a file, or that of a folder or of a repository of the Hub.
+    """Find the file that `load_lora_weights` is given: a safetensors file, or that of a folder or Hub repository.
 
     Raises:
         ValueError: there is none, or there are several, or another kind of file is asked for.
@@ -447,10 +447,10 @@ def find_file(source: str, where: dict[str, Any]) -> Path:
 
 
 def the_adapter(source: str, files: list[str]) -> str:
-    """The file named as adapters are, or the only one.
+    """Choose a folder's adapter: the file that is named as adapters are, or the only safetensors file.
 
     Raises:
-        ValueError: none, or several.
+        ValueError: there is none, or there are several.
     """
     names = sorted(file for file in files if file.endswith(".safetensors"))
     if not names and (pickles := sorted(file for file in files if file.endswith(PICKLES))):
@@ -463,7 +463,7 @@ def the_adapter(source: str, files: list[str]) -> str:
 
 
 def check_strengths(strengths: Any) -> None:
-    """Raise ValueError for one that is not finite, of a number, None, or lists and dictionaries of them."""
+    """Raise ValueError for a strength that is not finite, among numbers, None, and lists and dictionaries of them."""
     if isinstance(strengths, dict | list):
         for one in strengths.values() if isinstance(strengths, dict) else strengths:
             check_strengths(one)
@@ -472,10 +472,10 @@ def check_strengths(strengths: Any) -> None:
 
 
 def read_header(path: Path) -> tuple[dict[str, str], list[str]]:
-    """The metadata and the keys of a safetensors file.
+    """Read the metadata and the tensors' names of a safetensors file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the file is not one.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -504,7 +504,7 @@ def check_said(what: str, keys: Sequence[str], header: dict[str, str]) -> None:
 
 
 def read_settings(path: Path, header: dict[str, str]) -> Settings | None:
-    """What the header of an adapter says; None: the adapter is another trainer's, and says nothing.
+    """Read the settings in an adapter's header; None where it is another trainer's and has none.
 
     Raises:
         ValueError: what it says cannot be understood.

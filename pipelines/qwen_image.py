@@ -10,7 +10,7 @@ from .scheduling_flow_dpm import FlowDPMSolverMultistepScheduler
 
 
 class NeighborGRPOQwenImagePipeline(NeighborGRPOMixin, QwenImagePipeline):
-    """`QwenImagePipeline` and what `neighbor_grpo` adds."""
+    """diffusers' `QwenImagePipeline` with what `NeighborGRPOMixin` adds."""
 
     scheduler_class = FlowDPMSolverMultistepScheduler
     from_image_class = QwenImageImg2ImgPipeline

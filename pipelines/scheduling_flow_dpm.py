@@ -86,16 +86,16 @@ class FlowDPMSolverMultistepScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def begin_index(self) -> int | None:
-        """Where the first step begins; None: where its timestep says."""
+        """Index of the first step; None: the first step is found by its timestep."""
         return self._begin_index
 
     @property
     def step_index(self) -> int | None:
-        """The next step; None before the first."""
+        """Index of the next step; None before the first step."""
         return self._step_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin at this step: pipelines that start from an image leave out the first."""
+        """Begin at this step: pipelines that start from an image leave out the first steps."""
         self._begin_index = begin_index
 
     def set_timesteps(
@@ -144,7 +144,7 @@ class FlowDPMSolverMultistepScheduler(SchedulerMixin, ConfigMixin):
         return torch.linspace(1, lowest.item(), num_steps, dtype=torch.float64)
 
     def _shift(self, mu: float | None) -> float:
-        """s of `shifted`."""
+        """The shift s that `shifted` takes, made from `mu` where the shift is dynamic."""
         if not self.config["use_dynamic_shifting"]:
             return self.config["shift"] if self.config["flow_shift"] is None else self.config["flow_shift"]
         if mu is None:
@@ -159,7 +159,7 @@ class FlowDPMSolverMultistepScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """One step of the ODE.
+        """Take one step of the ODE with the solver of the configured order.
 
         First order at the first step and at a step to sigma 0, where the second-order term is 1/0.
 
@@ -198,10 +198,10 @@ class FlowDPMSolverMultistepScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """The step that begins at this timestep.
+        """Index of the step that begins at this timestep.
 
         Raises:
-            ValueError: there is none.
+            ValueError: no step begins there.
         """
         timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
         found = (timesteps == torch.as_tensor(timestep, device=timesteps.device)).nonzero()
@@ -210,7 +210,7 @@ class FlowDPMSolverMultistepScheduler(SchedulerMixin, ConfigMixin):
         return int(found[0])
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """`(1 - sigma) * sample + sigma * noise`: where sampling from an image begins.
+        """Latents at which sampling from an image begins: `(1 - sigma) * sample + sigma * noise`.
 
         Args:
             sample: (B, ...) clean latents.
@@ -221,7 +221,7 @@ class FlowDPMSolverMultistepScheduler(SchedulerMixin, ConfigMixin):
         return sigma * noise + (1 - sigma) * sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`scale_noise`, by the name and in the order that some pipelines use."""
+        """Do what `scale_noise` does, by the name and in the order that some pipelines use."""
         return self.scale_noise(original_samples, timesteps, noise)
 
     def __len__(self) -> int:
@@ -229,10 +229,10 @@ class FlowDPMSolverMultistepScheduler(SchedulerMixin, ConfigMixin):
 
 
 def shifted(times: Tensor, shift: float) -> Tensor:
-    """Times in [0, 1] -> noise levels, 0 and 1 kept."""
+    """Times in [0, 1] -> noise levels `s * t / (1 + (s - 1) * t)`, 0 and 1 kept (arXiv 2403.03206, Eq. 23)."""
     return shift * times / (1 + (shift - 1) * times)
 
 
 def log_snr(sigma: float) -> float:
-    """`log((1 - sigma) / sigma)`, -inf at pure noise."""
+    """Log signal-to-noise ratio `log((1 - sigma) / sigma)`, -inf at pure noise."""
     return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf

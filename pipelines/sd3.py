@@ -10,7 +10,7 @@ from .scheduling_flow_dpm import FlowDPMSolverMultistepScheduler
 
 
 class NeighborGRPOStableDiffusion3Pipeline(NeighborGRPOMixin, StableDiffusion3Pipeline):
-    """`StableDiffusion3Pipeline` and what `neighbor_grpo` adds."""
+    """diffusers' `StableDiffusion3Pipeline` with what `NeighborGRPOMixin` adds."""
 
     scheduler_class = FlowDPMSolverMultistepScheduler
     from_image_class = StableDiffusion3Img2ImgPipeline

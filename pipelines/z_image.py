@@ -10,7 +10,7 @@ from .scheduling_flow_dpm import FlowDPMSolverMultistepScheduler
 
 
 class NeighborGRPOZImagePipeline(NeighborGRPOMixin, ZImagePipeline):
-    """`ZImagePipeline` and what `neighbor_grpo` adds."""
+    """diffusers' `ZImagePipeline` with what `NeighborGRPOMixin` adds."""
 
     scheduler_class = FlowDPMSolverMultistepScheduler
     from_image_class = ZImageImg2ImgPipeline

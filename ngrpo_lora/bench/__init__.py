@@ -1,1 +1,1 @@
-"""Measures: what a setting is worth, what a model costs, and what a solver errs by."""
+"""Measurements: how much time a setting saves, what a model costs, and how large a solver's error is."""

@@ -1,9 +1,9 @@
 """What a pipeline costs beyond its networks: `ngrpo bench pipeline`.
 
 A picture of the FLUX pipeline takes a call of each text encoder, a forward pass of the transformer a step and a call of
-the VAE's decoder. Timed in turns are these calls alone, on the inputs that they had; our pipeline; and diffusers' with
-our scheduler. Of each the shortest counts, as whatever else a machine does only adds to it, and on a CPU no time in
-which another program has it. Progress bars are off.
+the VAE's decoder. Three things are timed in turns: these calls alone, on the inputs that they had; our pipeline; and
+diffusers' with our scheduler. The shortest time of each counts, as whatever else a machine does only adds to it; on a
+CPU it is the time that the thread itself computes. Progress bars are off.
 
 Networks are those of the embedded model, or its transformer several times as wide with random weights: what is around
 the forward passes stays the same, so that its share falls as they grow.
@@ -34,23 +34,23 @@ Call = tuple[str, Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one picture, in seconds, the shortest of some calls."""
+    """Cost of one picture in seconds, each the shortest of some calls."""
 
     num_steps: int
     forwards: float
-    """All passes of the transformer."""
+    """All forward passes of the transformer, by themselves."""
     bare: float
-    """Text encoders and decoder too."""
+    """All networks by themselves: these passes, the text encoders and the decoder."""
     ours: float
     stock: float
 
     def overhead(self, whole: float) -> str:
-        """Of `ours` or `stock` over the networks."""
+        """What `ours` or `stock` takes beyond the networks, as text in ms and percent."""
         return f"{(whole - self.bare) * 1e3:.1f} ms ({whole / self.bare - 1:+.1%})"
 
 
 def open_pipelines(widen: int) -> tuple[Any, Any]:
-    """Ours and diffusers' with our scheduler, of the same networks.
+    """Open two pipelines of the same networks: ours, and diffusers' with our scheduler.
 
     Args:
         widen: how many times as wide the transformer is; above 1 its weights are random.
@@ -73,7 +73,7 @@ def open_pipelines(widen: int) -> tuple[Any, Any]:
 
 @contextmanager
 def recorded(pipeline: Any) -> Iterator[list[Call]]:
-    """All calls of a pipeline's networks, in order: what is called, and the call on the inputs that it had."""
+    """Record all calls of a pipeline's networks in order: the network's name, and the call on its inputs."""
     calls: list[Call] = []
 
     def keep(name: str, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def recorded(pipeline: Any) -> Iterator[list[Call]]:
 
 
 def timed(draw: Callable[[], object]) -> float:
-    """Seconds of one call: of a GPU to the end of what it is asked, of a CPU those that this thread has it."""
+    """Seconds of one call: on a GPU to the end of what it is asked, on a CPU those that this thread computes."""
     if torch.cuda.is_available():
         return training.timed(draw)
     start = time.thread_time()
@@ -109,7 +109,7 @@ def timed(draw: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def measure(ours: Any, stock: Any, size_px: int, num_steps: int, repeats: int) -> Cost:
-    """Draw one picture in every way in turns, once to warm up and `repeats` times."""
+    """Time one picture drawn in every way in turns, once to warm up and `repeats` times."""
     settings = {"height": size_px, "width": size_px, "num_inference_steps": num_steps, "max_sequence_length": 64}
     with recorded(ours) as calls:
         ours(PROMPT, seeds=0, **settings)

@@ -1,7 +1,7 @@
-"""What a solver errs by on a flow whose answer is known: `ngrpo bench solver`.
+"""Errors of the solvers on a flow whose exact solution is known: `ngrpo bench solver`.
 
 Data are a mixture of two normal distributions on a line. Their velocity is a formula, nonlinear in latents and noise
-level, and as the ODE keeps the order of points, its answer is the point below which as much of the distribution lies.
+level. As the ODE keeps the order of points, its solution is the point below which as much of the distribution lies.
 
 Between two noise levels inside (0, 1) DPM-Solver++ 2M is of second order. From noise to data it is of second order but
 for a logarithm: near sigma 1 and 0 the steps of log-SNR, in which it extrapolates, do not shrink as steps become more
@@ -28,27 +28,27 @@ INSIDE = (0.95, 0.05)
 
 @dataclass(frozen=True)
 class Errors:
-    """Root mean squares over `NOISE` after `num_steps`."""
+    """Root mean square errors over the points `NOISE` after `num_steps` steps."""
 
     num_steps: int
     inside: float
     """DPM-Solver++ 2M, between the times `INSIDE`."""
     whole: float
-    """From noise to data, as all that follow."""
+    """DPM-Solver++ 2M from noise to data, as are all errors that follow."""
     euler: float
     integer: float
     """diffusers' DPM-Solver++ 2M as it comes: its own noise levels, the model asked at integer timesteps."""
     exact: float
-    """The same at the noise levels that it steps with."""
+    """diffusers' DPM-Solver++ 2M, the model asked at the noise levels that it steps with."""
 
 
 def _components(sigma: float) -> tuple[Tensor, Tensor]:
-    """(2,) means and standard deviations of latents."""
+    """(2,) means and (2,) standard deviations of the two distributions of latents."""
     return (1 - sigma) * MEANS, ((1 - sigma) * STDS).square().add(sigma**2).sqrt()
 
 
 def velocity(latents: Tensor, sigma: float) -> Tensor:
-    """`E[noise - clean | latents]`, (N,) float64."""
+    """Exact velocity of the mixture, `E[noise - clean | latents]`, (N,) float64."""
     means, stds = _components(sigma)
     standard = (latents[:, None] - means) / stds  # (N, 2)
     shares = torch.softmax(WEIGHTS.log() - stds.log() - standard.square() / 2, 1)
@@ -57,13 +57,13 @@ def velocity(latents: Tensor, sigma: float) -> Tensor:
 
 
 def cumulative(latents: Tensor, sigma: float) -> Tensor:
-    """How much of the distribution lies below, (N,)."""
+    """Share of the distribution of latents that lies below each of them, (N,) in [0, 1]."""
     means, stds = _components(sigma)
     return (WEIGHTS * torch.special.ndtr((latents[:, None] - means) / stds)).sum(1)
 
 
 def solve(latents: Tensor, sigma: float, sigma_end: float) -> Tensor:
-    """Where the ODE leads from latents at `sigma`, to 1e-14, by bisection."""
+    """Latents (N,) at `sigma_end` to which the ODE leads from those at `sigma`, to 1e-14, by bisection."""
     below = cumulative(latents, sigma)
     low, high = torch.full_like(latents, -20.0), torch.full_like(latents, 20.0)
     for _ in range(60):
@@ -74,7 +74,7 @@ def solve(latents: Tensor, sigma: float, sigma_end: float) -> Tensor:
 
 
 def measure(num_steps: int, shift: float) -> Errors:
-    """All errors of a number of steps."""
+    """Measure all errors after a number of steps, at a shift of the schedule."""
 
     def ours(solver: str, start: float = 1.0, end: float = 0.0) -> float:
         sigmas = shifted(torch.linspace(start, end, num_steps + 1, dtype=torch.float64), shift)
@@ -123,7 +123,7 @@ def solver_table(steps: Sequence[int], shifts: Sequence[float], tell: Callable[[
 
 
 def _slope(before: Errors | None, after: Errors, name: str) -> str:
-    """Of the error over the number of steps, both logarithmic."""
+    """Slope of the error over the number of steps, both logarithmic, as text in brackets."""
     if before is None:
         return ""
     return f" ({math.log(getattr(before, name) / getattr(after, name), after.num_steps / before.num_steps):.2f})"

@@ -41,12 +41,12 @@ class Timing:
 
     name: str
     seconds: dict[str, float]
-    """By stage; `forwards` is what the rollout's forward passes take alone, without all that is around them."""
+    """Seconds by stage; `forwards` is what the rollout's forward passes take alone, without all that is around them."""
     peak_gib: float | None
 
     @property
     def total_s(self) -> float:
-        """One iteration."""
+        """Seconds of one iteration, the sum of its stages."""
         return sum(self.seconds[stage] for stage in STAGES)
 
 
@@ -78,7 +78,7 @@ def measure(name: str, config: RunConfig, iterations: int) -> Timing:
     """Time `iterations` of a trainer after one that warms up; nothing of it is kept.
 
     Raises:
-        UserError: it cannot be built or run.
+        UserError: the trainer cannot be built or run.
     """
     gc.collect()  # a variant that ran out of memory leaves its model in cycles
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +118,7 @@ def forwards_alone(run: Run) -> float:
 
 
 def chunk_sizes(total: int, size: int) -> list[int]:
-    """`total` in pieces of `size`, the last one smaller."""
+    """Sizes of the pieces of `total` items: `size` each, the last one smaller."""
     return [min(size, total - start) for start in range(0, total, size)]
 
 

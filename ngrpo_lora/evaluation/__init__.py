@@ -1,1 +1,1 @@
-"""Whether a model or picture is better than another, with intervals: by rewards, and by people's eyes."""
+"""Whether one model or picture is better than another, with intervals: by rewards, and by people's votes."""

@@ -34,19 +34,19 @@ __all__ = ["compare_adapters", "distinct_prompts", "open_candidates"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model to compare, the base or the base with an adapter: whose pictures they are, and what draws them."""
+    """One model to compare, the base alone or with an adapter: its label, and all that its pictures are drawn with."""
 
     label: str
     adapter: Path | None
     info: AdapterInfo
 
     def settings(self) -> dict[str, Any]:
-        """All that a picture depends on beside weights, prompt and seed."""
+        """Settings that a picture depends on beside weights, prompt and seed."""
         rollout = self.info.rollout.model_dump(mode="json", include={"solver", "num_steps", "shift"})
         return self.info.model.model_dump(mode="json") | rollout
 
     def fingerprint(self) -> str:
-        """Equal for equal weights and settings."""
+        """SHA-256 digest that is equal for equal weights and settings."""
         weights = None if self.adapter is None else hashlib.sha256(self.adapter.read_bytes()).hexdigest()
         return _digest(weights, self.settings())
 
@@ -68,7 +68,7 @@ def compare_adapters(
         prompts: (P,), all different.
         num_seeds: K pictures per prompt; picture i of the P * K, prompt-major, has the seed `seed + i`.
     Returns:
-        Every candidate against the baseline, by every reward.
+        The difference of every candidate from the baseline by every reward.
     """
     scorer = Scorer(configs, device)  # what a reward lacks should be known before a large model is loaded
     seeds = list(range(seed, seed + len(prompts) * num_seeds))
@@ -136,7 +136,7 @@ def distinct_prompts(source: str, count: int, seed: int) -> list[Prompt]:
     """The first `count` different prompts of a source; fewer where it has no more.
 
     Raises:
-        ConfigError: no such source.
+        ConfigError: there is no such source.
     """
     try:
         prompts = open_prompts(source, seed)
@@ -157,7 +157,7 @@ def open_candidates(
     """The baseline (the base model, else the first adapter) and the adapters that are compared with it, by their names.
 
     Raises:
-        UserError: not an adapter, nothing to compare with, or adapters that draw in different ways.
+        UserError: a file is not an adapter, there is nothing to compare with, or adapters draw in different ways.
     """
     from ngrpo_lora.sampling.settings import drawing_settings  # diffusers is slow to import
 
@@ -183,10 +183,10 @@ def open_candidates(
 
 
 def draw(candidate: Candidate, prompts: Sequence[Prompt], seeds: Sequence[int], folder: Path) -> list[Picture]:
-    """Pictures in `folder`; one that is there already, from the same weights and settings, stays.
+    """Draw pictures into `folder`; one that is there already, from the same weights and settings, stays.
 
     Args:
-        prompts: (P,).
+        prompts: (P,) texts with metadata.
         seeds: (P * K,), prompt-major.
     """
     fingerprint, per_prompt = candidate.fingerprint(), len(seeds) // len(prompts)

@@ -20,9 +20,9 @@ __all__ = ["Contest", "check_prompt"]
 
 @dataclass(frozen=True)
 class Contest:
-    """R seeds by C columns.
+    """Pictures of R seeds by C columns, each column of one model, with or without scores.
 
-    pictures: R * C, row by row. ranking: what rewards say of them, in the same order; None: not judged.
+    pictures: R * C, row by row. ranking: their scores, in the same order; None: not judged.
     """
 
     columns: Sequence[str]
@@ -31,7 +31,7 @@ class Contest:
     ranking: Ranking | None = None
 
     def best(self) -> set[int]:
-        """The pictures that nothing of their row beats in what is shown; none of a row in which all are alike."""
+        """Numbers of the pictures with the highest total of their row as shown, to 0.001; none of a row of equals."""
         if self.ranking is None:
             return set()
         found: set[int] = set()
@@ -44,7 +44,7 @@ class Contest:
         return found
 
     def grid(self, cell_px: int = CELL_PX) -> Image.Image:
-        """All pictures with what drew them, their seeds and scores; the best of a row has a frame."""
+        """Draw all pictures as a grid, with their columns' names, seeds and scores; the best of a row has a frame."""
         best, captions = self.best(), []
         for place in range(len(self.pictures)):
             row, column = divmod(place, len(self.columns))
@@ -56,7 +56,7 @@ class Contest:
         return draw_grid(self.pictures, captions, len(self.columns), height, cell_px, best)
 
     def table(self) -> str:
-        """Markdown: each picture's scores, each column's means, and how the others differ from the first."""
+        """Markdown tables of all scores, of each column's means, and of differences from the first column."""
         judged = self.ranking
         if judged is None:
             return f"not judged; seeds {', '.join(map(str, self.seeds))}; {', '.join(self.columns)}"
@@ -82,22 +82,22 @@ class Contest:
         return "\n\n".join([text, *paired, *judged.failures])
 
     def scores(self, column: int) -> Scores:
-        """Of the pictures of one column."""
+        """Scores of the pictures of one column, by reward."""
         assert self.ranking is not None
         columns = [self.ranking.columns(place) for place in range(column, len(self.pictures), len(self.columns))]
         return {label: [one[label] for one in columns] for label in columns[0]}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """A Markdown table of these cells below its head."""
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
 def check_prompt(rewards: Sequence[RewardConfig], prompt: str) -> None:
-    """Make sure, before anything is drawn or loaded, that rewards that need the prompt have it.
+    """Check, before anything is drawn or loaded, that there is a prompt where a reward needs one.
 
     Raises:
-        ConfigError: one does, and there is none.
+        ConfigError: a reward needs the prompt, and it is empty.
     """
     for reward in rewards:
         if not prompt.strip() and parameters(reward) & {"prompt", "prompts"}:

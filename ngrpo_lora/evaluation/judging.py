@@ -39,10 +39,10 @@ ON_SHEET = 120  # pictures of a contact sheet
 
 
 def parse_rewards(texts: Sequence[str]) -> tuple[RewardConfig, ...]:
-    """Rewards as the command line has them: names, or YAML mappings as in `rewards.train`.
+    """Read rewards from the command line: names, or YAML mappings as in `rewards.train`.
 
     Raises:
-        ConfigError: as `config.load_config`, and a function whose file or module is not there.
+        ConfigError: as `config.load_config`, or the file or module of a function is not there.
     """
     try:
         entries = [reward for text in texts for reward in load_config(None, [f"rewards={text}"]).rewards.train]
@@ -74,7 +74,7 @@ def check_rewards(configs: Sequence[RewardConfig], pictures: Sequence[Picture]) 
 
 
 def parameters(config: RewardConfig) -> set[str]:
-    """Names of what a reward is called with."""
+    """Names of the parameters that a reward is called with."""
     if ":" in config.name:
         function = registry.resolve_function(config.name)
     else:
@@ -84,10 +84,10 @@ def parameters(config: RewardConfig) -> set[str]:
 
 
 def judge(scorer: Scorer, pictures: Sequence[Picture], cache: ScoreCache, what: str, group_size: int = 1) -> Scores:
-    """Scores of pictures, of which each `group_size` in a row are of one prompt.
+    """Score pictures by every reward; each `group_size` in a row are of one prompt.
 
     Raises:
-        UserError: a reward has no score for any of them, or is none.
+        UserError: a reward has no score for any picture, or returns other than a score for each.
     """
     size = max(1, IN_MEMORY // group_size) * group_size
     starts = track(range(0, len(pictures), size), f"scoring {what}", console=console, transient=True)
@@ -141,7 +141,7 @@ def score_pictures(
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A row that has no score leaves its cell empty."""
+    """Write rows as a CSV file; a score that is not finite leaves its cell empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranking:
-    """N pictures and what rewards say of them.
+    """N pictures with their scores by rewards, and their order.
 
     order: (N,) row numbers, best first; those without a score are last.
     totals: (N,) weighted sums, NaN where a reward failed.
@@ -39,29 +39,29 @@ class Ranking:
 
     @property
     def best(self) -> float:
-        """The highest sum."""
+        """Total of the best picture, the weighted sum of its scores."""
         return self.totals[self.order[0]]
 
     @property
     def mean(self) -> float:
-        """Of the sums that there are."""
+        """Mean of the totals of all pictures that have one."""
         known = [total for total in self.totals if not math.isnan(total)]
         return sum(known) / len(known)
 
     def columns(self, row: int) -> dict[str, float]:
-        """Every score of a picture, and of several rewards the sum."""
+        """Every score of one picture by reward, and of several rewards first the total."""
         total = {"total": self.totals[row]} if len(self.scores) > 1 else {}
         return total | {label: raw[row] for label, raw in self.scores.items()}
 
     def table(self) -> str:
-        """Markdown, best first, pictures by their number from 1; then what failed, and why."""
+        """A Markdown table, best picture first, numbered from 1; below it what failed, and why."""
         head = ["rank", "image", *self.columns(0)]
         rows = [[rank, row + 1, *map(show, self.columns(row).values())] for rank, row in enumerate(self.order, 1)]
         lines = [head, ["---:"] * len(head), *rows]
         return "\n".join([*(f"| {' | '.join(map(str, line))} |" for line in lines), *self.failures])
 
     def sheet(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: int, cell_px: int) -> Image.Image:
-        """The pictures with their scores and prompts below, best first."""
+        """Draw all pictures on one sheet, best first, with scores and prompts below them."""
         captions = [
             "\n".join([*(f"{label} {show(score)}" for label, score in self.columns(row).items()), prompts[row]])
             for row in self.order
@@ -72,15 +72,15 @@ class Ranking:
 
 
 def show(score: float) -> str:
-    """`0.750`; a failed one is said so."""
+    """A score as text, as in `0.750`, or `failed` for NaN."""
     return "failed" if math.isnan(score) else f"{score:.3f}"
 
 
 def each_its_own(lines: Sequence[T], count: int, what: str) -> list[T]:
-    """One line for each of `count` images, or one for all.
+    """Give each of `count` images its own line; a single line is repeated for all.
 
     Raises:
-        ConfigError: another number of lines.
+        ConfigError: there is another number of lines.
     """
     if len(lines) not in (1, count):
         raise ConfigError(
@@ -90,7 +90,7 @@ def each_its_own(lines: Sequence[T], count: int, what: str) -> list[T]:
 
 
 def check_samples(scorer: Scorer, samples: Samples) -> None:
-    """Make sure that rewards can judge these pictures.
+    """Check that the rewards can judge these pictures with their prompts.
 
     Raises:
         ConfigError: a reward needs a prompt and there is none, or it judges groups and prompts differ.
@@ -103,10 +103,10 @@ def check_samples(scorer: Scorer, samples: Samples) -> None:
 
 
 def rank(scorer: Scorer, scores: dict[str, Tensor], combined: Literal["standardized", "raw"]) -> Ranking:
-    """The order that follows from the scores (N,) that a scorer has just given.
+    """Rank N images by the scores (N,) that a scorer has just given.
 
     Args:
-        combined: how several rewards are added up, over all N images: see `scoring.combine`.
+        combined: how several rewards are added up, over all N images: see `scoring.combining.combine`.
     Raises:
         UserError: not a single image has all its scores; the message has the reasons.
     """

@@ -19,7 +19,9 @@ __all__ = ["compare_evaluations"]
 
 
 def compare_evaluations(run: Path, output: Path) -> list[Difference]:
-    """A run's last evaluation against its first, from the scores that it kept; no model is needed.
+    """Compare a run's last evaluation with its first, by the scores that it kept; writes a CSV and a JSON file.
+
+    No model is needed.
 
     Raises:
         ConfigError: fewer than two evaluations, or none with the same prompts and seeds.

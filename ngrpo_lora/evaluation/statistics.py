@@ -21,7 +21,7 @@ __all__ = ["Difference", "Estimate", "compare_scores", "differences_table", "mea
 
 
 Scores = dict[str, list[float]]
-"""By the reward's label, one per picture, NaN where it failed."""
+"""Scores by the reward's label: one per picture, NaN where the reward failed."""
 
 CONFIDENCE = 0.95
 
@@ -35,7 +35,7 @@ class Estimate:
     high: float
 
     def show(self, form: str = ".3f") -> str:
-        """`0.750 [0.700, 0.800]`."""
+        """Value and interval as text, as in `0.750 [0.700, 0.800]`."""
         bounds = "" if math.isnan(self.low) else f" [{self.low:{form}}, {self.high:{form}}]"
         return f"{self.value:{form}}{bounds}"
 
@@ -44,7 +44,7 @@ def mean_interval(values: Sequence[float], groups: Sequence[Hashable]) -> Estima
     """The mean and its t interval, with one degree of freedom less than there are groups.
 
     Args:
-        values: (N,); NaN has no say.
+        values: (N,); NaN is left out.
         groups: (N,); equal entries say which values are alike.
     """
     kept, numbers = _finite(values, groups)
@@ -62,7 +62,7 @@ def share_interval(wins: Sequence[float], groups: Sequence[Hashable]) -> Estimat
     the number of draws, which it is when every group has one and there is no tie.
 
     Args:
-        wins: (N,) in [0, 1]; NaN has no say.
+        wins: (N,) in [0, 1]; NaN is left out.
         groups: (N,); equal entries say which draws are alike.
     """
     kept, numbers = _finite(wins, groups)
@@ -86,7 +86,9 @@ def _finite(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[np.nda
 
 
 def _standard_error(values: np.ndarray, groups: np.ndarray) -> float:
-    """Of the mean: se^2 = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / N^2 (Liang and Zeger 1986).
+    """Standard error of the mean, cluster-robust over groups (Liang and Zeger 1986).
+
+    se^2 = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / N^2.
 
     With groups of one size it is the standard error of the mean of their means.
     """
@@ -96,13 +98,13 @@ def _standard_error(values: np.ndarray, groups: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """What a reward says of pictures `label` against the pictures `reference` of the same prompts and seeds."""
+    """Scores of pictures `label` against those of pictures `reference` of the same prompts and seeds, by one reward."""
 
     label: str
     reference: str
     reward: str
     before: float
-    """Mean of the reference, over the pairs that have both scores."""
+    """Mean score of the reference, over the pairs that have both scores."""
     after: float
     difference: Estimate
     win_rate: Estimate
@@ -114,10 +116,10 @@ class Difference:
 def compare_scores(
     label: str, scores: Scores, reference: str, reference_scores: Scores, groups: Sequence[Hashable]
 ) -> list[Difference]:
-    """One difference per reward that both have; row i of both is the same prompt and seed.
+    """Compare scores in pairs, one difference per reward that both have; row i of both is the same prompt and seed.
 
     Args:
-        groups: (N,) prompts.
+        groups: (N,) prompts; those that are equal count as one draw.
     """
     found = []
     for reward in (name for name in scores if name in reference_scores):
@@ -132,7 +134,7 @@ def compare_scores(
 
 
 def differences_table(differences: Sequence[Difference]) -> str:
-    """Markdown."""
+    """The differences as a Markdown table, one row for each."""
     rows = [
         (
             d.label,

@@ -22,7 +22,7 @@ VOTES_FORMAT = "ngrpo-votes-1"
 
 @dataclass(frozen=True)
 class Votes:
-    """What people said of `label` against `reference`, blind."""
+    """Counted votes of people who chose between `label` and `reference`, blind."""
 
     label: str
     reference: str
@@ -33,10 +33,10 @@ class Votes:
 
 
 def read_votes(paths: Sequence[Path]) -> list[Votes]:
-    """The votes that `blind.html` saved, of one or several people, per adapter.
+    """Read and count the votes that `blind.html` saved, of one or several people, for each adapter.
 
     Raises:
-        ConfigError: not such a file, or files of different comparisons.
+        ConfigError: a file is not of that page, or files are of different comparisons.
     """
     cast: dict[tuple[str, str], list[tuple[float, str]]] = {}
     comparisons = {}
@@ -66,6 +66,6 @@ def read_votes(paths: Sequence[Path]) -> list[Votes]:
 
 
 def votes_table(votes: Sequence[Votes]) -> str:
-    """Markdown."""
+    """The counted votes as a Markdown table, one row for each adapter."""
     rows = [(v.label, v.reference, v.win_rate.show(".0%"), v.wins, v.ties, v.losses) for v in votes]
     return _table(("", "against", "preferred (95% CI)", "wins", "ties", "losses"), rows)

@@ -1,1 +1,1 @@
-"""Runs on the Hub: what is pushed, when, and how it explains itself there."""
+"""Runs on the Hub: what is pushed and when, and the model card that explains it there."""

@@ -55,7 +55,7 @@ CITATION = """\
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the header of an exported adapter says, with the values that the model recommended filled in."""
+    """Settings in the header of an exported adapter, with the values that the model recommended filled in."""
 
     family: str
     model: ModelConfig
@@ -63,14 +63,14 @@ class Adapter:
 
     @property
     def hub_id(self) -> str | None:
-        """The base's name on the Hub; the embedded model and a folder have none."""
+        """The base's name on the Hub; None for the embedded model and for a folder."""
         path = self.model.path
         return path if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists() else None
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A held-out picture after training, and before where that is there; paths within the repository."""
+    """A held-out picture after training, and before it where there is one; paths within the repository."""
 
     prompt: str
     seed: int
@@ -79,14 +79,14 @@ class Shown:
 
 
 def read_pushed(path: Path) -> Adapter:
-    """The header of an adapter that this package exported."""
+    """Read the header of an adapter that this package exported."""
     own = json.loads(read_metadata(path)["ngrpo"])
     model, rollout = ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"])
     return Adapter(own["family"], model, rollout)
 
 
 def shown_pictures(folder: Path) -> list[Shown]:
-    """The pictures that a run's evaluations keep in `samples/first` and `samples/last`, by their order."""
+    """The pictures that a run's evaluations keep in `samples/first` and `samples/last`, sorted by file name."""
     found = []
     for path in sorted((folder / "samples" / "last").glob("*.png")):
         text, before = read_png_text(path), folder / "samples" / "first" / path.name
@@ -97,7 +97,7 @@ def shown_pictures(folder: Path) -> list[Shown]:
 
 
 def base_license(base: str) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` of a base, by its own card or else by our table; of others none."""
+    """`license`, `license_name` and `license_link` of a base, by its own card, else by our table, else none."""
     local = Path(base) / "README.md"
     license, name, link = LICENSES.get(base, ("", "", ""))
     if base != "embedded":
@@ -120,7 +120,7 @@ def write_card(
     license: dict[str, str],
     revision: str | None = None,
 ) -> ModelCard:
-    """The card of what lies in `folder` as it will in the repository.
+    """Make the card of the files in `folder`, which lie there as they will in the repository.
 
     Args:
         folder: adapter, `summary.png`, `samples/`; all but the adapter may be missing.
@@ -157,7 +157,7 @@ def write_card(
 
 
 def introduction(repo: str, config: RunConfig, base: str | None, gallery: bool) -> str:
-    """Title, one sentence, pictures."""
+    """Section of the card: its title, one sentence, and the gallery where there are pictures."""
     model = f"[{base}]({HUB}/{base})" if base else "the model embedded in ngrpo-lora"
     if not base and config.model.path != "embedded":
         model = cell(Path(config.model.path).name)
@@ -170,7 +170,7 @@ def introduction(repo: str, config: RunConfig, base: str | None, gallery: bool) 
 
 
 def gains(differences: Sequence[Difference], pictures: Sequence[Shown], summary: bool, iterations: int) -> str:
-    """Held-out figures before and after, pictures before and after, and the curve."""
+    """Section of the card: held-out figures and pictures before and after, and the curve; empty without any."""
     parts = []
     if differences:
         pairs = max(d.pairs for d in differences)
@@ -201,7 +201,7 @@ def gains(differences: Sequence[Difference], pictures: Sequence[Shown], summary:
 
 
 def usage(repo: str, revision: str | None, adapter: Adapter, pictures: Sequence[Shown]) -> str:
-    """diffusers, `ngrpo sample`, ComfyUI."""
+    """Section of the card: how to draw with diffusers, `ngrpo sample` and ComfyUI."""
     prompt, seed = (pictures[0].prompt, pictures[0].seed) if pictures else ("a red star", 0)
     rollout, model = adapter.rollout, adapter.model
     solver = "flow DPM-Solver++ 2M" if rollout.solver == "dpmpp_2m" else "Euler"
@@ -238,7 +238,7 @@ def usage(repo: str, revision: str | None, adapter: Adapter, pictures: Sequence[
 
 
 def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: int) -> str:
-    """Python that draws one picture as in training, by the pipeline of the repository or its scheduler alone."""
+    """Python code that draws one picture as in training, by the repository's pipeline or its scheduler alone."""
     model, embedded = adapter.model, adapter.model.path == "embedded"
     base = "EMBEDDED" if embedded else repr(adapter.hub_id or f"path/to/{Path(model.path).name}")
     base += f", revision={model.revision!r}" if model.revision else ""
@@ -283,7 +283,7 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
 
 
 def call_settings(adapter: Adapter) -> dict[str, Any]:
-    """How a run draws, as arguments of a stock pipeline."""
+    """Settings with which a run draws, as arguments of a stock pipeline's call."""
     model, rollout = adapter.model, adapter.rollout
     settings: dict[str, Any] = {}
     if model.negative_prompt and adapter.family != "flux2_klein":  # whose pipeline takes none
@@ -299,7 +299,7 @@ def call_settings(adapter: Adapter) -> dict[str, Any]:
 
 
 def scheduler_settings(adapter: Adapter) -> str:
-    """A run's shift and solver, as arguments of the scheduler; multistep configurations have a name of their own."""
+    """A run's shift and solver as arguments of the scheduler; multistep configurations call the shift `flow_shift`."""
     shift = f"flow_shift={adapter.rollout.shift!r}"
     if adapter.family == "flux2_klein":
         shift = f"shift={adapter.rollout.shift!r}, use_dynamic_shifting=False"
@@ -307,7 +307,7 @@ def scheduler_settings(adapter: Adapter) -> str:
 
 
 def training(repo: str, revision: str | None, config: RunConfig, adapter: Adapter, iterations: int) -> str:
-    """Settings as a table, and the command that runs it again."""
+    """Section of the card: the run's settings as a table, and the command that runs it again."""
     branch = f" --revision {revision}" if revision else ""
     rows = [(name, cell(str(value))) for name, value in settings(config, adapter, iterations)]
     return (
@@ -318,7 +318,7 @@ def training(repo: str, revision: str | None, config: RunConfig, adapter: Adapte
 
 
 def settings(config: RunConfig, adapter: Adapter, iterations: int) -> Iterator[tuple[str, Any]]:
-    """Name and value of what matters most."""
+    """Names and values of the settings that matter most, for a table."""
     rollout, model, optimizer = adapter.rollout, adapter.model, config.optimizer
     group, prompts = rollout.group_size, rollout.prompts_per_iteration
     yield "rewards", " + ".join(f"{r.weight:g} x {r.key}" if r.weight != 1 else r.key for r in config.rewards.train)
@@ -342,7 +342,7 @@ def settings(config: RunConfig, adapter: Adapter, iterations: int) -> Iterator[t
 
 
 def limitations(config: RunConfig, measured: bool) -> str:
-    """What the figures do not say."""
+    """Section of the card: what the adapter may not do, and what its figures do not say."""
     names = ", ".join(f"`{reward.key}`" for reward in config.rewards.train)
     lines = [
         f"- It was tuned to please {names}. What these do not see (variety, style, other subjects) may have changed "
@@ -361,12 +361,12 @@ def limitations(config: RunConfig, measured: bool) -> str:
 
 
 def cell(text: str) -> str:
-    """Any text as one line of Markdown that means itself, also in a table."""
+    """Any text as one line of escaped Markdown, also for a table, cut at PROMPT_CHARACTERS."""
     line = " ".join(text.split())
     short = line if len(line) <= PROMPT_CHARACTERS else f"{line[: PROMPT_CHARACTERS - 1]}…"
     return re.sub(r"([\\`*_\[\]<>|~&$@])", r"\\\1", short)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, of cells that are safe."""
+    """A Markdown table of cells that are escaped already."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))

@@ -1,4 +1,4 @@
-"""`pipelines/` for a repository of the Hub: what makes it its own custom pipeline, in one file.
+"""Makes `pipeline.py` for a repository of the Hub, its own custom pipeline in one file, from `pipelines/`.
 
 diffusers takes `custom_pipeline="owner/name"` from a repository's `pipeline.py`. One file is all that a user has to
 read before running it, and it imports nothing of ours.
@@ -28,7 +28,7 @@ def scheduler_file() -> str:
 
 
 def has_pipeline(family: str) -> bool:
-    """Whether there is a pipeline for it; for others there is the scheduler."""
+    """Whether `pipelines/` has a pipeline for a family; for others there is the scheduler."""
     return (sources() / f"{family}.py").is_file()
 
 

@@ -1,4 +1,4 @@
-"""Runs on the Hub: access is checked before training, pushes wait for nobody, and a failure never costs the adapter.
+"""Pushes runs to the Hub: access is checked before training, no push delays it, and no failure costs the adapter.
 
 What the client does itself: it retries uploads, and sends no large file that the Hub has already, so that an
 interrupted push goes on where it was. The rest is here: a push is one commit, tried again where that can help, within
@@ -52,7 +52,7 @@ PICTURES = ("summary.png", "samples/*.png", "samples/first/*.png", "samples/last
 
 
 class Pushed(NamedTuple):
-    """Where a push went: its page, and the branch or pull request by which the next one goes on."""
+    """Result of a push: the address of its page, and the branch or pull request that the next push goes on with."""
 
     url: str
     revision: str | None
@@ -102,7 +102,7 @@ def push(run: Path, hub: HubConfig) -> Pushed:
 
     Raises:
         UserError: the run has no adapter yet.
-        Exception: of the client's many; `explain` puts them into words.
+        Exception: any error of the Hub's client; `explain` puts it into words.
     """
     with tempfile.TemporaryDirectory(prefix=".push-", dir=run, ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -122,7 +122,7 @@ def _commit(folder: Path, hub: HubConfig, message: str) -> Pushed:
 
 
 def stage(run: Path, folder: Path, hub: HubConfig) -> int:
-    """Put into `folder` what is pushed, as it is now; training goes on and replaces the run's own files.
+    """Copy into `folder` what is pushed, as it is now; training goes on and replaces the run's own files.
 
     Returns:
         How many iterations the adapter was trained for.
@@ -165,7 +165,7 @@ def newest_adapter(run: Path) -> Path:
     """The exported adapter, or that of the last checkpoint where it is newer.
 
     Raises:
-        UserError: there is none.
+        UserError: the run has no adapter yet.
     """
     found = adapters(run)
     if not found:
@@ -174,13 +174,13 @@ def newest_adapter(run: Path) -> Path:
 
 
 def adapters(run: Path) -> list[Path]:
-    """Those of the checkpoints and the exported one, the newest last."""
+    """Adapter files of the checkpoints, and the exported one, the newest last."""
     found = [*run.glob(f"checkpoints/iteration-*/{ADAPTER}"), *run.glob(f"adapter/{ADAPTER}")]
     return sorted(found, key=lambda path: path.stat().st_mtime_ns)
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name for a file that is only ever replaced as a whole; a copy where the disk has no links."""
+    """Link a file, which is only ever replaced as a whole, under a second name; copy it where the disk has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -205,7 +205,7 @@ def push_run(run: Path, hub: HubConfig) -> str:
 
 
 class Pusher:
-    """Pushes of a run in a thread of their own, one at a time; one more may wait, and takes what is newest then."""
+    """Pushes a run in a thread of its own, one push at a time; one more may wait, and takes the newest files then."""
 
     def __init__(self, run: Path, hub: HubConfig):
         self.run, self.hub = run, hub
@@ -227,7 +227,7 @@ class Pusher:
         self.waiting.put_nowait(future)
 
     def finish(self) -> str:
-        """The last push, waited for; returns its address.
+        """Push a last time, wait for it, and return its address.
 
         Raises:
             UserError: it failed; says why, where the adapter is, and how to try again.
@@ -275,7 +275,7 @@ class Pusher:
 
 
 def command(run: Path, hub: HubConfig) -> str:
-    """The command line of this push."""
+    """The command line that makes this push."""
     words = ["ngrpo", "push", str(run), "--repo", str(hub.repo)]
     words += ["--private"] if hub.private else []
     words += ["--revision", hub.revision] if hub.revision else []
@@ -289,7 +289,7 @@ def command(run: Path, hub: HubConfig) -> str:
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """`work()`, given up after so many seconds: the client itself waits for ever for an answer."""
+    """Do `work()`, with a TimeoutError after so many seconds: the client itself waits for an answer without end."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -303,7 +303,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
 
 
 def retried(work: Callable[[], T]) -> T:
-    """`work()`, tried again after refusals that pass: as long afterwards as the Hub asks, up to MAX_WAIT_S in all."""
+    """Do `work()`, again after each refusal that may pass: as much later as the Hub asks, up to MAX_WAIT_S in all."""
     waited = 0.0
     for usual_s in RETRY_WAITS_S:
         try:
@@ -332,7 +332,7 @@ def wait_after(error: Exception, usual_s: float) -> float | None:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What the client wraps in errors of its own, which say only that an upload failed."""
+    """The error that the client wraps in errors of its own, which say only that an upload failed."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -347,12 +347,12 @@ def refusal(error: BaseException) -> tuple[int | None, str]:
 
 
 def is_network(error: BaseException) -> bool:
-    """Whether no answer came: refused, reset, no such host, timed out."""
+    """Whether an error means that no answer came: refused, reset, no such host, timed out."""
     return isinstance(error, HTTPError | ConnectionError | TimeoutError) and not isinstance(error, OfflineModeIsEnabled)
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong, and the remedy."""
+    """Say in words what went wrong with a push, and the remedy."""
     cause = root_cause(error)
     status, said = refusal(cause)
     if isinstance(cause, UserError):
@@ -373,7 +373,7 @@ def explain(error: BaseException) -> str:
 
 
 def explain_status(status: int, said: str) -> str:
-    """The Hub's refusals in words."""
+    """Say in words what a refusal of the Hub means, and the remedy."""
     answer = f"the Hub answered {status}" + (f" ({said})" if said else "")
     if status in (402, 413, 507) or (
         status == 403 and re.search(r"quota|storage|billing|payment", said, re.IGNORECASE)
@@ -390,5 +390,5 @@ def explain_status(status: int, said: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The beginning of a long message."""
+    """The first 300 characters of a message, on one line."""
     return " ".join(text.split())[:300]

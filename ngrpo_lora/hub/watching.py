@@ -14,23 +14,23 @@ class HubWatcher(Watcher):
     """Pushes a run as its `hub` section says: after checkpoints beside the training, and at the end; else does nothing.
 
     Raises:
-        UserError: at the end, where the last push failed; says how to try again.
+        UserError: the last push failed, at the end; the message says how to try again.
     """
 
     pusher: Pusher | None = None
 
     def before_start(self, run: Run) -> None:
-        """Make the thread that pushes, on the main process."""
+        """Start the thread that pushes, on the main process."""
         hub = run.config.hub
         if hub.repo is not None and run.processes.is_main:
             self.pusher = Pusher(run.output_dir, hub)
 
     def after_save(self, step: int, last: bool) -> None:
-        """Start to push a checkpoint; the last one goes with the adapter."""
+        """Start to push a checkpoint, but not the last one, which is pushed with the adapter."""
         if self.pusher is not None and self.pusher.hub.push == "checkpoints" and not last:
             self.pusher.start()
 
     def after_end(self, adapter: Path) -> None:
-        """Push the adapter, and wait for it."""
+        """Push the adapter of a finished run, and wait for it."""
         if self.pusher is not None:
             console.print(f"pushed to                 {self.pusher.finish()}")

@@ -31,10 +31,10 @@ aten = torch.ops.aten
 
 @dataclass
 class Call:
-    """One call of a block that stands for `count` blocks; bytes.
+    """One call of a block that stands for `count` equal blocks; sizes in bytes.
 
-    start: alive before it. forward, backward: most alive in it and until the next. returned: alive when the backward
-    pass comes to it.
+    start: alive before the call. forward, backward: most alive in it and until the next call, in either pass.
+    returned: alive when the backward pass comes to it.
     """
 
     count: int
@@ -153,7 +153,7 @@ class Meter(TorchDispatchMode):
 
 
 def thin(model: nn.Module) -> dict[nn.Module, int]:
-    """Leave three of every row of equal blocks in `model`: for how many blocks each one stands.
+    """Keep three of every row of equal blocks in `model`, and return for how many blocks each one stands.
 
     The first is unlike the others for what it is given, the last for what follows; the middle one stands for all else.
     """
@@ -169,7 +169,7 @@ def thin(model: nn.Module) -> dict[nn.Module, int]:
 
 @contextmanager
 def attention_on_meta() -> Iterator[None]:
-    """Attention as fused kernels do it, which never hold a matrix of all pairs of tokens: the meta device's does."""
+    """Attend by a fused kernel, which holds no matrix of all pairs of tokens, in place of the meta device's own."""
     original = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = fused_attention
     try:
@@ -188,7 +188,10 @@ def fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """(B, heads, tokens, D) each -> (B, heads, tokens, D), with what FlashAttention keeps for the backward pass."""
+    """Attention, (B, heads, tokens, D) each -> (B, heads, tokens, D).
+
+    For the backward pass it keeps what FlashAttention keeps.
+    """
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -1,8 +1,9 @@
 """What a run will need, before any weights are loaded: memory at every stage, function evaluations, FLOPs.
 
 The model is made from its small JSON files on the meta device, and the trainer's own passes are run there by the
-family's own code: their activations and FLOPs are counted (`ngrpo_lora.memory`), not modelled, and on the CPU the count
-is exact. Function evaluations and rollout buffers are those of a rehearsal by the algorithm's own code.
+family's own code: their activations and FLOPs are counted (`ngrpo_lora.planning.meter`), not modelled, and on the CPU
+the count is exact. Function evaluations and rollout buffers come from a dry run of the algorithm on one-element
+latents.
 
 What the count leaves out is held in reserve: `CONTEXT` for the CUDA context and the libraries' workspaces, `SLACK` of
 the activations for what kernels and the allocator take besides. Estimates are the activations of encoding and of
@@ -48,7 +49,8 @@ SHARD = 10e9  # a file of weights, of which one at a time is read
 class Evaluations:
     """Samples through the transformer in one iteration of all processes, as the trainer counts them.
 
-    old: without gradient, in the rollout, for the old policy and for the reference. theta: with gradient.
+    samples: images drawn. rollout: evaluations in the rollout. theta: with gradient.
+    old: all without gradient, in the rollout, for the old policy and for the reference.
     """
 
     samples: int
@@ -58,24 +60,24 @@ class Evaluations:
 
     @property
     def old_per_sample(self) -> float:
-        """`nfe/old_per_sample`."""
+        """Evaluations without gradient per sample, the metric `nfe/old_per_sample`."""
         return self.old / self.samples
 
     @property
     def theta_per_sample(self) -> float:
-        """`nfe/theta_per_sample`."""
+        """Evaluations with gradient per sample, the metric `nfe/theta_per_sample`."""
         return self.theta / self.samples
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs; sizes in bytes.
+    """What a run needs of memory, disk and computation; sizes in bytes.
 
     origin: where the model's figures are from.
-    parameters: of each of its networks and of the adapter.
-    gpu: on each GPU, by stage and item.
+    parameters: number of them in each of its networks and in the adapter.
+    gpu: memory on each GPU, by stage and item.
     system: system memory of this machine, by stage and item; without a GPU (`on_cpu`) all of it is there.
-    disk: text embeddings.
+    disk: the text embeddings that are kept.
     flops_per_forward: one pass of the transformer for one sample.
     flops: one iteration on all GPUs, but for encoding, rewards and evaluation.
     notes: what could not be counted.
@@ -95,30 +97,30 @@ class Plan:
 
     @property
     def stage(self) -> str:
-        """When the GPU holds most."""
+        """The stage at which a GPU holds most."""
         return max(self.gpu, key=lambda stage: sum(self.gpu[stage].values()))
 
     @property
     def peak(self) -> float:
-        """Most that each GPU holds."""
+        """Most bytes that each GPU holds at any stage."""
         return sum(self.gpu[self.stage].values())
 
     @property
     def system_peak(self) -> float:
-        """Most that system memory holds."""
+        """Most bytes that system memory holds at any stage."""
         return max(sum(items.values()) for items in self.system.values())
 
     def fits(self, memory: float) -> bool:
-        """Whether GPUs with so many bytes, by their names, are enough; on a CPU, whether system memory is."""
+        """Whether GPUs with so many bytes by their names, less MARGIN, are enough; on a CPU, system memory."""
         return (self.system_peak if self.on_cpu else self.peak) <= (1 - MARGIN) * memory
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """One iteration by the algorithm's own code, with latents of one element.
+    """A dry run of one iteration by the algorithm's own code, on one-element latents.
 
-    samples, calls, kept: of one group, how many there are, velocities of its rollout, latents that the rollout leaves.
-    updates: transitions of each, if every group has advantages.
+    samples, calls, kept: of one group, its samples, the velocities of its rollout, the latents that the rollout keeps.
+    updates: transitions of each update, if every group has advantages.
     """
 
     samples: int
@@ -129,7 +131,7 @@ class Rehearsal:
     needs_old: bool
 
     def evaluations(self, groups: int, passes: int) -> Evaluations:
-        """Of so many groups, at so many passes a velocity."""
+        """Evaluations of an iteration with so many groups, at so many passes of the transformer a velocity."""
         rollout, theta = self.calls * groups * passes, sum(self.updates) * passes
         later = sum(self.updates[1:]) * passes if self.needs_old else 0
         extra = later + (theta if self.needs_reference else 0)
@@ -137,7 +139,7 @@ class Rehearsal:
 
 
 def rehearse(config: RunConfig) -> Rehearsal:
-    """Roll out one group, score all groups at random, and deal out their updates."""
+    """Make a dry run of an iteration: roll out one group, score all groups at random, and count the updates."""
     module = registry.load(registry.ALGORITHMS, config.algorithm.name)
     algorithm: Algorithm = module.Algorithm(config.algorithm, config.rollout)
     calls, schedule = 0, Schedule(flow_sigmas(config.rollout.num_steps), 1.0)

@@ -25,7 +25,7 @@ REMOTE = ("hf:", "hpdv2:")  # prompts that a network may be asked for
 
 
 def check_run(config: RunConfig) -> None:
-    """Make sure that `config` can start here; makes the output folder when all else is well.
+    """Check that a run can start here; makes the output folder when all else is well.
 
     Raises:
         ConfigError: one line per problem.
@@ -40,7 +40,7 @@ def check_run(config: RunConfig) -> None:
 
 
 def check_settings(config: RunConfig) -> None:
-    """What of `check_run` asks no network and writes nothing; the output folder is not looked at.
+    """Do the checks of `check_run` that ask no network and write nothing; the output folder is not looked at.
 
     Raises:
         ConfigError: one line per problem.
@@ -53,7 +53,7 @@ def check_settings(config: RunConfig) -> None:
 
 
 def check_resumable(config: RunConfig) -> None:
-    """Whether the run in its own output folder is this one, as far as it may not change.
+    """Check that the run in the output folder has the same settings, but for those that may change.
 
     Raises:
         ConfigError: one line per setting that differs.

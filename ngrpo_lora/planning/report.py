@@ -17,7 +17,7 @@ Settings = dict[str, Any]
 
 
 def plan_table(plan: Plan) -> Any:
-    """Items by stage, in GiB, as a table of rich's."""
+    """The memory of a plan by item and stage, in GiB, as a table of rich's."""
     from rich.table import Table
 
     table = Table("GiB", *plan.gpu, box=None, pad_edge=False)
@@ -31,7 +31,7 @@ def plan_table(plan: Plan) -> Any:
 
 
 def plan_lines(plan: Plan, tflops: float | None = None, seconds_per_forward: float | None = None) -> Iterator[str]:
-    """What the table does not say, a line each.
+    """Say what the table does not, a line each: parameters, system memory, disk, evaluations, FLOPs, time.
 
     Args:
         tflops: sustained speed of a GPU, in 10^12 FLOPs a second.
@@ -59,13 +59,13 @@ def plan_lines(plan: Plan, tflops: float | None = None, seconds_per_forward: flo
 
 
 def in_words(count: float) -> str:
-    """12.3 M, and the like."""
+    """A count as text with three digits and a unit, as in `12.3 M`."""
     size, unit = (1e9, "B") if count >= 1e9 else (1e6, "M") if count >= 1e6 else (1e3, "k")
     return f"{count / size:.3g} {unit}"
 
 
 def verdict(plan: Plan, memory: float | None, advice: Sequence[str] | None) -> str:
-    """The peak, whether it fits and what would make it fit."""
+    """Say a plan's peak, whether it fits into `memory` bytes, and what would make it fit."""
     needs = f"needs {plan.system_peak / GIB:.1f} GiB of system memory"
     if not plan.on_cpu:
         needs += f" and {plan.peak / GIB:.1f} GiB on each GPU ({plan.stage})"
@@ -79,17 +79,17 @@ def verdict(plan: Plan, memory: float | None, advice: Sequence[str] | None) -> s
 
 
 def plan_values(plan: Plan, gpu_memory: float | None, advice: Sequence[str] | None) -> dict[str, Any]:
-    """All figures for `--json`: bytes, FLOPs, counts."""
+    """All figures of a plan for `--json`, in bytes, FLOPs and counts."""
     peak = {"stage": plan.stage, "peak": plan.peak, "system_peak": plan.system_peak}
     fits = None if gpu_memory is None else plan.fits(gpu_memory)
     return asdict(plan) | peak | {"gpu_memory": gpu_memory, "fits": fits, "advice": advice}
 
 
 def suggest(config: RunConfig, gpu_memory: float, gpus: int = 1) -> list[str] | None:
-    """Settings with which a plan fits that does not, as overrides; None where nothing helps.
+    """Suggest settings with which a run fits into `gpu_memory` bytes, as overrides; None where nothing helps.
 
-    As many as it takes, cheapest first, without those that turn out not to be needed; each is tried. Never the group
-    size: a smaller group ranks worse.
+    As many as it takes, cheapest first, without those that turn out not to be needed; a plan is made with each. The
+    group size is never changed: a smaller group ranks worse.
     """
     together: Settings = {}
     for remedy in ways(config, gpus):
@@ -106,7 +106,7 @@ def suggest(config: RunConfig, gpu_memory: float, gpus: int = 1) -> list[str] | 
 
 
 def ways(config: RunConfig, gpus: int) -> Iterator[Settings]:
-    """What makes a run smaller, cheapest first."""
+    """Settings that make a run need less memory, cheapest first, but for those that it has already."""
     blocks = len(sketch(config.model, config.lora).blocks)
     ways: list[Settings] = [
         {"rollout.micro_batch_size": 1},
@@ -133,14 +133,14 @@ def ways(config: RunConfig, gpus: int) -> Iterator[Settings]:
 
 
 def network_keys(config: RunConfig) -> Iterator[str]:
-    """The rewards that run networks."""
+    """Dotted keys of the rewards that run networks here."""
     rewards = {f"rewards.train.{i}": reward for i, reward in enumerate(config.rewards.train)}
     rewards |= {f"evaluation.rewards.{i}": reward for i, reward in enumerate(config.evaluation.rewards)}
     yield from (key for key, reward in rewards.items() if isinstance(reward, ModelRewardConfig))
 
 
 def lookup(data: Any, key: str) -> Any:
-    """The value behind a dotted key."""
+    """The value behind a dotted key of nested mappings and lists."""
     for part in key.split("."):
         data = data[int(part) if part.isdigit() else part]
     return data
@@ -159,12 +159,12 @@ def fits_with(config: RunConfig, settings: Settings, gpu_memory: float, gpus: in
 
 
 def show(settings: Settings) -> list[str]:
-    """`key=value`, as on the command line."""
+    """Settings as `key=value` texts, as on the command line."""
     return [f"{key}={value if isinstance(value, str) else show_value(value)}" for key, value in settings.items()]
 
 
 def shortage(config: RunConfig, free: float, gpus: int = 1) -> str | None:
-    """What `ngrpo train` says where a GPU with so many free bytes will not be enough; None where it will.
+    """The warning of `ngrpo train` where a GPU with so many free bytes will not be enough; None where it will.
 
     Raises:
         UserError: no such model, or it cannot be reached and the package does not know it.

@@ -22,7 +22,7 @@ __all__ = ["Cost", "Sketch", "packed_size", "sketch"]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one pass: bytes alive at once that were not there before, and FLOPs."""
+    """Cost of one pass: most bytes alive at once that were not there before, and FLOPs."""
 
     peak: int
     flops: int
@@ -31,7 +31,7 @@ class Cost:
 class Sketch:
     """A transformer with its adapter, and a VAE: sizes in bytes, and costs of passes.
 
-    weights, vae: of the whole networks. blocks: of each of the transformer's blocks. linear: the layers that a
+    weights, vae: bytes of the whole networks. blocks: bytes of each of the transformer's blocks. linear: layers that a
     quantiser packs. adapted: the layers with a LoRA. lora: elements of every LoRA weight.
     """
 
@@ -56,11 +56,11 @@ class Sketch:
 
     @property
     def passes(self) -> int:
-        """Of the transformer for one velocity."""
+        """Passes of the transformer for one velocity: 2 with guidance by two passes, else 1."""
         return 2 if self.family.guided else 1
 
     def velocity(self, batch: int, backward: bool = False, checkpointing: bool = False) -> Cost:
-        """Of velocities for so many samples, and of the backward pass to an adapter whose gradients are there."""
+        """Cost of velocities for `batch` samples, and of the backward pass to an adapter that has its gradients."""
         key = (batch, backward, checkpointing)
         if key not in self.velocities:
             family, transformer = self.family, self.family.transformer
@@ -80,7 +80,7 @@ class Sketch:
         return self.velocities[key]
 
     def decode(self, batch: int, tiling: bool) -> Cost:
-        """Of pictures from the latents of so many samples."""
+        """Cost of decoding the latents of `batch` samples to pictures."""
         key = (batch, tiling)
         if key not in self.decodings:
             vae = self.family.vae
@@ -92,11 +92,11 @@ class Sketch:
         return self.decodings[key]
 
     def blank_latents(self, batch: int) -> Tensor:
-        """(B, C, H, W) or (B, C, F, H, W) without contents."""
+        """(B, C, H, W) or (B, C, F, H, W) latents on the meta device, without contents."""
         return torch.zeros(batch, *self.family.latent_shape, device="meta")
 
     def quantized(self, kind: str) -> int:
-        """Bytes of the transformer's weights in a `model.quantization`; `weights` are those in its number type."""
+        """Bytes of the transformer's weights under a `model.quantization`; for `none` those in its number type."""
         if kind == "none":
             return self.weights
         plain = sum(layer.weight.nbytes for layer in self.linear)
@@ -105,7 +105,7 @@ class Sketch:
 
 
 def size_of(module: nn.Module) -> int:
-    """Bytes of weights and buffers."""
+    """Bytes of the weights and buffers of a module."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
@@ -122,7 +122,7 @@ def packed_size(elements: int, rows: int, kind: str) -> int:
 
 
 def adapted_layers(family: BaseFamily, targets: str) -> list[nn.Linear | nn.Conv2d]:
-    """The layers that `lora.inject` finds."""
+    """The layers to which `adapters.lora.inject` adds a LoRA."""
     suffixes, excluded = family.lora_targets(targets)
     endings = tuple(f".{suffix}" for suffix in suffixes)
     return [
@@ -140,7 +140,7 @@ def lora_sizes(layer: nn.Linear | nn.Conv2d, rank: int) -> Iterable[int]:
 
 @lru_cache(maxsize=64)
 def sketch(config: ModelConfig, lora_config: LoraConfig) -> Sketch:
-    """The model of a configuration, made once for all configurations that differ in other things.
+    """Sketch a configured model, once for all configurations that differ only in what does not change it.
 
     Raises:
         UserError: no such model, or it cannot be reached and the package does not know it.

@@ -32,7 +32,7 @@ RENAMES = (
 
 
 class ImageRewardNetwork(nn.Module):
-    """A prompt that reads the image by cross-attention, and a head on what its first token makes of both."""
+    """BLIP's text encoder with cross-attention to the image's states, and an MLP head on its first token's state."""
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig):
         super().__init__()
@@ -51,7 +51,7 @@ class ImageRewardNetwork(nn.Module):
 
     @property
     def size_px(self) -> int:
-        """Side of the square images that it takes."""
+        """Side in pixels of the square images that the network takes."""
         patch_px = self.vision.embeddings.patch_embedding.kernel_size[0]
         return patch_px * math.isqrt(self.vision.embeddings.position_embedding.shape[1] - 1)
 
@@ -63,7 +63,7 @@ class ImageRewardNetwork(nn.Module):
 
 
 def from_checkpoint(state: Mapping[str, Tensor]) -> ImageRewardNetwork:
-    """The network of a file in ImageReward's layout, its sizes read from the shapes; heads are 64 wide in all of BLIP.
+    """Build the network from weights in ImageReward's layout; sizes are read from shapes, and all heads are 64 wide.
 
     Raises:
         ValueError: weights are missing, or there are others.
@@ -88,7 +88,7 @@ def from_checkpoint(state: Mapping[str, Tensor]) -> ImageRewardNetwork:
 
 
 def architecture(weights: Mapping[str, Tensor]) -> tuple[BlipVisionConfig, BlipTextConfig]:
-    """Sizes of both halves; what shapes do not tell is BLIP's: exact GELU, eps 1e-6 (image) and 1e-12 (text)."""
+    """Configure both encoders by weight shapes; the rest is BLIP's: exact GELU, eps 1e-6 (image) and 1e-12 (text)."""
     patches = weights["vision.embeddings.patch_embedding.weight"]  # (D, 3, patch, patch)
     words = weights["text.embeddings.word_embeddings.weight"]  # (vocabulary, D)
     grid = math.isqrt(weights["vision.embeddings.position_embedding"].shape[1] - 1)
@@ -118,5 +118,5 @@ def architecture(weights: Mapping[str, Tensor]) -> tuple[BlipVisionConfig, BlipT
 
 
 def depth(weights: Mapping[str, Tensor], layers: str) -> int:
-    """How many layers `weights` has under a name."""
+    """Number of layers whose weights have names that begin with `layers`, a dotted prefix."""
     return len({name.removeprefix(layers + ".").partition(".")[0] for name in weights if name.startswith(layers + ".")})

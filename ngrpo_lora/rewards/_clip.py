@@ -33,7 +33,7 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
 class Clip:
-    """A CLIP network with its tokenizer. Rewards run in threads of their own, so that calls wait for each other."""
+    """A CLIP network with its tokenizer; a lock makes its calls wait for each other, since rewards run in threads."""
 
     def __init__(self, model: Any, tokenizer: Any, device: str, dtype: torch.dtype, offload: bool):
         self.tokenizer, self.device, self.dtype, self.offload = tokenizer, device, dtype, offload
@@ -46,7 +46,7 @@ class Clip:
 
     @property
     def embed_dim(self) -> int:
-        """Width D of the embeddings."""
+        """Width D of the image and text embeddings."""
         return self.model.config.projection_dim
 
     def cosines(self, images: Sequence[Image.Image], prompts: Sequence[str], resize: Resize) -> Tensor:
@@ -55,7 +55,7 @@ class Clip:
 
     @torch.no_grad()
     def image_embeds(self, images: Sequence[Image.Image], resize: Resize) -> Tensor:
-        """(B, D) float32 of length 1. Those of the last images are kept, for the next reward that asks for them."""
+        """(B, D) float32 image embeddings of length 1; those of the last images are kept for the next reward."""
         with self.lock:
             known = len(images) == len(self.last_images) and resize == self.last_resize
             if not known or any(image is not last for image, last in zip(images, self.last_images, strict=True)):
@@ -70,7 +70,7 @@ class Clip:
 
     @torch.no_grad()
     def text_embeds(self, prompts: Sequence[str]) -> Tensor:
-        """(B, D) float32 of length 1; a prompt that is repeated is encoded once, one that is too long is cut."""
+        """(B, D) float32 prompt embeddings of length 1; a repeated prompt is encoded once, one too long is cut."""
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(rows), padding=True, truncation=True, max_length=limit, return_tensors="pt")
@@ -87,7 +87,7 @@ LOADED: WeakValueDictionary[tuple[Any, ...], Clip] = WeakValueDictionary()
 
 
 def load_clip(config: ClipConfig, device: str, filename: str | None = None) -> Clip:
-    """The network of a reward, the same object for every reward with the same weights and placement.
+    """Load a reward's network: one object for all rewards with the same weights and placement.
 
     Args:
         device: where it runs when the reward's own setting is `auto`.
@@ -105,7 +105,7 @@ def load_clip(config: ClipConfig, device: str, filename: str | None = None) -> C
 
 
 def load_tokenizer(config: ClipConfig) -> Any:
-    """The tokenizer of `processor`, else of `path`."""
+    """Load the CLIP tokenizer of `processor`, or of `path` where that is not set."""
     from transformers import AutoTokenizer
 
     revision = config.revision if config.processor is None else None
@@ -116,7 +116,7 @@ def load_tokenizer(config: ClipConfig) -> Any:
 
 
 def load_model(config: ClipConfig, filename: str | None) -> Any:
-    """transformers' CLIPModel with every weight from the file or the folder."""
+    """Load transformers' CLIPModel; UserError unless the file or folder holds all of its weights and no others."""
     from transformers import CLIPConfig, CLIPModel
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": config.path, "revision": config.revision}
@@ -150,7 +150,7 @@ def load_model(config: ClipConfig, filename: str | None) -> Any:
 
 
 def read_weights(config: ModelRewardConfig, setting: str, path: str, filename: str) -> dict[str, Tensor]:
-    """Tensors by name.
+    """Read the tensors of a weights file, by name.
 
     Args:
         setting: what the configuration calls `path`, for errors.
@@ -179,7 +179,7 @@ def read_weights(config: ModelRewardConfig, setting: str, path: str, filename: s
 
 
 def unreadable(config: ModelRewardConfig, setting: str, value: str, wanted: str, error: Exception) -> UserError:
-    """What to say where a setting of a reward does not lead to `wanted`."""
+    """Make the UserError for a setting of a reward that does not lead to `wanted`."""
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return UserError(
         f"reward {config.key}: {setting} must be {wanted}, on the Hub or on this disk, got {value!r}: {reason}; "
@@ -229,7 +229,7 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_pixels(image: Image.Image, size_px: int, resize: Resize) -> Tensor:
-    """What the network sees of an image of any size and mode.
+    """Preprocess an image of any size and mode into the pixels that the network takes.
 
     `crop` and `squash` are transformers' and open_clip's operations on 8-bit images, `letterbox` is HPSv2's on floats.
 
@@ -248,7 +248,7 @@ def to_pixels(image: Image.Image, size_px: int, resize: Resize) -> Tensor:
 
 
 def center_crop(image: Image.Image, size_px: int) -> Image.Image:
-    """The shorter side brought to `size_px` (bicubic), and the middle of the longer one."""
+    """Resize the shorter side to `size_px` (bicubic), and cut out the middle of the longer one."""
     width, height = (int(size_px * side / min(image.size)) for side in image.size)
     left, top = (width - size_px) // 2, (height - size_px) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -256,7 +256,7 @@ def center_crop(image: Image.Image, size_px: int) -> Image.Image:
 
 
 def letterbox(levels: Tensor, size_px: int) -> Tensor:
-    """(3, H, W) in [0, 1] to (3, size_px, size_px): the longer side brought to `size_px` (bicubic), the rest black."""
+    """Letterbox (3, H, W) in [0, 1] to (3, size_px, size_px): longer side resized (bicubic), the rest black."""
     scale = size_px / max(levels.shape[1:])
     height, width = (max(1, round(side * scale)) for side in levels.shape[1:])
     resized = F.interpolate(levels[None], (height, width), mode="bicubic", antialias=True)[0]

@@ -31,7 +31,7 @@ MIN_YES_NO = 0.1  # with less probability on both words the model answers someth
 
 
 class ServerConfig(RewardConfig, frozen=True):
-    """A reward that asks a model behind an OpenAI-compatible server."""
+    """Settings of a reward that asks a model behind an OpenAI-compatible server."""
 
     base_url: Url = Field(default="http://localhost:8000/v1", description="Address of the server, with its /v1.")
     model: str | None = Field(default=None, description="The model's name at the server; null: the only one there.")
@@ -49,7 +49,7 @@ class ServerConfig(RewardConfig, frozen=True):
 
 
 class VisionServer:
-    """Asks the model; every call needs the event loop that all async rewards share."""
+    """A client of one model; every call needs the event loop that all async rewards share."""
 
     def __init__(self, config: ServerConfig):
         """Make sure that the server is there and has the model.
@@ -80,7 +80,7 @@ class VisionServer:
             self.model = self.find_model(client)
 
     def find_model(self, client: OpenAI) -> str:
-        """The model's name at the server, after a first contact."""
+        """Contact the server and return the model's name there; UserError where either is missing."""
         import openai
 
         who, url = f"reward {self.config.key}", self.config.base_url
@@ -112,7 +112,7 @@ class VisionServer:
         return wanted or offered[0]
 
     async def answer(self, image: Image.Image, question: str) -> str:
-        """The model's answer, without sampling.
+        """Ask about an image and return the model's answer, at temperature 0.
 
         Raises:
             ValueError: it is cut off at max_tokens.
@@ -131,7 +131,7 @@ class VisionServer:
         return text
 
     async def yes_probability(self, image: Image.Image, question: str) -> float:
-        """P(yes) / (P(yes) + P(no)) of the first token of the answer, in [0, 1]; either word in any spelling.
+        """P(yes) / (P(yes) + P(no)) of the first token of the answer, in [0, 1]; either word in upper or lower case.
 
         Raises:
             ValueError: the server tells no probabilities, or the model answers something else.
@@ -169,7 +169,7 @@ async def _messages(image: Image.Image, question: str) -> list[Any]:
 
 
 def read_number(answer: str, pattern: str, score_range: tuple[float, float]) -> float:
-    """The number in the last match of the pattern's group.
+    """Read the number in the last match of the pattern's group in an answer.
 
     Raises:
         ValueError: no match, no number, or not within the range; the answer is quoted.

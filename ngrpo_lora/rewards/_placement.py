@@ -15,7 +15,7 @@ __all__ = ["in_use", "placement"]
 
 
 def placement(config: ModelRewardConfig, device: str, half: str = "float16") -> tuple[str, torch.dtype]:
-    """Device and number type of a reward.
+    """Resolve the device and the number type of a reward's network.
 
     Args:
         device: where it runs when the reward's own setting is `auto`.
@@ -28,7 +28,7 @@ def placement(config: ModelRewardConfig, device: str, half: str = "float16") -> 
 
 @contextmanager
 def in_use(network: Any, device: str, offload: bool) -> Iterator[Any]:
-    """The network on its device; with `offload` back in system memory afterwards."""
+    """Keep the network on its device while the context lasts; with `offload` it then goes back to system memory."""
     try:
         yield network.to(device)
     finally:

@@ -25,7 +25,7 @@ LAYERS = {"v1": [""], "v2": [f"layers.{index}." for index in (0, 2, 4, 6, 7)]}  
 
 
 class Reward:
-    """The head's score, (B,)."""
+    """LAION's aesthetic score of each image, (B,) float32, about 1 to 10."""
 
     def __init__(self, config: Config, device: str):
         self.head = load_head(config)
@@ -39,7 +39,7 @@ class Reward:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """(B,) float32."""
+        """(B,) float32, the head's score of each image."""
         states = self.clip.image_embeds(images, resize="crop")  # (B, 768)
         for weight, bias in self.head:
             states = F.linear(states, weight.to(states.device), bias.to(states.device))
@@ -47,10 +47,10 @@ class Reward:
 
 
 def load_head(config: Config) -> list[tuple[Tensor, Tensor]]:
-    """Weight and bias of each layer, float32.
+    """Read the head: weight and bias of each layer, float32.
 
     Raises:
-        UserError: it cannot be read, or is neither v1 nor v2.
+        UserError: the file cannot be read, or is neither v1 nor v2.
     """
     state = read_weights(config, "head", config.head, FILE)
     for layers in LAYERS.values():

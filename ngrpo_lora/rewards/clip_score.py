@@ -23,7 +23,7 @@ from ngrpo_lora.rewards._clip import load_clip
 
 
 class Reward:
-    """Cosine of image and prompt, (B,)."""
+    """CLIP score: the cosine of each image with its prompt, (B,) float32 in [-1, 1]."""
 
     def __init__(self, config: Config, device: str):
         self.clip = load_clip(config, device)
@@ -31,5 +31,5 @@ class Reward:
         self.resize: Literal["crop", "squash"] = of_path if config.resize == "auto" else config.resize
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """(B,) float32."""
+        """(B,) float32, the cosine of each image with its prompt."""
         return self.clip.cosines(images, prompts, self.resize)

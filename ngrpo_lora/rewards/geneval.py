@@ -65,7 +65,7 @@ STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 
 
 class Clause(BaseModel, frozen=True):
-    """What the metadata says of one class of objects."""
+    """An entry of `include` or `exclude`: a class of objects with its count, colour and position."""
 
     name: str = Field(alias="class")
     count: int = Field(ge=1)
@@ -81,7 +81,7 @@ class Clause(BaseModel, frozen=True):
 
 
 class Scene(BaseModel, frozen=True):
-    """What the metadata says of an image."""
+    """The metadata of a prompt: which objects its image must show, and which it must not."""
 
     tag: str | None = None
     include: tuple[Clause, ...] = Field(min_length=1)
@@ -98,7 +98,7 @@ class Scene(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class Detection:
-    """An object: box (left, top, right, bottom) in pixels, score in [0, 1], and mask (height, width), bool."""
+    """A detected object: box (left, top, right, bottom) in pixels, score in [0, 1], mask (height, width), bool."""
 
     box: tuple[int, int, int, int]
     score: float
@@ -110,7 +110,7 @@ NameColors = Callable[[str, Sequence[Detection]], list[Color]]  # class and dete
 
 
 class Reward:
-    """Whether, or how far, an image shows what its metadata says, in [0, 1]."""
+    """GenEval's score: whether, or with `graded` how far, an image shows what its metadata says, in [0, 1]."""
 
     def __init__(self, config: Config, device: str):
         from transformers import Mask2FormerForUniversalSegmentation
@@ -141,7 +141,7 @@ class Reward:
         self.color_embeds: dict[str, Tensor] = {}
 
     def __call__(self, image: Image.Image, metadata: dict[str, Any]) -> float:
-        """The score of one image.
+        """Score one image: 0 or 1, with `graded` any number in [0, 1].
 
         Raises:
             UserError: the metadata is not GenEval's.
@@ -153,7 +153,7 @@ class Reward:
         return math.fsum(met) / len(met) if self.graded else float(min(met) == 1)
 
     def detect(self, image: Image.Image, threshold: float) -> Objects:
-        """Objects in an RGB image."""
+        """Detect the objects in an RGB image with scores above `threshold`, by class."""
         pixels, visible = to_pixels(image)
         with in_use(self.detector, self.device, self.offload) as detector:
             found = detector(pixel_values=pixels[None].to(self.device, detector.dtype))
@@ -178,7 +178,7 @@ class Reward:
 
 
 def to_pixels(image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-    """What the detector sees of an RGB image.
+    """Preprocess an RGB image into the pixels that the detector takes.
 
     Returns:
         (3, H, W) float32, H and W multiples of 32, and the (height, width) of it, from the top left, that is image.
@@ -194,7 +194,7 @@ def to_pixels(image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
 def find_objects(
     class_logits: Tensor, mask_logits: Tensor, threshold: float, at_full_size: Callable[[Tensor], Tensor]
 ) -> Objects:
-    """Mask2Former's instances with scores above `threshold`.
+    """Mask2Former's instances with scores above `threshold`, by class, the best first.
 
     Args:
         class_logits: (Q, 81), the last of them for no object.
@@ -220,7 +220,7 @@ def find_objects(
 def requirements(objects: Objects, scene: Scene, name_colors: NameColors) -> list[float]:
     """How far each thing that is asked for is met: 1 where it is, less where it is not.
 
-    Of a count, its share: 2 of 3 are 2/3; 4, where 4 are excluded, are 3/5. The rest is 0 or 1.
+    A count gives a share: 2 of 3 are 2/3; 4, where 3 are asked for and 4 excluded, are 3/5. The rest gives 0 or 1.
     """
     met: list[float] = []
     groups: list[list[Detection]] = []  # what meets each entry; nothing where it is not met
@@ -247,7 +247,7 @@ def requirements(objects: Objects, scene: Scene, name_colors: NameColors) -> lis
 
 
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
-    """Where box `a` lies as seen from box `b`; nowhere in particular where they overlap too much."""
+    """Where box `a` lies as seen from box `b`: at most two relations, none where their centres are too near."""
     offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
     slack = [POSITION_THRESHOLD * (a[i + 2] - a[i] + b[i + 2] - b[i]) for i in (0, 1)]
     beyond = [math.copysign(max(abs(o) - s, 0), o) for o, s in zip(offset, slack, strict=True)]
@@ -258,10 +258,10 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
 
 
 def parse(metadata: dict[str, Any]) -> Scene:
-    """What the metadata asks for.
+    """Validate the metadata of a prompt: what its image must and must not show.
 
     Raises:
-        UserError: it is not of GenEval's form.
+        UserError: the metadata is not of GenEval's form.
     """
     try:
         return Scene.model_validate(metadata)

@@ -24,13 +24,13 @@ STRAIGHT = str.maketrans({**dict.fromkeys("ʼ‘’‚‛", "'"), **dict.fromkey
 
 
 class Reward:
-    """Cosine of image and prompt, (B,)."""
+    """HPSv2.1: the cosine of each image with its prompt, (B,) float32 in [-1, 1]."""
 
     def __init__(self, config: Config, device: str):
         self.clip = load_clip(config, device, filename=FILE)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """(B,) float32."""
+        """(B,) float32, the cosine of each image with its prompt."""
         return self.clip.cosines(images, [clean(prompt) for prompt in prompts], resize="letterbox")
 
 

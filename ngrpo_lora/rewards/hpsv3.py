@@ -84,7 +84,7 @@ INSTRUCTION = (
 
 
 class Reward:
-    """HPSv3 of image and prompt, (B,)."""
+    """HPSv3's score of each image for its prompt, (B,) float32, unbounded."""
 
     def __init__(self, config: Config, device: str):
         from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
@@ -126,7 +126,7 @@ class Reward:
         self.reward_id = self.tokenizer.convert_tokens_to_ids(REWARD)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """(B,) float32."""
+        """(B,) float32 on the CPU, the score of each image for its prompt."""
         seen = [patches(image) for image in images]
         texts = [self.text(prompt, len(pixels) // MERGED**2) for prompt, (pixels, _) in zip(prompts, seen, strict=True)]
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
@@ -143,7 +143,7 @@ class Reward:
             return self.head(states[tokens.input_ids == self.reward_id].float())[:, 0].cpu()
 
     def text(self, prompt: str, num_image_tokens: int) -> str:
-        """The conversation that is scored, with placeholders for the image."""
+        """The conversation that is scored, with placeholders for the image; ValueError where the prompt has one."""
         if IMAGE in prompt or REWARD in prompt:
             raise ValueError(f"a prompt must not hold {IMAGE} or {REWARD}, got {prompt!r}")
         content = [{"type": "image"}, {"type": "text", "text": INSTRUCTION.format(text_prompt=prompt)}]
@@ -173,10 +173,10 @@ def size_read(width: int, height: int) -> tuple[int, int]:
 
 
 def patches(image: Image.Image) -> tuple[Tensor, tuple[int, int, int]]:
-    """What the network sees of an image of any size and mode.
+    """Preprocess an image of any size and mode into the patches that the network takes.
 
     Returns:
-        (H * W, 3 * 2 * 14 * 14) float32, the four patches of a token one after the other, and (1, H, W).
+        (H * W, 3 * 2 * 14 * 14) float32, the four patches of a token one after the other, and their grid (1, H, W).
     """
     image = image.convert("RGB")
     image = image.resize(size_read(*image.size), Image.Resampling.BICUBIC)

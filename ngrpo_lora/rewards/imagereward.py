@@ -27,7 +27,7 @@ MAX_TOKENS = 35
 
 
 class Reward:
-    """ImageReward of image and prompt, (B,)."""
+    """ImageReward's score of each image for its prompt, (B,) float32, unbounded."""
 
     def __init__(self, config: Config, device: str):
         from transformers import AutoTokenizer
@@ -52,7 +52,7 @@ class Reward:
         self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's; here no prompt starts with them
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """(B,) float32."""
+        """(B,) float32 on the CPU, the score of each image for its prompt."""
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.device)
@@ -62,7 +62,7 @@ class Reward:
 
 
 def center_crop(image: Image.Image, size_px: int) -> Image.Image:
-    """The shorter side brought to `size_px` (bicubic), and the middle of the longer, rounded as torchvision does."""
+    """Resize the shorter side to `size_px` (bicubic), and cut out the middle, rounded as torchvision does."""
     image = image.convert("RGB")
     width, height = (int(size_px * side / min(image.size)) for side in image.size)
     left, top = round((width - size_px) / 2), round((height - size_px) / 2)

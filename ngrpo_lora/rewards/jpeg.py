@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def score(images: Sequence[Image.Image]) -> list[float]:
-    """Minus the kB of every image; it grows with the image, so compare images of one size."""
+    """Minus the size in kB of every image as a JPEG; it grows with the pixels, so compare images of one size."""
     return [-_jpeg_bytes(image) / 1000 for image in images]
 
 

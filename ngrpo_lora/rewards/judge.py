@@ -69,14 +69,14 @@ class Config(ServerConfig, frozen=True):
 
 
 class Reward:
-    """The judge's score of one image."""
+    """Asks a vision-language model for its score of one image."""
 
     def __init__(self, config: Config, device: str):
         self.config = config
         self.server = VisionServer(config)
 
     async def __call__(self, image: Image.Image, prompt: str) -> float:
-        """A number within score_range, or a probability.
+        """Score one image: a number within `score_range`, or with `answer: logprobs` a probability.
 
         Raises:
             ValueError: the answer holds no score.

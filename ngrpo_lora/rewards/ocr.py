@@ -28,7 +28,7 @@ DETECTION, RECOGNITION = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
 
 
 class Config(RewardConfig, frozen=True):
-    """How text is found and what counts as right."""
+    """Settings of OCR: how text is found in an image, and what counts as right."""
 
     exact: bool = Field(default=False, description="Charge for text beside what is wanted; false: Flow-GRPO's score.")
     detect: bool = Field(
@@ -38,7 +38,7 @@ class Config(RewardConfig, frozen=True):
 
 
 class Reward:
-    """Reads one image and compares."""
+    """Reads the text in one image and compares it with the text that is wanted."""
 
     def __init__(self, config: Config, device: str):
         import torch
@@ -72,10 +72,10 @@ class Reward:
         self.one_at_a_time = threading.Lock()  # a call that ran into its timeout may still be going on
 
     def __call__(self, image: Image.Image, prompt: str, metadata: dict[str, Any]) -> float:
-        """1 for the wanted text: metadata's `text`, or what the prompt quotes.
+        """Score one image in [0, 1]: 1 for the wanted text, which is metadata's `text` or what the prompt quotes.
 
         Raises:
-            ValueError: no text is wanted.
+            ValueError: neither the prompt nor the metadata has a wanted text.
         """
         wanted = _normalized(metadata["text"] if "text" in metadata else "".join(quoted(prompt)))
         if not wanted:
@@ -91,12 +91,12 @@ class Reward:
 
 
 def quoted(prompt: str) -> list[str]:
-    """What stands in double quotes, straight or typographic."""
+    """The parts of a prompt that stand in double quotes, straight or typographic."""
     return re.findall(r'["“”]([^"“”]+)["“”]', prompt)
 
 
 def similarity(read: str, wanted: str, exact: bool) -> float:
-    """1 - min(distance, len(wanted)) / len(wanted); unless `exact`, 1 where `wanted` is a part of `read`."""
+    """Score 1 - min(distance, len(wanted)) / len(wanted); unless `exact`, 1 where `wanted` is a part of `read`."""
     if not exact and wanted in read:
         return 1.0
     return 1 - min(_distance(read, wanted), len(wanted)) / len(wanted)
@@ -107,7 +107,7 @@ def _normalized(text: str) -> str:
 
 
 def _distance(a: str, b: str) -> int:
-    """Levenshtein's: insertions, deletions and substitutions between two strings."""
+    """Levenshtein distance: the fewest insertions, deletions and substitutions between two strings."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i

@@ -18,11 +18,11 @@ from ngrpo_lora.rewards._clip import load_clip
 
 
 class Reward:
-    """exp(logit_scale) * cosine of image and prompt, (B,)."""
+    """PickScore: exp(logit_scale) * cosine of each image with its prompt, (B,) float32."""
 
     def __init__(self, config: Config, device: str):
         self.clip = load_clip(config, device)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """(B,) float32."""
+        """(B,) float32, the logit of each image for its prompt."""
         return self.clip.logit_scale * self.clip.cosines(images, prompts, resize="crop")

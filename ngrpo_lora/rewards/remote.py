@@ -4,7 +4,7 @@
     rewards.train: [{name: remote, url: http://gpu-host:8765, reward: ocr}]
 
 Nothing is lost on the way: images travel as PNG, scores with all their digits. The protocol is that of
-`ngrpo_lora/reward_server.py`.
+`ngrpo_lora/scoring/server.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIRST_CONTACT_S = 10.0
 
 
 class Config(RewardConfig, frozen=True):
-    """Which reward of which server."""
+    """Settings of a remote reward: the address of a server, and which of its rewards to ask."""
 
     url: Url = Field(default="http://localhost:8765", description="Address of a reward server.")
     reward: str | None = Field(default=None, description="The reward's name there; null: the only one there.")
@@ -45,7 +45,7 @@ class Config(RewardConfig, frozen=True):
 
 
 def Reward(config: Config, device: str) -> BatchReward | GroupReward:
-    """A reward that is called as the server's: with whole groups where that judges groups, else with batches.
+    """Make a reward that is called as the server's: with whole groups where that judges groups, else with batches.
 
     Raises:
         UserError: no such server, a wrong token, or no such reward.
@@ -55,7 +55,7 @@ def Reward(config: Config, device: str) -> BatchReward | GroupReward:
 
 
 class BatchReward:
-    """Scores of B images for B prompts."""
+    """Asks a server for the scores of B images for B prompts."""
 
     def __init__(self, client: Client):
         self.client = client
@@ -63,24 +63,24 @@ class BatchReward:
     def __call__(
         self, images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> list[float]:
-        """B numbers; raises what `Client.score` raises."""
+        """B scores, NaN where the server has none; raises what `Client.score` raises."""
         return self.client.score(images, prompts, metadata, group_size=1)
 
 
 class GroupReward:
-    """Scores of all G candidates of a prompt."""
+    """Asks a server for the scores of all G candidates of a prompt."""
 
     def __init__(self, client: Client):
         self.client = client
 
     def __call__(self, images: Sequence[Image.Image], prompt: str, metadata: dict[str, Any]) -> list[float]:
-        """G numbers; raises what `Client.score` raises."""
+        """G scores, NaN where the server has none; raises what `Client.score` raises."""
         size = len(images)
         return self.client.score(images, [prompt] * size, [metadata] * size, group_size=size)
 
 
 class Client:
-    """A connection to a reward server."""
+    """A connection to one reward of a server, with retries while the server is busy or gone."""
 
     def __init__(self, config: Config):
         import requests
@@ -101,13 +101,13 @@ class Client:
         self.session.mount(config.url, HTTPAdapter(max_retries=retry))
 
     def authorized(self, request: PreparedRequest) -> PreparedRequest:
-        """The request with the token; as `auth` of the session it also keeps ~/.netrc out."""
+        """Add the token to a request; as `auth` of the session this also keeps ~/.netrc out."""
         if token := os.environ.get(self.config.token_env):
             request.headers["Authorization"] = f"Bearer {token}"
         return request
 
     def find_reward(self) -> tuple[str, str]:
-        """Name and form of the reward, after a first contact."""
+        """Contact the server and return the reward's name and form; UserError where either is missing."""
         import requests
 
         who, url, wanted = f"reward {self.config.key}", self.config.url, self.config.reward
@@ -152,7 +152,7 @@ class Client:
         metadata: Sequence[dict[str, Any]],
         group_size: int,
     ) -> list[float]:
-        """N numbers for N images, NaN where the server has no score.
+        """Ask for the scores of N images: N numbers, NaN where the server has no score.
 
         Raises:
             RuntimeError: the server answers something else.
@@ -184,7 +184,7 @@ def _is_score(value: Any) -> bool:
 
 
 def _json(response: Response) -> Any:
-    """What the server says, None where it is no JSON."""
+    """The JSON of a response, None where it is not JSON."""
     try:
         return response.json()
     except ValueError:

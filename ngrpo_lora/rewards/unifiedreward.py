@@ -63,7 +63,7 @@ class Config(ServerConfig, frozen=True):
 
 
 class Reward:
-    """UnifiedReward's score of one image."""
+    """Asks UnifiedReward for its score of one image, 1 to 5."""
 
     def __init__(self, config: Config, device: str):
         self.question = QUESTIONS[config.version]
@@ -72,7 +72,7 @@ class Reward:
         self.server = VisionServer(config)
 
     async def __call__(self, image: Image.Image, prompt: str) -> float:
-        """A number from 1 to 5.
+        """Score one image with a number from 1 to 5.
 
         Raises:
             ValueError: the answer holds no score.

@@ -20,11 +20,11 @@ QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 
 
 class Reward:
-    """VQAScore of one image."""
+    """Asks a model whether one image shows its prompt: VQAScore, in [0, 1]."""
 
     def __init__(self, config: Config, device: str):
         self.server = VisionServer(config)
 
     async def __call__(self, image: Image.Image, prompt: str) -> float:
-        """A probability; raises what `VisionServer.yes_probability` raises."""
+        """Probability of a yes, in [0, 1]; raises what `VisionServer.yes_probability` raises."""
         return await self.server.yes_probability(image, QUESTION.replace("{prompt}", prompt))

@@ -16,5 +16,5 @@ from ngrpo_lora.world.verifier import verify
 
 
 def score(images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
-    """`Verdict.graded` of every image."""
+    """Graded verdict of every image for its prompt, in [0, 1]: `Verdict.graded`."""
     return [verify(np.asarray(i), parse(p)).graded for i, p in zip(images, prompts, strict=True)]

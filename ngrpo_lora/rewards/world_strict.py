@@ -13,5 +13,5 @@ from ngrpo_lora.world.verifier import verify
 
 
 def score(images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
-    """`Verdict.strict` of every image."""
+    """Strict verdict of every image for its prompt, 0 or 1: `Verdict.strict`."""
     return [float(verify(np.asarray(i), parse(p)).strict) for i, p in zip(images, prompts, strict=True)]

@@ -26,10 +26,10 @@ STATES, POOLED = "prompt_embeds", "pooled_prompt_embeds"  # as diffusers has the
 
 
 def save_conditioning(path: Path, conditioning: Conditioning) -> None:
-    """Write a file, whole or not at all.
+    """Write conditioning to a safetensors file, whole or not at all.
 
     Raises:
-        ConfigError: a value is none that a file can hold, such as a ControlNet.
+        ConfigError: the conditioning holds what a file cannot, such as a ControlNet.
         UserError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
@@ -44,7 +44,7 @@ def save_conditioning(path: Path, conditioning: Conditioning) -> None:
 
 
 def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a value; its tensors are added to the others."""
+    """Describe a value as JSON, and add its tensors to `tensors`."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()  # safetensors takes none that share memory
         return {"tensor": name}
@@ -62,10 +62,10 @@ def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def load_conditioning(path: Path) -> Conditioning:
-    """What `save_conditioning` wrote, or `prompt_embeds` (1, L, C) and what else a script of one's own saved.
+    """Read what `save_conditioning` wrote, or `prompt_embeds` (1, L, C) with other tensors that a script saved.
 
     Raises:
-        ConfigError: not such a file.
+        ConfigError: the file is neither.
     """
     wanted = "a file that Save Prompt Embeddings wrote, or a safetensors file with prompt_embeds"
     try:
@@ -88,7 +88,7 @@ def load_conditioning(path: Path) -> Conditioning:
 
 
 def _restore(described: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `_describe`."""
+    """Make a value again from its description by `_describe`."""
     if not isinstance(described, dict):
         return described
     ((kind, value),) = described.items()

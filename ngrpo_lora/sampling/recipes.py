@@ -1,4 +1,4 @@
-"""Pictures by several adapters side by side, each of which says how it was drawn."""
+"""Draws pictures by several adapters side by side; every picture says in its PNG text how it was drawn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ngrpo_lora.sampling.sampler import Sampler, draw
 
 @dataclass(frozen=True)
 class Column:
-    """What draws: LoRA files with their strengths, all at once; none is the base."""
+    """A column of pictures: the LoRA files that draw them together, with strengths; without any, the base draws."""
 
     label: str
     adapters: tuple[tuple[Path, float], ...] = ()
@@ -32,7 +32,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One sample, of a video all frames, and the PNG text with which `--like` draws it again."""
+    """A drawn sample (of a video all frames), and the PNG text with which `--like` draws it again."""
 
     column: Column
     row: int
@@ -43,7 +43,7 @@ class Drawing:
 
 
 def columns_of(adapters: Sequence[tuple[Path, float]], apart: bool, base_too: bool) -> list[Column]:
-    """The base where it is wanted, and the adapters together, or each of them apart."""
+    """Make the columns: the base where it is wanted, then all adapters together, or with `apart` each by itself."""
     columns = [Column("base")] if base_too or not adapters else []
     groups = [(one,) for one in adapters] if apart else [tuple(adapters)] if adapters else []
     for group in groups:
@@ -58,7 +58,7 @@ def columns_of(adapters: Sequence[tuple[Path, float]], apart: bool, base_too: bo
 def draw_columns(
     info: AdapterInfo, columns: Sequence[Column], prompts: Sequence[str], seeds: Sequence[int]
 ) -> Iterator[Drawing]:
-    """Every prompt with every seed (prompt-major) by every column, drawn when it is asked for.
+    """Draw every prompt with every seed (prompt-major) by every column, each when it is asked for.
 
     Raises:
         UserError: no such model, or a file that is no adapter, or fits no layer of the model.
@@ -83,7 +83,7 @@ def draw_columns(
 
 
 def shown_settings(info: AdapterInfo, family: BaseFamily) -> dict[str, Any]:
-    """All that a picture depends on beside adapters, prompt and seed, with what the model recommends written out."""
+    """Settings that a picture depends on beside adapters, prompt and seed, with the model's own values filled in."""
     shift = info.rollout.shift or family.shift(info.rollout.num_steps)
     rollout = {"solver": info.rollout.solver, "num_steps": info.rollout.num_steps, "shift": shift}
     model = info.model.model_copy(update=family.settings).model_dump(mode="json")
@@ -92,7 +92,7 @@ def shown_settings(info: AdapterInfo, family: BaseFamily) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a picture was drawn."""
+    """How a picture was drawn: settings, adapters with their strengths, prompt and seed."""
 
     info: AdapterInfo
     adapters: tuple[tuple[Path, float], ...]
@@ -101,12 +101,12 @@ class Recipe:
 
 
 def read_recipe(path: Path, same_adapters: bool = True) -> Recipe:
-    """What `ngrpo sample` wrote into a picture.
+    """Read the recipe that `ngrpo sample` wrote into a picture.
 
     Args:
-        same_adapters: the files must be there, unchanged; otherwise they are not looked at.
+        same_adapters: whether the LoRA files must be there, unchanged; if not, they are not looked at.
     Raises:
-        UserError: not such a picture, or an adapter has gone or is another one now.
+        UserError: the picture has no recipe, or an adapter is gone or has changed.
     """
     text = read_png_text(path)
     try:

@@ -1,4 +1,4 @@
-"""How an adapter wants to be drawn: as its header says, or as its model's family is drawn where it says nothing."""
+"""Settings that suit an adapter: those of its header, else those of its model's family."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ PRESETS = {
     "wan": "wan",
     "z_image": "z-image",
 }
-"""By family: whose settings count for files of other trainers."""
+"""Preset of each family, whose settings count for LoRA files of other trainers."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """How to draw with an adapter."""
+    """Settings to draw with an adapter, and where they are from."""
 
     info: AdapterInfo
     base: str
-    """A model that the package knows, whose schedule it is."""
+    """A model that the package knows, whose schedule of noise levels counts."""
     source: str
-    """Who says so, in words."""
+    """Where the settings are from, in words."""
 
 
 def recommend(path: Path, family: str) -> Recommendation:
-    """What a LoRA file of this family recommends, without its base being looked up anywhere.
+    """Recommend settings for a LoRA file of this family, without looking up its base anywhere.
 
     Raises:
-        UserError: our metadata in it cannot be understood.
+        UserError: the ngrpo metadata in the file cannot be understood.
     """
     preset = load_config(PRESETS[family])
     if "ngrpo" not in read_metadata(path):

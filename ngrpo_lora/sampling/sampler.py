@@ -1,4 +1,4 @@
-"""Draw images with the deterministic solver: evaluation, `ngrpo sample`, and anybody's script."""
+"""Draws images with the deterministic solver: for evaluation, for `ngrpo sample`, and for scripts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw(
     sigmas: Tensor,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
-    """One image per row of `text`, of a video model `num_frames`, each row alone in its batch.
+    """Draw one image (of a video model `num_frames`) per row of `text`, each row alone in its batch.
 
     Kernels round differently for different batch sizes, so only this makes an image a function of weights,
     prompt, seed and settings, to the bit.
@@ -53,7 +53,7 @@ def solve(
     sigmas: Tensor,
     before_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Noise (B, ...) -> clean latents (B, ...), `before_step` being called before each of the K steps."""
+    """Solve from noise (B, ...) to clean latents (B, ...); `before_step` is called before each of the K steps."""
 
     def velocity(latents: Tensor, sigma: float) -> Tensor:
         before_step()
@@ -92,7 +92,7 @@ class Sampler:
         """Draw with these LoRA files together, each at its strength, from now on; with none, the base itself.
 
         Raises:
-            UserError: as `BaseFamily.load_adapter`.
+            UserError: as `adapters.loading.load_adapter`.
         """
         strengths: dict[str, float] = {}
         for path, strength in adapters:
@@ -114,7 +114,7 @@ class Sampler:
             self.names.clear()
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image.Image]:
-        """One image per prompt and seed, of a video model `num_frames`, drawn when they are asked for."""
+        """Draw one image (of a video model `num_frames`) per prompt and its seed, each when it is asked for."""
         for prompt, rows in groupby(zip(prompts, seeds, strict=True), itemgetter(0)):
             text = self.family.encode([prompt])
             for _, seed in rows:

@@ -1,4 +1,4 @@
-"""With which settings a model or an adapter is drawn, here."""
+"""Settings with which a model or an adapter is drawn on this machine."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ OPTIONS = {
 
 
 def drawing_settings(adapter: str | Path | None, model: str | None, device: str = "auto") -> AdapterInfo:
-    """What an adapter was trained with, or the defaults; `model` replaces the base that it names.
+    """Settings that an adapter was trained with, or the defaults; `model` replaces the base that it names.
 
     Raises:
-        UserError: not an adapter.
+        UserError: the file is not an adapter.
     """
     info = read_adapter(adapter) if adapter is not None else AdapterInfo(ModelConfig(), RolloutConfig())
     return on_this_machine(info, model, device)
@@ -45,7 +45,7 @@ def own_settings(path: str, adapter: Path | None = None) -> AdapterInfo:
     without a preset has the defaults, but 1024 x 1024 pixels.
 
     Raises:
-        UserError: no such model, or not an adapter.
+        UserError: there is no such model, or the file is not an adapter.
     """
     if adapter is not None and "ngrpo" in read_metadata(adapter):
         info = read_adapter(adapter)
@@ -66,7 +66,7 @@ def own_settings(path: str, adapter: Path | None = None) -> AdapterInfo:
 
 @cache
 def preset_by_model() -> dict[str, RunConfig]:
-    """The shipped presets by `model.path`, the first of each."""
+    """Load the shipped presets by `model.path`; of several for one model the first."""
     runs: dict[str, RunConfig] = {}
     for name in preset_names():
         run = load_config(name)
@@ -75,7 +75,7 @@ def preset_by_model() -> dict[str, RunConfig]:
 
 
 def on_this_machine(info: AdapterInfo, model: str | None, device: str = "auto") -> AdapterInfo:
-    """Settings of elsewhere with the device of here; `model` replaces the base that they name."""
+    """Settings with this machine's device, unquantised where quantization needs a GPU; `model` replaces the base."""
     config = info.model.model_copy(update={"device": device} | ({"path": model} if model else {}))
     if config.quantization in NEED_GPU and not resolve_device(device).startswith("cuda"):
         config = config.model_copy(update={"quantization": "none"})  # pictures differ by its rounding
@@ -83,7 +83,7 @@ def on_this_machine(info: AdapterInfo, model: str | None, device: str = "auto") 
 
 
 def with_settings(info: AdapterInfo, changes: Mapping[str, str | float | None]) -> AdapterInfo:
-    """Other settings, by the names of the command's options; None leaves one as it is.
+    """Change settings by the names of the command's options; None leaves one as it is.
 
     Raises:
         ConfigError: one line per value that is not possible.

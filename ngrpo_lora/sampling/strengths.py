@@ -15,7 +15,7 @@ EXAMPLE = "0:0, 0.3:1, 1:0.5"
 
 @dataclass(frozen=True)
 class StrengthSchedule:
-    """Points (place, strength): straight lines between them, and what the first and the last say outside.
+    """A strength that is linear between points (place, strength), and constant before the first and after the last.
 
     Places are from 0, the first step, to 1, the last, and do not decrease. At a place that two points share the later
     one counts: a jump.
@@ -24,7 +24,7 @@ class StrengthSchedule:
     points: tuple[tuple[float, float], ...]
 
     def __call__(self, place: float) -> float:
-        """The strength there."""
+        """The strength at a place in [0, 1], by linear interpolation."""
         after = next((number for number, (at, _) in enumerate(self.points) if at > place), len(self.points))
         if after == 0:
             return self.points[0][1]
@@ -35,16 +35,16 @@ class StrengthSchedule:
 
     @property
     def constant(self) -> float | None:
-        """The strength where it is the same at every step."""
+        """The strength where it is the same at every step, else None."""
         strengths = {strength for _, strength in self.points}
         return strengths.pop() if len(strengths) == 1 else None
 
 
 def parse_schedule(text: str) -> StrengthSchedule:
-    """`0:0, 0.3:1, 1:0.5`, or one number for all steps; an empty text is 1.
+    """Read a schedule such as `0:0, 0.3:1, 1:0.5`, or one number for all steps; an empty text is 1.
 
     Raises:
-        ConfigError: not such a text, places outside [0, 1] or out of order, or a strength that is not finite.
+        ConfigError: the text is no schedule, places outside [0, 1] or out of order, or a strength that is not finite.
     """
     text = text.strip() or "1"
     try:

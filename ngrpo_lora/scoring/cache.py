@@ -1,4 +1,4 @@
-"""Scores that are kept between evaluations."""
+"""Scores that are kept on disk, so that a picture is not judged again in the next evaluation."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class ScoreCache:
             connection.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL NOT NULL)")
 
     def connect(self) -> sqlite3.Connection:
-        """A connection of its own for every thread."""
+        """Open a connection to the file; it must stay in the thread that opened it."""
         return sqlite3.connect(self.path, timeout=60)
 
     def keys(self, config: RewardConfig, samples: Samples) -> list[str]:
-        """One key an image: pixels, prompt, metadata, the reward's settings, and the source of a function."""
+        """SHA-256 of each image's pixels, prompt and metadata, the reward's settings, and the source of a function."""
         own = config.model_dump(mode="json", exclude={"weight", "label", "clip", "batch_size", "timeout_s"})
         source = registry.source_digest(config.name) if ":" in config.name else ""
         keys = []
@@ -40,13 +40,13 @@ class ScoreCache:
         return keys
 
     def read(self, keys: Sequence[str]) -> dict[str, float]:
-        """The known ones."""
+        """Cached scores by key, without the keys that are not in the cache."""
         with self.connect() as connection:
             rows = (connection.execute("SELECT key, score FROM scores WHERE key = ?", [k]).fetchone() for k in keys)
             return dict(row for row in rows if row is not None)
 
     def write(self, scores: dict[str, float]) -> None:
-        """Keep the finite ones."""
+        """Store scores by key; those that are not finite are left out."""
         kept = [(key, score) for key, score in scores.items() if abs(score) < float("inf")]
         with self.connect() as connection:
             connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", kept)

@@ -1,4 +1,4 @@
-"""Several rewards made one, group by group."""
+"""Combines the scores of several rewards into one reward for each candidate, group by group."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["clipped", "combine", "correlations"]
 
 
 def clipped(raw: Tensor, config: RewardConfig) -> Tensor:
-    """Scores held within the reward's `clip`."""
+    """Clamp raw scores to the reward's `clip`, where it has one."""
     return raw if config.clip is None else raw.clamp(*config.clip)
 
 
 def combine(
     scores: dict[str, Tensor], configs: Sequence[RewardConfig], how: Literal["standardized", "raw"] = "standardized"
 ) -> RewardBatch:
-    """Weighted sum of rewards over groups.
+    """Add up the rewards of each candidate, clipped and weighted.
 
     Args:
         scores: raw scores by label, each (P, G); what is not finite failed and is masked in its group.
         configs: weights and clips, by the same labels.
         how: `standardized` brings each of several rewards to mean 0 and deviation 1 within its group first (MixGRPO);
-            a single reward stays raw, since a positive factor or an offset is nothing to the advantages.
+            a single reward stays raw, since advantages do not depend on a positive factor or an offset.
     """
     valid = torch.stack([s.isfinite() for s in scores.values()]).all(0)  # (P, G)
     total = torch.zeros_like(valid, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Calls rewards and adds them up: images in, one number per image and reward out, NaN where there is none.
+"""Calls rewards: images in, one number per image and reward out, NaN where there is none.
 
 Every reward runs in a thread of its own, so that the trainer draws the next group while this one is judged.
 """
@@ -42,15 +42,16 @@ class Wait(Protocol):
 
 
 class Scorer:
-    """Several rewards, by label."""
+    """Calls several rewards at once, each in a thread of its own."""
 
     def __init__(self, configs: Sequence[RewardConfig], device: str = "cpu"):
         self.rewards = {config.key: BoundReward(config, device) for config in configs}
 
     def submit(self, samples: Samples, cache: ScoreCache | None = None) -> Wait:
-        """Start to score; the returned function waits for the scores.
+        """Start to score, and return a function that waits for the scores.
 
-        It raises UserError where a reward is not what a reward must be; a reward that fails gives NaN and is logged.
+        It raises UserError where a reward does, or returns other than a score for each image; a reward that fails
+        otherwise gives NaN and is logged.
         """
         pending = {label: in_thread(partial(reward, samples, cache)) for label, reward in self.rewards.items()}
 
@@ -63,12 +64,12 @@ class Scorer:
         return wait
 
     def __call__(self, samples: Samples, cache: ScoreCache | None = None) -> dict[str, Tensor]:
-        """Scores (N,) float64 of every reward."""
+        """Score now: (N,) float64 of every reward by label, NaN where it failed."""
         return self.submit(samples, cache)()
 
 
 class BoundReward:
-    """One reward, called as its parameters ask for, checked, timed, and masked where it fails."""
+    """One reward: called as its parameters ask for, checked, limited in time, and masked with NaN where it fails."""
 
     def __init__(self, config: RewardConfig, device: str):
         self.config, self.label = config, config.key
@@ -82,7 +83,7 @@ class BoundReward:
         self.one_at_a_time = threading.Lock()
 
     def __call__(self, samples: Samples, cache: ScoreCache | None = None) -> Tensor:
-        """Scores (N,) float64."""
+        """Scores (N,) float64, from the cache where that has them, NaN where the reward failed."""
         if cache is None or not self.config.cache or self.form == "group":
             return self.score(samples)
         keys = cache.keys(self.config, samples)
@@ -94,7 +95,7 @@ class BoundReward:
         return torch.tensor([known[key] for key in keys], dtype=torch.float64)
 
     def score(self, samples: Samples) -> Tensor:
-        """Scores (N,) float64, all of them asked for now."""
+        """Scores (N,) float64 from the reward itself, without the cache; NaN where it failed."""
         parts = list(self.parts(samples))
         if self.is_async:
             outcomes = asyncio.run_coroutine_threadsafe(self.gather(samples, parts), event_loop()).result()
@@ -116,14 +117,14 @@ class BoundReward:
         return scores
 
     def failed(self, error: Exception) -> Exception:
-        """`error`, after its traceback was logged, once for each kind."""
+        """Log the traceback of the first error of each type, and return the error."""
         if type(error) not in self.reported:
             self.reported.add(type(error))
             log.warning("reward %s raised", self.label, exc_info=error)
         return error
 
     def parts(self, samples: Samples) -> Iterator[list[int]]:
-        """Rows of every call."""
+        """Row numbers of each call: one image, one group, or `batch_size` images."""
         size = {"single": 1, "group": samples.group_size, "batch": self.config.batch_size or max(1, len(samples))}[
             self.form
         ]
@@ -131,7 +132,7 @@ class BoundReward:
             yield list(range(start, min(start + size, len(samples))))
 
     def arguments(self, samples: Samples, rows: list[int]) -> dict[str, Any]:
-        """What the function is called with."""
+        """Keyword arguments of the call for these rows, by the names of the reward's parameters."""
         part = samples[rows]
         given = {"images": part.images, "prompts": part.prompts, "metadata": part.metadata}
         if self.form == "single":
@@ -141,7 +142,7 @@ class BoundReward:
         return {name: given[name] for name in self.parameters}
 
     def attempt(self, call: Callable[[], Any]) -> Any:
-        """What a call returns, or the exception that it raised."""
+        """Call within `timeout_s`, and give what it returns, or the exception that it raised."""
         try:
             if self.config.timeout_s is None:
                 with torch.no_grad():
@@ -153,7 +154,7 @@ class BoundReward:
             return self.failed(error)
 
     async def gather(self, samples: Samples, parts: list[list[int]]) -> list[Any]:
-        """`attempt` for a coroutine function, `concurrency` calls at once."""
+        """Do what `attempt` does for a coroutine function, at most `concurrency` calls at once."""
         free = asyncio.Semaphore(self.config.concurrency)
 
         async def attempt(rows: list[int]) -> Any:
@@ -169,7 +170,10 @@ class BoundReward:
         return await asyncio.gather(*(attempt(rows) for rows in parts))
 
     def checked(self, returned: Any, count: int) -> Tensor:
-        """(count,) float64, or an error that shows what came instead."""
+        """Check what a reward returned, (count,) float64; UserError for another shape.
+
+        A score out of range is a UserError before the reward has given any score, and NaN afterwards.
+        """
         try:
             scores = torch.as_tensor(returned, dtype=torch.float64).detach().cpu()
         except (TypeError, ValueError, RuntimeError):
@@ -202,10 +206,10 @@ FORMS: dict[tuple[str, ...], Form] = {
 
 
 def call_form(name: str, function: Callable[..., Any]) -> tuple[Form, list[str]]:
-    """How a reward wants to be called, and by which parameters.
+    """Find out from its signature how a reward is called, and by which parameters.
 
     Raises:
-        UserError: its parameters are none of the forms.
+        UserError: the parameters fit none of the forms of a reward.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -247,7 +251,7 @@ def event_loop() -> asyncio.AbstractEventLoop:
 
 
 def load_reward(config: RewardConfig, device: str = "cpu") -> Callable[..., Any]:
-    """The reward of a configuration, ready to be called.
+    """Load the reward that a configuration names, ready to be called.
 
     Args:
         device: where a reward that has a network puts it when its own settings say `auto`.

@@ -46,7 +46,7 @@ IMAGE_FORMATS = ("PNG", "WEBP", "JPEG")
 
 
 class ScoreRequest(Section, frozen=True):
-    """The body of POST /score."""
+    """The validated JSON body of POST /score."""
 
     reward: str
     images: list[str] = Field(min_length=1)
@@ -65,7 +65,7 @@ class ScoreRequest(Section, frozen=True):
 
 
 class RefusedError(Exception):
-    """A request that gets no result: its status and why."""
+    """A refusal of a request: the status and the reason of its answer."""
 
     def __init__(self, status: HTTPStatus, reason: str):
         super().__init__(reason)
@@ -73,7 +73,7 @@ class RefusedError(Exception):
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Serves rewards by their labels."""
+    """An HTTP server that scores images by its rewards, which clients name by their labels."""
 
     request_queue_size = 128
 
@@ -109,16 +109,16 @@ class RewardServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address at which the server listens, with its port."""
         host, port = self.server_address[:2]
         return f"http://[{host}]:{port}" if self.address_family == socket.AF_INET6 else f"http://{host}:{port}"
 
     def health(self) -> dict[str, Any]:
-        """The answer to GET /health."""
+        """Answer GET /health with the protocol's number and the form of each reward."""
         return {"protocol": PROTOCOL, "rewards": {label: reward.form for label, reward in self.scorer.rewards.items()}}
 
     def score(self, body: bytes) -> dict[str, Any]:
-        """The answer to POST /score."""
+        """Answer POST /score with a score for each image; RefusedError where the request gets none."""
         try:
             request = ScoreRequest.model_validate_json(body)
         except ValidationError as error:
@@ -136,12 +136,12 @@ class RewardServer(ThreadingHTTPServer):
         return {"scores": [score if math.isfinite(score) else None for score in scores]}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection broke, or the code here did."""
+        """Log that a connection broke, or that answering it failed."""
         log.warning("the connection to %s broke", client_address[0], exc_info=True)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """Answers the requests of one connection."""
 
     server: RewardServer
     protocol_version = "HTTP/1.1"
@@ -154,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer("/score", self.server.score)
 
     def answer(self, path: str, call: Callable[[bytes], dict[str, Any]]) -> None:
-        """The result of the call, or why there is none."""
+        """Send the result of `call` on the request's body, or the reason why there is none."""
         try:
             body = self.body()
             if self.path != path:
@@ -166,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, result)
 
     def body(self) -> bytes:
-        """The body of the request, if the client may send one of this kind and length."""
+        """Read the body of the request; RefusedError where its token, length or type does not allow that."""
         length = self.headers.get("Content-Length", "0")
         refused = None
         if "Transfer-Encoding" in self.headers or not re.fullmatch("[0-9]{1,18}", length):
@@ -194,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         return hmac.compare_digest(given.encode(), f"Bearer {self.server.token}".encode())
 
     def send(self, status: HTTPStatus, result: dict[str, Any]) -> None:
-        """The whole response."""
+        """Send a whole response: status, headers, and the result as JSON."""
         body = json.dumps(result, allow_nan=False).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -207,17 +207,17 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses, in our form."""
+        """Answer what http.server itself refuses with an error of our form, and close the connection."""
         self.close_connection = True
         self.send(HTTPStatus(code), {"error": message or HTTPStatus(code).phrase})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests, on request."""
+        """Log a request at debug level, in place of printing it."""
         log.debug(format, *args)
 
 
 def _decode(images: Sequence[str]) -> list[Image.Image]:
-    """RGB images; the pixels of each are counted before they are unpacked."""
+    """Decode base64 to RGB images; the pixels of each are counted before they are unpacked."""
     decoded: list[Image.Image] = []
     pixels = 0
     for index, text in enumerate(images):

@@ -1,4 +1,4 @@
-"""Two pages of a comparison, each one file that asks for nothing else: side by side, and a blind vote.
+"""Two pages of a comparison, each one file that loads nothing else: side by side, and a blind vote.
 
 Scripts and styles lie beside this file; pictures are embedded. A content security policy forbids every request.
 """
@@ -23,7 +23,7 @@ LOSSLESS_PX = 256  # pictures up to this size are embedded without loss
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Write `side_by_side.html` and `blind.html`.
+    """Write the pages `side_by_side.html` and `blind.html` into a folder.
 
     Args:
         results: what `results.json` holds; its pictures' files are relative to `folder`.
@@ -36,7 +36,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 
 def ballots(results: dict[str, Any]) -> dict[str, Any]:
-    """For each adapter its pairs with the reference in random order, in one half of them on the left.
+    """Pairs of each adapter with the reference in random order, with the adapter on the left in half of them.
 
     The same comparison is shuffled the same way, so that a page that is written again goes on with its votes.
     """
@@ -56,7 +56,7 @@ def ballots(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def data_uri(path: Path) -> str:
-    """A picture as WebP in text form, without loss where it is small."""
+    """A picture as a `data:` URI in WebP, without loss up to LOSSLESS_PX."""
     buffer = io.BytesIO()
     with Image.open(path) as image:
         image.convert("RGB").save(buffer, "WEBP", quality=90, lossless=max(image.size) <= LOSSLESS_PX)
