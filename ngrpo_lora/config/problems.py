@@ -56,7 +56,7 @@ def _reward_keys(parts: Sequence[str], data: Mapping[str, Any]) -> Iterator[str]
     if _in_reward(parts):
         section = reward_section(data["rewards"]) if parts[0] == "rewards" else data["evaluation"]
         entry = listed(section[parts[1]])[int(parts[2])]
-        yield from (".".join([*parts[:3], name]) for name in reward_class(entry["name"]).model_fields)
+        yield from (".".join([*parts[:3], name]) for name in reward_class(entry.get("name")).model_fields)
 
 
 _RULES = {

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -19,6 +19,7 @@ from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, load_config, parse_config
 from ngrpo_lora.console import console
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.evaluation.statistics import Scores, _table, mean_interval
 from ngrpo_lora.records.metrics import finite
 from ngrpo_lora.records.pictures import Picture
 from ngrpo_lora.reports import grids
@@ -26,10 +27,6 @@ from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.combining import combine
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.types import Samples
-
-if TYPE_CHECKING:
-    pass
-from ngrpo_lora.evaluation.statistics import Scores, _table, mean_interval
 
 __all__ = ["parameters", "parse_rewards", "score_pictures"]
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.records.metrics import read_metrics
-
-if TYPE_CHECKING:
-    pass
 from ngrpo_lora.evaluation.judging import write_csv, write_json
 from ngrpo_lora.evaluation.statistics import Difference, compare_scores
+from ngrpo_lora.records.metrics import read_metrics
 
 __all__ = ["compare_evaluations"]
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy import stats
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Difference", "Estimate", "compare_scores", "differences_table", "mean_interval", "share_interval"]
 

@@ -6,12 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ngrpo_lora.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 from ngrpo_lora.evaluation.statistics import Estimate, _table, share_interval
 
 __all__ = ["Votes", "read_votes", "votes_table"]

@@ -18,7 +18,7 @@ PIPELINE, SCHEDULER, SCHEDULER_CLASS = "pipeline.py", "scheduling_flow_dpm.py", 
 
 def sources() -> Path:
     """The folder `pipelines/` of the repository, or its copy in the wheel."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return next(folder for folder in (package / "pipelines", package.parent / "pipelines") if folder.is_dir())
 
 
