@@ -27,13 +27,14 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.config import RewardConfig, RunConfig, load_config, preset_names
 from ngrpo_lora.config.section import DEVICE_PATTERN
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.planning.preflight import check_resumable, check_run, check_settings
 from ngrpo_lora.prompts.sources import Sources
 from ngrpo_lora.records.checkpoints import checkpoints
+from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.reports.curves import Group, draw_progress, shown_pictures
 from ngrpo_lora.reports.tables import figures
@@ -247,9 +248,8 @@ def put_adapter(source: Path, name: str) -> str:
     """Copy an adapter to where LoRA lists find it, and return its name there."""
     target = lora_path(name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    shutil.copy2(source, partial)  # with its time, by which loaders would otherwise take it for another file
-    os.replace(partial, target)
+    with written(target) as partial:
+        shutil.copy2(source, partial)  # with its time, by which loaders would otherwise take it for another file
     return lora_name(name)
 
 

@@ -13,7 +13,8 @@ from ngrpo_lora.errors import ConfigError, UserError
 __all__ = ["adapter_label", "find_adapter", "finite_strength", "parse_weighted"]
 
 
-STANDARD_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers', PEFT's
+FILE_NAME = "pytorch_lora_weights.safetensors"  # of every adapter that is written here
+STANDARD_NAMES = (FILE_NAME, "adapter_model.safetensors")  # diffusers', PEFT's
 PLACES = "a LoRA file, a run's folder or a repository of the Hub (owner/name)"
 NO_OTHER = "no other safetensors file"
 HUB_FILE = r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+))?"

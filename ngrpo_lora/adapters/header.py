@@ -14,8 +14,6 @@ from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import UserError
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
-
 
 @dataclass(frozen=True)
 class AdapterInfo:

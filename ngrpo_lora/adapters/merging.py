@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples, read_adapter_file
-from ngrpo_lora.adapters.report import digest, header_value
+from ngrpo_lora.adapters.report import header_value
 from ngrpo_lora.adapters.writing import peft_metadata, state_dict
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.records.files import digest, written_folder
 from ngrpo_lora.world import EMBEDDED
 
 __all__ = ["Merged", "merge", "merge_into_base"]
@@ -144,23 +145,19 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
     if output.exists():
         raise ConfigError(f"--output must be a new folder with --base, but {str(output)!r} is there")
     _check_base(merged, base, shards)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.copytree(source, partial, ignore=lambda folder, names: [n for n in names if Path(folder, n) in shards])
-        for shard in shards:
-            weights = load_file(shard)
-            for name in merged.layers.keys() & {key.removesuffix(".weight") for key in weights}:
-                weight = weights[f"{name}.weight"]
-                delta = merged.layers[name].delta().view(weight.shape)
-                weights[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
-            metadata = {"format": "pt", "ngrpo_merged": merged.metadata["ngrpo_merged"]}
-            save_file(weights, partial / "transformer" / shard.name, metadata)
-        partial.rename(output)
+        with written_folder(output) as folder:
+            shutil.copytree(source, folder, ignore=lambda place, names: [n for n in names if Path(place, n) in shards])
+            for shard in shards:
+                weights = load_file(shard)
+                for name in merged.layers.keys() & {key.removesuffix(".weight") for key in weights}:
+                    weight = weights[f"{name}.weight"]
+                    delta = merged.layers[name].delta().view(weight.shape)
+                    weights[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+                metadata = {"format": "pt", "ngrpo_merged": merged.metadata["ngrpo_merged"]}
+                save_file(weights, folder / "transformer" / shard.name, metadata)
     except OSError as error:
         raise UserError(f"--output {str(output)!r} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_base(merged: Merged, base: str, shards: Sequence[Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -17,8 +16,9 @@ from ngrpo_lora.adapters.finding import find_adapter
 from ngrpo_lora.adapters.names import FORMATS, KOHYA_PREFIX, NATIVE_FORMATS
 from ngrpo_lora.adapters.reading import AdapterFile, read_adapter_file, read_metadata
 from ngrpo_lora.errors import UserError
+from ngrpo_lora.records.files import digest
 
-__all__ = ["describe", "digest", "header_value", "lines"]
+__all__ = ["describe", "header_value", "lines"]
 
 Value = TypeVar("Value", dict[str, Any], list[Any])
 
@@ -35,12 +35,6 @@ ALPHA_ADVICE = {
     "kohya header": "neither diffusers nor ComfyUI reads it there",
     "tensors": "ComfyUI applies it; diffusers does for kohya's names, and for others only of FLUX.1",
 }
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe(path: str | Path) -> dict[str, Any]:

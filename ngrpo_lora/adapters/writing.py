@@ -9,7 +9,6 @@ ComfyUI reads none from the header, and diffusers none from kohya's.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 from ngrpo_lora.adapters.names import FORMATS, KOHYA_PREFIX, NAMES, NATIVE_FORMATS, row_shares
 from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples
 from ngrpo_lora.errors import UserError
+from ngrpo_lora.records.files import written
 
 __all__ = ["Format", "convert", "save_tensors", "state_dict"]
 
@@ -144,10 +144,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     Raises:
         UserError: it cannot be written.
     """
-    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata)
-        os.replace(partial, path)
+        with written(path) as partial:
+            save_file(tensors, partial, metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output {str(path)!r} cannot be written: {error}") from None

@@ -19,6 +19,7 @@ from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation import pages
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.sources import open_prompts
+from ngrpo_lora.records.files import digest
 from ngrpo_lora.records.metrics import finite
 from ngrpo_lora.records.pictures import Picture, read_png_text, save_png
 from ngrpo_lora.scoring.cache import ScoreCache
@@ -47,7 +48,7 @@ class Candidate:
 
     def fingerprint(self) -> str:
         """SHA-256 digest that is equal for equal weights and settings."""
-        weights = None if self.adapter is None else hashlib.sha256(self.adapter.read_bytes()).hexdigest()
+        weights = None if self.adapter is None else digest(self.adapter)
         return _digest(weights, self.settings())
 
 

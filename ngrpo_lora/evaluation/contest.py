@@ -14,6 +14,7 @@ from ngrpo_lora.evaluation.judging import parameters
 from ngrpo_lora.evaluation.ranking import Ranking, show
 from ngrpo_lora.evaluation.statistics import Scores, compare_scores, differences_table, mean_interval
 from ngrpo_lora.reports.grids import CELL_PX, draw_grid, wrapped
+from ngrpo_lora.reports.tables import markdown_table
 
 __all__ = ["Contest", "check_prompt"]
 
@@ -71,7 +72,7 @@ class Contest:
             for column, own in scores.items():
                 means = [mean_interval(raw, [column] * len(raw)).show() for raw in own.values()]
                 rows.append(["mean (95% CI)", column, *means, ""])
-        text = table(["seed", "drawn with", *judged.columns(0), ""], rows)
+        text = markdown_table(["seed", "drawn with", *judged.columns(0), ""], rows)
         reference, *others = scores
         differences = [
             one
@@ -86,11 +87,6 @@ class Contest:
         assert self.ranking is not None
         columns = [self.ranking.columns(place) for place in range(column, len(self.pictures), len(self.columns))]
         return {label: [one[label] for one in columns] for label in columns[0]}
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of these cells below its head."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
 def check_prompt(rewards: Sequence[RewardConfig], prompt: str) -> None:

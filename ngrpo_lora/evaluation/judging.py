@@ -19,10 +19,11 @@ from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, load_config, parse_config
 from ngrpo_lora.console import console
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.evaluation.statistics import Scores, _table, mean_interval
+from ngrpo_lora.evaluation.statistics import Scores, mean_interval
 from ngrpo_lora.records.metrics import finite
 from ngrpo_lora.records.pictures import Picture
 from ngrpo_lora.reports import grids
+from ngrpo_lora.reports.tables import markdown_table
 from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.combining import combine
 from ngrpo_lora.scoring.scorer import Scorer
@@ -134,7 +135,7 @@ def score_pictures(
     images = [pictures[row].load() for row in shown]
     grids.save_grid(output / "contact_sheet.png", images, captions, caption_lines=len(scores) + 2)
     cells = [(label, means[label].show(), len(pictures) - failed[label], failed[label]) for label in scores]
-    return _table(("reward", "mean (95% CI)", "pictures", "failed"), cells)
+    return markdown_table(("reward", "mean (95% CI)", "pictures", "failed"), cells)
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.reports.grids import draw_grid
+from ngrpo_lora.reports.tables import markdown_table
 from ngrpo_lora.scoring.combining import combine
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.types import Samples
@@ -57,8 +58,7 @@ class Ranking:
         """A Markdown table, best picture first, numbered from 1; below it what failed, and why."""
         head = ["rank", "image", *self.columns(0)]
         rows = [[rank, row + 1, *map(show, self.columns(row).values())] for rank, row in enumerate(self.order, 1)]
-        lines = [head, ["---:"] * len(head), *rows]
-        return "\n".join([*(f"| {' | '.join(map(str, line))} |" for line in lines), *self.failures])
+        return "\n".join([markdown_table(head, rows, "---:"), *self.failures])
 
     def sheet(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: int, cell_px: int) -> Image.Image:
         """Draw all pictures on one sheet, best first, with scores and prompts below them."""

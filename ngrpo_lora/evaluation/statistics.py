@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from ngrpo_lora.reports.tables import markdown_table
 
 __all__ = ["Difference", "Estimate", "compare_scores", "differences_table", "mean_interval", "share_interval"]
 
@@ -147,9 +148,4 @@ def differences_table(differences: Sequence[Difference]) -> str:
         for d in differences
     ]
     head = ("", "against", "reward", "before", "after", "difference (95% CI)", "win rate (95% CI)", "pairs", "failed")
-    return _table(head, rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return markdown_table(head, rows)

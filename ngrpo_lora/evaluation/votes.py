@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.evaluation.statistics import Estimate, _table, share_interval
+from ngrpo_lora.evaluation.statistics import Estimate, share_interval
+from ngrpo_lora.reports.tables import markdown_table
 
 __all__ = ["Votes", "read_votes", "votes_table"]
 
@@ -64,4 +65,4 @@ def read_votes(paths: Sequence[Path]) -> list[Votes]:
 def votes_table(votes: Sequence[Votes]) -> str:
     """The counted votes as a Markdown table, one row for each adapter."""
     rows = [(v.label, v.reference, v.win_rate.show(".0%"), v.wins, v.ties, v.losses) for v in votes]
-    return _table(("", "against", "preferred (95% CI)", "wins", "ties", "losses"), rows)
+    return markdown_table(("", "against", "preferred (95% CI)", "wins", "ties", "losses"), rows)

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig
 from ngrpo_lora.hub.pipeline_file import PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
 from ngrpo_lora.records.pictures import read_png_text
+from ngrpo_lora.reports.tables import markdown_table
 
 if TYPE_CHECKING:
     from ngrpo_lora.evaluation.statistics import Difference
@@ -188,13 +189,13 @@ def gains(differences: Sequence[Difference], pictures: Sequence[Shown], summary:
         parts += [
             f"{pairs} held-out images, each with the same prompt and seed before training and after {iterations} "
             "iterations; intervals are of 95%.",
-            table(("reward", "before", "after", "difference (95% CI)", "images won (95% CI)", "pairs"), rows),
+            markdown_table(("reward", "before", "after", "difference (95% CI)", "images won (95% CI)", "pairs"), rows),
             "Every score is in [evaluation.csv](evaluation.csv).",
         ]
     before = [picture for picture in pictures if picture.before]
     if before:
         rows = [(cell(p.prompt), str(p.seed), f"![before]({p.before})", f"![after]({p.after})") for p in before]
-        parts.append(table(("prompt", "seed", "before", "after"), rows))
+        parts.append(markdown_table(("prompt", "seed", "before", "after"), rows))
     if summary:
         parts.append("![The reward over the run, and held-out pictures before and after](summary.png)")
     return "\n\n".join(["## What it gained", *parts]) if parts else ""
@@ -311,7 +312,7 @@ def training(repo: str, revision: str | None, config: RunConfig, adapter: Adapte
     branch = f" --revision {revision}" if revision else ""
     rows = [(name, cell(str(value))) for name, value in settings(config, adapter, iterations)]
     return (
-        f"## How it was trained\n\n{table(('setting', 'value'), rows)}\n\nAgain, with all settings "
+        f"## How it was trained\n\n{markdown_table(('setting', 'value'), rows)}\n\nAgain, with all settings "
         f"([config.yaml](config.yaml)):\n\n```\nhf download {repo} config.yaml{branch} --local-dir .\n"
         "ngrpo train config.yaml\n```"
     )
@@ -365,8 +366,3 @@ def cell(text: str) -> str:
     line = " ".join(text.split())
     short = line if len(line) <= PROMPT_CHARACTERS else f"{line[: PROMPT_CHARACTERS - 1]}…"
     return re.sub(r"([\\`*_\[\]<>|~&$@])", r"\\\1", short)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of cells that are escaped already."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))

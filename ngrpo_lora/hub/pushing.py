@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
+from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.config import HubConfig, dump_config, load_config
 from ngrpo_lora.console import console
 from ngrpo_lora.errors import ConfigError, UserError
@@ -47,7 +48,6 @@ T = TypeVar("T")
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0)  # where the Hub does not say how long
 MAX_WAIT_S = 300.0  # of all waits together; the Hub counts requests in windows of five minutes
 CHECK_TIMEOUT_S = 60.0
-ADAPTER = "pytorch_lora_weights.safetensors"
 PICTURES = ("summary.png", "samples/*.png", "samples/first/*.png", "samples/last/*.png")
 
 
@@ -132,8 +132,8 @@ def stage(run: Path, folder: Path, hub: HubConfig) -> int:
     from ngrpo_lora.hub.pipeline_file import PIPELINE, SCHEDULER, has_pipeline, pipeline_file, scheduler_file
 
     adapter, repo = newest_adapter(run), str(hub.repo)
-    link(adapter, folder / ADAPTER)
-    family = read_pushed(folder / ADAPTER).family
+    link(adapter, folder / FILE_NAME)
+    family = read_pushed(folder / FILE_NAME).family
     if has_pipeline(family):
         (folder / PIPELINE).write_text(pipeline_file(family), encoding="utf-8")
     else:
@@ -175,7 +175,7 @@ def newest_adapter(run: Path) -> Path:
 
 def adapters(run: Path) -> list[Path]:
     """Adapter files of the checkpoints, and the exported one, the newest last."""
-    found = [*run.glob(f"checkpoints/iteration-*/{ADAPTER}"), *run.glob(f"adapter/{ADAPTER}")]
+    found = [*run.glob(f"checkpoints/iteration-*/{FILE_NAME}"), *run.glob(f"adapter/{FILE_NAME}")]
     return sorted(found, key=lambda path: path.stat().st_mtime_ns)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.devices import resolve_device, resolve_dtype
 from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.records.files import written
 from ngrpo_lora.types import TextEmbeds
 
 __all__ = ["EmbeddingCache"]
@@ -48,9 +48,8 @@ class EmbeddingCache:
         with torch.no_grad(), family.awake():
             for prompt in self.missing(prompts):
                 tensors = {name: tensor.cpu().contiguous() for name, tensor in family.encode_alone(prompt).items()}
-                partial = self.file(prompt).with_suffix(f".{os.getpid()}")
-                save_file(tensors, partial)
-                os.replace(partial, self.file(prompt))
+                with written(self.file(prompt)) as partial:
+                    save_file(tensors, partial)
         family.release_encoders()
         gc.collect()
         if torch.cuda.is_available():

@@ -5,12 +5,12 @@ All randomness is a function of (seed, iteration, position), so there is no gene
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ngrpo_lora.errors import UserError
+from ngrpo_lora.records.files import written_folder
 
 STATE_FILE = "state.pt"
 
@@ -22,16 +22,12 @@ def checkpoint_dir(output_dir: Path, iteration: int) -> Path:
 
 def save(output_dir: Path, iteration: int, state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint atomically, delete all but the newest `keep`, and return its folder."""
-    final = checkpoint_dir(output_dir, iteration)
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     import torch  # takes longer to load than all that is done without a state
 
-    torch.save(state, partial / STATE_FILE)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
+    final = checkpoint_dir(output_dir, iteration)
+    with written_folder(final) as partial:
+        partial.mkdir()
+        torch.save(state, partial / STATE_FILE)
     for old in checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old)
     return final

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ngrpo_lora.records.files import written
 from ngrpo_lora.types import Metrics
 
 
@@ -22,9 +23,8 @@ class MetricsFile:
         if resume_after is not None and path.exists():
             rows = [row for row in read_metrics(path) if row["step"] <= resume_after]
         *complete, self.last = rows or [{}]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(map(to_line, complete)))
-        partial.replace(path)
+        with written(path) as partial:
+            partial.write_text("".join(map(to_line, complete)))
         self.file = path.open("a")
         self.start = self.file.tell()  # of the last line
         if self.last:
@@ -76,8 +76,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def save_scores(path: Path, prompts: Sequence[str], seeds: Sequence[int], scores: dict[str, Tensor]) -> None:
     """Write every score of an evaluation, one line an image, so that runs can be compared image by image."""
     columns = {label: raw.tolist() for label, raw in scores.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with written(path) as partial, partial.open("w") as file:
         for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             file.write(to_line({"prompt": prompt, "seed": seed} | {k: values[row] for k, values in columns.items()}))
 

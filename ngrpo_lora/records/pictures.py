@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.records.files import written
 
 __all__ = ["Picture", "collect", "read_png_text", "save_png"]
 
@@ -140,10 +141,9 @@ def save_png(path: Path, image: Image.Image, text: dict[str, str], following: Se
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
-    partial = path.with_suffix(".partial")
     duration_ms = 1000 / FRAME_RATE
-    image.save(partial, "PNG", pnginfo=info, save_all=True, append_images=following, duration=duration_ms)
-    partial.replace(path)
+    with written(path) as partial:
+        image.save(partial, "PNG", pnginfo=info, save_all=True, append_images=following, duration=duration_ms)
 
 
 def read_png_text(path: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import read_metrics, read_scores, series
 from ngrpo_lora.reports.grids import LINE_PX, NUM_SHOWN
 
@@ -36,7 +37,8 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
         axis.grid(alpha=0.3)
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with written(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
     return path
 
@@ -159,7 +161,8 @@ def write_summary(output_dir: Path) -> Path:
         axis.set_title(f"{title} (iteration {int(grid.stem)})")
         axis.axis("off")
     path = output_dir / "summary.png"
-    figure.savefig(path, dpi=110)
+    with written(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
     return path
 

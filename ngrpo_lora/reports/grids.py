@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ngrpo_lora.records.files import written
 from ngrpo_lora.records.pictures import save_png
 
 CELL_PX, CAPTION_LINES, LINE_PX = 160, 2, 17
@@ -24,8 +25,8 @@ def save_grid(
     caption_lines: int = CAPTION_LINES,
 ) -> None:
     """Draw a captioned grid with `draw_grid` and write it to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(images, captions, columns, caption_lines).save(path)
+    with written(path) as partial:
+        draw_grid(images, captions, columns, caption_lines).save(partial, "PNG")
 
 
 def draw_grid(

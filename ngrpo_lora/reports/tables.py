@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ngrpo_lora.records.metrics import read_metrics, series
 
@@ -28,7 +29,7 @@ def figures(output_dir: Path) -> list[str]:
 
 def comparison_table(runs: Sequence[Path]) -> str:
     """A Markdown table of runs: iterations, minutes of training, and held-out figures before and after."""
-    lines = ["| run | iterations | minutes | reward | strict accuracy |", "|---|---|---|---|---|"]
+    table = []
     for run in runs:
         rows = read_metrics(run / "metrics.jsonl")
         seconds = sum(value or 0.0 for row in rows for key, value in row.items() if key.startswith("time/"))
@@ -36,5 +37,10 @@ def comparison_table(runs: Sequence[Path]) -> str:
         for key, digits in (("eval/reward_mean", "{:.3f}"), ("eval/strict_accuracy", "{:.1%}")):
             values = [value for _, value in series(rows, key)]
             cells.append(" → ".join(digits.format(value) for value in (values[0], values[-1])) if values else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        table.append(cells)
+    return markdown_table(["run", "iterations", "minutes", "reward", "strict accuracy"], table)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]], align: str = "---") -> str:
+    """A Markdown table of cells, which are escaped already, below its head; `align` is the rule of every column."""
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (head, [align] * len(head), *rows))

@@ -7,7 +7,6 @@ mappings of these. Tensors are the file's, all else is JSON in its header; there
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ngrpo_lora.errors import ConfigError, UserError, first_line
+from ngrpo_lora.records.files import written
 
 __all__ = ["Conditioning", "load_conditioning", "save_conditioning"]
 
@@ -34,11 +34,9 @@ def save_conditioning(path: Path, conditioning: Conditioning) -> None:
     """
     tensors: dict[str, Tensor] = {}
     described = [[_describe(part, f"{row}", tensors) for part in one] for row, one in enumerate(conditioning)]
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {KEY: json.dumps(described)})
-        os.replace(partial, path)
+        with written(path) as partial:
+            save_file(tensors, partial, {KEY: json.dumps(described)})
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None
 

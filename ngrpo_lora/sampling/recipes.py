@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from ngrpo_lora.adapters.finding import adapter_label
 from ngrpo_lora.adapters.header import AdapterInfo, code_version
-from ngrpo_lora.adapters.report import digest
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.records.files import digest
 from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.sampling.sampler import Sampler, draw
 

@@ -8,7 +8,6 @@ alpha from the header), and a minimal `lora_adapter_metadata` naming every adapt
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ngrpo_lora.adapters import lora
-from ngrpo_lora.adapters.header import FILE_NAME, code_version
+from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.adapters.header import code_version
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.types import TextEmbeds
@@ -36,10 +37,8 @@ def save_adapter(path: Path, family: BaseFamily, config: RunConfig) -> None:
     for name, weight in get_peft_model_state_dict(family.transformer, live, lora.ADAPTER_NAME).items():
         folded = weight * scale if ".lora_B." in name else weight
         tensors[f"transformer.{name}"] = folded.detach().float().cpu().contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, describe_adapter(sorted(tensors), family, config))
-    os.replace(partial, path)
+    with written(path) as partial:
+        save_file(tensors, partial, describe_adapter(sorted(tensors), family, config))
 
 
 def describe_adapter(keys: list[str], family: BaseFamily, config: RunConfig) -> dict[str, str]:

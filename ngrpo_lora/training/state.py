@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ngrpo_lora.adapters import lora
-from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.console import console
 from ngrpo_lora.errors import SharedError, UserError
 from ngrpo_lora.records import checkpoints

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.adapters.reading import read_metadata
 
 TARGET = Path(__file__).resolve().parents[2] / "comfy_nodes" / "loras" / "ngrpo-demo.safetensors"

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 from ngrpo_lora.adapters import lora
-from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.config import LoraConfig, ModelConfig
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.equations.solvers import SOLVERS

@@ -12,7 +12,7 @@ import torch
 from conftest import MakeConfig
 from safetensors.torch import load_file
 
-from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.models import _embeddings, _loading

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ngrpo_lora.adapters import lora
-from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.config import LoraConfig, ModelConfig
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models._offload import swap_blocks

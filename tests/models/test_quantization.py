@@ -18,7 +18,8 @@ from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8Bit
 from torch import Tensor
 
 from ngrpo_lora.adapters import header, lora
-from ngrpo_lora.adapters.header import FILE_NAME, AdapterInfo
+from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.errors import ConfigError, UserError

@@ -32,7 +32,7 @@ from PIL import Image, ImageSequence
 from transformers import UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
 
-from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.cli.app import app
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily

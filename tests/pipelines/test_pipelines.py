@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ngrpo_lora.adapters import lora
-from ngrpo_lora.adapters.header import FILE_NAME, read_adapter
+from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.adapters.header import read_adapter
 from ngrpo_lora.adapters.loading import load_adapter
 from ngrpo_lora.adapters.reading import read_adapter_file, read_metadata
 from ngrpo_lora.adapters.writing import Format, convert, save_tensors

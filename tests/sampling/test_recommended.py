@@ -10,7 +10,8 @@ import torch
 from conftest import FinishedRun
 from safetensors.torch import load_file, save_file
 
-from ngrpo_lora.adapters.header import FILE_NAME, read_adapter
+from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.adapters.header import read_adapter
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import load_config
 from ngrpo_lora.models._blueprint import make_family, read_blueprint

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ngrpo_lora import gaussian_noise
 from ngrpo_lora.adapters import lora
-from ngrpo_lora.adapters.header import FILE_NAME, AdapterInfo, read_adapter
+from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.adapters.header import AdapterInfo, read_adapter
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig, parse_config
 from ngrpo_lora.errors import UserError

@@ -18,7 +18,7 @@ import torch
 from conftest import MakeConfig
 from safetensors.torch import load_file
 
-from ngrpo_lora.adapters.header import FILE_NAME
+from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.cli.launching import free_port, process_count
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.errors import ConfigError, UserError
