@@ -150,3 +150,9 @@ def finished_run(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFacto
     )
     complete(run)
     return FinishedRun(run, overrides, before, after_each_step, rows[True], rows[False])
+
+
+@pytest.fixture(scope="session")
+def adapter(finished_run: FinishedRun) -> Path:
+    """The file of its averaged adapter, which no test changes."""
+    return finished_run.output_dir / "adapter" / "pytorch_lora_weights.safetensors"

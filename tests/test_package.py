@@ -36,7 +36,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path):
     ours = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
     missing = {path for path in ours - inside if "__pycache__" not in path}
     assert not missing
-    assert {"ngrpo_lora/py.typed", "ngrpo_lora/presets/demo.yaml", "ngrpo_lora/cli.py"} <= inside
+    assert {"ngrpo_lora/py.typed", "ngrpo_lora/config/presets/demo.yaml", "ngrpo_lora/cli/app.py"} <= inside
     pipelines = {f"ngrpo_lora/pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.py")}
     assert pipelines == {name for name in inside if name.startswith("ngrpo_lora/pipelines/")}
 
@@ -62,7 +62,7 @@ def test_the_wheel_runs_without_the_repository(wheel: Path, tmp_path: Path):
     assert Path(run("-c", "import ngrpo_lora; print(ngrpo_lora.__file__)").strip()).is_relative_to(target)
     assert run(str(target / "bin" / "ngrpo"), "config") == dump_config(load_config())
     assert run(str(target / "bin" / "ngrpo"), "--version").startswith("ngrpo-lora ")
-    whole = "from ngrpo_lora.pipeline_file import *; print(sources()); print(pipeline_file('flux'), end='')"
+    whole = "from ngrpo_lora.hub.pipeline_file import *; print(sources()); print(pipeline_file('flux'), end='')"
     folder, source = run("-c", whole).split("\n", 1)
     assert Path(folder) == target / "ngrpo_lora" / "pipelines"
     assert source == pipeline_file("flux")

@@ -48,7 +48,35 @@ ROOMS = [
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # Modules without a test file of their own name, and where they are tested.
-TESTED_IN = {}
+TESTED_IN = {
+    "algorithms._base": "algorithms/test_flow_grpo.py",  # a protocol, which a run of this one keeps to
+    "cli.push": "hub/test_pushing.py",
+    "config.algorithms.flow_grpo": "algorithms/test_flow_grpo.py",
+    "config.algorithms.neighbor": "algorithms/test_neighbor.py",
+    "config.rewards.aesthetic": "rewards/test_clip_rewards.py",
+    "config.rewards.clip_score": "rewards/test_clip_rewards.py",
+    "config.rewards.geneval": "rewards/test_geneval.py",
+    "config.rewards.hpsv2": "rewards/test_clip_rewards.py",
+    "config.rewards.hpsv3": "rewards/test_hpsv3.py",
+    "config.rewards.imagereward": "rewards/test_imagereward.py",
+    "config.rewards.pickscore": "rewards/test_clip_rewards.py",
+    "config.section": "config/test_run.py",  # of sections: they cannot be changed
+    "downloads": "adapters/test_finding.py",  # its messages, from a server that speaks the Hub's protocol
+    "hub.watching": "hub/test_pushing.py",
+    "models._loading": "models/test_embeddings.py",  # the model in parts; whole ones in every test of a family
+    "rewards._blip": "rewards/test_imagereward.py",
+    "rewards._clip": "rewards/test_clip_rewards.py",
+    "rewards._http": "rewards/test_remote.py",
+    "rewards._openai": "rewards/test_judge.py",
+    "rewards.aesthetic": "rewards/test_clip_rewards.py",
+    "rewards.clip_score": "rewards/test_clip_rewards.py",
+    "rewards.hpsv2": "rewards/test_clip_rewards.py",
+    "rewards.pickscore": "rewards/test_clip_rewards.py",
+    "rewards.unifiedreward": "rewards/test_judge.py",
+    "rewards.vqascore": "rewards/test_judge.py",
+    "rewards.world_strict": "rewards/test_world.py",
+    "scoring.server": "rewards/test_remote.py",  # with its client
+}
 
 
 def modules() -> dict[str, Path]:

@@ -13,26 +13,20 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import FinishedRun, MakeConfig
+from commands import refuse, run
+from conftest import MakeConfig
 from hub_server import HubServer, Repository
-from PIL import Image
+from pictures import pixels
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from ngrpo_lora.adapters.finding import adapter_label, find_adapter
 from ngrpo_lora.adapters.reading import read_adapter_file
-from ngrpo_lora.cli.app import app
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models._index import model_index
 from ngrpo_lora.planning.preflight import check_run
 from ngrpo_lora.training.setup import prepare
 
 REPO, ADAPTER = "owner/name", "pytorch_lora_weights.safetensors"
-
-
-@pytest.fixture(scope="module")
-def adapter(finished_run: FinishedRun) -> Path:
-    return finished_run.output_dir / "adapter" / ADAPTER
 
 
 @pytest.fixture
@@ -50,24 +44,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, adapter: Path) -> Itera
         server.repositories[REPO] = Repository()
         server.files(REPO)[ADAPTER] = adapter.read_bytes()
         yield server
-
-
-def run(*words: object) -> list[str]:
-    result = CliRunner().invoke(app, [*map(str, words)])
-    assert result.exit_code == 0, result.output
-    return result.stdout.splitlines()
-
-
-def refuse(*words: object) -> str:
-    result = CliRunner().invoke(app, [*map(str, words)])
-    assert result.exit_code == 2, result.output
-    assert len(result.stderr.splitlines()) == 1
-    return result.stderr
-
-
-def pixels(path: str) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
 
 
 def test_sample_draws_by_name_and_strength_and_again_from_its_picture(hub: HubServer, adapter: Path):
@@ -109,7 +85,7 @@ def test_a_run_starts_from_a_repository(hub: HubServer, adapter: Path, make_conf
     settings = [f"lora.init_from={REPO}", "lora.rank=4", "trainer.num_iterations=1", "evaluation.every=1"]
     config = make_config(tmp_path / "run", *settings)
     check_run(config)
-    parameters = prepare(config).parameters
+    parameters = prepare(config).lora_step.parameters
     for name, layer in read_adapter_file(adapter).layers.items():
         down, up = (parameters[f"{name}.lora_{part}.default.weight"] for part in "AB")
         torch.testing.assert_close((up @ down).detach(), layer.delta(), atol=1e-6, rtol=1e-5)
@@ -221,3 +197,20 @@ def test_a_base_that_cannot_be_had_is_said_too(repo: str, revision: str | None, 
 def test_a_label_is_the_runs_the_files_or_the_repositorys(adapter: Path, tmp_path: Path):
     assert adapter_label(adapter) == adapter.parents[1].name
     assert adapter_label(Path(shutil.copy(adapter, tmp_path / "my lora.safetensors"))) == "my-lora"
+
+
+def test_a_folder_gives_the_one_adapter_in_it(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"adapter must be .* does not exist"):
+        find_adapter(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"holds no pytorch_lora_weights.safetensors and no other"):
+        find_adapter(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=r"pytorch_model.bin' is a pickle file"):
+        find_adapter(tmp_path)
+    (tmp_path / "a.safetensors").touch()
+    assert find_adapter(tmp_path).name == "a.safetensors"
+    (tmp_path / "b.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"must be one LoRA, but .* holds a.safetensors and b.safetensors; give the"):
+        find_adapter(tmp_path)
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    assert find_adapter(tmp_path).name == "pytorch_lora_weights.safetensors"

@@ -1,13 +1,22 @@
-"""The adapter on a one-block FLUX transformer in memory."""
+"""The adapter on a one-block FLUX transformer in memory, and on one of every family that it starts from a file of."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from lora_files import kohya, merged_output, relative_error, write
+from tiny_transformers import make, output, random_layers
 from torch import Tensor
 
+from ngrpo_lora import registry
 from ngrpo_lora.adapters import lora
+from ngrpo_lora.adapters.names import FORMATS
+from ngrpo_lora.adapters.reading import Layer, read_adapter_file
+from ngrpo_lora.adapters.writing import Format
 from ngrpo_lora.config import LoraConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models.flux import Family
@@ -188,3 +197,61 @@ def test_swapped_weights_are_put_back_bit_for_bit():
 def test_targets_that_fit_no_layer_are_an_error():
     with pytest.raises(UserError, match="lora.targets fits no layer of FluxTransformer2DModel"):
         lora.inject(tiny_transformer(), LoraConfig(), ["to_qkv"], [], 0)
+
+
+# To start from
+
+
+def injected_into(family: str, rank: int, targets: str = "attention+feed_forward") -> Any:
+    """A transformer with the trainer's own LoRA, whose alpha is not its rank."""
+    kind, transformer = registry.load(registry.MODELS, family).Family, make(family)
+    suffixes = kind.attention + (kind.feed_forward if targets != "attention" else ())
+    lora.inject(transformer, LoraConfig(rank=rank, alpha=3.0), [*suffixes], [], seed=0)
+    return transformer
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "sana", "sd3", "wan", "z_image"])
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_a_run_starts_with_the_effect_of_the_file_that_it_starts_from(family: str, form: Format, tmp_path: Path):
+    """Ranks 1 to 2 in a LoRA of rank 4: what is left over has zeros in lora_B, and a lora_A to learn with."""
+    if form not in FORMATS[family]:
+        pytest.skip(f"{family} has no such format")
+    path, layers = tmp_path / "x.safetensors", random_layers(family, make(family))
+    layers = {name: x for name, x in layers.items() if f"{family}.{name}" != "flux.proj_out"}
+    if form == "kohya":
+        kohya(layers, family, 0.5, path)
+    else:
+        first = next(iter(layers))
+        layers[first] = Layer(layers[first].down[:1], layers[first].up[:, :1])
+        write(path, layers, family)
+    file = read_adapter_file(path, family)
+    transformer = injected_into(family, rank=4)
+    lora.start_from(transformer, file, [])
+    assert relative_error(output(family, transformer), merged_output(family, file.layers)) <= 1e-6
+    parameters = lora.parameters(transformer)
+    for name, layer in file.layers.items():
+        down, up = (parameters[f"{name}.lora_{part}.default.weight"] for part in "AB")
+        assert not up[:, layer.rank :].any()
+        assert down[layer.rank :].flatten(1).any(1).all()
+
+
+def test_a_file_of_higher_rank_says_which_rank_is_needed(tmp_path: Path):
+    file = read_adapter_file(write(tmp_path / "x.safetensors", random_layers("sd3", make("sd3")), "sd3"))
+    with pytest.raises(
+        UserError, match=r"lora.rank must be at least 2, that of lora.init_from .*x.safetensors', got 1"
+    ):
+        lora.start_from(injected_into("sd3", rank=1), file, [])
+
+
+def test_layers_that_a_run_does_not_train_are_an_error_unless_nothing_follows_from_them(tmp_path: Path):
+    layers = random_layers("sd3", make("sd3"))
+    file = read_adapter_file(write(tmp_path / "x.safetensors", layers, "sd3"))
+    with pytest.raises(UserError, match=r"adapts 6 layers that lora.targets leaves out \(transformer_blocks.0.ff.net"):
+        lora.start_from(injected_into("sd3", rank=2, targets="attention"), file, [])
+    unused = "transformer_blocks.1.attn.add_q_proj"
+    transformer = make("sd3")
+    attention = registry.load(registry.MODELS, "sd3").Family.attention
+    suffixes = [*attention, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj"]
+    lora.inject(transformer, LoraConfig(rank=2), [*suffixes, "ff_context.net.2"], [unused], seed=0)
+    lora.start_from(transformer, file, [unused])
+    assert relative_error(output("sd3", transformer), merged_output("sd3", layers)) <= 1e-6

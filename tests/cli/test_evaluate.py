@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import refuse
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -202,3 +203,31 @@ def test_counts_start_at_1(option: str):
     result = CliRunner().invoke(app, ["compare", "a", "-r", "world", option, "0"])
     assert result.exit_code == 2
     assert f"'{option}'" in result.output
+
+
+# Curves -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("nothing_heavy")
+def test_curves_prints_a_table_and_draws_the_curves(tmp_path: Path):
+    for name, after in (("one", 0.75), ("two", 0.5)):
+        rows = [
+            {"step": 0, "eval/reward_mean": 0.25, "eval/strict_accuracy": 0.1, "time/evaluation_s": 30.0},
+            {"step": 1, "time/rollout_s": 60.0, "time/update_s": 30.0},
+            {"step": 2, "eval/reward_mean": after, "eval/strict_accuracy": after / 2, "time/evaluation_s": None},
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = tmp_path / "new" / "curves.png"
+    result = CliRunner().invoke(app, ["curves", str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(curves)])
+    assert result.exit_code == 0, result.output
+    assert "| one | 2 | 2.0 | 0.250 → 0.750 | 10.0% → 37.5% |" in result.stdout
+    assert "| two | 2 | 2.0 | 0.250 → 0.500 | 10.0% → 25.0% |" in result.stdout
+    assert Image.open(curves).size[0] > 500
+
+
+@pytest.mark.usefixtures("nothing_heavy")
+def test_curves_needs_runs(tmp_path: Path):
+    assert "holds no metrics.jsonl" in refuse("curves", str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/rew')  # killed in the first evaluation's line
+    assert "has no metrics yet" in refuse("curves", str(tmp_path))

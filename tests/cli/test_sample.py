@@ -1,4 +1,4 @@
-"""`ngrpo sample`, `info` and `export` as a user calls them, on the embedded model."""
+"""`ngrpo sample` as a user calls it, on the embedded model."""
 
 from __future__ import annotations
 
@@ -9,23 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FinishedRun
+from commands import refuse, run
+from pictures import pixels
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_transformers import make, random_layers
-from typer.testing import CliRunner
 
-from ngrpo_lora.adapters.reading import read_adapter_file, read_metadata
 from ngrpo_lora.adapters.report import describe
 from ngrpo_lora.adapters.writing import save_tensors, state_dict
-from ngrpo_lora.cli.app import app
 from ngrpo_lora.records.pictures import collect, read_png_text
 from ngrpo_lora.sampling.sampler import sample_images
-
-
-@pytest.fixture(scope="module")
-def adapter(finished_run: FinishedRun) -> Path:
-    return finished_run.output_dir / "adapter" / "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -34,28 +27,6 @@ def doubled(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("doubled") / "doubled.safetensors"
     save_file({key: 2 * x if "lora_B" in key else x for key, x in load_file(adapter).items()}, path)
     return path
-
-
-def run(*words: object) -> list[str]:
-    result = CliRunner().invoke(app, [*map(str, words)])
-    assert result.exit_code == 0, result.output
-    return result.stdout.splitlines()
-
-
-def refuse(*words: object) -> str:
-    result = CliRunner().invoke(app, [*map(str, words)])
-    assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("ngrpo: ")
-    assert len(result.stderr.splitlines()) == 1
-    return result.stderr
-
-
-def pixels(path: str | Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
-
-
-# sample
 
 
 def test_one_picture_per_prompt_and_seed_each_as_if_drawn_alone(adapter: Path, tmp_path: Path):
@@ -129,6 +100,27 @@ def test_a_grid_has_prompts_and_seeds_by_base_and_adapters_and_each_cell_is_as_d
     assert not np.array_equal(pixels(alone), pixels(base))
 
 
+# Bad input
+
+
+@pytest.mark.usefixtures("nothing_heavy")
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--prompt", "a star", "--adapter", "gone.safetensors"], "'gone.safetensors' does not exist"),
+        (["--prompt", "a star", "--adapter", "."], "holds no pytorch_lora_weights.safetensors"),
+        (["--prompt", "  "], "--prompt must not be empty"),
+        ([], "--prompt, --prompts or --like must be given"),
+        (["--prompt", "a star", "--adapter", "x:nan"], "the strength of an adapter must be finite, got nan for 'x'"),
+        (["--prompt", "a star", "--output", "file.txt"], "--output must be a writable folder"),
+    ],
+)
+def test_sample_refuses_bad_input(words: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").touch()
+    assert part in refuse("sample", *words)
+
+
 def test_like_refuses_what_it_cannot_draw_again(adapter: Path, tmp_path: Path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     out = ("--output", tmp_path / "out")
@@ -171,140 +163,3 @@ def test_bad_input_is_one_message(
     save_tensors(Path("wan.safetensors"), state_dict(random_layers("wan", make("wan"))), {})
     own = ["--adapter", adapter] if "--strength" in words else []
     assert part in refuse("sample", "-p", "a star", *own, *words)
-
-
-# info
-
-
-def test_info_says_all_of_an_adapter_of_ours(adapter: Path, finished_run: FinishedRun):
-    (said,) = json.loads("\n".join(run("info", adapter.parents[1], "--json")))
-    assert said["family"] == "flux"
-    assert said["base"] == "embedded"
-    assert said["ranks"] == {"4": sum(said["layers"].values())}
-    assert said["layers"] == {"attention": 14, "feed-forward": 8}
-    assert said["alpha"] == {"scales": [1.0], "source": "header", "folded": True}
-    assert said["readers"] == ["diffusers", "comfyui"]
-    assert said["dtype"] == "float32"
-    assert said["settings"]["num_steps"] == 4
-    assert said["settings"]["shift"] == finished_run.run.family.shift(4)
-    assert said["held_out"]["iteration"] == 4
-    assert said["held_out"]["before"]["reward_mean"] != said["held_out"]["after"]["reward_mean"]
-    deltas = torch.cat([layer.delta().double().flatten() for layer in read_adapter_file(adapter).layers.values()])
-    assert said["norm"] == pytest.approx(deltas.norm().item(), rel=1e-5)
-    assert run(*said["draw"].replace('"..."', "star").split()[1:], "--output", adapter.parents[1] / "drawn")
-    shown = "\n".join(run("info", adapter))
-    for part in ("trainer", "flux", "4 (22 layers)", "folded in", "14 attention, 8 feed-forward", "num_steps 4"):
-        assert part in shown
-
-
-def test_info_says_what_an_alpha_that_is_not_folded_does_to_whom(adapter: Path, tmp_path: Path):
-    tensors = load_file(adapter)
-    said = {}
-    for name, header in {
-        "none": {},
-        "diffusers": {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})},
-        "kohya": {"ss_network_dim": "4", "ss_network_alpha": "1"},
-    }.items():
-        save_file(tensors, tmp_path / f"{name}.safetensors", header)
-        said[name] = describe(tmp_path / f"{name}.safetensors")["alpha"]
-    assert said["none"]["advice"].startswith("taken to be the rank")
-    assert (said["diffusers"]["scales"], said["kohya"]["scales"]) == ([2.0], [0.25])
-    assert said["diffusers"]["advice"].startswith("diffusers applies it, ComfyUI does not")
-    assert said["kohya"]["advice"].startswith("neither diffusers nor ComfyUI reads it there")
-    assert "alpha / rank 2, from header" in "\n".join(run("info", tmp_path / "diffusers.safetensors"))
-
-
-def test_info_tells_what_is_of_other_trainers_and_what_is_of_no_use_here(tmp_path: Path):
-    pair = {"lora_down": torch.ones(2, 8), "lora_up": torch.ones(8, 2)}
-    unet = {f"lora_unet_down_blocks_0_to_q.{part}.weight": tensor for part, tensor in pair.items()}
-    save_file(unet, tmp_path / "unet.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
-    said = describe(tmp_path / "unet.safetensors")
-    assert (said["trainer"], said["base"]) == ("kohya's sd-scripts or musubi-tuner", "sdxl_base_v1-0")
-    assert "which is no flow model" in said["unusable"]
-    layers = state_dict(random_layers("wan", make("wan")))
-    save_file(layers, tmp_path / "wan.safetensors")
-    said = describe(tmp_path / "wan.safetensors")
-    assert (said["family"], said["readers"]) == ("wan", ["diffusers"])  # ComfyUI has no such names of Wan
-    assert said["draw"].endswith('--model MODEL --prompt "..."')
-    assert "diffusers; `ngrpo export --format comfyui` for comfyui" in "\n".join(run("info", said["file"]))
-    save_file({"weight": torch.ones(1)}, tmp_path / "no.safetensors")
-    assert "none of its keys is one of a LoRA (weight)" in refuse("info", tmp_path / "no.safetensors")
-
-
-TEXT_LAYERS = {  # as kohya's sd-scripts, diffusers, older diffusers and PEFT write them
-    "lora_te1": (
-        "CLIP",
-        "lora_te1_text_model_encoder_layers_{}_self_attn_q_proj.",
-        ("lora_down.weight", "lora_up.weight"),
-    ),
-    "lora_te3": ("T5", "lora_te3_encoder_block_{}_layer_0_SelfAttention_q.", ("lora_down.weight", "lora_up.weight")),
-    "text_encoder": (
-        "CLIP",
-        "text_encoder.text_model.encoder.layers.{}.self_attn.q_proj.",
-        ("lora_A.weight", "lora_B.weight"),
-    ),
-    "text_encoder_2": (
-        "CLIP",
-        "text_encoder_2.text_model.encoder.layers.{}.self_attn.q_proj.lora_linear_layer.",
-        ("down.weight", "up.weight"),
-    ),
-    "text_encoder_3": ("unknown", "base_model.model.text_encoder_3.layers.{}.q.", ("lora_A.weight", "lora_B.weight")),
-}
-
-
-def text_layers(names: list[str], rank: int, count: int) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for layer in range(count):
-        for form, (down, up) in (TEXT_LAYERS[name][1:] for name in names):
-            tensors |= {form.format(layer) + down: torch.ones(rank, 8), form.format(layer) + up: torch.ones(8, rank)}
-            tensors |= {form.format(layer) + "alpha": torch.tensor(1.0)} if "lora_te" in form else {}
-    return tensors
-
-
-@pytest.mark.parametrize("names", [["lora_te1", "lora_te3"], ["text_encoder", "text_encoder_2", "text_encoder_3"]])
-def test_info_counts_layers_of_text_encoders_which_nothing_else_takes(names: list[str], adapter: Path, tmp_path: Path):
-    path = tmp_path / "both.safetensors"
-    tensors, metadata = load_file(adapter), read_metadata(adapter)
-    save_file(tensors | text_layers(names, 3, 5), path, metadata)
-    said, own = describe(path), describe(adapter)
-    found = {name: {"kind": TEXT_LAYERS[name][0], "layers": 5, "ranks": {"3": 5}} for name in names}
-    assert said["text_encoders"] == found
-    for key in ("family", "ranks", "layers", "norm", "alpha", "readers", "settings"):
-        assert said[key] == own[key]
-    assert "draw" not in said
-    shown = "\n".join(" ".join(line.split()) for line in run("info", path))
-    for name in names:
-        assert f"text encoder {name} {TEXT_LAYERS[name][0]}; 5 layers of rank 3" in shown
-    assert "rank 4 (22 layers)" in shown
-    assert "cannot be used it adapts text encoders, which are left as they are here" in shown
-    output = tmp_path / "x.safetensors"
-    for words in (
-        ["sample", "-p", "a star", "--adapter", path, "--output", tmp_path],
-        ["merge", path, "--output", output],
-        ["export", path, "--format", "comfyui", "--output", output],
-    ):
-        layers = ", ".join(f"5 layers of {name}" for name in sorted(names))
-        assert f"it adapts text encoders too ({layers}), which are left as they are here" in refuse(*words)
-    assert not output.exists()
-    alone = tmp_path / "alone.safetensors"
-    save_file(text_layers(names, 3, 5), alone)
-    said = describe(alone)
-    assert said["text_encoders"] == found
-    assert not {"layers", "family", "draw"} & said.keys()
-    assert "cannot be used" in "\n".join(run("info", alone))
-
-
-# export
-
-
-def test_export_writes_beside_the_adapter_and_the_run_still_draws_with_its_own(adapter: Path, tmp_path: Path):
-    folder = Path(shutil.copytree(adapter.parents[1], tmp_path / "run"))
-    (written,) = run("export", folder, "--format", "comfyui")
-    assert Path(written) == folder / "adapter" / "pytorch_lora_weights-comfyui.safetensors"
-    assert read_metadata(written)["ngrpo"] == read_metadata(adapter)["ngrpo"]
-    words = ["-p", "a red star", "--output"]
-    (own,) = run("sample", "--adapter", folder, *words, tmp_path / "own")
-    (converted,) = run("sample", "--adapter", written, *words, tmp_path / "converted")
-    assert np.array_equal(pixels(own), pixels(converted))
-    assert "--format must be diffusers, comfyui or kohya, got 'a1111'" in refuse("export", folder, "--format", "a1111")
-    assert "--format kohya needs the width of FLUX.1, 3072" in refuse("export", folder, "--format", "kohya")

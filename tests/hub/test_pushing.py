@@ -383,6 +383,7 @@ def test_checkpoints_go_into_one_pull_request(hub: HubServer, run: Path):
 def test_training_outlives_every_failed_push_and_ends_with_the_command(
     hub: HubServer, make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
+    from ngrpo_lora.hub.watching import HubWatcher
     from ngrpo_lora.training.trainer import train
 
     hub.repositories[REPO] = Repository()
@@ -391,7 +392,7 @@ def test_training_outlives_every_failed_push_and_ends_with_the_command(
     config = make_config(tmp_path / "run", *settings)
     caplog.set_level(logging.WARNING, "ngrpo_lora.hub")
     with pytest.raises(UserError, match=f"push to {REPO} failed: the Hub answered 403 .read only.") as error:
-        train(config)
+        train(config, HubWatcher())
     adapter = tmp_path / "run" / "adapter" / ADAPTER
     assert f"the adapter is safe in {adapter}; try again with ngrpo push {tmp_path / 'run'}" in str(error.value)
     assert adapter.is_file()
@@ -411,7 +412,7 @@ END_TO_END = """if True:
     from safetensors.torch import load_file
     from ngrpo_lora.cli import app
     from ngrpo_lora.models.flux import EMBEDDED
-    from ngrpo_lora.sampling import sample_images
+    from ngrpo_lora.sampling.sampler import sample_images
 
     status = app(sys.argv[1:], standalone_mode=False)
     assert not status, status

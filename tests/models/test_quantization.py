@@ -15,7 +15,7 @@ import torch
 from conftest import MakeConfig, update_peak
 from diffusers import FluxPipeline
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ngrpo_lora.adapters import header, lora
 from ngrpo_lora.adapters.finding import FILE_NAME
@@ -199,3 +199,17 @@ def test_without_a_gpu_one_draws_with_the_whole_base(monkeypatch: pytest.MonkeyP
         info = AdapterInfo(ModelConfig(quantization=kind), RolloutConfig())
         monkeypatch.setattr(header, "read_adapter", lambda path, info=info: info)
         assert settings.drawing_settings("adapter", None, "cpu").model.quantization == drawn
+
+
+@pytest.mark.parametrize(("kind", "error"), [("nf4", 0.15), ("int8", 0.02)])
+def test_layers_within_blocks_are_quantised_as_diffusers_does(kind: str, error: float):
+    from bitsandbytes import nn as bnb
+
+    block = nn.Sequential(nn.Linear(64, 128), nn.ModuleList([nn.Linear(128, 64, bias=False)])[0])
+    inputs = torch.randn(5, 64)
+    before = block(inputs)
+    _quantization.quantize_linears(block, kind, torch.device("cpu"))
+    layer = bnb.Linear4bit if kind == "nf4" else bnb.Linear8bitLt
+    assert all(isinstance(child, layer) for child in block)
+    difference = (block(inputs) - before).norm() / before.norm()
+    assert 0 < difference < error

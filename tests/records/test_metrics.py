@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 from ngrpo_lora.records.metrics import MetricsFile, read_metrics
-from ngrpo_lora.training.screen import closing, estimate
 
 
 def test_every_step_is_a_line_on_disk_at_once(tmp_path: Path):
@@ -64,23 +63,3 @@ def test_a_new_run_starts_with_an_empty_file(tmp_path: Path):
 def test_a_run_resumed_into_a_new_folder_has_no_lines_to_keep(tmp_path: Path):
     MetricsFile(tmp_path / "metrics.jsonl", 5).write(6, {})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 6}]
-
-
-def test_the_estimate_counts_iterations_and_evaluations():
-    assert estimate(1.2, 400, 15.0, 4) == "  about 9 min: 1.2 s an iteration, 15.0 s an evaluation"
-    assert "about 1 min" in estimate(0.1, 3, 0.5, 1)
-
-
-def test_the_closing_tells_each_of_several_rewards(tmp_path: Path):
-    first = {"eval/reward_mean": 1.0, "eval/strict_accuracy": 0.5, "eval/strict_mean": 0.5, "eval/a_mean": 0.25}
-    last = {"eval/reward_mean": 1.5, "eval/strict_accuracy": 0.6, "eval/strict_mean": 0.6, "eval/a_mean": 0.125}
-    file = MetricsFile(tmp_path / "metrics.jsonl", None)
-    file.write(0, first)
-    file.write(8, last)
-    assert "held-out reward           before 1.000  after 1.500  (+0.500)" in closing(tmp_path, tmp_path / "adapter")
-    assert "held-out a " not in closing(tmp_path, tmp_path / "adapter")  # it is the reward, and strict the accuracy
-    file = MetricsFile(tmp_path / "metrics.jsonl", None)
-    file.write(0, first | {"eval/b_mean": 0.75})
-    file.write(8, last | {"eval/b_mean": 1.375})
-    assert "held-out a                before 0.250  after 0.125  (-0.125)" in closing(tmp_path, tmp_path / "adapter")
-    assert "held-out b                before 0.750  after 1.375  (+0.625)" in closing(tmp_path, tmp_path / "adapter")

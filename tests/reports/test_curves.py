@@ -1,4 +1,4 @@
-"""Pictures of a run: grids whose cells show their images, and the summary page."""
+"""Curves of a run: the summary page, several rewards, and the picture of its progress."""
 
 from __future__ import annotations
 
@@ -9,57 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import COLORS, solid
 from PIL import Image
 
 from ngrpo_lora.records.metrics import read_scores, save_scores
 from ngrpo_lora.reports.curves import Group, draw_progress, gain_correlations, gains, running_mean, write_summary
-from ngrpo_lora.reports.grids import CAPTION_PX, CELL_PX, save_grid, save_shown
-
-COLORS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200), (200, 0, 200), (90, 90, 90), (0, 0, 0)]
-
-
-def solid(color: tuple[int, int, int], width_px: int = 64, height_px: int = 64) -> Image.Image:
-    return Image.new("RGB", (width_px, height_px), color)
-
-
-@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 6, 1), (6, 6, 1), (7, 6, 2), (8, 3, 3)])
-def test_a_grid_has_columns_and_as_many_rows_as_it_takes(count: int, columns: int, rows: int, tmp_path: Path):
-    save_grid(tmp_path / "grid.png", [solid(color) for color in COLORS[:count]], ["caption"] * count, columns)
-    with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (columns * CELL_PX, rows * (CELL_PX + CAPTION_PX))
-
-
-def test_every_cell_shows_its_image_above_its_caption(tmp_path: Path):
-    path = tmp_path / "deep" / "folder" / "grid.png"
-    captions = ["a caption of some length that fills its two lines quite well"] * 7 + [""]
-    save_grid(path, [solid(color) for color in COLORS], captions, columns=3)
-    grid = np.asarray(Image.open(path))
-    for index, color in enumerate(COLORS):
-        x, y = index % 3 * CELL_PX, index // 3 * (CELL_PX + CAPTION_PX)
-        assert tuple(grid[y + CELL_PX // 2, x + CELL_PX // 2]) == color
-        has_text = (grid[y + CELL_PX : y + CELL_PX + CAPTION_PX, x : x + CELL_PX] < 128).any()
-        assert has_text == bool(captions[index])
-    assert (grid[-CAPTION_PX - CELL_PX :, 2 * CELL_PX :] == 255).all()  # the cell that is left over
-
-
-def test_a_small_picture_is_enlarged_without_inventing_colours(tmp_path: Path):
-    image = Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255]]] * 2, dtype=np.uint8))
-    save_grid(tmp_path / "grid.png", [image], [""])
-    colors = {color for _, color in Image.open(tmp_path / "grid.png").getcolors()}
-    assert colors == {(255, 0, 0), (0, 0, 255), (255, 255, 255)}
-
-
-@pytest.mark.parametrize(("width_px", "height_px"), [(40, 80), (80, 40), (640, 1280)])
-def test_a_picture_keeps_its_proportions(width_px: int, height_px: int, tmp_path: Path):
-    save_grid(tmp_path / "grid.png", [solid((200, 0, 0), width_px, height_px)], [""])
-    red = np.argwhere((np.asarray(Image.open(tmp_path / "grid.png")) == (200, 0, 0)).all(2))
-    height, width = red.max(0) - red.min(0) + 1
-    assert width / height == width_px / height_px
-
-
-def test_as_many_captions_as_images(tmp_path: Path):
-    with pytest.raises(ValueError, match="zip"):
-        save_grid(tmp_path / "grid.png", [solid(COLORS[0])] * 2, ["one"])
+from ngrpo_lora.reports.grids import save_grid, save_shown
 
 
 def test_a_running_mean_on_numbers():
@@ -94,6 +49,7 @@ def test_the_summary_shows_curves_and_the_pictures_before_and_after(tmp_path: Pa
 # Several rewards ----------------------------------------------------------------------------------------------------
 
 FIRST = {"a": [1.0, 2.0, 3.0, 4.0], "b": [10.0, 20.0, 30.0, math.nan], "c": [5.0, 5.0, 5.0, 5.0]}
+
 LAST = {"a": [2.0, 2.0, 4.0, math.nan], "b": [0.0, 20.0, 10.0, 10.0], "c": [5.0, 5.0, 5.0, 5.0]}
 
 
@@ -142,6 +98,9 @@ def test_the_summary_of_several_rewards_has_a_line_for_each(tmp_path: Path):
         pixels = np.asarray(page.convert("RGB")).astype(int)
     for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # matplotlib's first three
         assert (abs(pixels - np.array(color)) < 8).all(2).sum() > 100
+
+
+# Progress -----------------------------------------------------------------------------------------------------------
 
 
 def test_progress_shows_curve_pictures_and_the_group_best_first(tmp_path: Path):

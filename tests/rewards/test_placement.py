@@ -1,158 +1,52 @@
-"""How the base draws: devices, attention backends, tiles, compiled blocks."""
+"""Where a reward's network runs, in which number type, and where it waits between uses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
-from conftest import MakeConfig
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from diffusers.models.transformers.transformer_flux import FluxAttention
 
-from ngrpo_lora.adapters import lora
-from ngrpo_lora.config import LoraConfig, ModelConfig
-from ngrpo_lora.devices import use_device, without_cudnn_attention
-from ngrpo_lora.equations.noise import gaussian_noise
-from ngrpo_lora.errors import UserError
-from ngrpo_lora.models.flux import Family
-from ngrpo_lora.records.metrics import read_metrics
-from ngrpo_lora.training.evaluation import evaluate
-from ngrpo_lora.training.setup import prepare
-from ngrpo_lora.training.trainer import complete, iterate
+from ngrpo_lora.config import ModelRewardConfig
+from ngrpo_lora.rewards._placement import in_use, placement
 
 
-@pytest.fixture(scope="module")
-def family() -> Family:
-    return Family(ModelConfig(), "cpu")
+@pytest.mark.parametrize(
+    ("settings", "device", "half", "expected"),
+    [
+        ({}, "cpu", "float16", ("cpu", torch.float32)),
+        ({}, "mps", "float16", ("mps", torch.float16)),
+        ({}, "mps", "bfloat16", ("mps", torch.bfloat16)),
+        ({"device": "cpu"}, "mps", "float16", ("cpu", torch.float32)),
+        ({"dtype": "bfloat16"}, "cpu", "float16", ("cpu", torch.bfloat16)),
+        ({"dtype": "float32"}, "mps", "float16", ("mps", torch.float32)),
+    ],
+)
+def test_a_reward_is_where_it_says_else_where_the_model_is(
+    settings: dict[str, str], device: str, half: str, expected: tuple[str, torch.dtype]
+):
+    config = ModelRewardConfig.model_validate({"name": "pickscore"} | settings)
+    assert placement(config, device, half) == expected
 
 
-@pytest.fixture
-def _backend() -> Iterator[None]:
-    """diffusers keeps the last backend for the whole process."""
-    before, _ = _AttentionBackendRegistry.get_active_backend()
-    yield
-    _AttentionBackendRegistry.set_active_backend(before)
+class Network:
+    """Writes down where it is moved."""
+
+    def __init__(self) -> None:
+        self.places: list[str] = []
+
+    def to(self, device: str) -> Network:
+        self.places.append(device)
+        return self
 
 
-@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:1", 1)])
-def test_a_gpu_without_a_number_is_the_first(monkeypatch: pytest.MonkeyPatch, device: str, index: int):
-    chosen: list[int] = []
-    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
-    use_device(device)
-    assert chosen == [index]
-    use_device("cpu")
-    assert chosen == [index]
-
-
-def test_cudnns_attention_is_left_out_of_every_pass_and_no_longer(make_config: MakeConfig, tmp_path: Path):
-    run = prepare(make_config(tmp_path, "evaluation.num_prompts=1"))
-    seen: set[bool] = set()
-    run.family.transformer.register_forward_hook(lambda *_: seen.add(torch.backends.cuda.cudnn_sdp_enabled()))
-    assert torch.backends.cuda.cudnn_sdp_enabled()
-    iterate(run)
-    evaluate(run)
-    assert seen == {False}
-    assert torch.backends.cuda.cudnn_sdp_enabled()
-
-
-@pytest.mark.gpu
-def test_attention_of_flux_has_a_backward_pass_on_a_gpu():
-    query = torch.randn(1, 24, 2025 + 512, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    with without_cudnn_attention():
-        torch.nn.functional.scaled_dot_product_attention(query, query, query).square().mean().backward()
-    assert query.grad is not None
-    assert query.grad.isfinite().all()
-
-
-@pytest.mark.gpu
-def test_a_run_on_a_gpu_says_what_each_stage_held(make_config: MakeConfig, tmp_path: Path):
-    complete(prepare(make_config(tmp_path, "model.device=cuda", "evaluation.num_prompts=1")))
-    first, *rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert first["memory/evaluation_gib"] > 0
-    assert all(row["memory/update_gib"] > row["memory/reward_gib"] > 0 for row in rows)
-
-
-@pytest.mark.usefixtures("_backend")
-def test_another_attention_backend_gives_the_same_velocities(family: Family):
-    other: Any = Family(ModelConfig(attention="_native_math"), "cpu")
-    backends = {
-        module.processor._attention_backend
-        for module in other.transformer.modules()
-        if isinstance(module, FluxAttention)
-    }
-    assert backends == {AttentionBackendName("_native_math")}
-    latents, text = gaussian_noise((1, *family.latent_shape), 0), family.encode(["a red star"])
-    with torch.no_grad():
-        expected, actual = family.velocity(latents, 0.5, text), other.velocity(latents, 0.5, text)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.usefixtures("_backend")
-@pytest.mark.parametrize(("name", "why"), [("fast", "must be one of"), ("flash", "flash-attn|flash_attn")])
-def test_an_attention_backend_that_is_not_there_is_an_error(name: str, why: str):
-    with pytest.raises(UserError, match=f"model.attention={name} cannot be used for training here: .*({why})"):
-        Family(ModelConfig(attention=name), "cpu")
-
-
-@pytest.mark.usefixtures("_backend")
-def test_an_attention_backend_without_a_backward_pass_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    def inference_only(query: Any, key: Any, value: Any, **settings: Any) -> torch.Tensor:
-        return query.detach()
-
-    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName("_native_math"), inference_only)
-    with pytest.raises(UserError, match="model.attention=_native_math cannot be used for training here: .*grad"):
-        Family(ModelConfig(attention="_native_math"), "cpu")
-
-
-def test_a_large_picture_is_decoded_in_tiles(family: Family, monkeypatch: pytest.MonkeyPatch):
-    tiled = Family(ModelConfig(vae_tiling=True), "cpu")
-    assert (tiled.vae.use_tiling, family.vae.use_tiling) == (True, False)
-    seen = []
-    decode = type(tiled.vae.decoder).forward
-    monkeypatch.setattr(
-        type(tiled.vae.decoder), "forward", lambda self, x, *rest: (seen.append(x.shape[-1]), decode(self, x, *rest))[1]
-    )
-    latents = gaussian_noise((1, family.latent_shape[0], 16, 16), 0)
-    picture = np.asarray(tiled.decode(latents)[0]).astype(int)
-    assert picture.shape == (128, 128, 3)
-    assert max(seen) == 8
-    corner = np.asarray(family.decode(latents[..., :8, :8])[0]).astype(int)
-    assert np.abs(picture - corner.mean())[:48, :48].mean() > 5
-    assert np.abs(picture[:48, :48] - corner[:48, :48]).max() <= 1  # from there on neighbours are blended
-
-
-def test_a_run_compiles_every_block(make_config: MakeConfig, tmp_path: Path):
-    run = prepare(make_config(tmp_path, "model.compile=true"))
-    assert len(run.family.blocks) == 3
-    assert all(block._compiled_call_impl is not None for block in run.family.blocks)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_give_the_same_loss_and_gradients():
-    family = Family(ModelConfig(), "cpu")
-    transformer = family.transformer
-    transformer.single_transformer_blocks = transformer.single_transformer_blocks[:1]
-    lora.inject(transformer, LoraConfig(rank=4), *family.lora_targets("attention+feed_forward"), 0)
-    for parameter in lora.parameters(transformer).values():
-        parameter.data = torch.randn_like(parameter) / 10
-    transformer.enable_gradient_checkpointing()
-    latents, text = gaussian_noise((1, *family.latent_shape), 0), family.encode(["a star"])
-
-    def results() -> list[torch.Tensor]:
-        transformer.zero_grad()
-        loss = family.velocity(latents, 0.5, text).square().mean()
-        loss.backward()
-        return [loss.detach(), *(p.grad for p in lora.parameters(transformer).values() if p.grad is not None)]
-
-    eager = results()
-    for block in family.blocks:
-        block.compile()
-    compiled = results()
-    assert len(eager) == 1 + len(lora.parameters(transformer))
-    assert not all(map(torch.equal, compiled, eager))  # other kernels
-    for ours, expected in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+@pytest.mark.parametrize(("offload", "places"), [(False, ["mps"]), (True, ["mps", "cpu"])])
+def test_a_network_waits_in_system_memory_where_it_is_asked_to_whatever_its_use_ends_with(
+    offload: bool, places: list[str]
+):
+    network = Network()
+    with in_use(network, "mps", offload) as used:
+        assert used is network
+        assert network.places == ["mps"]
+    assert network.places == places
+    with pytest.raises(KeyError), in_use(network, "mps", offload):
+        raise KeyError
+    assert network.places == 2 * places

@@ -15,7 +15,7 @@ from ngrpo_lora.adapters.header import read_adapter
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import load_config
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
-from ngrpo_lora.registry import names
+from ngrpo_lora.registry import MODELS, names
 from ngrpo_lora.sampling.recommended import PRESETS, recommend
 
 
@@ -49,6 +49,4 @@ def test_a_file_of_another_trainer_is_drawn_as_its_familys_preset(family: str, t
 
 
 def test_every_family_has_a_preset():
-    from ngrpo_lora import models
-
-    assert sorted(PRESETS) == names(models)
+    assert sorted(PRESETS) == names(MODELS)

@@ -1,11 +1,10 @@
-"""How rewards are called and checked, what happens where they fail, and how several are added up."""
+"""How rewards are called and checked, and what happens where they fail."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -15,44 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from red_samples import IMAGES, NAN, SAMPLES, assert_scores, red
 
 from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.scoring import scorer
-from ngrpo_lora.scoring.cache import ScoreCache
-from ngrpo_lora.scoring.combining import combine, correlations
 from ngrpo_lora.scoring.scorer import BoundReward, Scorer, load_reward
 from ngrpo_lora.types import Samples
-from ngrpo_lora.world import scenes
-
-IMAGES = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (0, 50, 100, 150, 200, 250)]
-SAMPLES = Samples(IMAGES, ["a", "a", "a", "b", "b", "b"], [{"n": n} for n in range(6)], group_size=3)
-NAN = math.nan
-
-
-@pytest.fixture
-def make_reward(monkeypatch: pytest.MonkeyPatch) -> Callable[..., BoundReward]:
-    """A reward around a function of the test."""
-
-    def make(function: Callable[..., Any], **settings: Any) -> BoundReward:
-        monkeypatch.setattr(scorer, "load_reward", lambda config, device: function)
-        return BoundReward(RewardConfig(name="mine.py:score", **settings), "cpu")
-
-    return make
-
-
-def red(image: Image.Image) -> float:
-    return float(np.asarray(image)[0, 0, 0])
-
-
-def tensor(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def assert_scores(scores: torch.Tensor, *expected: float) -> None:
-    torch.testing.assert_close(scores, tensor(*expected), equal_nan=True, rtol=0, atol=0)
-
 
 # Look-up ------------------------------------------------------------------------------------------------------------
 
@@ -71,29 +38,6 @@ def test_a_function_that_is_not_there_names_the_nearest(tmp_path: Path):
     own.write_text("def count(images, prompts, metadata): ...\n")
     with pytest.raises(ConfigError, match="got 'cuont'; did you mean count"):
         load_reward(RewardConfig(name=f"{own}:cuont"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ({"name": "world"}, "world"),
-        ({"name": "folder/mine.py:score"}, "mine"),
-        ({"name": "folder/mine.py:brightness"}, "brightness"),
-        ({"name": "my.package:score"}, "package"),
-        ({"name": "mine.py:score", "label": "better"}, "better"),
-    ],
-)
-def test_a_reward_is_called_by_a_short_name(settings: dict[str, str], key: str):
-    assert RewardConfig(**settings).key == key
-
-
-@pytest.mark.parametrize("name", ["world", "world_strict"])
-def test_the_worlds_rewards_are_1_for_what_the_caption_says(name: str):
-    image = Image.fromarray(scenes.render(scenes.parse("a red star"), np.random.default_rng(0)))
-    samples = Samples([image, image], ["a red star", "a photo of a blue circle"], [{}, {}])
-    right, wrong = Scorer([RewardConfig(name=name)])(samples)[name].tolist()
-    assert right == pytest.approx(1, abs=0.1)
-    assert wrong < 0.6
 
 
 # Signatures ---------------------------------------------------------------------------------------------------------
@@ -329,144 +273,3 @@ def test_a_call_that_takes_too_long_is_left_behind(
 
 def test_no_time_limit_is_no_time_limit(make_reward: Callable[..., BoundReward]):
     assert_scores(make_reward(lambda image: red(image), timeout_s=None)(SAMPLES[[1]]), 50)
-
-
-# Cache --------------------------------------------------------------------------------------------------------------
-
-
-def test_the_cache_asks_once_for_every_image_prompt_and_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "mine.py"
-    path.write_text("")
-    asked: list[str] = []
-
-    def score(image, prompt):
-        asked.append(prompt)
-        return red(image)
-
-    monkeypatch.setattr(scorer, "load_reward", lambda config, device: score)
-
-    def run(samples: Samples = SAMPLES, **settings: Any) -> int:
-        asked.clear()
-        reward = BoundReward(RewardConfig(name=f"{path}:score", cache=True, **settings), "cpu")
-        scores = reward(samples, ScoreCache(tmp_path / "scores.sqlite"))
-        assert_scores(scores, *[red(image) for image in samples.images])
-        return len(asked)
-
-    assert run() == 6
-    assert run() == run(weight=3.0, label="other") == 0
-    assert run(Samples(IMAGES, ["a"] * 6, SAMPLES.metadata)) == 3
-    assert run(Samples(IMAGES, SAMPLES.prompts, [{"n": 0}] * 6)) == 5
-    assert run(Samples([IMAGES[0]], ["a"], [{"n": 0}])) == 0
-    assert run(Samples([IMAGES[0].resize((4, 16))], ["a"], [{"n": 0}])) == 1  # the same bytes in another shape
-    assert run(range=(0.0, 300.0)) == 6
-    path.write_text("# mended\n")
-    assert run() == 6
-
-
-def test_the_cache_does_not_keep_failures(tmp_path: Path, make_reward: Callable[..., BoundReward]):
-    calls = []
-
-    def flaky(image):
-        calls.append(1)
-        return NAN if len(calls) == 1 else red(image)
-
-    (tmp_path / "mine.py").write_text("")
-    reward, cache = make_reward(flaky, cache=True), ScoreCache(tmp_path / "scores.sqlite")
-    reward.config = reward.config.model_copy(update={"name": f"{tmp_path}/mine.py:score"})
-    assert_scores(reward(SAMPLES[[1, 2]], cache), NAN, 100)
-    assert_scores(reward(SAMPLES[[1, 2]], cache), 50, 100)
-    assert len(calls) == 3
-
-
-# Combine ------------------------------------------------------------------------------------------------------------
-
-
-def named(**weights: float) -> list[RewardConfig]:
-    return [RewardConfig(name="world", label=label, weight=weight) for label, weight in weights.items()]
-
-
-@pytest.mark.parametrize("how", ["standardized", "raw"])
-def test_a_single_reward_stays_raw_times_its_weight(how: Any):
-    raw = torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 9.0]], dtype=torch.float64)
-    batch = combine({"a": raw}, named(a=-2), how)
-    assert torch.equal(batch.rewards, -2 * raw)
-    assert batch.valid.all()
-    assert torch.equal(batch.scores["a"], raw)
-
-
-def test_several_rewards_are_standardised_in_their_group_then_weighted():
-    """Scale and offset of a reward do not matter, its weight does."""
-    a, b = torch.rand(4, 6, dtype=torch.float64), 1000 + 500 * torch.rand(4, 6, dtype=torch.float64)
-    batch = combine({"a": a, "b": b}, named(a=1, b=-0.5))
-    za, zb = ((x - x.mean(1, True)) / x.std(1, correction=0, keepdim=True) for x in (a, b))
-    torch.testing.assert_close(batch.rewards, za - 0.5 * zb)
-    assert batch.valid.all()
-
-
-def test_a_raw_sum_keeps_each_rewards_scale():
-    a, b = torch.rand(4, 6, dtype=torch.float64), 1000 + 500 * torch.rand(4, 6, dtype=torch.float64)
-    torch.testing.assert_close(combine({"a": a, "b": b}, named(a=1, b=-0.5), "raw").rewards, a - 0.5 * b)
-
-
-def test_a_clip_holds_scores_before_they_are_added_up_and_leaves_the_record():
-    a, b = tensor(0.0, 1.0, 50.0)[None], tensor(3.0, 2.0, 1.0)[None]
-    first, second = named(a=1, b=1)
-    first = first.model_copy(update={"clip": (0.5, 2.0)})
-    batch = combine({"a": a, "b": b}, [first, second], "raw")
-    assert batch.rewards.tolist() == [[3.5, 3.0, 3.0]]
-    assert torch.equal(batch.scores["a"], a)
-    assert combine({"a": a}, [first]).rewards.tolist() == [[0.5, 1.0, 2.0]]
-
-
-def test_a_reward_that_is_equal_all_over_a_group_adds_0():
-    a, b = torch.tensor([[97.1] * 7]).double(), torch.rand(1, 7, dtype=torch.float64)
-    with_flat = combine({"a": a, "b": b}, named(a=1, b=1))
-    torch.testing.assert_close(with_flat.rewards, (b - b.mean()) / b.std(correction=0), rtol=1e-9, atol=1e-9)
-
-
-def test_a_reward_on_a_tiny_scale_counts_as_any_other():
-    a, b = torch.rand(2, 6, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64)
-    tiny, plain = (combine({"a": scale * a, "b": b}, named(a=1, b=1)).rewards for scale in (1e-12, 1.0))
-    torch.testing.assert_close(tiny, plain)
-
-
-@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
-@pytest.mark.parametrize("clip", [None, (0.0, 10.0)])
-def test_a_score_that_is_not_finite_masks_its_sample_in_every_reward(bad: float, clip: tuple[float, float] | None):
-    a = torch.tensor([[1.0, 2.0, 3.0, bad], [1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
-    b = torch.tensor([[5.0, bad, 6.0, 9.0], [7.0, 7.5, 8.0, 9.0]], dtype=torch.float64)
-    weighted = [config.model_copy(update={"clip": clip}) for config in named(a=1, b=2)]
-    batch = combine({"a": a, "b": b}, weighted)
-    assert batch.valid.tolist() == [[True, False, True, False], [True] * 4]
-    # Of the first group 1 and 3, 5 and 6 are left: each standardised to -1 and 1.
-    torch.testing.assert_close(batch.rewards[0, [0, 2]], tensor(-3, 3))
-    alone = combine({"a": a[1:], "b": b[1:]}, weighted)
-    assert torch.equal(batch.rewards[1:], alone.rewards)
-    assert batch.rewards.isfinite().all()
-
-
-def test_a_failed_score_of_a_single_reward_is_masked_not_a_number():
-    batch = combine({"a": torch.tensor([[1.0, NAN], [NAN, NAN]]).double()}, named(a=1))
-    assert batch.valid.tolist() == [[True, False], [False, False]]
-    assert batch.rewards.isfinite().all()
-
-
-# Correlation --------------------------------------------------------------------------------------------------------
-
-
-def test_correlation_is_pearsons_within_groups():
-    a, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
-    b[0, 2] = NAN
-    kept = [(a[g, ~b[g].isnan()], b[g, ~b[g].isnan()]) for g in range(3)]
-    x, y = (torch.cat([part - part.mean() for part in parts]) for parts in zip(*kept, strict=True))
-    expected = np.corrcoef(x.numpy(), y.numpy())[0, 1]
-    offsets = tensor(0, 100, -100)[:, None]  # between groups both differ alike, which must not count
-    assert correlations({"a": a + offsets, "b": b + offsets}) == {"a~b": pytest.approx(expected)}
-
-
-def test_correlation_of_opposites_is_minus_1_and_of_a_constant_is_none():
-    a = torch.randn(2, 5, dtype=torch.float64)
-    found = correlations({"a": a, "b": -3 * a + 7, "c": torch.full_like(a, 97.1)})
-    assert found["a~b"] == pytest.approx(-1)
-    assert math.isnan(found["a~c"])
-    assert list(found) == ["a~b", "a~c", "b~c"]

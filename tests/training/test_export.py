@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import FinishedRun, MakeConfig
+from lora_files import rewrite
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from runs import ADAPTER
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ngrpo_lora import gaussian_noise
 from ngrpo_lora.adapters import lora
 from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.adapters.header import AdapterInfo, read_adapter
 from ngrpo_lora.adapters.reading import read_metadata
-from ngrpo_lora.config import ModelConfig, RolloutConfig, parse_config
+from ngrpo_lora.config import ModelConfig, parse_config
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.models.flux import EMBEDDED
@@ -31,16 +32,11 @@ PROMPTS = ["a red star", "two blue circles"]
 
 
 @pytest.fixture(scope="module")
-def adapter(finished_run: FinishedRun) -> Path:
-    return finished_run.output_dir / "adapter" / FILE_NAME
-
-
-@pytest.fixture(scope="module")
 def live_velocity(finished_run: FinishedRun) -> Tensor:
     """Of the trained transformer in memory, with its averaged weights."""
     family = finished_run.run.family
     latents = torch.stack([gaussian_noise(family.latent_shape, seed) for seed in (0, 1)])
-    with torch.no_grad(), lora.swapped(family.transformer, finished_run.run.averaged):
+    with torch.no_grad(), lora.swapped(family.transformer, finished_run.run.lora_step.averaged):
         return family.velocity(latents, 0.5, family.encode(PROMPTS))
 
 
@@ -126,21 +122,16 @@ def test_the_header_describes_the_adapter(adapter: Path, finished_run: FinishedR
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4.0")
 
 
-def test_what_the_header_says_is_read_back(adapter: Path, finished_run: FinishedRun):
-    info, config, family = read_adapter(adapter), finished_run.run.config, finished_run.run.family
-    assert {"guidance_scale", "max_sequence_length"} <= family.settings.keys()
-    assert info.model == config.model.model_copy(update=family.settings)
-    assert info.rollout == config.rollout.model_copy(update={"shift": family.shift(4)})
+def test_the_exported_file_is_the_average(finished_run: FinishedRun):
+    run, tensors = finished_run.run, load_file(finished_run.output_dir / ADAPTER)
+    assert len(tensors) == len(run.lora_step.averaged)
+    for name, averaged in run.lora_step.averaged.items():
+        key = f"transformer.{name.replace('.default', '')}"
+        scale = 2 if ".lora_B" in name else 1  # alpha 8 over rank 4, folded into B
+        assert torch.equal(tensors[key], averaged * scale)
 
 
 # Files that are wrong -----------------------------------------------------------------------------------------------
-
-
-def rewrite(adapter: Path, path: Path, factor: float = 1.0, **metadata: str) -> Path:
-    """A copy whose lora_B are scaled, with other metadata."""
-    tensors = {name: tensor * factor if ".lora_B." in name else tensor for name, tensor in load_file(adapter).items()}
-    save_file(tensors, path, read_metadata(adapter) | metadata)
-    return path
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5, 1.1, 0.0, float("nan")])
@@ -174,64 +165,6 @@ def test_the_export_check_of_a_16_bit_model_allows_for_rounding_only(
         else:
             with pytest.raises(UserError, match=r"copy\.safetensors differs from the trained one by"):
                 check_export(path, run.family, text, latents)
-
-
-@pytest.mark.parametrize("damage", ["missing", "empty", "garbage", "truncated", "folder"])
-def test_a_file_that_is_no_safetensors_is_an_error_that_names_it(damage: str, adapter: Path, tmp_path: Path):
-    path = tmp_path / "broken.safetensors"
-    content = {"empty": b"", "garbage": b"\x07nothing" * 50, "truncated": adapter.read_bytes()[:3000]}
-    if damage in content:
-        path.write_bytes(content[damage])
-    elif damage == "folder":
-        path.mkdir()
-    what = "does not exist" if damage == "missing" else "is no readable safetensors file"
-    with pytest.raises(UserError, match=rf"adapter .*broken\.safetensors' {what}"):
-        read_adapter(path)
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        "not json",
-        "[]",
-        "{}",
-        '{"model": {}}',
-        '{"model": {"hight_px": 64}, "rollout": {}}',
-        '{"model": {}, "rollout": {"num_steps": 0}}',
-        '{"model": null, "rollout": null}',
-    ],
-)
-def test_ngrpo_metadata_that_cannot_be_understood_is_an_error(metadata: str, adapter: Path, tmp_path: Path):
-    path = rewrite(adapter, tmp_path / "odd.safetensors", ngrpo=metadata)
-    with pytest.raises(UserError, match=r"odd\.safetensors' has ngrpo metadata that this version cannot read"):
-        read_adapter(path)
-
-
-def test_an_adapter_of_another_trainer_is_sampled_with_the_defaults(tmp_path: Path):
-    path = tmp_path / "foreign.safetensors"
-    save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, path)
-    assert read_adapter(path) == AdapterInfo(ModelConfig(), RolloutConfig())
-
-
-LAYER = "transformer.single_transformer_blocks.0.attn.to_q"
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"weight": (2,)},
-        {"transformer.nowhere.to_q.lora_A.weight": (4, 256), "transformer.nowhere.to_q.lora_B.weight": (256, 4)},
-        {"unet.down.to_q.lora_A.weight": (4, 256), "unet.down.to_q.lora_B.weight": (256, 4)},
-        {f"{LAYER}.lora_A.weight": (4, 99), f"{LAYER}.lora_B.weight": (99, 4)},
-        {f"{LAYER}.lora_A.weight": (4, 256)},
-    ],
-    ids=["no_lora", "no_such_layer", "another_model", "another_width", "half"],
-)
-def test_a_file_that_does_not_fit_the_model_is_an_error(tensors: dict[str, tuple[int, ...]], tmp_path: Path):
-    path = tmp_path / "other.safetensors"
-    save_file({name: torch.ones(shape) for name, shape in tensors.items()}, path)
-    with pytest.raises(UserError, match=r"other\.safetensors' is no LoRA"):
-        sample_images(path, None, PROMPTS[:1], [0])
 
 
 # Sampling -----------------------------------------------------------------------------------------------------------

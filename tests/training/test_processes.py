@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,35 +13,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
+from runs import SEVERAL, TROUBLE
 from safetensors.torch import load_file
 
 from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.cli.launching import free_port, process_count
+from ngrpo_lora.cli.launching import free_port
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.training.processes import Processes
-
-SEVERAL = ["rollout.prompts_per_iteration=4", "evaluation.num_prompts=5", "evaluation.num_samples=3"]
-
-# Redness, and on one process of several something worse; what it does is asked for by a file beside it.
-TROUBLE = """
-import os, time
-from pathlib import Path
-import numpy as np
-
-def score(images, prompts, metadata):
-    trouble = Path(__file__).with_suffix(".txt")
-    if trouble.exists() and os.environ.get("RANK") == "1":
-        {}
-    return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
-"""
 
 
 @pytest.fixture(scope="module")
 def context() -> multiprocessing.context.ForkServerContext:
     """A server that has imported the trainer once and forks every process from there."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ngrpo_lora.trainer"])
+    context.set_forkserver_preload(["ngrpo_lora.training.trainer"])
     return context
 
 
@@ -164,7 +147,7 @@ def test_what_befalls_one_process_ends_all_with_a_message_and_the_run_can_go_on(
     reward.write_text(TROUBLE.format(does))
     settings = [*SEVERAL, f"rewards.train={reward}:score", "rewards.max_failed_share=0.1", "trainer.save_every=1"]
     config = make_config(tmp_path / "run", *settings, f"trainer.strategy={strategy}")
-    one = config.model_copy(update={"trainer": config.run.model_copy(update={"num_iterations": 1})})
+    one = config.model_copy(update={"trainer": config.trainer.model_copy(update={"num_iterations": 1})})
     assert [error for error, _ in run(context, 2, train, one)] == [None, None]
     trouble.write_text("now")
     begin = time.monotonic()
@@ -233,54 +216,3 @@ def test_what_a_divided_base_cannot_do_is_refused(context: Any, make_config: Mak
     uneven = make_config(tmp_path, *SEVERAL, "trainer.strategy=fsdp", "rollout.prompts_per_iteration=3")
     for error, _ in run(context, 2, train, uneven):
         assert "rollout.prompts_per_iteration must be a multiple of the number of processes (2)" in str(error)
-
-
-def command(count: int, output_dir: Path, make_config: MakeConfig, *overrides: str) -> list[str]:
-    """`ngrpo train` of a file with these settings, as several processes."""
-    from ngrpo_lora.config import dump_config
-
-    file = output_dir.with_suffix(".yaml")
-    file.write_text(dump_config(make_config(output_dir, *SEVERAL, "trainer.num_threads=1", *overrides)))
-    return [sys.executable, "-m", "ngrpo_lora", "train", str(file), "--num-processes", str(count)]
-
-
-def test_the_command_starts_the_processes_and_ctrl_c_stops_them_after_an_iteration(
-    make_config: MakeConfig, tmp_path: Path
-):
-    words = command(2, tmp_path / "run", make_config, "trainer.num_iterations=200", "evaluation.every=200")
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.is_file() and len(rows(tmp_path / "run")) > 1):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # what the terminal does: to every process
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert stderr.count("go on with resume=latest") == 1
-    steps = [row["step"] for row in rows(tmp_path / "run")]
-    assert (tmp_path / "run" / "checkpoints" / f"iteration-{steps[-1]:06d}").is_dir()
-    assert "Traceback" not in stderr
-
-
-def test_a_killed_process_is_named_by_the_command(make_config: MakeConfig, tmp_path: Path):
-    (tmp_path / "trouble.py").write_text(TROUBLE.format("os.kill(os.getpid(), 9)"))
-    (tmp_path / "trouble.txt").write_text("now")
-    words = command(2, tmp_path / "run", make_config, f"rewards.train={tmp_path / 'trouble.py'}:score")
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert "process 1 of 2 was killed (SIGKILL, often for lack of memory)" in done.stderr
-    assert "process 0 of 2 lost another process" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert process_count("auto", None) == 2
-    assert process_count("cuda", 1) == 1
-    assert process_count("cuda:1", None) == 1
-    assert process_count("cpu", 4) == 4
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    assert [process_count("cpu", None, on_cpu) for on_cpu in (1, 2, 5)] == [1, 2, 3]
-    with pytest.raises(UserError, match=r"--num-processes must be at most the number of GPUs \(2\)"):
-        process_count("auto", 3)

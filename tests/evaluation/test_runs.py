@@ -1,0 +1,30 @@
+"""A run's last evaluation against its first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.evaluation import runs
+from ngrpo_lora.evaluation.statistics import mean_interval
+
+
+def test_a_runs_evaluations_are_paired_by_prompt_and_seed(tmp_path: Path):
+    first = [{"prompt": p, "seed": s, "r": 0.1 * s} for s, p in enumerate("aabbcc")]
+    last = [{"prompt": p, "seed": s, "r": None if s == 5 else 0.3 * s} for s, p in enumerate("aabbcc")][::-1]
+    run = tmp_path / "run"
+    (run / "evaluations").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"'.*run' has 0 of them"):
+        runs.compare_evaluations(run, tmp_path)
+    for step, rows in ((0, first), (2, first[:1]), (10, last)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (run / "evaluations" / f"{step:06d}.jsonl").write_text(lines)
+    (found,) = runs.compare_evaluations(run, tmp_path)
+    assert (found.label, found.reference, found.pairs, found.failed) == ("run @ 10", "@ 0", 5, 1)
+    assert found.difference.value == pytest.approx(0.4)
+    assert found.difference == mean_interval([0.3 * s - 0.1 * s for s in range(5)], "aabbc")
+    assert found.win_rate.value == pytest.approx(0.9)
+    assert (tmp_path / "run.csv").read_text().splitlines()[-1] == "run,c,5,r,0.5,"

@@ -1,0 +1,48 @@
+"""What is found wrong with a run before its model loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import FinishedRun, MakeConfig
+
+from ngrpo_lora.config import dump_config
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.planning.preflight import check_resumable, check_run, check_settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lora.init_from=gone", r"lora.init_from: adapter must be a LoRA file, a run's .*, but 'gone' does not exist"),
+        ("lora.rank=1", "lora.rank must be at least 4, that of lora.init_from"),
+    ],
+)
+def test_what_is_wrong_with_a_start_is_said_before_a_model_loads(
+    setting: str, message: str, make_config: MakeConfig, finished_run: FinishedRun, tmp_path: Path
+):
+    settings = {"lora.init_from": str(finished_run.output_dir)} | dict([setting.split("=")])
+    config = make_config(tmp_path / "run", *(f"{key}={value}" for key, value in settings.items()))
+    with pytest.raises(ConfigError, match=message):
+        check_run(config)
+
+
+def test_settings_alone_are_checked_without_a_trace(make_config: MakeConfig, tmp_path: Path):
+    check_settings(make_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    wrong = make_config(tmp_path / "run", "rewards=gone.py:score", "model.path=./nowhere")
+    with pytest.raises(ConfigError) as error:
+        check_settings(wrong)
+    assert [problem.split(" ")[0] for problem in error.value.problems] == ["rewards.train.0.name", "model.path"]
+
+
+def test_a_resumed_run_may_change_its_length_and_none_of_its_updates(make_config: MakeConfig, tmp_path: Path):
+    (tmp_path / "config.yaml").write_text(dump_config(make_config(tmp_path)))
+    check_resumable(make_config(tmp_path, "trainer.num_iterations=9", "evaluation.every=3", "model.device=cpu"))
+    with pytest.raises(ConfigError) as error:
+        check_resumable(make_config(tmp_path, "lora.rank=2", "seed=1"))
+    assert sorted(problem.partition("but ")[2].partition(":")[0] for problem in error.value.problems) == [
+        "lora.rank",
+        "seed",
+    ]

@@ -1,0 +1,52 @@
+"""Grids whose cells show their images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import COLORS, solid
+from PIL import Image
+
+from ngrpo_lora.reports.grids import CAPTION_PX, CELL_PX, save_grid
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 6, 1), (6, 6, 1), (7, 6, 2), (8, 3, 3)])
+def test_a_grid_has_columns_and_as_many_rows_as_it_takes(count: int, columns: int, rows: int, tmp_path: Path):
+    save_grid(tmp_path / "grid.png", [solid(color) for color in COLORS[:count]], ["caption"] * count, columns)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (columns * CELL_PX, rows * (CELL_PX + CAPTION_PX))
+
+
+def test_every_cell_shows_its_image_above_its_caption(tmp_path: Path):
+    path = tmp_path / "deep" / "folder" / "grid.png"
+    captions = ["a caption of some length that fills its two lines quite well"] * 7 + [""]
+    save_grid(path, [solid(color) for color in COLORS], captions, columns=3)
+    grid = np.asarray(Image.open(path))
+    for index, color in enumerate(COLORS):
+        x, y = index % 3 * CELL_PX, index // 3 * (CELL_PX + CAPTION_PX)
+        assert tuple(grid[y + CELL_PX // 2, x + CELL_PX // 2]) == color
+        has_text = (grid[y + CELL_PX : y + CELL_PX + CAPTION_PX, x : x + CELL_PX] < 128).any()
+        assert has_text == bool(captions[index])
+    assert (grid[-CAPTION_PX - CELL_PX :, 2 * CELL_PX :] == 255).all()  # the cell that is left over
+
+
+def test_a_small_picture_is_enlarged_without_inventing_colours(tmp_path: Path):
+    image = Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255]]] * 2, dtype=np.uint8))
+    save_grid(tmp_path / "grid.png", [image], [""])
+    colors = {color for _, color in Image.open(tmp_path / "grid.png").getcolors()}
+    assert colors == {(255, 0, 0), (0, 0, 255), (255, 255, 255)}
+
+
+@pytest.mark.parametrize(("width_px", "height_px"), [(40, 80), (80, 40), (640, 1280)])
+def test_a_picture_keeps_its_proportions(width_px: int, height_px: int, tmp_path: Path):
+    save_grid(tmp_path / "grid.png", [solid((200, 0, 0), width_px, height_px)], [""])
+    red = np.argwhere((np.asarray(Image.open(tmp_path / "grid.png")) == (200, 0, 0)).all(2))
+    height, width = red.max(0) - red.min(0) + 1
+    assert width / height == width_px / height_px
+
+
+def test_as_many_captions_as_images(tmp_path: Path):
+    with pytest.raises(ValueError, match="zip"):
+        save_grid(tmp_path / "grid.png", [solid(COLORS[0])] * 2, ["one"])

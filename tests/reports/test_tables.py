@@ -1,0 +1,55 @@
+"""Tables in Markdown, and a run's figures in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ngrpo_lora.reports.tables import comparison_table, figures, markdown_table
+
+FIRST = {"eval/reward_mean": 0.25, "eval/strict_accuracy": 0.125, "eval/world_mean": 0.25}
+LAST = {"eval/reward_mean": 0.75, "eval/strict_accuracy": 0.5, "eval/world_mean": 0.75}
+
+
+def write_run(folder: Path, *rows: dict[str, float | None]) -> Path:
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": 4 * i} | row) + "\n" for i, row in enumerate(rows))
+    )
+    return folder
+
+
+def test_figures_are_before_and_after_and_of_several_rewards_each(tmp_path: Path):
+    one = [
+        "held-out reward           before 0.250  after 0.750  (+0.500)",
+        "held-out strict accuracy  before 0.125  after 0.500  (+0.375)",
+    ]
+    assert figures(write_run(tmp_path / "one", FIRST, LAST)) == one
+    others = {"eval/a_mean": 2.0, "eval/b_mean": None}
+    last = {"eval/a_mean": 1.5, "eval/b_mean": None}
+    assert figures(write_run(tmp_path / "several", FIRST | others, LAST | last)) == [
+        *one,
+        "held-out world            before 0.250  after 0.750  (+0.500)",
+        "held-out a                before 2.000  after 1.500  (-0.500)",
+    ]
+
+
+def test_a_table_counts_all_time_and_leaves_empty_what_was_not_evaluated(tmp_path: Path):
+    timed = write_run(tmp_path / "timed", FIRST | {"time/evaluation_s": 60.0}, LAST | {"time/rollout_s": 30.0})
+    bare = write_run(tmp_path / "bare", {"time/update_s": None})
+    assert comparison_table([timed, bare]).splitlines() == [
+        "| run | iterations | minutes | reward | strict accuracy |",
+        "| --- | --- | --- | --- | --- |",
+        "| timed | 4 | 1.5 | 0.250 → 0.750 | 12.5% → 50.0% |",
+        "| bare | 0 | 0.0 |  |  |",
+    ]
+
+
+def test_a_table_has_a_line_for_the_head_its_alignment_and_every_row():
+    assert markdown_table(["", "count"], [["a", 1], ["b", None]]).splitlines() == [
+        "|  | count |",
+        "| --- | --- |",
+        "| a | 1 |",
+        "| b | None |",
+    ]
+    assert "| :---: | :---: |" in markdown_table(["a", "b"], [], ":---:")

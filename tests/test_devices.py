@@ -1,0 +1,58 @@
+"""Which device and number type a network gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.devices import resolve_device, resolve_dtype, use_device, without_cudnn_attention
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.models._loading import load_family
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")],
+)
+def test_auto_is_bfloat16_where_the_cpu_has_instructions_for_it(
+    capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert resolve_dtype("auto", "cpu") == expected
+    assert load_family(ModelConfig(dtype="auto", device="cpu")).transformer.dtype == getattr(torch, expected)
+
+
+def test_auto_is_float32_where_pytorch_cannot_tell(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert resolve_dtype("auto", "cpu") == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_named_type_is_taken_at_its_word(dtype: str):
+    assert resolve_dtype(dtype, "cpu") == dtype
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error():
+    with pytest.raises(UserError, match="needs a GPU that PyTorch can use"):
+        resolve_device("cuda:1")
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_without_a_number_is_the_first(monkeypatch: pytest.MonkeyPatch, device: str, index: int):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    use_device(device)
+    assert chosen == [index]
+    use_device("cpu")
+    assert chosen == [index]
+
+
+@pytest.mark.gpu
+def test_attention_of_flux_has_a_backward_pass_on_a_gpu():
+    query = torch.randn(1, 24, 2025 + 512, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with without_cudnn_attention():
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).square().mean().backward()
+    assert query.grad is not None
+    assert query.grad.isfinite().all()

@@ -1,0 +1,53 @@
+"""An evaluation: fixed seeds, the averaged weights, every score on disk, and rewards that fail at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import FinishedRun, MakeConfig
+from runs import read_rows, reward_of, same, weights
+
+from ngrpo_lora.adapters import lora
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.sampling.sampler import draw
+from ngrpo_lora.training.setup import prepare
+from ngrpo_lora.training.trainer import complete
+
+
+def test_evaluation_draws_fixed_seeds_with_the_averaged_weights(finished_run: FinishedRun):
+    run, row = finished_run.run, read_rows(finished_run.output_dir)[-1]
+    text = run.family.encode([prompt.text for prompt in run.held_out])
+    seeds = [run.config.evaluation.seed + i for i in range(2)]
+
+    def redness() -> float:
+        images = draw(run.family, text, seeds, "dpmpp_2m", run.schedule.sigmas)
+        return sum(np.asarray(image)[..., 0].mean() / 255 for image in images) / 2
+
+    with lora.swapped(run.family.transformer, run.lora_step.averaged):
+        assert row["eval/reward_mean"] == pytest.approx(redness(), abs=1e-9)
+    assert row["eval/reward_mean"] != pytest.approx(redness(), abs=1e-9)
+
+
+def test_an_evaluation_leaves_every_score_by_prompt_and_seed(finished_run: FinishedRun):
+    rows = [json.loads(line) for line in (finished_run.output_dir / "evaluations" / "000004.jsonl").open()]
+    texts = [prompt.text for prompt in finished_run.run.held_out]
+    assert [(row["prompt"], row["seed"]) for row in rows] == [(texts[0], 1000), (texts[1], 1001)]
+    last = read_rows(finished_run.output_dir)[-1]
+    for label in ("redness", "world_strict"):
+        assert sum(row[label] for row in rows) / 2 == pytest.approx(last[f"eval/{label}_mean"])
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_reward_that_fails_from_the_start_ends_the_run_before_it_trains(
+    watched: bool, make_config: MakeConfig, tmp_path: Path
+):
+    reward = reward_of(tmp_path, "1 / 0")
+    run = prepare(make_config(tmp_path / "run", f"evaluation.{reward}" if watched else reward))
+    before = weights(run)
+    with pytest.raises(UserError, match=r"evaluation of the base model: reward reward has no score for 100%"):
+        complete(run)
+    assert same(before, weights(run))
+    assert read_rows(tmp_path / "run") == []

@@ -1,0 +1,116 @@
+"""Rewards of an iteration: scored while others are drawn, masked where they fail, and reported each."""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeConfig
+from runs import EVERY_STEP, assert_same_run, read_rows, reward_of
+
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.records import checkpoints
+from ngrpo_lora.training.run import Run
+from ngrpo_lora.training.setup import prepare
+from ngrpo_lora.training.trainer import complete
+
+
+def watch_advantages(run: Run) -> list[torch.Tensor]:
+    seen, advantages = [], run.algorithm.advantages
+    run.algorithm.advantages = lambda batch: seen.append(advantages(batch)) or seen[-1]  # pyright: ignore
+    return seen
+
+
+def test_groups_are_scored_while_others_are_still_drawn(make_config: MakeConfig, tmp_path: Path):
+    """The first group's reward waits until the second group is being rolled out."""
+    run = prepare(make_config(tmp_path / "run", "trainer.num_iterations=1", "evaluation.strict=null"))
+    (reward,) = run.scorer.rewards.values()
+    score, rollout, second, groups = reward.function, run.algorithm.rollout, threading.Event(), []
+
+    def watch_rollout(*arguments: Any) -> Any:
+        groups.append(1)
+        if len(groups) == 2:
+            second.set()
+        return rollout(*arguments)
+
+    def wait(images: Any, prompts: Any, metadata: Any) -> Any:
+        if len(images) == 4:  # no evaluation
+            assert second.wait(30)
+        return score(images, prompts, metadata)
+
+    run.algorithm.rollout, reward.function = watch_rollout, wait  # pyright: ignore
+    complete(run)
+    assert read_rows(tmp_path / "run")[-1]["rollout/failed_share"] == 0
+
+
+def test_two_rewards_are_trained_on_and_reported_each(make_config: MakeConfig, tmp_path: Path):
+    (tmp_path / "two.py").write_text(
+        "import numpy as np\n"
+        "def red(images, prompts, metadata):\n    return [np.asarray(i)[..., 0].mean() / 255 for i in images]\n"
+        "def blue(images, prompts, metadata):\n    return [np.asarray(i)[..., 2].mean() / 255 for i in images]\n"
+    )
+    red, blue = f"{tmp_path}/two.py:red", f"{tmp_path}/two.py:blue"
+    rewards = f"[{red}, {{name: {blue}, weight: -0.5}}]"
+    complete(prepare(make_config(tmp_path / "run", "trainer.num_iterations=1", f"rewards={rewards}")))
+    row = read_rows(tmp_path / "run")[-1]
+    for stage in ("rollout", "eval"):
+        parts = row[f"{stage}/red_mean"] - 0.5 * row[f"{stage}/blue_mean"]
+        assert row[f"{stage}/reward_mean"] == pytest.approx(parts)
+    assert -1 <= row["rollout/correlation/red~blue"] <= 1
+    assert row["rollout/red_failed_share"] == row["rollout/blue_failed_share"] == 0
+
+
+# What goes wrong ----------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_that_is_nan_masks_its_sample_and_is_counted(make_config: MakeConfig, tmp_path: Path):
+    """NaN for the first of every four images, else 2, 4, 1 fifths."""
+    reward = reward_of(tmp_path, "[float('nan') if i % 4 == 0 else i * 7 % 5 / 5 for i in range(len(images))]")
+    run = prepare(make_config(tmp_path / "run", "trainer.num_iterations=1", reward))
+    seen = watch_advantages(run)
+    complete(run)
+    row = read_rows(tmp_path / "run")[-1]
+    assert row["rollout/failed_share"] == 0.25
+    assert row["rollout/reward_mean"] == pytest.approx(7 / 15)
+    deviations = [-1 / 15, 1 / 3, -4 / 15]
+    assert row["rollout/reward_std"] == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 3))
+    assert (row["rollout/zero_spread_share"], row["policy/skipped_updates"]) == (0, 0)
+    assert row["lora/grad_norm"] > 0
+    assert not seen[0][:, 0].any()
+    torch.testing.assert_close(seen[0].square().sum(1), torch.tensor([3.0, 3.0]).double())
+
+
+def test_a_reward_that_is_the_same_for_all_that_have_one_has_no_gradient(make_config: MakeConfig, tmp_path: Path):
+    reward = reward_of(tmp_path, "[float('nan')] + [-97.1] * (len(images) - 1)")
+    run = prepare(make_config(tmp_path / "run", "trainer.num_iterations=1", reward))
+    seen = watch_advantages(run)
+    complete(run)
+    row = read_rows(tmp_path / "run")[-1]
+    assert (row["rollout/zero_spread_share"], row["rollout/reward_std"]) == (1, pytest.approx(0, abs=1e-12))
+    assert row.keys() >= EVERY_STEP
+    assert row["policy/entropy"] is None  # no transition was taken
+    assert not seen[0].any()
+    assert row["lora/grad_norm"] == 0
+
+
+def test_a_reward_that_breaks_on_the_way_stops_the_run_where_it_can_go_on(make_config: MakeConfig, tmp_path: Path):
+    """Three of eight scores are missing in iteration 2: too many for a limit of 0.3, few enough for one of 0.4."""
+    settings = ["trainer.num_iterations=3", "evaluation.strict=null", "evaluation.every=3"]
+    complete(prepare(make_config(tmp_path / "whole", *settings)))
+
+    run = prepare(make_config(tmp_path / "run", *settings, "rewards.max_failed_share=0.3"))
+    (reward,) = run.scorer.rewards.values()
+    score, broken = reward.function, run.prompts.prompt(2).text
+    reward.function = lambda images, prompts, metadata: [
+        math.nan if prompt == broken and number else value
+        for number, (prompt, value) in enumerate(zip(prompts, score(images, prompts, metadata), strict=True))
+    ]
+    with pytest.raises(UserError, match=r"iteration 2: reward redness has no score for 38% .* resume=latest"):
+        complete(run)
+    assert checkpoints.load("latest", tmp_path / "run", "cpu")["iteration"] == 1
+    complete(prepare(make_config(tmp_path / "run", *settings, "rewards.max_failed_share=0.3", "resume=latest")))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -1,0 +1,94 @@
+"""However a run ends before its time, it goes on bit for bit."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FinishedRun, MakeConfig
+from runs import Stop, Stopper, read_rows, resume_and_compare
+
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.records import checkpoints
+from ngrpo_lora.training import state, trainer
+from ngrpo_lora.training.setup import prepare
+from ngrpo_lora.training.trainer import complete
+
+
+def test_a_killed_run_resumes_bit_for_bit(
+    finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed in iteration 4: one line after its checkpoint, and in the middle of the next."""
+    run = prepare(make_config(tmp_path, *finished_run.overrides))
+    update = trainer.update
+
+    def killed(*args: Any) -> Any:
+        if run.iteration == 3:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", killed)
+        patch.setattr(trainer, "checkpoint_on_error", nullcontext)  # which a kill leaves no time for
+        with pytest.raises(KeyboardInterrupt):
+            complete(run)
+    assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2, 3]
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["iteration-000002"]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rollout/rew')
+    resume_and_compare(finished_run, make_config, tmp_path)
+
+
+def test_ctrl_c_ends_the_iteration_and_resumes_bit_for_bit(
+    finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = prepare(make_config(tmp_path, *finished_run.overrides))
+    update, handler = trainer.update, signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", lambda *args: (signal.raise_signal(signal.SIGINT), update(*args))[1])
+        with pytest.raises(UserError, match="stopped after iteration 1 of 4; go on with resume=latest"):
+            complete(run)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["iteration-000001"]
+    resume_and_compare(finished_run, make_config, tmp_path)
+
+
+def test_a_second_ctrl_c_stops_at_once_with_a_checkpoint(
+    finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = prepare(make_config(tmp_path, *finished_run.overrides))
+    update = trainer.update
+
+    def twice(*args: Any) -> Any:
+        if run.iteration == 1:
+            run.lora_step.optimizer.register_step_post_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+        return update(*args)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "update", twice)
+            with pytest.raises(KeyboardInterrupt):
+                complete(run)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert checkpoints.checkpoints(tmp_path)[-1].name == "iteration-000001"
+    resume_and_compare(finished_run, make_config, tmp_path)
+
+
+def test_an_error_is_raised_where_no_checkpoint_can_be_written(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = Stopper(lambda run, seen: run.iteration == 1).watch(make_config(tmp_path))
+    monkeypatch.setattr(state, "save", lambda run: 1 / 0)
+    with pytest.raises(Stop):
+        complete(run)
+
+
+def test_a_checkpoint_of_another_rank_is_refused(finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path):
+    middle = checkpoints.checkpoint_dir(finished_run.output_dir, 2)
+    with pytest.raises(UserError, match="the checkpoint's adapter has other layers or another rank"):
+        prepare(make_config(tmp_path, *finished_run.overrides, "lora.rank=2", f"resume={middle}"))
