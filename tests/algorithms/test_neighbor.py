@@ -83,9 +83,26 @@ def test_candidates_start_as_neighbors(strength: float):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_candidates_follow_the_configured_solver(solver: str):
+    """Euler's step, or DPM-Solver++ 2M as its paper writes it, in log-SNR and float64."""
     rollout = roll_out(make(RolloutConfig(num_steps=5, group_size=6, solver=solver)))
-    expected = SOLVERS[solver](velocity_fn, rollout.latents[0], rollout.sigmas)
-    assert torch.equal(rollout.latents, torch.stack(expected))
+    latents, sigmas, history = rollout.latents[0].double(), rollout.sigmas.tolist(), None
+    for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        velocity = velocity_fn(latents, sigma)
+        clean = latents - sigma * velocity
+        if solver == "euler" or history is None or sigma_next == 0:
+            latents = latents + (sigma_next - sigma) * velocity
+        else:
+            now, following, before = (
+                math.log((1 - s) / s) if s < 1 else -math.inf for s in (sigma, sigma_next, history[0])
+            )
+            length = following - now
+            extrapolated = clean + length / (now - before) / 2 * (clean - history[1])
+            latents = sigma_next / sigma * latents - (1 - sigma_next) * math.expm1(-length) * extrapolated
+        history = (sigma, clean)
+        torch.testing.assert_close(rollout.latents[step + 1].double(), latents, rtol=1e-4, atol=1e-4)
+    other = {"euler": "dpmpp_2m", "dpmpp_2m": "euler"}[solver]
+    elsewhere = roll_out(make(RolloutConfig(num_steps=5, group_size=6, solver=other)))
+    assert (elsewhere.final - rollout.final).abs().max() > 1e-2
 
 
 # Advantages ---------------------------------------------------------------------------------------------------------
@@ -96,15 +113,20 @@ VALID = torch.tensor([[True, True, True, False], [True] * 4, [True] * 4])
 
 
 def test_advantages_are_the_quasi_norm_of_valid_rewards():
+    """Of -1, 0, 1 (the fourth failed), of -0.15, -0.05, 0.05, 0.15, and of two times -1.5 and 1.5."""
     found = make(advantage_p=0.7).advantages(RewardBatch(REWARDS, VALID, {}))
-    assert torch.equal(found, group_advantages(REWARDS, 0.7, VALID))
+    first, third = math.sqrt(3) / 2 ** (1 / 0.7), 2 / 4 ** (1 / 0.7)
+    second = 2 * 0.05 / (2 * 0.15**0.7 + 2 * 0.05**0.7) ** (1 / 0.7)
+    expected = [[-first, 0, first, 0], [-3 * second, -second, second, 3 * second], [-third, -third, third, third]]
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
 
 
 def test_advantages_of_a_batch_are_divided_by_its_deviation():
     """Squares about the means: 1 + 0 + 1, 2 (0.15^2 + 0.05^2), 4 * 1.5^2; 11 rewards."""
     deviation = math.sqrt((2 + 0.05 + 9) / 11)
     found = make(scale_rewards="batch").advantages(RewardBatch(REWARDS, VALID, {}))
-    torch.testing.assert_close(found, group_advantages(REWARDS, None, VALID) / deviation)
+    centered = torch.tensor([[-1.0, 0, 1, 0], [-0.15, -0.05, 0.05, 0.15], [-1.5, -1.5, 1.5, 1.5]]).double()
+    torch.testing.assert_close(found, centered / deviation, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale_rewards", ["group", "batch"])

@@ -11,8 +11,11 @@ import torch
 from conftest import FinishedRun, MakeConfig
 from runs import ONE_UPDATE, assert_same_state, one_update, poison, read_rows, same, weights, without_times
 
+from ngrpo_lora.config import OptimizerConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.records import checkpoints
+from ngrpo_lora.training.lora_step import LoraStep
+from ngrpo_lora.training.processes import Processes
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.state import state
 from ngrpo_lora.training.trainer import complete, iterate
@@ -28,6 +31,35 @@ def test_the_average_follows_the_steps_by_its_closed_form(finished_run: Finished
         for k, step in enumerate(reversed(steps)):
             expected = expected + (1 - decay) * decay**k * step[name]
         torch.testing.assert_close(averaged, expected)
+
+
+def test_the_average_keeps_its_decay_and_takes_the_rest_every_few_updates():
+    """Live weights are set by hand: 1, 2, 3, 4 after four updates; only the second and the fourth count."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    config = OptimizerConfig(ema_decay=0.9, ema_every=2)
+    step = LoraStep(config, {"weight": parameter}, Processes(), torch.float32, torch.device("cpu"))
+    seen = []
+    for live in (1.0, 2.0, 3.0, 4.0):
+        parameter.data.fill_(live)
+        step.take(finite=True, empty=True)  # nothing but the average moves
+        seen.append(step.averaged["weight"][0].item())
+    assert seen == pytest.approx([0.0, 0.1 * 2, 0.1 * 2, 0.9 * 0.2 + 0.1 * 4])
+    other = LoraStep(
+        config, {"weight": torch.nn.Parameter(torch.zeros(3))}, Processes(), torch.float32, parameter.device
+    )
+    other.restore(step.state())
+    for one in (step, other):  # an odd number of updates is remembered as well
+        one.parameters["weight"].data.fill_(5.0)
+        one.take(finite=True, empty=True)
+        assert one.averaged["weight"][0].item() == pytest.approx(0.58)
+
+
+def test_a_state_without_a_count_of_updates_is_one_of_version_0_1():
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    step = LoraStep(OptimizerConfig(), {"weight": parameter}, Processes(), torch.float32, torch.device("cpu"))
+    old = {key: value for key, value in step.state().items() if key != "taken"}
+    step.restore(old)
+    assert step.taken == 0
 
 
 def test_gradients_are_clipped_and_their_norm_before_it_reported(

@@ -47,6 +47,27 @@ def test_groups_are_scored_while_others_are_still_drawn(make_config: MakeConfig,
     assert read_rows(tmp_path / "run")[-1]["rollout/failed_share"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_sample_whose_latents_are_not_finite_has_no_score(value: float, make_config: MakeConfig, tmp_path: Path):
+    """The third of the first group's four samples, whose picture has a score like any other."""
+    run = prepare(make_config(tmp_path / "run", "trainer.num_iterations=1"))
+    rollout, groups, seen = run.algorithm.rollout, [], watch_advantages(run)
+
+    def broken(*arguments: Any) -> Any:
+        (group,) = rollout(*arguments)
+        if not groups:
+            group.final[2, 0, 0, 0] = value
+        groups.append(group)
+        return [group]
+
+    run.algorithm.rollout = broken  # pyright: ignore
+    complete(run)
+    row = read_rows(tmp_path / "run")[-1]
+    assert row["rollout/failed_share"] == 1 / 8
+    assert (seen[0] == 0).nonzero().tolist() == [[0, 2]]
+
+
 def test_two_rewards_are_trained_on_and_reported_each(make_config: MakeConfig, tmp_path: Path):
     (tmp_path / "two.py").write_text(
         "import numpy as np\n"

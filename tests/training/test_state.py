@@ -8,14 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import FinishedRun, MakeConfig
 from runs import Stop, Stopper, read_rows, resume_and_compare
+from safetensors.torch import load_file
 
+from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.records import checkpoints
 from ngrpo_lora.training import state, trainer
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
+
+
+def test_the_adapter_in_a_checkpoint_is_the_averaged_one(finished_run: FinishedRun):
+    """`hub.push: checkpoints` publishes it."""
+    folder = checkpoints.checkpoint_dir(finished_run.output_dir, 2)
+    saved = checkpoints.load(str(folder), finished_run.output_dir, "cpu")
+    tensors = load_file(folder / FILE_NAME)
+    assert len(tensors) == len(saved["averaged"])
+    differing = 0
+    for name, averaged in saved["averaged"].items():
+        scale = 2 if ".lora_B" in name else 1  # alpha 8 over rank 4, folded into B
+        tensor = tensors[f"transformer.{name.replace('.default', '')}"]
+        assert torch.equal(tensor, averaged * scale)
+        differing += not torch.equal(tensor, saved["parameters"][name] * scale)
+    assert differing == len(tensors)
 
 
 def test_a_killed_run_resumes_bit_for_bit(
