@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 __all__ = ["stale_imports"]
 
@@ -39,12 +40,12 @@ def _imports(source: str) -> Iterator[tuple[str, str]]:
 
 def _answers(module: str, name: str) -> bool:
     known = _names()
-    return module in known and (not name or name == "*" or name in known[module] or f"{module}.{name}" in known)
+    return module in known and (not name or name == "*" or name in known[module].bound or f"{module}.{name}" in known)
 
 
 def _place_of(module: str, name: str) -> str | None:
     """The most alike of the places that define a name, or of the modules, where it is a module that is asked for."""
-    places = [other for other, names in _names().items() if name and name in names]
+    places = [other for other, names in _names().items() if name and name in names.defined]
     wanted = module
     if not places:
         wanted, places, name = f"{module}.{name}".rstrip("."), [*_names()], ""
@@ -61,26 +62,36 @@ def _place_of(module: str, name: str) -> str | None:
     return f"{best}.{name}" if name else best
 
 
+class _Names(NamedTuple):
+    """Names at the top level of a module: those that it defines, and all, with those that it imports."""
+
+    defined: set[str]
+    bound: set[str]
+
+
 @cache
-def _names() -> dict[str, set[str]]:
-    """Every module of this package and the names at its top level, read and not imported."""
+def _names() -> dict[str, _Names]:
+    """Names of every module of this package, which are read and not imported."""
     known = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        known[module] = _bound(ast.parse(path.read_text(encoding="utf-8")), parts[-1] == "__init__")
+        known[module] = _names_of(ast.parse(path.read_text(encoding="utf-8")))
     return known
 
 
-def _bound(tree: ast.Module, face: bool) -> set[str]:
-    """What a file defines; of a package's own file also what it hands on."""
-    names: set[str] = set()
-    for node in ast.walk(tree) if face else tree.body:
+def _names_of(tree: ast.Module) -> _Names:
+    defined: set[str] = set()
+    imported: set[str] = set()
+    for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            names.add(node.name)
+            defined.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
-        elif isinstance(node, ast.ImportFrom) and face:
-            names |= {alias.asname or alias.name for alias in node.names}
-    return names
+            defined |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.If):  # TYPE_CHECKING, of names that load when they are used
+            inner = _names_of(ast.Module(node.body, []))
+            imported |= inner.bound
+    return _Names(defined, defined | imported)

@@ -31,39 +31,39 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_file_is_found_by_its_name_alone(package: ModuleType):
-    assert registry.names(package) == ["lion", "needs_gone"]
-    assert registry.load(package, "lion").NAME == "lion"
+    assert registry.names(package.__name__) == ["lion", "needs_gone"]
+    assert registry.load(package.__name__, "lion").NAME == "lion"
 
 
 def test_names_imports_nothing(package: ModuleType):
-    registry.names(package)
+    registry.names(package.__name__)
     assert "zoo.lion" not in sys.modules
 
 
 def test_a_new_file_needs_no_registration(package: ModuleType, tmp_path: Path):
     (tmp_path / "zoo" / "tiger.py").write_text("NAME = 'tiger'\n")
-    assert registry.load(package, "tiger").NAME == "tiger"
+    assert registry.load(package.__name__, "tiger").NAME == "tiger"
 
 
 def test_a_dotted_name_leads_elsewhere(package: ModuleType):
-    assert registry.load(package, "zoo.lion").NAME == "lion"
+    assert registry.load(package.__name__, "zoo.lion").NAME == "lion"
 
 
 @pytest.mark.parametrize("name", ["lino", "_private", "", "Lion"])
 def test_an_unknown_name_lists_the_known_ones(package: ModuleType, name: str):
     with pytest.raises(ConfigError, match="must be one of lion, needs_gone") as error:
-        registry.load(package, name)
+        registry.load(package.__name__, name)
     assert repr(name) in str(error.value)
 
 
 def test_the_nearest_name_is_suggested(package: ModuleType):
     with pytest.raises(ValueError, match=r"did you mean lion\?"):
-        registry.load(package, "lino")
+        registry.load(package.__name__, "lino")
 
 
 def test_a_missing_dependency_keeps_its_own_error(package: ModuleType):
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_gone"):
-        registry.load(package, "needs_gone")
+        registry.load(package.__name__, "needs_gone")
 
 
 def test_a_function_is_found_by_module_and_by_file(package: ModuleType):
