@@ -67,6 +67,10 @@ class AlgorithmConfig(Section, frozen=True):
     def check(self, rollout: RolloutConfig) -> None:
         """Raise ValueError, with full keys in its message, where these settings and the rollout's do not fit."""
 
+    def steps_in_words(self, rollout: RolloutConfig) -> str:
+        """How a rollout draws, for people: such as `8 dpmpp_2m steps`."""
+        return f"{rollout.num_steps} {rollout.solver} steps"
+
 
 def load_algorithm(value: Any) -> Any:
     """Validate the algorithm's section with the `Config` that its `name` chooses; a plain string is the name alone."""

@@ -60,7 +60,7 @@ def opening(config: RunConfig, trained: int, total: int, processes: int = 1) -> 
     lines = [
         f"{config.algorithm.name} on {config.model.path}: {length} iterations into {config.output_dir}",
         f"  an iteration: {rollout.prompts_per_iteration} prompts x {rollout.group_size} candidates = {samples} images",
-        f"  an image: {rollout.num_steps} {rollout.solver} steps, scored by {names}",
+        f"  an image: {config.algorithm.steps_in_words(rollout)}, scored by {names}",
         f"  trained: {trained / 1e6:.2f} M LoRA parameters of rank {config.lora.rank} on a frozen {total / 1e6:.1f} M",
         f"  evaluated on {config.evaluation.num_prompts} held-out prompts every {config.evaluation.every} iterations",
     ]

@@ -34,6 +34,10 @@ class Config(AlgorithmConfig, frozen=True):
         0.0, ge=0, description="Weight of the divergence from the base model (beta); 0.04 in the paper, 0 for FLUX."
     )
 
+    def steps_in_words(self, rollout: RolloutConfig) -> str:
+        """The steps are stochastic, whatever `rollout.solver` is."""
+        return f"{rollout.num_steps} stochastic steps ({self.step}, eta {self.eta:g})"
+
     def check(self, rollout: RolloutConfig) -> None:
         """Raise ValueError unless eta <= 1 for cps, trained steps < steps and updates <= samples."""
         if self.step == "cps" and self.eta > 1:
