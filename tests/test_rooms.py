@@ -86,25 +86,16 @@ def modules() -> dict[str, Path]:
     }
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Names below `ngrpo_lora` that a file imports anywhere, and whether only type checkers do."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_types = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
+def imports(path: Path) -> Iterator[str]:
+    """Names below `ngrpo_lora` that a file imports anywhere: also within functions, and for type checkers alone."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         found: list[str] = []
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} must import absolutely"
             found = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in found:
-            if name.startswith("ngrpo_lora."):
-                yield name.removeprefix("ngrpo_lora."), id(node) in for_types
+        yield from (name.removeprefix("ngrpo_lora.") for name in found if name.startswith("ngrpo_lora."))
 
 
 def room_of(module: str) -> str:
@@ -119,13 +110,10 @@ def test_every_room_has_its_place():
 
 @pytest.mark.parametrize("module", modules())
 def test_no_import_runs_from_a_lower_room_to_a_higher_one(module: str):
-    """Imports within functions count as well; what only type checkers import does not."""
     if module == "__init__":
         return  # hands on names of many rooms when they are asked for
     floor = ROOMS.index(room_of(module))
-    upwards = [
-        name for name, for_types in imports(modules()[module]) if not for_types and ROOMS.index(room_of(name)) > floor
-    ]
+    upwards = [name for name in imports(modules()[module]) if ROOMS.index(room_of(name)) > floor]
     assert not upwards, f"{module} imports {', '.join(upwards)} from above"
 
 
@@ -137,10 +125,7 @@ def test_no_modules_import_each_other_in_a_circle():
         parent = name.rpartition(".")[0]
         return next((m for m in (name, parent, f"{name}.__init__", f"{parent}.__init__") if m in known), None)
 
-    graph = {
-        name: {module_of(found) for found, for_types in imports(path) if not for_types} - {None}
-        for name, path in known.items()
-    }
+    graph = {name: {module_of(found) for found in imports(path)} - {None, name} for name, path in known.items()}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ngrpo_lora.console import console
 from ngrpo_lora.hub.pushing import Pusher
-from ngrpo_lora.training.run import Run
-from ngrpo_lora.training.watcher import Watcher
+from ngrpo_lora.training.watcher import Start, Watcher
 
 
 class HubWatcher(Watcher):
@@ -19,11 +18,11 @@ class HubWatcher(Watcher):
 
     pusher: Pusher | None = None
 
-    def before_start(self, run: Run) -> None:
+    def before_start(self, start: Start) -> None:
         """Start the thread that pushes, on the main process."""
-        hub = run.config.hub
-        if hub.repo is not None and run.processes.is_main:
-            self.pusher = Pusher(run.output_dir, hub)
+        hub = start.config.hub
+        if hub.repo is not None and start.is_main:
+            self.pusher = Pusher(Path(start.config.output_dir), hub)
 
     def after_save(self, step: int, last: bool) -> None:
         """Start to push a checkpoint, but not the last one, which is pushed with the adapter."""

@@ -7,19 +7,19 @@ from pathlib import Path
 from ngrpo_lora.config import dump_config
 from ngrpo_lora.records.metrics import MetricsFile
 from ngrpo_lora.reports.curves import write_summary
-from ngrpo_lora.training.run import Run
-from ngrpo_lora.training.watcher import Watcher
+from ngrpo_lora.training.watcher import Start, Watcher
 from ngrpo_lora.types import Metrics
 
 
 class Recorder(Watcher):
     """Writes for all processes, so only the main one has it. It comes first: the others find everything on disk."""
 
-    def before_start(self, run: Run) -> None:
+    def before_start(self, start: Start) -> None:
         """The configuration, and the metrics file, without what came after a checkpoint that the run goes on from."""
-        self.output_dir = run.output_dir
-        (self.output_dir / "config.yaml").write_text(dump_config(run.config))
-        self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", run.iteration if run.config.resume else None)
+        self.output_dir = Path(start.config.output_dir)
+        (self.output_dir / "config.yaml").write_text(dump_config(start.config))
+        resumed = start.iteration if start.config.resume else None
+        self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", resumed)
 
     def after_update(self, step: int, metrics: Metrics) -> None:
         """The line of an iteration, before its evaluation, which may fail."""

@@ -17,7 +17,7 @@ from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.training.lora_step import LoraStep
 from ngrpo_lora.training.metering import EvaluationCounter
 from ngrpo_lora.training.processes import Processes
-from ngrpo_lora.training.watcher import Watchers
+from ngrpo_lora.training.watcher import Start, Watchers
 
 
 @dataclass
@@ -54,6 +54,12 @@ class Run:
     def output_dir(self) -> Path:
         """The folder of everything that the run leaves."""
         return Path(self.config.output_dir)
+
+    def start(self) -> Start:
+        """What watchers are told before the run goes on."""
+        trained = sum(p.numel() for p in self.lora_step.parameters.values())
+        frozen = sum(p.numel() for p in self.family.transformer.parameters()) - trained
+        return Start(self.config, self.iteration, self.processes.count, self.processes.is_main, trained, frozen)
 
     @property
     def groups(self) -> range:

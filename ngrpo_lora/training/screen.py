@@ -9,24 +9,21 @@ from ngrpo_lora.config import RewardConfig, RunConfig
 from ngrpo_lora.console import console, progress_bar
 from ngrpo_lora.reports.tables import figures
 from ngrpo_lora.training.metering import iteration_seconds
-from ngrpo_lora.training.run import Run
-from ngrpo_lora.training.watcher import Watcher
+from ngrpo_lora.training.watcher import Start, Watcher
 from ngrpo_lora.types import Metrics
 
 
 class Screen(Watcher):
     """The terminal of the main process; those of the others stay quiet."""
 
-    def before_start(self, run: Run) -> None:
+    def before_start(self, start: Start) -> None:
         """What the run will do, and a bar from where it stands."""
-        console.quiet = not run.processes.is_main
-        trained = sum(p.numel() for p in run.lora_step.parameters.values())
-        frozen = sum(p.numel() for p in run.family.transformer.parameters()) - trained
-        console.print(opening(run.config, trained, frozen, run.processes.count))
-        self.config, self.output_dir, self.evaluation_s = run.config, run.output_dir, 0.0
+        console.quiet = not start.is_main
+        console.print(opening(start.config, start.trained, start.frozen, start.processes))
+        self.config, self.evaluation_s = start.config, 0.0
         self.bar = progress_bar()
-        total, status = run.config.trainer.num_iterations, "evaluating the base model"
-        self.task = self.bar.add_task("train", total=total, completed=run.iteration, status=status)
+        total, status = start.config.trainer.num_iterations, "evaluating the base model"
+        self.task = self.bar.add_task("train", total=total, completed=start.iteration, status=status)
         self.bar.start()
 
     def after_update(self, step: int, metrics: Metrics) -> None:
@@ -45,7 +42,7 @@ class Screen(Watcher):
 
     def after_end(self, adapter: Path) -> None:
         """The figures of the run, and where everything is."""
-        console.print(closing(self.output_dir, adapter))
+        console.print(closing(Path(self.config.output_dir), adapter))
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 from torch import nn
 
+from ngrpo_lora.config import RunConfig
 from ngrpo_lora.types import Metrics
 
-if TYPE_CHECKING:
-    from ngrpo_lora.training.run import Run
+__all__ = ["Start", "Watcher", "Watchers", "attend"]
 
-__all__ = ["Watcher", "Watchers", "attend"]
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts with, on this process.
+
+    iteration: how many iterations are complete, 0 of a new run.
+    processes: how many there are; is_main: whether this one writes files and talks to the user.
+    trained, frozen: how many parameters the adapter and its transformer have.
+    """
+
+    config: RunConfig
+    iteration: int
+    processes: int
+    is_main: bool
+    trained: int
+    frozen: int
 
 
 class Watcher:
     """Sees nothing, stops nothing. Whatever a method raises ends the run at once, with a checkpoint."""
 
-    def before_start(self, run: Run) -> None:
+    def before_start(self, start: Start) -> None:
         """Called once, when all parts of the run are there and before its first evaluation."""
 
     def before_pass(self) -> None:
@@ -54,17 +70,17 @@ class Watchers(Watcher):
         self.of_passes = [w for w in self.all if type(w).before_pass is not Watcher.before_pass]
 
     @contextmanager
-    def looking_on(self, run: Run) -> Iterator[None]:
+    def looking_on(self, start: Start) -> Iterator[None]:
         """`before_start` at its start, `close` at its end, whatever ends it."""
         try:
-            self.before_start(run)
+            self.before_start(start)
             yield
         finally:
             self.close()
 
-    def before_start(self, run: Run) -> None:
+    def before_start(self, start: Start) -> None:
         for watcher in self.all:
-            watcher.before_start(run)
+            watcher.before_start(start)
 
     def before_pass(self) -> None:
         for watcher in self.of_passes:

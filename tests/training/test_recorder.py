@@ -23,7 +23,7 @@ def run(finished_run: FinishedRun, tmp_path: Path) -> Run:
 
 def test_the_configuration_is_there_from_the_start_and_a_line_before_its_evaluation(run: Run, tmp_path: Path):
     recorder = Recorder()
-    recorder.before_start(run)
+    recorder.before_start(run.start())
     assert load_config(tmp_path / "config.yaml") == run.config
     assert read_rows(tmp_path) == []
     recorder.after_step(0, {"eval/reward_mean": 0.5})
@@ -35,10 +35,11 @@ def test_the_configuration_is_there_from_the_start_and_a_line_before_its_evaluat
 
 def test_a_resumed_run_drops_the_lines_after_its_checkpoint_and_a_new_one_all(run: Run, tmp_path: Path):
     recorder = Recorder()
-    recorder.before_start(run)
+    recorder.before_start(run.start())
     for step in range(4):
         recorder.after_step(step, {})
-    Recorder().before_start(replace(run, config=run.config.model_copy(update={"resume": "latest"}), iteration=2))
+    resumed = replace(run, config=run.config.model_copy(update={"resume": "latest"}), iteration=2)
+    Recorder().before_start(resumed.start())
     assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2]
-    Recorder().before_start(run)
+    Recorder().before_start(run.start())
     assert read_rows(tmp_path) == []
