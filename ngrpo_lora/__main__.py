@@ -1,5 +1,5 @@
 """Lets `python -m ngrpo_lora` run the command `ngrpo`."""
 
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app
 
 app()

@@ -20,7 +20,7 @@ from ngrpo_lora.adapters.loading import load_adapter
 from ngrpo_lora.adapters.merging import merge
 from ngrpo_lora.adapters.reading import Layer, read_adapter_file
 from ngrpo_lora.adapters.writing import peft_metadata, save_tensors, state_dict
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.world import EMBEDDED

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app
 from ngrpo_lora.config import RunConfig
 
 pytestmark = pytest.mark.usefixtures("nothing_heavy")

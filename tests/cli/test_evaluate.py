@@ -13,7 +13,7 @@ from commands import refuse
 from PIL import Image
 from typer.testing import CliRunner
 
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app
 from ngrpo_lora.evaluation import comparison, judging, statistics
 from ngrpo_lora.reports.grids import CELL_PX, LINE_PX
 from ngrpo_lora.sampling import sampler

@@ -11,7 +11,7 @@ from commands import refuse
 from typer.testing import CliRunner
 
 from ngrpo_lora import rewards
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app
 from ngrpo_lora.config import load_config
 from ngrpo_lora.registry import names
 

@@ -11,8 +11,7 @@ import torch
 from commands import refuse
 from typer.testing import CliRunner
 
-from ngrpo_lora.cli import launching, train
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app, launching, train
 from ngrpo_lora.config import RunConfig, dump_config, load_config
 from ngrpo_lora.records.checkpoints import STATE_FILE
 

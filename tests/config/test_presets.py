@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app
 from ngrpo_lora.config import dump_config, load_config, preset_names, presets
 from ngrpo_lora.config.presets import MEMORY, preset_files
 from ngrpo_lora.errors import ConfigError

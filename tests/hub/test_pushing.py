@@ -22,7 +22,7 @@ from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, Repository
 from typer.testing import CliRunner
 
 import ngrpo_lora.hub
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app
 from ngrpo_lora.config import HubConfig, dump_config, load_config
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.hub.pipeline_file import pipeline_file

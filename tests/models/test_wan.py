@@ -33,7 +33,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
 
 from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.prompts.files import Prompt

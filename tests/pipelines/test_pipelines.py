@@ -8,6 +8,7 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, FluxPipeline
 from diffusers.utils import dynamic_modules_utils
 from hub_server import HubServer, Repository
 from PIL import Image
+from rounding import relative_error, with_rounding
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,7 +40,7 @@ from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.models.flux import EMBEDDED
 from ngrpo_lora.records.pictures import read_png_text
-from ngrpo_lora.sampling.sampler import sample_images
+from ngrpo_lora.sampling.sampler import sample_images, solve
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.rollouts import roll_out
 from ngrpo_lora.training.setup import prepare
@@ -52,7 +54,7 @@ import test_sana
 import test_sd3
 import test_wan
 import test_z_image
-from family_checks import check_sampling, load, noise_of, record, relative_error, stock
+from family_checks import check_sampling, load, noise_of, record, stock
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red star", "two blue circles"]
@@ -207,15 +209,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_latents_are_the_trainers_in_ours_and_in_the_stock_pipeline_with_the_scheduler(case: Case):
     noise = noise_of(case.family, 7)
-    expected = trained_latents(case.family, noise)
+    expected, rounding = with_rounding(case.family.transformer, lambda: trained_latents(case.family, noise))
     ours = latents_of(case.ours)
     packed = case.ours._packed(noise)
     theirs = case.stock(PROMPTS[0], latents=packed, **case.call).images
     assert torch.equal(ours, theirs)
     if case.name == "flux":
         assert torch.equal(case.unpack(ours), expected)
-    else:  # both passes of guidance in one batch, or norms summed in another order: at most 9e-7 where this was written
-        assert relative_error(case.unpack(ours), expected) <= 2e-6
+    else:  # both passes of guidance in one batch, or norms summed in another order
+        assert relative_error(case.unpack(ours), expected) <= rounding
 
 
 def test_pictures_are_those_of_ngrpo_sample(case: Case):
@@ -332,10 +334,12 @@ def test_a_picture_is_the_same_to_the_bit_whatever_is_drawn_with_it(case: Case):
 
 def test_one_generator_draws_the_noises_that_the_stock_pipeline_draws(flux: Case):
     call = flux.call | {"prompt": PROMPTS, "num_images_per_prompt": 2}
-    ours, theirs = (
-        pipeline(**call, generator=torch.Generator().manual_seed(3)).images for pipeline in (flux.ours, flux.stock)
-    )
-    assert relative_error(ours, theirs) < 1e-5
+
+    def drawn(pipeline: Any) -> Tensor:
+        return pipeline(**call, generator=torch.Generator().manual_seed(3)).images
+
+    ours, rounding = with_rounding(flux.ours.transformer, lambda: drawn(flux.ours))
+    assert relative_error(drawn(flux.stock), ours) <= rounding
     torch.manual_seed(3)
     assert torch.equal(flux.ours(**call).images, ours)
 
@@ -367,16 +371,15 @@ def test_strengths_are_those_of_the_trainers_family(strength: float, case: Case)
     try:
         for pipeline in (case.ours, case.family.pipeline, case.stock):
             pipeline.set_adapters(pipeline.get_active_adapters(), strength)
-        ours, expected = latents_of(case.ours), trained_latents(case.family, noise)
+        ours = latents_of(case.ours)
         theirs = case.stock(PROMPTS[0], latents=case.ours._packed(noise), **case.call).images
-        if strength == 0:
-            with lora.disabled(case.family.transformer):
-                expected = trained_latents(case.family, noise)
+        with lora.disabled(case.family.transformer) if strength == 0 else nullcontext():
+            expected, rounding = with_rounding(case.family.transformer, lambda: trained_latents(case.family, noise))
     finally:
         for pipeline in (case.ours, case.family.pipeline, case.stock):
             pipeline.set_adapters(pipeline.get_active_adapters(), 1.0)
     assert torch.equal(ours, theirs)
-    assert relative_error(case.unpack(ours), expected) <= (0 if case.name == "flux" else 2e-6)
+    assert relative_error(case.unpack(ours), expected) <= (0 if case.name == "flux" else rounding)
     if strength != 1:
         assert relative_error(ours, latents_of(case.ours)) > 1e-5
 
@@ -412,17 +415,18 @@ def rewrite(adapter: Path, path: Path, factor: float = 1.0, **rollout: Any) -> P
 def test_several_adapters_add_up_and_the_first_loaded_is_heard(
     case: Case, fresh: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    full, base = latents_of(fresh), latents_of(fresh, num_inference_steps=4)
+    full, rounding = with_rounding(fresh.transformer, lambda: latents_of(fresh))
+    base = latents_of(fresh, num_inference_steps=4)
     fresh.load_lora_weights(rewrite(case.adapter, tmp_path / "same.safetensors"), adapter_name="same")
     fresh.set_adapters(["first", "same"], [0.25, 0.75])
-    assert relative_error(latents_of(fresh), full) < 1e-6
+    assert relative_error(latents_of(fresh), full) <= rounding
     other = rewrite(case.adapter, tmp_path / "other.safetensors", -1.0, num_steps=3, solver="euler")
     fresh.load_lora_weights(other, adapter_name="other")
     fresh.set_adapters(["other", "first"])
-    both = latents_of(fresh)
+    both, rounding = with_rounding(fresh.transformer, lambda: latents_of(fresh))
     assert "adapters other want other settings than first, loaded first, which is heard" in caplog.text
     fresh.disable_lora()
-    assert relative_error(both, latents_of(fresh, seeds=7)) < 1e-6
+    assert relative_error(both, latents_of(fresh, seeds=7)) <= rounding
     fresh.enable_lora()
     fresh.set_adapters("other")
     assert torch.equal(latents_of(fresh), latents_of(fresh, num_inference_steps=3, solver="euler"))
@@ -430,17 +434,17 @@ def test_several_adapters_add_up_and_the_first_loaded_is_heard(
 
 
 def test_a_fused_adapter_draws_the_same_and_is_still_heard(case: Case, fresh: Any):
-    full = latents_of(fresh)
+    full, rounding = with_rounding(fresh.transformer, lambda: latents_of(fresh))
     fresh.disable_lora()
     base = latents_of(fresh)
     fresh.enable_lora()
     fresh.fuse_lora()
-    assert relative_error(latents_of(fresh), full) < 1e-5
+    assert relative_error(latents_of(fresh), full) <= rounding
     fresh.unfuse_lora()
-    assert relative_error(latents_of(fresh), full) < 1e-5
+    assert relative_error(latents_of(fresh), full) <= rounding
     fresh.fuse_lora()
     fresh.unload_lora_weights()
-    assert relative_error(latents_of(fresh), full) < 1e-5
+    assert relative_error(latents_of(fresh), full) <= rounding
     assert relative_error(base, full) > 1e-3
 
 
@@ -448,11 +452,11 @@ def test_a_fused_adapter_draws_the_same_and_is_still_heard(case: Case, fresh: An
 def test_every_format_that_diffusers_reads_is_drawn_the_same(form: Format, case: Case, fresh: Any, tmp_path: Path):
     if form == "kohya" and case.name in ("flux", "sd3"):
         pytest.skip("diffusers reads kohya's names of FLUX.1 at its own width alone, and none of SD3")
-    expected = latents_of(fresh)
+    expected, rounding = with_rounding(fresh.transformer, lambda: latents_of(fresh))
     save_tensors(tmp_path / "x.safetensors", *convert(read_adapter_file(case.adapter), form))
     fresh.load_lora_weights(tmp_path / "x.safetensors", adapter_name="x")
     fresh.set_adapters("x")
-    assert relative_error(latents_of(fresh), expected) < 1e-6
+    assert relative_error(latents_of(fresh), expected) <= rounding
 
 
 @pytest.mark.parametrize("kind", ["alpha", "rslora", "patterns"])
@@ -473,12 +477,12 @@ def test_an_alpha_of_the_header_is_applied(kind: str, case: Case, fresh: Any, tm
         layer = f"^{re.escape(first.removeprefix('transformer.'))}"
         config |= {"transformer.rank_pattern": {layer: 2 * rank}, "transformer.alpha_pattern": {layer: rank}}
         scales[f"{first}.lora_B.weight"] = 0.5
-    expected = latents_of(fresh)
+    expected, rounding = with_rounding(fresh.transformer, lambda: latents_of(fresh))
     tensors |= {key: tensors[key] / scale for key, scale in scales.items()}
     save_file(tensors, tmp_path / "x.safetensors", metadata | {"lora_adapter_metadata": json.dumps(config)})
     fresh.load_lora_weights(tmp_path / "x.safetensors", adapter_name="x")
     fresh.set_adapters("x")
-    assert relative_error(latents_of(fresh), expected) < 1e-6
+    assert relative_error(latents_of(fresh), expected) <= rounding
     fresh.set_adapters("x", 1 / 3)
     assert relative_error(latents_of(fresh), expected) > 1e-5
 
@@ -646,11 +650,12 @@ def test_a_pipeline_is_saved_and_opened_by_ours_and_by_diffusers(flux: Case, pip
     again = open_pipeline(tmp_path, str(ROOT / "pipelines" / "flux.py"))
     again.load_lora_weights(flux.adapter)
     # Not to the bit: weights at another place of a file are at another place in memory, and other kernels run.
-    assert relative_error(latents_of(again), latents_of(flux.ours)) < 1e-6
+    expected, rounding = with_rounding(flux.ours.transformer, lambda: latents_of(flux.ours))
+    assert relative_error(latents_of(again), expected) <= rounding
     theirs = exact(FluxPipeline.from_pretrained(tmp_path, dtype=torch.float32), flux.ours)
     theirs.load_lora_weights(flux.adapter)
     noise = flux.ours._packed(noise_of(flux.family, 7))
-    assert relative_error(theirs(PROMPTS[0], latents=noise, **flux.call).images, latents_of(flux.ours)) < 1e-6
+    assert relative_error(theirs(PROMPTS[0], latents=noise, **flux.call).images, expected) <= rounding
 
 
 def test_a_folder_with_a_pipeline_file_is_a_custom_pipeline(flux: Case, tmp_path: Path):
@@ -672,15 +677,17 @@ def test_the_scheduler_drops_into_img2img(flux: Case, monkeypatch: pytest.Monkey
     drawn = pipeline(PROMPTS[0], image=image, strength=0.75, generator=torch.Generator().manual_seed(0), **call).images
     text, sigmas = flux.family.encode(PROMPTS[:1]), flux.family.sigmas(8)[2:]
     start = flux.unpack(flux.ours._packed(noised[0]) if noised[0].ndim == 4 else noised[0])
-    with torch.no_grad():
-        expected = SOLVERS["dpmpp_2m"](lambda x, sigma: flux.family.velocity(x, sigma, text), start, sigmas)[-1]
-    assert relative_error(flux.unpack(drawn), expected) < 1e-6
+    expected, rounding = with_rounding(
+        flux.family.transformer, lambda: solve(flux.family, text, start, "dpmpp_2m", sigmas)
+    )
+    assert relative_error(flux.unpack(drawn), expected) <= rounding
 
 
 @pytest.mark.slow
 def test_a_compiled_transformer_draws_the_same(flux: Case, pipeline: Any):
     pipeline.transformer.compile()
-    assert relative_error(latents_of(pipeline), latents_of(flux.ours)) < 1e-4
+    expected, rounding = with_rounding(flux.ours.transformer, lambda: latents_of(flux.ours))
+    assert relative_error(latents_of(pipeline), expected) <= rounding
 
 
 # Start from an image --------------------------------------------------------------------------------------------------
@@ -719,8 +726,11 @@ def test_a_picture_from_an_image_is_the_stock_pipelines_of_its_seed(case: Case):
     theirs = stock_from_image(case, PROMPTS[0], 9, large.resize(size, Image.Resampling.LANCZOS), 0.5)
     assert torch.equal(latents_of(case.ours, seeds=9, image=large, strength=0.5), theirs)
     tensor = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
-    both = latents_of(case.ours, prompt=[PROMPTS[0], LONG], seeds=5, image=tensor, strength=0.5)
-    assert relative_error(both, drawn[::2]) < 1e-5
+    both, rounding = with_rounding(
+        case.ours.transformer,
+        lambda: latents_of(case.ours, prompt=[PROMPTS[0], LONG], seeds=5, image=tensor, strength=0.5),
+    )
+    assert relative_error(both, drawn[::2]) <= rounding
 
 
 def test_of_an_image_the_last_steps_are_taken_at_the_exact_noise_levels(case: Case):
@@ -900,9 +910,9 @@ def test_alpha_beside_the_matrices_is_an_error_where_diffusers_does_not_read_it_
     case.ours.load_lora_weights(path, adapter_name="x")
     try:
         case.ours.set_adapters("x")
-        doubled = latents_of(case.ours, **case.call)
+        doubled, rounding = with_rounding(case.ours.transformer, lambda: latents_of(case.ours, **case.call))
         case.ours.set_adapters("default", 2.0)
-        assert relative_error(doubled, latents_of(case.ours)) < 1e-6
+        assert relative_error(doubled, latents_of(case.ours)) <= rounding
     finally:
         case.ours.delete_adapters("x")
         case.ours.set_adapters("default")

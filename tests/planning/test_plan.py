@@ -9,7 +9,7 @@ import pytest
 from conftest import MakeConfig, update_peak
 from typer.testing import CliRunner
 
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app
 from ngrpo_lora.config import RunConfig, load_config, preset_names
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.planning.plan import GIB, Plan, make_plan

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app
 from ngrpo_lora.config import load_config
 from ngrpo_lora.planning.plan import GIB, MARGIN, make_plan
 from ngrpo_lora.planning.report import shortage, suggest

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app
 from ngrpo_lora.config import load_config
 from ngrpo_lora.planning.preflight import check_run
 

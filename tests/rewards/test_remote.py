@@ -29,7 +29,7 @@ from PIL import Image
 from scripted_server import Answer, ScriptedServer
 from typer.testing import CliRunner
 
-from ngrpo_lora.cli.app import app
+from ngrpo_lora.cli import app
 from ngrpo_lora.config import parse_config
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.scoring.scorer import Scorer
