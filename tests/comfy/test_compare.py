@@ -16,7 +16,7 @@ from PIL import Image
 from ngrpo_lora.adapters.reading import Layer
 from ngrpo_lora.config import ModelConfig, RewardConfig
 from ngrpo_lora.models._loading import load_family
-from ngrpo_lora.rewards import load as load_reward
+from ngrpo_lora.scoring.scorer import load_reward
 
 HEADER = {"ss_base_model_version": "flux1"}
 
