@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ngrpo_lora.noise import gaussian_noise
-from ngrpo_lora.solvers import SOLVERS
 from rounding import relative_error, with_rounding
 from torch import Tensor
 
 from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.equations.noise import gaussian_noise
+from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.sampling import load_family
+from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.types import TextEmbeds
 
 

@@ -299,7 +299,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
     code = """if True:
         import json, sys
         from ngrpo_lora.errors import ConfigError
-        from ngrpo_lora.prompt_files import read_prompts
+        from ngrpo_lora.prompts.files import read_prompts
         answers = {}
         for source in sys.argv[1:]:
             try: answers[source] = read_prompts(source).prompts
