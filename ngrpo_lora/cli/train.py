@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ngrpo_lora.cli.app import RunArguments, split_arguments
 from ngrpo_lora.errors import SharedError, UserError
 
 if TYPE_CHECKING:
     from ngrpo_lora.config import RunConfig
-from ngrpo_lora.cli.app import RunArguments, split_arguments
 
 
 def train(

@@ -17,6 +17,8 @@ from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.console import console
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation import pages
+from ngrpo_lora.evaluation.judging import judge, write_csv, write_json
+from ngrpo_lora.evaluation.statistics import Difference, compare_scores
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.sources import open_prompts
 from ngrpo_lora.records.files import digest
@@ -27,8 +29,6 @@ from ngrpo_lora.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
     from ngrpo_lora.adapters.header import AdapterInfo
-from ngrpo_lora.evaluation.judging import judge, write_csv, write_json
-from ngrpo_lora.evaluation.statistics import Difference, compare_scores
 
 __all__ = ["compare_adapters", "distinct_prompts", "open_candidates"]
 
