@@ -10,10 +10,9 @@ import yaml
 from commands import refuse
 from typer.testing import CliRunner
 
-from ngrpo_lora import rewards
 from ngrpo_lora.cli import app
 from ngrpo_lora.config import load_config
-from ngrpo_lora.registry import names
+from ngrpo_lora.registry import REWARDS, names
 
 pytestmark = pytest.mark.usefixtures("nothing_heavy")
 
@@ -49,7 +48,7 @@ def test_describe_lists_every_key():
 def test_rewards_are_listed_with_what_they_say():
     lines = CliRunner().invoke(app, ["rewards"]).stdout.splitlines()
     listed = {line.split()[0]: line for line in lines if line and line[0] != "`"}
-    assert set(listed) == set(names(rewards))
+    assert set(listed) == set(names(REWARDS))
     assert "prefer an image" in listed["hpsv2"]
 
 
