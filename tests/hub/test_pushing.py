@@ -21,10 +21,10 @@ from conftest import SMALL_RUN, FinishedRun, MakeConfig
 from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, Repository
 from typer.testing import CliRunner
 
-import ngrpo_lora.hub
 from ngrpo_lora.cli import app
 from ngrpo_lora.config import HubConfig, dump_config, load_config
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.hub import pushing
 from ngrpo_lora.hub.pipeline_file import pipeline_file
 from ngrpo_lora.hub.pushing import Pusher, check_access, push_run
 from ngrpo_lora.planning.preflight import check_run
@@ -237,7 +237,7 @@ def test_no_connection_is_said_before_training(endpoint: str, hub: HubServer, mo
 def test_a_hub_that_never_answers_is_given_up(hub: HubServer, monkeypatch: pytest.MonkeyPatch):
     answer = threading.Event()
     hub.before = lambda request: answer.wait(30)
-    monkeypatch.setattr(ngrpo_lora.hub, "CHECK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(pushing, "CHECK_TIMEOUT_S", 0.2)
     assert "the Hub cannot be reached (no answer)" in before_training(HubConfig(repo=REPO))
     answer.set()
 

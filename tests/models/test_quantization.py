@@ -17,7 +17,7 @@ from diffusers import FluxPipeline
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from torch import Tensor, nn
 
-from ngrpo_lora.adapters import header, lora
+from ngrpo_lora.adapters import lora
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.config import ModelConfig, RolloutConfig
@@ -197,7 +197,7 @@ def test_what_does_not_go_with_quantised_weights_is_refused_with_the_configurati
 def test_without_a_gpu_one_draws_with_the_whole_base(monkeypatch: pytest.MonkeyPatch):
     for kind, drawn in (("nf4", "none"), ("int8", "none"), ("int8_torchao", "int8_torchao"), ("none", "none")):
         info = AdapterInfo(ModelConfig(quantization=kind), RolloutConfig())
-        monkeypatch.setattr(header, "read_adapter", lambda path, info=info: info)
+        monkeypatch.setattr(settings, "read_adapter", lambda path, info=info: info)
         assert settings.drawing_settings("adapter", None, "cpu").model.quantization == drawn
 
 

@@ -24,6 +24,7 @@ from ngrpo_lora.prompts.sources import (
     read_split,
     token_lengths,
 )
+from ngrpo_lora.world import EMBEDDED
 from ngrpo_lora.world.scenes import TASKS, parse
 
 Write = Callable[..., str]
@@ -192,7 +193,7 @@ def test_every_faulty_source_is_a_problem_of_its_key(write: Write):
 
 
 def test_prompts_beyond_a_tokenizers_limit_are_counted():
-    folder = Path(open_prompts.__code__.co_filename).parent / "world" / "model"
+    folder = EMBEDDED
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
     prompts = ["a red star", "a red star and a red star and a red star and a red star and a red star"]
     assert token_lengths(prompts, tokenizer) == [len(tokenizer.tokenize(prompt)) + 2 for prompt in prompts] == [5, 21]
