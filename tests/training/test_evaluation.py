@@ -11,6 +11,8 @@ from conftest import FinishedRun, MakeConfig
 from runs import read_rows, reward_of, same, weights
 
 from ngrpo_lora.adapters import lora
+from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.adapters.header import read_adapter
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.sampling.sampler import draw
 from ngrpo_lora.training.setup import prepare
@@ -29,6 +31,22 @@ def test_evaluation_draws_fixed_seeds_with_the_averaged_weights(finished_run: Fi
     with lora.swapped(run.family.transformer, run.lora_step.averaged):
         assert row["eval/reward_mean"] == pytest.approx(redness(), abs=1e-9)
     assert row["eval/reward_mean"] != pytest.approx(redness(), abs=1e-9)
+
+
+def test_an_evaluation_has_a_solver_and_steps_of_its_own_which_the_adapter_names(
+    make_config: MakeConfig, tmp_path: Path
+):
+    settings = ["trainer.num_iterations=1", "evaluation.solver=euler", "evaluation.num_steps=6"]
+    run = prepare(make_config(tmp_path, *settings))
+    complete(run)
+    text = run.family.encode([prompt.text for prompt in run.held_out])
+    images = draw(run.family, text, [1000, 1001], "euler", run.family.sigmas(6))
+    expected = sum(np.asarray(image)[..., 0].mean() / 255 for image in images) / 2
+    row = read_rows(tmp_path)[-1]
+    assert row["eval/reward_mean"] == pytest.approx(expected, abs=1e-9)
+    assert row["nfe/old_per_sample"] == 4 + 0.5  # the rollout's own steps, and the second update's old velocities
+    said = read_adapter(tmp_path / "adapter" / FILE_NAME).rollout
+    assert (said.solver, said.num_steps) == ("euler", 6)
 
 
 def test_an_evaluation_leaves_every_score_by_prompt_and_seed(finished_run: FinishedRun):

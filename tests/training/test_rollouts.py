@@ -21,3 +21,18 @@ def test_every_iteration_has_its_own_prompts_and_every_group_its_own_noise(
     monkeypatch.setattr(run, "iteration", 5)
     assert prompts_of(run) == [run.prompts.prompt(i) for i in (10, 11)]
     assert not torch.equal(first[0], next(roll_out(run, text)).latents[0])
+
+
+def test_an_algorithm_is_told_the_iteration_and_the_schedule(
+    finished_run: FinishedRun, monkeypatch: pytest.MonkeyPatch
+):
+    """What moves with time moves with it, also where a run goes on from a checkpoint."""
+    run, told = finished_run.run, []
+    rollout = run.algorithm.rollout
+    monkeypatch.setattr(run.algorithm, "rollout", lambda *words: (told.append(words), rollout(*words))[1])
+    monkeypatch.setattr(run, "iteration", 7)
+    next(roll_out(run, run.family.encode(["a red star"])))
+    ((_, schedule, shape, _, iteration, _),) = told
+    assert (iteration, shape) == (7, run.family.latent_shape)
+    assert torch.equal(schedule.sigmas, run.family.sigmas(4))
+    assert schedule.shift == run.family.shift(4)
