@@ -8,6 +8,7 @@ import pytest
 from refusing import message
 
 from ngrpo_lora.config import RunConfig, changed_keys, describe, dump_config, load_config, preset_names
+from ngrpo_lora.config.plugins import algorithm_settings
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -96,3 +97,8 @@ def test_a_missing_file_and_an_unknown_preset_say_what_exists(tmp_path: Path):
     assert "is a folder" in message(config=tmp_path)
     assert "did you mean demo?" in message(config="demoo")
     assert "demo, flux" in message(config="demoo")
+
+
+def test_another_algorithm_has_nothing_of_the_settings_of_the_files_one():
+    config = load_config("demo", ["algorithm=flow_grpo", "algorithm.eta=0.5"])
+    assert config.algorithm.model_dump() == {**algorithm_settings("flow_grpo")().model_dump(), "eta": 0.5}
