@@ -301,14 +301,15 @@ def test_a_run_cancelled_anywhere_goes_on_bit_for_bit(whole: Result, server: Com
         )
     result = succeeded(server.run(graph))
     assert result.seconds < whole.seconds
-    assert max(waited.values()) < 1.0, waited
+    # A stage takes seconds, more of them on a slow machine: its end is not waited for.
+    assert max(waited.values()) < max(1.0, whole.seconds / 10), waited
     assert same(lora_of(base, "cancelled"), lora_of(base, "whole"))
     assert rows_of(base, "cancelled") == rows_of(base, "whole")
 
 
-def test_cancel_while_a_reward_is_waited_for(server: Comfy):
+def test_cancel_while_a_reward_is_waited_for(whole: Result, server: Comfy):
     graph = train("waiting", rewards=["reward", 0]) | rewarded_by("slow")
-    assert cancel_at(server, graph, "evaluate 0") < 1.0
+    assert cancel_at(server, graph, "evaluate 0") < max(1.0, whole.seconds / 10)  # of the 30 s that it takes
 
 
 def test_a_finished_run_is_neither_trained_again_nor_overwritten(whole: Result, server: Comfy, base: Path):
