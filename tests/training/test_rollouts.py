@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import FinishedRun
 
+from ngrpo_lora import flow_sigmas
 from ngrpo_lora.training.rollouts import prompts_of, roll_out
 
 
@@ -36,3 +37,4 @@ def test_an_algorithm_is_told_the_iteration_and_the_schedule(
     assert (iteration, shape) == (7, run.family.latent_shape)
     assert torch.equal(schedule.sigmas, run.family.sigmas(4))
     assert schedule.shift == run.family.shift(4)
+    assert torch.equal(run.family.schedule(4, 1.5).sigmas, flow_sigmas(4, 1.5))  # where the configuration gives a shift
