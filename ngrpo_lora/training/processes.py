@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ngrpo_lora.errors import UserError, first_line
 from ngrpo_lora.ranks import launched
 
-__all__ = ["Processes", "is_loss", "shard"]
+__all__ = ["Processes", "base_is_sharded", "is_loss", "shard"]
 
 T = TypeVar("T")
 
@@ -128,6 +128,11 @@ class Processes:
         """Leave the others in order; without it they would report a lost connection."""
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def base_is_sharded(strategy: str, num_processes: int) -> bool:
+    """Whether processes share the frozen base in pieces, so that each needs as many passes as any other."""
+    return strategy == "fsdp" and num_processes > 1
 
 
 def shard(

@@ -16,7 +16,7 @@ from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.training.lora_step import LoraStep
 from ngrpo_lora.training.metering import EvaluationCounter
-from ngrpo_lora.training.processes import Processes
+from ngrpo_lora.training.processes import Processes, base_is_sharded
 from ngrpo_lora.training.watcher import Start, Watchers
 
 
@@ -68,8 +68,8 @@ class Run:
 
     @property
     def base_is_sharded(self) -> bool:
-        """Whether the processes share the frozen base in pieces, so that each needs as many passes as any other."""
-        return self.config.trainer.strategy == "fsdp" and self.processes.count > 1
+        """Whether the processes of this run share the frozen base in pieces."""
+        return base_is_sharded(self.config.trainer.strategy, self.processes.count)
 
     @property
     def is_complete(self) -> bool:

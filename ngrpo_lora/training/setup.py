@@ -28,7 +28,7 @@ from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.evaluation import strict_reward
 from ngrpo_lora.training.lora_step import LoraStep
 from ngrpo_lora.training.metering import EvaluationCounter
-from ngrpo_lora.training.processes import Processes, shard
+from ngrpo_lora.training.processes import Processes, base_is_sharded, shard
 from ngrpo_lora.training.recorder import Recorder
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.screen import Screen
@@ -93,7 +93,7 @@ def misfit(config: RunConfig, count: int) -> str | None:
     groups = config.rollout.prompts_per_iteration
     if groups < count:
         return f"rollout.prompts_per_iteration must be at least the number of processes ({count}), got {groups}"
-    if config.trainer.strategy == "fsdp" and count > 1 and groups % count:
+    if base_is_sharded(config.trainer.strategy, count) and groups % count:
         return (
             f"rollout.prompts_per_iteration must be a multiple of the number of processes ({count}) with "
             f"trainer.strategy=fsdp, got {groups}"
@@ -159,7 +159,7 @@ def load_model(
     held_out: list[Prompt],
 ) -> BaseFamily:
     """The model; with `model.text_encoders: cache` its encoders come and go before the transformer is loaded."""
-    sharded = config.trainer.strategy == "fsdp" and processes.count > 1
+    sharded = base_is_sharded(config.trainer.strategy, processes.count)
     if model.text_encoders != "cache":
         return load_family(model, base_is_sharded=sharded)
     cache = EmbeddingCache(Path(config.output_dir) / "embeddings", model)
@@ -206,7 +206,7 @@ def add_lora(config: RunConfig, family: BaseFamily, num_processes: int) -> dict[
     if config.trainer.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     parameters = lora.parameters(transformer)
-    if config.trainer.strategy == "fsdp" and num_processes > 1:
+    if base_is_sharded(config.trainer.strategy, num_processes):
         shard(transformer, family.blocks, set(parameters.values()), family.device)
     if config.model.compile:
         family.compile_blocks()
