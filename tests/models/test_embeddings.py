@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.equations.noise import gaussian_noise
-from ngrpo_lora.models import _embeddings, _loading
+from ngrpo_lora.models import _embeddings
 from ngrpo_lora.models._base import Parts
 from ngrpo_lora.models._embeddings import EmbeddingCache
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.models.flux import Family
+from ngrpo_lora.training import setup
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
@@ -77,7 +78,7 @@ def test_encoders_are_gone_before_the_transformer_is_loaded(
         encoders.extend(weakref.ref(parameter) for encoder in family.encoders for parameter in encoder.parameters())
         return family
 
-    monkeypatch.setattr(_loading, "load_family", load)
+    monkeypatch.setattr(setup, "load_family", load)
     family: Any = prepare(make_config(tmp_path, *SHORT, "model.text_encoders=cache")).family
     assert loaded == ["text", "image"]
     assert len(encoders) > 2
@@ -92,12 +93,12 @@ def test_a_resumed_run_encodes_only_what_is_new(make_config: MakeConfig, tmp_pat
     first = start("trainer.num_iterations=1", "evaluation.every=1")
     prompts = {first.prompts.prompt(i).text for i in range(2)} | {p.text for p in first.held_out} | {""}
     assert sorted(encoded) == sorted(prompts)
-    first.run()
+    complete(first)
     assert sorted(encoded) == sorted(prompts)
     encoded.clear()
     start("resume=latest", "trainer.num_iterations=1", "evaluation.every=1")
     assert encoded == []
-    start("resume=latest", "trainer.num_iterations=2").run()
+    complete(start("resume=latest", "trainer.num_iterations=2"))
     assert sorted(encoded) == sorted({first.prompts.prompt(i).text for i in range(2, 4)} - prompts)
 
 
@@ -124,7 +125,7 @@ def test_a_file_that_was_not_finished_is_not_taken_for_one(
         patch.setattr(_embeddings, "save_file", torn)
         with pytest.raises(KeyboardInterrupt):
             filled(tmp_path, ModelConfig(), PROMPTS)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
     cache = EmbeddingCache(tmp_path, ModelConfig())
     assert cache.missing(PROMPTS) == PROMPTS[:2]
     encoded.clear()
