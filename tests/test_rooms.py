@@ -25,8 +25,8 @@ ROOMS = [
         "console",
     ),  # words that all use
     "equations",  # the paper's equations, as functions of tensors
-    "world",  # the embedded world: scenes, verifier, model
     "records",  # what a run leaves on disk
+    "world",  # the embedded world: scenes, verifier, model
     "config",  # one checked RunConfig
     "reports",  # records as pictures, curves and tables
     "prompts",  # where prompts come from
