@@ -50,9 +50,19 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
 # Modules without a test file of their own name, and where they are tested.
 TESTED_IN = {
     "algorithms._base": "algorithms/test_flow_grpo.py",  # a protocol, which a run of this one keeps to
+    "algorithms._dealing": "algorithms/test_dance.py",
+    "algorithms._window": "algorithms/test_mix.py",
     "cli.push": "hub/test_pushing.py",
+    "config.algorithms._sde": "algorithms/test_dance.py",
+    "config.algorithms._window": "algorithms/test_mix.py",
+    "config.algorithms.best_of_n": "algorithms/test_best_of_n.py",
+    "config.algorithms.branch": "algorithms/test_branch.py",
+    "config.algorithms.dance": "algorithms/test_dance.py",
     "config.algorithms.flow_grpo": "algorithms/test_flow_grpo.py",
+    "config.algorithms.mix": "algorithms/test_mix.py",
+    "config.algorithms.mix_flash": "algorithms/test_mix_flash.py",
     "config.algorithms.neighbor": "algorithms/test_neighbor.py",
+    "config.algorithms.nft": "algorithms/test_nft.py",
     "config.rewards.aesthetic": "rewards/test_clip_rewards.py",
     "config.rewards.clip_score": "rewards/test_clip_rewards.py",
     "config.rewards.geneval": "rewards/test_geneval.py",

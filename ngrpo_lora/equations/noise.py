@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ngrpo_lora.seeds import derive_seed
+
 
 def gaussian_noise(shape: Sequence[int], seed: int) -> Tensor:
     """Standard normal float32 noise drawn on the CPU with a generator of its own, as diffusers and ComfyUI do."""
@@ -33,3 +35,14 @@ def neighbor_noise(base: Tensor, deltas: Tensor, perturbation_strength: float) -
     if deltas.shape[1:] != base.shape:
         raise ValueError(f"deltas must be (G, *base.shape), got {tuple(deltas.shape)} for base {tuple(base.shape)}")
     return math.sqrt(1 - perturbation_strength**2) * base + perturbation_strength * deltas
+
+
+def group_noises(shape: Sequence[int], seeds: Sequence[int], group_size: int, *labels: object) -> Tensor:
+    """Independent noises of P groups of G samples, (P, G, *shape).
+
+    Each is a function of its group's seed, the labels and the sample's number, whatever else is drawn.
+    """
+    groups = [
+        [gaussian_noise(shape, derive_seed(seed, *labels, sample)) for sample in range(group_size)] for seed in seeds
+    ]
+    return torch.stack([torch.stack(group) for group in groups])

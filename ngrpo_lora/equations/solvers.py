@@ -61,13 +61,15 @@ def euler(velocity_fn: VelocityFn, latents: Tensor, sigmas: Tensor) -> list[Tens
     return trajectory
 
 
-def dpmpp_2m(velocity_fn: VelocityFn, latents: Tensor, sigmas: Tensor) -> list[Tensor]:
+def dpmpp_2m(
+    velocity_fn: VelocityFn, latents: Tensor, sigmas: Tensor, history: tuple[float, Tensor] | None = None
+) -> list[Tensor]:
     """DPM-Solver++ 2M in data prediction (arXiv 2211.01095, Algorithm 2) for rectified flow.
 
-    First order at the first step and at a step to sigma 0, where the second-order term is 1/0.
-    Arguments and result as `euler`; second order in the step size.
+    First order at the first step, unless `history` has the (sigma, clean prediction) of the step before it, and at a
+    step to sigma 0, where the second-order term is 1/0. Arguments and result as `euler`; second order in the step size.
     """
-    trajectory, history = [latents], None
+    trajectory = [latents]
     for sigma, sigma_next in pairs(sigmas):
         current = trajectory[-1]
         clean = current - sigma * velocity_fn(current, sigma)

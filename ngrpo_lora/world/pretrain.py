@@ -8,7 +8,7 @@ Five stages, each seeded and each leaving a file (a long one every 500 steps), s
     read         the text encoders learn to tell what a caption promises, before they see a picture
     flow         FluxTransformer2DModel + both text encoders, rectified-flow matching, EMA
 
-Held-out scenes (`scenes.split_scenes`) are in none of them. About two hours on two cores.
+Held-out scenes (`scenes.split_scenes`) are in none of them. About an hour and a quarter on two cores.
 """
 
 # diffusers annotates its constructors' tuples and its outputs too narrowly:
@@ -377,10 +377,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=Path("runs/pretrain"), help="where the stages leave files")
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "model", help="the pipeline")
-    parser.add_argument("--vae-steps", type=int, default=2500)
+    parser.add_argument("--vae-steps", type=int, default=1600)
     parser.add_argument("--scenes", type=int, default=60_000, help="scenes to encode, a multiple of 250")
     parser.add_argument("--read-steps", type=int, default=800)
-    parser.add_argument("--flow-steps", type=int, default=14_000)
+    parser.add_argument("--flow-steps", type=int, default=8_000)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if args.scenes % 250 or min(args.vae_steps, args.scenes, args.read_steps, args.flow_steps) <= 0:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from ngrpo_lora import euler, flow_sigmas
-from ngrpo_lora.algorithms.flow_grpo import Algorithm, Config, FlowRollout
+from ngrpo_lora.algorithms._sde import SdeRollout
+from ngrpo_lora.algorithms.flow_grpo import Algorithm, Config
 from ngrpo_lora.config import RolloutConfig, load_config
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.errors import ConfigError
@@ -35,9 +36,9 @@ def velocity_fn(latents: Tensor, sigma: float) -> Tensor:
     return torch.sin(2 * latents) + sigma * latents
 
 
-def roll_out(algorithm: Algorithm, seed: int = 0) -> FlowRollout:
+def roll_out(algorithm: Algorithm, seed: int = 0) -> SdeRollout:
     (rollout,) = algorithm.rollout(velocity_fn, SCHEDULE, SHAPE, [seed], 0)
-    assert isinstance(rollout, FlowRollout)
+    assert isinstance(rollout, SdeRollout)
     return rollout
 
 
@@ -229,6 +230,28 @@ def test_the_reference_pulls_by_the_published_divergence():
     assert loss.item() == pytest.approx(0.04 * drift**2 / (2 * variance), rel=1e-5)
 
 
+def test_the_guard_takes_the_bias_and_the_scale_out_of_the_ratio_and_the_length_out_of_the_loss():
+    algorithm, index = make(guard=True, clip_range=0.5), 2
+    rollout, advantages = roll_out(algorithm), torch.ones(GROUP).double()
+    moved = rollout.velocities[index, 0] * 1.05
+    loss, metrics = algorithm.loss(rollout, advantages, Transition(0, 0, index), Velocities(moved, None))
+    sigma, dt = SCHEDULE.sigmas[index].double(), (SCHEDULE.sigmas[index + 1] - SCHEDULE.sigmas[index]).double()
+    diffusion = 0.7 * (sigma / (1 - sigma)).sqrt()
+    old, new = (
+        rollout.latents[index, 0].double() * (1 + diffusion**2 / (2 * sigma) * dt)
+        + velocity.double() * (1 + diffusion**2 * (1 - sigma) / (2 * sigma)) * dt
+        for velocity in (rollout.velocities[index, 0], moved)
+    )
+    deviation = diffusion * (-dt).sqrt()
+    end = rollout.latents[index + 1, 0].double()
+    change = (Normal(new, deviation).log_prob(end) - Normal(old, deviation).log_prob(end)).mean()
+    bias = (new - old).square().mean() / (2 * deviation**2)
+    expected = (change + bias) * deviation
+    assert abs(expected.item()) > 1e-4
+    assert metrics["policy/max_abs_log_ratio"] == pytest.approx(abs(expected.item()), rel=1e-4)
+    assert loss.item() == pytest.approx(math.exp(expected.item()) / dt.item(), rel=1e-6)
+
+
 # A real run ---------------------------------------------------------------------------------------------------------
 
 RUN = [
@@ -280,6 +303,7 @@ def test_a_run_costs_what_the_method_costs_and_starts_at_a_ratio_of_1(make_confi
         (["rollout.num_steps=4", "algorithm.num_train_steps=4"], "must be less than rollout.num_steps .4."),
         (["algorithm.updates_per_rollout=97"], "at most the samples of an iteration .96., got 97"),
         (["algorithm.num_anchors=4"], "unknown key algorithm.num_anchors"),
+        (["algorithm.step=cps", "algorithm.guard=true"], "algorithm.guard needs algorithm.step=sde"),
         (["algorithm.eta=0"], "algorithm.eta must be more than 0, got 0"),
     ],
 )

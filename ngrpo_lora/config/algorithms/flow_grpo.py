@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from ngrpo_lora.config.plugins import AlgorithmConfig, RolloutConfig
+from ngrpo_lora.config.algorithms._sde import SdeConfig
+from ngrpo_lora.config.plugins import RolloutConfig
 
 
-class Config(AlgorithmConfig, frozen=True):
+class Config(SdeConfig, frozen=True):
     """Settings of Flow-GRPO."""
 
     name: Literal["flow_grpo"] = "flow_grpo"
@@ -28,8 +29,11 @@ class Config(AlgorithmConfig, frozen=True):
         None, ge=1, description="Solver steps trained per sample, drawn at random; null: all but the last."
     )
     updates_per_rollout: int = Field(2, ge=1, description="Optimizer updates; each has its share of the samples.")
-    clip_range: float = Field(1e-4, gt=0, lt=1, description="Clip of the policy ratio (epsilon).")
-    max_advantage: float = Field(5.0, gt=0, description="Advantages are held within plus and minus this.")
+    guard: bool = Field(
+        False,
+        description="GRPO-Guard (arXiv 2510.22319): ratios without their bias and scaled alike at every step, and "
+        "losses divided by the step's length.",
+    )
     reference_weight: float = Field(
         0.0, ge=0, description="Weight of the divergence from the base model (beta); 0.04 in the paper, 0 for FLUX."
     )
@@ -39,16 +43,14 @@ class Config(AlgorithmConfig, frozen=True):
         return f"{rollout.num_steps} stochastic steps ({self.step}, eta {self.eta:g})"
 
     def check(self, rollout: RolloutConfig) -> None:
-        """Raise ValueError unless eta <= 1 for cps, trained steps < steps and updates <= samples."""
+        """Raise ValueError unless eta <= 1 and no guard for cps, trained steps < steps and updates <= samples."""
         if self.step == "cps" and self.eta > 1:
             raise ValueError(f"algorithm.eta must be at most 1 with algorithm.step=cps, got {self.eta:g}")
+        if self.step == "cps" and self.guard:
+            raise ValueError("algorithm.guard needs algorithm.step=sde, whose log-probabilities it corrects, got cps")
         if self.num_train_steps is not None and self.num_train_steps >= rollout.num_steps:
             raise ValueError(
                 f"algorithm.num_train_steps must be less than rollout.num_steps ({rollout.num_steps}), as the last "
                 f"step is not trained, got {self.num_train_steps}; null trains all others"
             )
-        if self.updates_per_rollout > (samples := rollout.prompts_per_iteration * rollout.group_size):
-            raise ValueError(
-                f"algorithm.updates_per_rollout must be at most the samples of an iteration ({samples}), "
-                f"got {self.updates_per_rollout}"
-            )
+        super().check(rollout)

@@ -1,0 +1,69 @@
+"""Best-of-N fine-tuning: flow matching on the best samples of each group, the baseline of every RL method.
+
+    loss = mean |v - (fresh - clean)|^2   at random noise levels
+
+It is rejection sampling, as in RAFT (arXiv 2304.06767), for flow matching: no policy, no ratio, no negative samples.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ngrpo_lora.algorithms._dealing import deal
+from ngrpo_lora.algorithms._forward import ForwardAlgorithm, clean_error
+from ngrpo_lora.config import RolloutConfig
+from ngrpo_lora.config.algorithms.best_of_n import Config
+from ngrpo_lora.equations.advantages import reward_spread
+from ngrpo_lora.equations.schedule import Schedule
+from ngrpo_lora.equations.solvers import shifted
+from ngrpo_lora.seeds import derive_seed
+from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
+
+
+class Algorithm(ForwardAlgorithm):
+    """See `_base.Algorithm` for the contract."""
+
+    needs_old = False
+    metric_names = ("policy/flow_matching_error",)
+
+    def __init__(self, config: Config, rollout: RolloutConfig):
+        super().__init__(rollout)
+        self.config = config
+        self.needs_reference = config.reference_weight > 0
+
+    def levels(self, schedule: Schedule, seed: int) -> Tensor:
+        """`num_train_steps` noise levels: one from each equal part of [0, 1], or logit-normal, shifted."""
+        count = self.config.num_train_steps
+        generator = torch.Generator().manual_seed(derive_seed(seed, "levels"))
+        if self.config.levels == "logit_normal":
+            times = torch.randn(count, generator=generator, dtype=torch.float64).sigmoid()
+        else:
+            times = (1 + torch.arange(count) - torch.rand(count, generator=generator, dtype=torch.float64)) / count
+        return shifted(times, schedule.shift).float()
+
+    def advantages(self, batch: RewardBatch) -> Tensor:
+        """1 for the best of each group, and 0 for the others and for groups of equal rewards: (P, G)."""
+        ranked = batch.rewards.double().where(batch.valid, -torch.inf)
+        best = torch.zeros_like(ranked).scatter(1, ranked.topk(self.config.num_best, dim=1).indices, 1.0)
+        return best.where((reward_spread(batch.rewards, batch.valid) > 0) & batch.valid, 0.0)
+
+    def updates(self, advantages: Tensor, seed: int, iteration: int) -> list[list[Transition]]:
+        """The best samples, dealt out to the updates, each at all of its noise levels."""
+        samples = [(group, sample) for group, sample in advantages.nonzero().tolist()]
+        count = self.config.num_train_steps
+        return deal(samples, count, count, self.config.updates_per_rollout, seed)
+
+    def loss(
+        self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
+    ) -> tuple[Tensor, Metrics]:
+        """The flow-matching loss of one sample at one noise level."""
+        _, sample, level = transition
+        sigma = rollout.sigmas[level].item()
+        error = clean_error(rollout.latents[level, sample], velocities.current, sigma, rollout.final[sample]) / sigma
+        loss = error.square().mean()
+        metrics = {name: loss.item() for name in self.metric_names}
+        if velocities.reference is not None:
+            drift = (velocities.current - velocities.reference).double()
+            loss = loss + self.config.reference_weight * drift.square().mean()
+        return loss, metrics

@@ -1,0 +1,34 @@
+"""DanceGRPO (arXiv 2505.07818): a group starts at one noise and parts by the fresh noise of its steps.
+
+The diffusion is constant, `std = eta * sqrt(sigma - sigma_next)`; the picture is the last step's clean prediction; a
+random share of the other steps is trained. Source: the paper and its code for FLUX. Departures are those of `_sde.py`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ngrpo_lora.algorithms._sde import SdeAlgorithm
+from ngrpo_lora.config import RolloutConfig
+from ngrpo_lora.config.algorithms.dance import Config
+from ngrpo_lora.equations import sde
+
+
+class Algorithm(SdeAlgorithm[Config]):
+    """See `_base.Algorithm` for the contract."""
+
+    def __init__(self, config: Config, rollout: RolloutConfig):
+        super().__init__(config, rollout)
+        self.count = config.steps_trained(rollout)
+
+    def window(self, iteration: int) -> range:
+        """All steps but the last."""
+        return range(self.num_steps - 1)
+
+    def steps_trained(self, window: int) -> int:
+        """`int((K - 1) * train_share)`: 9 of 15 with the published settings."""
+        return self.count
+
+    def step(self, latents: Tensor, velocity: Tensor, sigmas: Tensor, index: int) -> sde.SdeStep:
+        """DanceGRPO's Gaussian."""
+        return sde.dance_step(latents, velocity, sigmas[index].item(), sigmas[index + 1].item(), self.config.eta)

@@ -1,0 +1,77 @@
+"""DiffusionNFT (arXiv 2509.16117): the forward process learns from good samples and unlearns bad ones.
+
+    v+ = b v + (1 - b) v_old,   v- = (1 + b) v_old - b v,   x+- = x - sigma v+-
+    loss = c / b * mean[ r |x+ - clean|^2 / w+ + (1 - r) |x- - clean|^2 / w- ],   r = (A / c + 1) / 2 within [0, 1]
+
+with `w = mean |x+- - clean|` as a constant. Source: the paper and its code at 24af555. Departure: samples are drawn
+with the very weights that are trained (its decay of type 0), not with a slower average of them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ngrpo_lora.algorithms._dealing import deal
+from ngrpo_lora.algorithms._forward import ForwardAlgorithm, clean_error
+from ngrpo_lora.config import RolloutConfig
+from ngrpo_lora.config.algorithms.nft import Config
+from ngrpo_lora.equations.advantages import group_advantages
+from ngrpo_lora.equations.schedule import Schedule
+from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
+
+MIN_SCALE = 1e-5
+
+
+class Algorithm(ForwardAlgorithm):
+    """See `_base.Algorithm` for the contract."""
+
+    needs_old = True
+    metric_names = ("policy/positive_error", "policy/negative_error")
+
+    def __init__(self, config: Config, rollout: RolloutConfig):
+        super().__init__(rollout)
+        self.config = config
+        self.needs_reference = config.reference_weight > 0
+
+    def levels(self, schedule: Schedule, seed: int) -> Tensor:
+        """The schedule's own noise levels at which steps start, but the last."""
+        return schedule.sigmas[:-2]
+
+    def advantages(self, batch: RewardBatch) -> Tensor:
+        """Rewards minus their group's mean, divided by the standard deviation of all of them: (P, G)."""
+        kept = batch.rewards[batch.valid]
+        deviation = kept.double().std(correction=0).item() if len(kept) else 0.0
+        scaled = group_advantages(batch.rewards, None, batch.valid) / (deviation + 1e-4)
+        return scaled.clamp(-self.config.max_advantage, self.config.max_advantage)
+
+    def updates(self, advantages: Tensor, seed: int, iteration: int) -> list[list[Transition]]:
+        """All samples of groups that have advantages, dealt out to the updates, each with its noise levels."""
+        samples = [(g, s) for g, row in enumerate(advantages) if row.any() for s in range(self.group_size)]
+        levels = self.num_steps - 1
+        return deal(samples, levels, self.config.num_train_steps or levels, self.config.updates_per_rollout, seed)
+
+    def loss(
+        self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
+    ) -> tuple[Tensor, Metrics]:
+        """The loss of one sample at one noise level."""
+        assert velocities.old is not None  # needs_old
+        config, (_, sample, level) = self.config, transition
+        goodness = (advantages[sample] / config.max_advantage + 1) / 2  # r
+        moved = config.mixture * (velocities.current - velocities.old)
+        latents, sigma = rollout.latents[level, sample], rollout.sigmas[level].item()
+        positive, negative = (
+            clean_error(latents, velocity, sigma, rollout.final[sample])
+            for velocity in (velocities.old + moved, velocities.old - moved)
+        )
+        loss = goodness * self_scaled(positive) + (1 - goodness) * self_scaled(negative)
+        loss = loss * config.max_advantage / config.mixture
+        if velocities.reference is not None:
+            drift = (velocities.current - velocities.reference).double()
+            loss = loss + config.reference_weight * drift.square().mean()
+        values = (positive.detach().square().mean(), negative.detach().square().mean())
+        return loss, dict(zip(self.metric_names, (value.item() for value in values), strict=True))
+
+
+def self_scaled(error: Tensor) -> Tensor:
+    """Mean squared error divided by the mean absolute error, which counts as a constant."""
+    return error.square().mean() / error.detach().abs().mean().clamp(min=MIN_SCALE)

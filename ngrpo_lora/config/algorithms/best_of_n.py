@@ -1,0 +1,35 @@
+"""Settings of fine-tuning on the best of each group, for `algorithms/best_of_n.py`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ngrpo_lora.config.plugins import AlgorithmConfig, RolloutConfig
+
+
+class Config(AlgorithmConfig, frozen=True):
+    """Settings of best-of-N fine-tuning."""
+
+    name: Literal["best_of_n"] = "best_of_n"
+    num_best: int = Field(1, ge=1, description="Samples per group that are trained on, the best ones.")
+    num_train_steps: int = Field(4, ge=1, description="Noise levels at which each of them is trained.")
+    levels: Literal["uniform", "logit_normal"] = Field(
+        "uniform", description="How noise levels are drawn, before the schedule's shift."
+    )
+    updates_per_rollout: int = Field(1, ge=1, description="Optimizer updates; each has its share of the samples.")
+    reference_weight: float = Field(0.0, ge=0, description="Weight of the squared distance to the base's velocity.")
+
+    def check(self, rollout: RolloutConfig) -> None:
+        """Raise ValueError unless num_best < G and updates <= kept samples."""
+        if self.num_best >= rollout.group_size:
+            raise ValueError(
+                f"algorithm.num_best must be less than rollout.group_size ({rollout.group_size}), got {self.num_best}; "
+                "all samples of a group are not its best"
+            )
+        if self.updates_per_rollout > (samples := rollout.prompts_per_iteration * self.num_best):
+            raise ValueError(
+                f"algorithm.updates_per_rollout must be at most the samples that an iteration keeps ({samples}), "
+                f"got {self.updates_per_rollout}"
+            )

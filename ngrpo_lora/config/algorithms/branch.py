@@ -1,0 +1,54 @@
+"""Settings of BranchGRPO (arXiv 2509.06040), for `algorithms/branch.py`; defaults are those of its code for FLUX."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from ngrpo_lora.config.algorithms._sde import SdeConfig
+from ngrpo_lora.config.plugins import RolloutConfig
+
+
+class Config(SdeConfig, frozen=True):
+    """Settings of BranchGRPO; the leaves of a group's tree are its `rollout.group_size` samples."""
+
+    name: Literal["branch"] = "branch"
+    eta: float = Field(0.3, gt=0, description="Strength of the fresh noise.")
+    split_every: int = Field(3, ge=1, description="Steps from one split in two to the next; the first is at step 0.")
+    split_noise: float = Field(4.0, gt=0, description="What the fresh noise at a split is multiplied by.")
+    updates_per_rollout: int = Field(
+        18, ge=1, description="Optimizer updates, which share the edges: 12 of the 218 of 16 leaves and 20 steps."
+    )
+    clip_range: float = Field(1e-3, gt=0, lt=1, description="Clip of the policy ratio (epsilon).")
+    pruned_steps: int = Field(0, ge=0, description="So many last steps are not trained (depth pruning).")
+    kept_leaves: Literal["all", "half", "extremes"] = Field(
+        "all", description="Leaves whose paths are trained: all, the better half, or the best and the worst."
+    )
+
+    def splits(self, rollout: RolloutConfig) -> range:
+        """The steps at which every node has two children."""
+        return range(0, round(math.log2(rollout.group_size)) * self.split_every, self.split_every)
+
+    def check(self, rollout: RolloutConfig) -> None:
+        """Raise ValueError unless G is a power of 2, all splits come before the last step, and steps remain."""
+        if rollout.group_size & (rollout.group_size - 1):
+            lower = 1 << (rollout.group_size.bit_length() - 1)
+            raise ValueError(
+                f"rollout.group_size must be a power of 2 with algorithm=branch, the leaves of a tree that splits in "
+                f"two, got {rollout.group_size}; take {lower} or {2 * lower}"
+            )
+        last = self.splits(rollout)[-1]
+        if last >= rollout.num_steps - 1:
+            raise ValueError(
+                f"algorithm.split_every must place all splits before the last of rollout.num_steps "
+                f"({rollout.num_steps}), got a split at step {last}; split more often, roll out with more steps, or "
+                "draw smaller groups"
+            )
+        if self.pruned_steps >= rollout.num_steps:
+            raise ValueError(
+                f"algorithm.pruned_steps must be less than rollout.num_steps ({rollout.num_steps}), "
+                f"got {self.pruned_steps}"
+            )
+        super().check(rollout)
