@@ -17,7 +17,6 @@ from ngrpo_lora.config.algorithms._window import WindowConfig
 from ngrpo_lora.equations import sde
 from ngrpo_lora.seeds import derive_seed
 
-
 Settings = TypeVar("Settings", bound=WindowConfig)
 
 
