@@ -49,7 +49,6 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # Modules without a test file of their own name, and where they are tested.
 TESTED_IN = {
-    "algorithms._base": "algorithms/test_flow_grpo.py",  # a protocol, which a run of this one keeps to
     "algorithms._dealing": "algorithms/test_dance.py",
     "algorithms._window": "algorithms/test_mix.py",
     "cli.push": "hub/test_pushing.py",

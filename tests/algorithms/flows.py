@@ -73,7 +73,8 @@ def run_config(make_config: MakeConfig, folder: Path, algorithm: str, *overrides
     path = folder / "small.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(small))
-    return load_config(str(path), [*common, *overrides])
+    settings = dict(text.split("=", 1) for text in (*common, *overrides))
+    return load_config(str(path), [f"{key}={value}" for key, value in settings.items()])
 
 
 def last_metrics(folder: Path) -> Metrics:
