@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ngrpo_lora.bench import training
+from ngrpo_lora.bench.rows import machine
 from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.hub.pipeline_file import sources
 from ngrpo_lora.world import EMBEDDED
@@ -128,8 +129,7 @@ def overhead_table(
     widths: Sequence[int], sizes_px: Sequence[int], steps: Sequence[int], repeats: int, tell: Callable[[str], None]
 ) -> None:
     """Measure every width, size and number of steps, and tell each as a line of a Markdown table."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    tell(f"The shortest of {repeats}, PyTorch {torch.__version__}, {device}\n")
+    tell(f"The shortest of {repeats}, {machine()}\n")
     tell("| transformer | size | steps | a forward pass | all networks | our pipeline adds | diffusers' adds |")
     tell("|---|---|---|---|---|---|---|")
     for widen in widths:

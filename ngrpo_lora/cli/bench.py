@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -83,3 +84,62 @@ def pipeline(
     from ngrpo_lora.bench.pipeline import overhead_table
 
     overhead_table(widen or [1, 4], size or [64], steps or [8, 28], repeats, typer.echo)
+
+
+def gradient(
+    arguments: RunArguments = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE,VALUE",
+            help="Measure each of these values; repeat: every combination.",
+            show_default=False,
+        ),
+    ] = None,
+    gradients: Annotated[int, typer.Option(help="Iterations whose gradients are compared, 2 or more.")] = 12,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts of the line search, 4 or more.")] = 64,
+    step: Annotated[
+        list[float] | None,
+        typer.Option(help="Length of a step that is tried, in first steps of AdamW; repeat.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of the rows; where it holds some, the others are measured.", show_default=False),
+    ] = None,
+) -> None:
+    """What the direction of an iteration's update is worth: before long runs, for any configuration.
+
+    Gradients of independent iterations at one adapter, that of lora.init_from or a new one: the share that they have
+    in common, and the gain in held-out reward on the way that their mean points. Steps are 0.1, 0.3, 1 and 3, unless
+    given.
+    """
+    from ngrpo_lora.bench.varying import all_settings
+
+    settings = all_settings(*split_arguments(arguments), vary or [])
+
+    from ngrpo_lora.bench.gradient import Asked, gradient_table
+
+    asked = Asked(gradients, prompts, tuple(step)) if step else Asked(gradients, prompts)
+    gradient_table(settings, asked, output, typer.echo)
+
+
+def scaling(
+    arguments: RunArguments = None,
+    processes: Annotated[
+        str, typer.Option(metavar="N,N", help="Also time whole runs on so many processes, such as 1,2.")
+    ] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed iterations of each value.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="JSON file of times and fits.", show_default=False)] = None,
+) -> None:
+    """How the time of an iteration grows with group size, solver steps, trained transitions and pixels."""
+    from ngrpo_lora.config import load_config
+    from ngrpo_lora.errors import ConfigError
+
+    config = load_config(*split_arguments(arguments))
+    words = [word.strip() for word in processes.split(",")] if processes else []
+    if not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--processes must be numbers with commas between them, got {processes!r}; for example 1,2")
+
+    from ngrpo_lora.bench.scaling import scaling_table
+
+    scaling_table(config, [int(word) for word in words], repeats, output, typer.echo)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import run
+from commands import refuse, run
 
+from ngrpo_lora.bench.gradient import Asked
+from ngrpo_lora.bench.varying import all_settings
 from ngrpo_lora.config import load_config
 
 
@@ -29,6 +32,18 @@ def test_the_solvers_errors_are_a_table_for_each_shift():
         (["gpu", "flux"], "training.gpu_table", [load_config("flux"), [720], [1, 2, 4], 3]),
         (["gpu", "--size", "32", "--batch", "2"], "training.gpu_table", [load_config(), [32], [2], 3]),
         (["overhead", "flux", "seed=3"], "training.overhead_table", [load_config("flux", ["seed=3"]), 5]),
+        (["gradient", "seed=3"], "gradient.gradient_table", [all_settings(None, ["seed=3"], []), Asked(), None]),
+        (
+            *(["gradient", "--vary", "seed=1,2", "--gradients", "3", "--prompts", "8", "--step", "2", "--step", "4"],),
+            "gradient.gradient_table",
+            [all_settings(None, [], ["seed=1,2"]), Asked(3, 8, (2.0, 4.0)), None],
+        ),
+        (["scaling", "seed=3"], "scaling.scaling_table", [load_config(None, ["seed=3"]), [], 3, None]),
+        (
+            ["scaling", "flux", "--processes", "1, 2", "--repeats", "5", "--output", "times.json"],
+            "scaling.scaling_table",
+            [load_config("flux"), [1, 2], 5, Path("times.json")],
+        ),
     ],
 )
 def test_every_table_is_measured_with_what_is_asked_for(
@@ -41,3 +56,29 @@ def test_every_table_is_measured_with_what_is_asked_for(
 
     monkeypatch.setattr(f"ngrpo_lora.bench.{table}", measure)
     assert run("bench", *words) == ["| measured |"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gradient", "--vary", "rollout.nun_steps=4,8"], "unknown key rollout.nun_steps"),
+        (["gradient", "--vary", "rollout.num_steps=4,0"], "rollout.num_steps must be at least 2, got 0"),
+        (["gradient", "--vary", "rollout.num_steps"], "--vary must look like key=value,value"),
+        (["gradient", "--gradients", "1"], "--gradients must be at least 2"),
+        (["gradient", "--prompts", "3"], "--prompts must be at least 4"),
+        (["gradient", "--step", "-1"], "--step must be a positive number of AdamW steps, got -1"),
+        (["gradient", "resume=latest"], "resume must be null for a bench"),
+        (["gradient", "--output", "/dev/null/rows.json"], "--output must be"),
+        (["scaling", "rollout.num_steps=0"], "rollout.num_steps must be at least 2, got 0"),
+        (["scaling", "--processes", "1"], "--processes must be two or more different numbers"),
+        (["scaling", "--processes", "1,9"], "from 1 to rollout.prompts_per_iteration (8), got 1,9"),
+        (["scaling", "--processes", "1,two"], "--processes must be numbers with commas between them, got '1,two'"),
+        (["scaling", "--output", "/dev/null/times.json"], "--output must be a writable file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_model_loads(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    for module in ("gradient", "scaling"):
+        monkeypatch.setattr(f"ngrpo_lora.bench.{module}.prepare", None)
+    assert message in refuse("bench", *words)
