@@ -52,6 +52,9 @@ PREVIEW_S = 1.0
 PREVIEW_SHARE = 0.05
 """Largest share of the time that previews take."""
 
+PACKAGED = {"ngrpo_lora.world.freedom:freedom"}
+"""Measures outside of ComfyUI's folders that a graph may name: those of presets."""
+
 TAKEN = {
     "output_dir": "is output/ngrpo/NAME: set name",
     "resume": "is found by name: set name and earlier_run",
@@ -151,10 +154,10 @@ def as_yaml(value: Any) -> str:
 
 
 def within_folders(config: RunConfig, given_rewards: bool) -> RunConfig:
-    """Turn names of ComfyUI's files in a configuration into paths, and check all of its paths and rewards.
+    """Turn names of ComfyUI's files in a configuration into paths, and check all of its paths and functions.
 
     Raises:
-        ConfigError: a path out of ComfyUI's folders, or a reward that no graph may ask for.
+        ConfigError: a path out of ComfyUI's folders, or a reward or measure that no graph may ask for.
     """
     model, lora = config.model, config.lora
     folders = [Path(root) / model.path for root in folder_paths.get_folder_paths("diffusers")]
@@ -173,6 +176,8 @@ def within_folders(config: RunConfig, given_rewards: bool) -> RunConfig:
     if config.evaluation.strict is not None:
         admitted(RewardConfig(name=config.evaluation.strict))
     watched = tuple(map(admitted, config.evaluation.rewards))
+    for reference in set(config.evaluation.measures) - PACKAGED:
+        admitted(RewardConfig(name=reference))
     evaluation = config.evaluation.model_copy(update={"rewards": watched})
     # Those of reward nodes were admitted there, and know their servers' keys since.
     trained = config.rewards.train if given_rewards else tuple(map(admitted, config.rewards.train))

@@ -30,6 +30,7 @@ __all__ = [
     "allow_modules",
     "check_function",
     "check_name",
+    "check_reference",
     "defines",
     "docstring",
     "load",
@@ -116,11 +117,17 @@ def split_reference(reference: str) -> tuple[str, str]:
     return target, function
 
 
-def check_function(reference: str) -> None:
-    """Raise ConfigError when `reference` cannot lead to a function; imports no more than parent packages."""
+def check_reference(reference: str) -> None:
+    """Raise ConfigError unless `reference` has the form of a function's; nothing is looked for."""
     target, function = split_reference(reference)
     if not target or not function.isidentifier():
         raise ConfigError(f"must look like package.module:function or file.py:function, got {reference!r}")
+
+
+def check_function(reference: str) -> None:
+    """Raise ConfigError when `reference` cannot lead to a function; imports no more than parent packages."""
+    check_reference(reference)
+    target, _ = split_reference(reference)
     if target.endswith(".py"):
         if not Path(target).is_file():
             raise ConfigError(f"names the file {target!r}, which does not exist here; write file.py:function")

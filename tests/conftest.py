@@ -47,6 +47,8 @@ SMALL_RUN = [
     "trainer.cpu_processes=1",
     "evaluation.num_prompts=2",
     "evaluation.every=2",
+    "evaluation.rewards=[]",
+    "evaluation.measures=[]",
 ]
 
 # Any picture has a score, two pictures rarely the same one, and no verifier is needed.

@@ -48,12 +48,14 @@ def score(
         raise ConfigError("--reward must be given to score pictures; `ngrpo rewards` lists them")
 
     if runs:
-        from ngrpo_lora.evaluation.runs import compare_evaluations
+        from ngrpo_lora.evaluation.runs import compare_evaluations, measures_table
         from ngrpo_lora.evaluation.statistics import differences_table
 
         make_folder(output)
         differences = [d for run in runs for d in compare_evaluations(run, output)]
         typer.echo(differences_table(differences))
+        if measured := measures_table(runs):
+            typer.echo(f"\n{measured}")
     else:
         from ngrpo_lora.evaluation import judging
         from ngrpo_lora.records.pictures import collect

@@ -18,7 +18,7 @@ from ngrpo_lora.config.plugins import (
     load_algorithm,
     reward_section,
 )
-from ngrpo_lora.config.section import DEVICE_PATTERN, Section
+from ngrpo_lora.config.section import DEVICE_PATTERN, Section, listed
 
 __all__ = [
     "EvaluationConfig",
@@ -229,10 +229,24 @@ class EvaluationConfig(Section, frozen=True):
         strict=False,
         description="Rewards that are watched and not trained on, in the form of rewards.train.",
     )
+    measures: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
+        default=(),
+        strict=False,
+        description="Functions package.module:function or file.py:function of all held-out pictures at once: "
+        "(images, prompts) -> {name: number}, each reported as eval/name. They see what a score of one picture "
+        "cannot, such as variety.",
+    )
     strict: str | None = Field(
         default="world_strict", description="Pass-or-fail reward reported as eval/strict_accuracy; null: none."
     )
     num_samples: int = Field(default=12, ge=1, description="Pictures in the sample grid.")
+
+    @field_validator("measures")
+    @classmethod
+    def _references(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for reference in value:
+            registry.check_reference(reference)
+        return value
 
     @field_validator("strict")
     @classmethod

@@ -1,23 +1,25 @@
-"""The last evaluation of a run against its first, from the scores that the run has left."""
+"""The last evaluation of a run against its first, from the scores and measures that the run has left."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.judging import write_csv, write_json
 from ngrpo_lora.evaluation.statistics import Difference, compare_scores
-from ngrpo_lora.records.metrics import read_metrics
+from ngrpo_lora.records.metrics import measures, read_metrics
+from ngrpo_lora.reports.tables import markdown_table
 
-__all__ = ["compare_evaluations"]
+__all__ = ["compare_evaluations", "measures_table"]
 
 
 def compare_evaluations(run: Path, output: Path) -> list[Difference]:
     """Compare a run's last evaluation with its first, by the scores that it kept; writes a CSV and a JSON file.
 
-    No model is needed.
+    The JSON file holds the run's measures as well. No model is needed.
 
     Raises:
         ConfigError: fewer than two evaluations, or none with the same prompts and seeds.
@@ -44,5 +46,23 @@ def compare_evaluations(run: Path, output: Path) -> list[Difference]:
     ]
     differences = compare_scores(f"{name} @ {int(files[-1].stem)}", after, f"@ {int(files[0].stem)}", before, prompts)
     write_csv(output / f"{name}.csv", rows)
-    write_json(output / f"{name}.json", {"run": str(run), "differences": [asdict(d) for d in differences]})
+    measured = [{"measure": key, "before": x, "after": y} for key, (x, y) in read_measures(run).items()]
+    results = {"run": str(run), "differences": [asdict(d) for d in differences], "measures": measured}
+    write_json(output / f"{name}.json", results)
     return differences
+
+
+def read_measures(run: Path) -> dict[str, tuple[float, float]]:
+    """Values of `evaluation.measures` in a run's first and last evaluation, by name."""
+    path = run / "metrics.jsonl"
+    return measures(read_metrics(path)) if path.is_file() else {}
+
+
+def measures_table(runs: Sequence[Path]) -> str:
+    """The measures of runs as a Markdown table, empty without any; each is one number of all pictures of a run."""
+    rows = [
+        (run.resolve().name, name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+        for run in runs
+        for name, (before, after) in read_measures(run).items()
+    ]
+    return markdown_table(("", "measure", "before", "after", "difference"), rows) if rows else ""

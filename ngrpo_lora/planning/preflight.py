@@ -80,7 +80,8 @@ def _functions(config: RunConfig) -> Iterator[str]:
     trained = [(f"rewards.train.{i}.name", reward.name) for i, reward in enumerate(config.rewards.train)]
     watched = [(f"evaluation.rewards.{i}.name", reward.name) for i, reward in enumerate(config.evaluation.rewards)]
     strict = [] if config.evaluation.strict is None else [("evaluation.strict", config.evaluation.strict)]
-    for key, name in trained + watched + strict:
+    measures = [(f"evaluation.measures.{i}", name) for i, name in enumerate(config.evaluation.measures)]
+    for key, name in trained + watched + strict + measures:
         if ":" in name:
             try:
                 registry.check_function(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ def read_scores(output_dir: Path) -> dict[int, dict[str, np.ndarray]]:
         labels = [label for label in rows[0] if label not in ("prompt", "seed")]
         evaluations[int(path.stem)] = {label: np.array([row[label] for row in rows], dtype=float) for label in labels}
     return evaluations
+
+
+def measures(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Values of `evaluation.measures` in the first and in the last evaluation, by name; of those that are in both."""
+    evaluated = [row for row in rows if "eval/reward_mean" in row]
+    if not evaluated:
+        return {}
+    first, last = evaluated[0], evaluated[-1]
+    own = re.compile(r"eval/(?!strict_accuracy$)(.+)(?<!_mean)")
+    names = {found[1]: key for key in first if (found := own.fullmatch(key)) and last.get(key) is not None}
+    return {name: (first[key], last[key]) for name, key in names.items() if first[key] is not None}
 
 
 def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:

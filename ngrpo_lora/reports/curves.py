@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from ngrpo_lora.records.files import written
-from ngrpo_lora.records.metrics import read_metrics, read_scores, series
+from ngrpo_lora.records.metrics import measures, read_metrics, read_scores, series
 from ngrpo_lora.reports.grids import LINE_PX, NUM_SHOWN
+
+PER_LINE = 4  # measures side by side
 
 
 def write_comparison(runs: Sequence[Path], path: Path) -> Path:
@@ -141,13 +143,18 @@ def gain_correlations(evaluations: dict[int, dict[str, np.ndarray]]) -> tuple[li
 
 
 def write_summary(output_dir: Path) -> Path:
-    """Write `summary.png`: rewards over iterations, of several each one's gain, and the first and last sample grids."""
+    """Write `summary.png`: rewards over iterations, and the first and last sample grids.
+
+    Between them stand each reward's gain, where there are several, and a small curve of every measure.
+    """
     rows = read_metrics(output_dir / "metrics.jsonl")
     evaluations = read_scores(output_dir)
     several = len(evaluations) > 1 and len(next(iter(evaluations.values()))) > 1
     grids = sorted((output_dir / "samples").glob("*.png"))
-    heights = [1.1, *([0.9] if several else []), 1, 1]
-    figure = plt.figure(figsize=(9.6, 3.1 * len(heights) + 3.2), layout="constrained")
+    measured = [*measures(rows)]
+    lines = [measured[start : start + PER_LINE] for start in range(0, len(measured), PER_LINE)]
+    heights = [1.1, *([0.9] if several else []), *[0.6] * len(lines), 1, 1]
+    figure = plt.figure(figsize=(9.6, 3.1 * sum(heights) + 2.9), layout="constrained")
     parts = iter(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     draw_curve(next(parts).subplots(), rows, output_dir.name)
     if several:
@@ -155,6 +162,8 @@ def write_summary(output_dir: Path) -> Path:
         trained = {key.removeprefix("rollout/").removesuffix("_mean") for key in rows[-1] if key.startswith("rollout/")}
         draw_gains(left, gains(evaluations), trained)
         draw_correlations(right, *gain_correlations(evaluations))
+    for names in lines:
+        draw_measures(next(parts).subplots(1, PER_LINE, squeeze=False)[0], rows, names)
     for grid, title in zip((grids[0], grids[-1]), ("before", "after"), strict=True):
         axis = next(parts).subplots()
         axis.imshow(Image.open(grid))
@@ -165,6 +174,17 @@ def write_summary(output_dir: Path) -> Path:
         figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
     return path
+
+
+def draw_measures(axes: Sequence[Axes], rows: list[dict[str, Any]], names: Sequence[str]) -> None:
+    """Plot each measure of the evaluations over iterations, on an axis of its own; axes that are left stay empty."""
+    for axis in axes[len(names) :]:
+        axis.axis("off")
+    for axis, name in zip(axes, names, strict=False):
+        axis.plot(*zip(*series(rows, f"eval/{name}"), strict=True), marker="o", color="tab:purple")
+        axis.set_title(f"held-out {name}", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
 
 
 def draw_curve(axis: Axes, rows: list[dict[str, Any]], title: str) -> None:

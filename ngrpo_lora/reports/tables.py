@@ -7,24 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ngrpo_lora.records.metrics import read_metrics, series
+from ngrpo_lora.records.metrics import measures, read_metrics, series
 
 
 def figures(output_dir: Path) -> list[str]:
-    """Text lines with held-out figures before and after training, those of each reward if there are several."""
+    """Text lines with held-out figures before and after training, those of each reward if there are several.
+
+    The measures of the evaluation follow them.
+    """
     rows = read_metrics(output_dir / "metrics.jsonl")
     keys = {"reward": "eval/reward_mean", "strict accuracy": "eval/strict_accuracy"}
     labels = [key[len("eval/") : -len("_mean")] for key in rows[0] if re.fullmatch("eval/.+(?<!/reward)_mean", key)]
     if len(labels) > len(keys):
         keys |= {label: f"eval/{label}_mean" for label in labels}
-    lines = []
-    for name, key in keys.items():
-        values = [value for _, value in series(rows, key)]
-        if values:
-            lines.append(
-                f"held-out {name:<16} before {values[0]:.3f}  after {values[-1]:.3f}  ({values[-1] - values[0]:+.3f})"
-            )
-    return lines
+    values = {name: [value for _, value in series(rows, key)] for name, key in keys.items()}
+    ends = [*((name, (found[0], found[-1])) for name, found in values.items() if found), *measures(rows).items()]
+    width = max([16, *(len(name) for name, _ in ends)])
+    return [
+        f"held-out {name:<{width}} before {before:.3f}  after {after:.3f}  ({after - before:+.3f})"
+        for name, (before, after) in ends
+    ]
 
 
 def comparison_table(runs: Sequence[Path]) -> str:

@@ -15,6 +15,7 @@ from ngrpo_lora.errors import SharedError, UserError
 from ngrpo_lora.records.metrics import save_scores
 from ngrpo_lora.reports.grids import save_grid, save_shown
 from ngrpo_lora.sampling.sampler import draw
+from ngrpo_lora.training.measuring import measure
 from ngrpo_lora.training.metering import Stages
 from ngrpo_lora.training.rewarding import (
     mean_of_frames,
@@ -34,7 +35,8 @@ def evaluate(run: Run) -> Metrics:
     """Draw and score the held-out prompts; leaves every single score and a picture grid in the output folder.
 
     Raises:
-        UserError: too many scores of the base model failed; of a trained one that is only logged, for it is worth more.
+        UserError: too many scores of the base model failed, or a measure did; of a trained one that is only logged, for
+            it is worth more.
     """
     stages = Stages()
     with stages("evaluation"):
@@ -49,6 +51,7 @@ def evaluate(run: Run) -> Metrics:
         means = {label: raw.nanmean().item() for label, raw in scores.items()}
         metrics = {f"eval/{label}_mean": mean for label, mean in means.items()}
         metrics["eval/reward_mean"] = weighted_mean(run, means)
+        metrics |= measure(run, images)
         if run.config.evaluation.strict is not None:
             metrics["eval/strict_accuracy"] = means[strict_reward(run.config)[0].key]
     return metrics | stages.metrics

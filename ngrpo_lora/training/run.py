@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Run:
     schedule, evaluation_schedule: noise levels of rollouts and of evaluations.
     prompts, held_out: where training prompts come from, and the fixed ones of evaluations.
     scorer, watching: rewards that are trained on, and those that evaluations add.
+    measures: functions of all pictures of an evaluation, by reference.
     iteration: how many iterations are complete.
     kept: the state at the start of the iteration under way, where that has several updates.
     evaluation_missing: whether the iteration that is complete has yet to be evaluated.
@@ -45,6 +47,7 @@ class Run:
     scorer: Scorer
     watching: Scorer
     score_cache: ScoreCache | None
+    measures: dict[str, Callable[..., object]]
     counter: EvaluationCounter
     iteration: int = 0
     kept: dict[str, Any] | None = None

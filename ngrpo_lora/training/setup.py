@@ -27,6 +27,7 @@ from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.evaluation import strict_reward
 from ngrpo_lora.training.lora_step import LoraStep
+from ngrpo_lora.training.measuring import open_measures
 from ngrpo_lora.training.metering import EvaluationCounter
 from ngrpo_lora.training.processes import Processes, base_is_sharded, shard
 from ngrpo_lora.training.recorder import Recorder
@@ -44,7 +45,7 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
     Args:
         watchers: told what happens after the run's own, which write its records and the screen.
     Raises:
-        UserError: it does not fit the processes, or a reward, the model, an adapter or the checkpoint cannot be had.
+        UserError: it does not fit the processes, or a reward, measure, model, adapter or checkpoint cannot be had.
     """
     if config.trainer.num_threads is not None:
         torch.set_num_threads(config.trainer.num_threads)
@@ -57,8 +58,9 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
     own = [Recorder(), Screen()] if processes.is_main else [Screen()]
     looking_on = Watchers([*own, *watchers])
     algorithm = open_algorithm(config)
-    # Rewards come first: what they lack should be known before a large model is loaded.
+    # Rewards and measures come first: what they lack should be known before a large model is loaded.
     scorer, watching, score_cache = open_rewards(config, device)
+    measures = open_measures(config.evaluation.measures, processes)
     prompts, held_out = open_prompts(config)
     model = config.model.model_copy(update={"device": device})  # as this process has it
     family = load_model(config, model, processes, looking_on, prompts, held_out)
@@ -80,6 +82,7 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
         scorer,
         watching,
         score_cache,
+        measures,
         counter,
     )
     warn(run)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,9 @@ TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a drawing of {}")
 
 SIZE_PX = 64
 SUPERSAMPLE = 4
+
+LIGHT, TINT, SHADE = (225.0, 248.0), 7.0, (4.0, 14.0)  # of 255: the background's light, tint and fall from top to foot
+FILL = (0.94, 1.04)  # by what every channel of a colour may differ from COLORS
 
 
 @dataclass(frozen=True)
@@ -198,17 +202,38 @@ def holds(relation: Relation, a: Placed, b: Placed) -> bool:
 
 def draw(placed: list[Placed], rng: np.random.Generator) -> np.ndarray:
     """Paint objects on a pale gradient. Returns (64, 64, 3) uint8."""
-    n = SIZE_PX * SUPERSAMPLE
-    hue, light = rng.uniform(0, 2 * math.pi), rng.uniform(225, 248)
-    tint = light + 7 * np.cos(hue + np.array([0, 2, 4]) * math.pi / 3)
-    shade = rng.uniform(4, 14) * np.linspace(0, 1, n)[:, None, None]
-    pixels = np.broadcast_to(np.clip(tint - shade, 0, 255), (n, n, 3)).round().astype(np.uint8)
-    image = Image.fromarray(pixels)
+    hue, light, shade = rng.uniform(0, 2 * math.pi), rng.uniform(*LIGHT), rng.uniform(*SHADE)
+    fills = [[min(c * rng.uniform(*FILL), 255.0) for c in COLORS[obj.color]] for obj in placed]
+    return paint(light + TINT * np.cos(hue + np.array([0, 2, 4]) * math.pi / 3), shade, placed, fills)
+
+
+def paint(tint: np.ndarray, shade: float, placed: Sequence[Placed], fills: Sequence[Sequence[float]]) -> np.ndarray:
+    """Paint objects, each in its fill, on a background that falls evenly from `tint` at the top by `shade`.
+
+    Args:
+        tint: (3,) of 255.
+        shade: of 255.
+        fills: one colour (3,) an object, of 255; fractions are cut off.
+    Returns:
+        (64, 64, 3) uint8.
+    """
+    rows = backdrop(tint, shade)
+    image = Image.fromarray(np.repeat(rows[:, None], len(rows), 1))
     canvas = ImageDraw.Draw(image)
-    for obj in placed:
-        fill = tuple(int(np.clip(c * rng.uniform(0.94, 1.04), 0, 255)) for c in COLORS[obj.color])
-        canvas.polygon([(float(x), float(y)) for x, y in outline(obj) * SUPERSAMPLE], fill=fill)
+    for obj, (red, green, blue) in zip(placed, fills, strict=True):
+        canvas.polygon(supersampled(obj), fill=(int(red), int(green), int(blue)))
     return np.asarray(image.reduce(SUPERSAMPLE))
+
+
+def backdrop(tint: np.ndarray, shade: float) -> np.ndarray:
+    """The colour of every row of the background, (64 * SUPERSAMPLE, 3) uint8; arguments as of `paint`."""
+    height = np.linspace(0, 1, SIZE_PX * SUPERSAMPLE)[:, None]
+    return np.clip(tint - shade * height, 0, 255).round().astype(np.uint8)
+
+
+def supersampled(obj: Placed) -> list[float]:
+    """The outline x, y, x, y, ... of an object where it is painted, on `SUPERSAMPLE` times the picture's pixels."""
+    return (outline(obj) * SUPERSAMPLE).ravel().tolist()
 
 
 def outline(obj: Placed) -> np.ndarray:

@@ -99,23 +99,15 @@ def verify(image: NDArray[np.uint8], scene: Scene) -> Verdict:
     Raises:
         ValueError: `image` is not a square uint8 RGB picture.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
-        raise ValueError(f"image must be (H, H, 3) uint8, got {image.shape} {image.dtype}; convert or crop it")
-    if len(image) != SIZE_PX:
-        resample = Image.Resampling.BOX if len(image) > SIZE_PX else Image.Resampling.BICUBIC
-        image = np.asarray(Image.fromarray(image).resize((SIZE_PX, SIZE_PX), resample))
-
-    coverage, color_share = read_paint(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32))
+    coverage, color_share = read_paint(to_channels(image))
     blobs = find_blobs(coverage, color_share)
-    scores = np.array([[_soft_match(found, obj) for found, _ in blobs] for obj in scene.objects])
-    scores = scores.reshape(len(scene.objects), len(blobs))
-    promised, matched = linear_sum_assignment(scores, maximize=True)
+    scores, promised, matched = match(scene, blobs)
 
     covered = np.zeros_like(coverage, dtype=bool)
     for i in matched:
         covered |= blobs[i][1]
     # Averaged over 3x3, so that noise is no clutter.
-    ghosts = (ndimage.uniform_filter(coverage, 3) > GHOST) & ~_grown(covered, 2)
+    ghosts = (ndimage.uniform_filter(coverage, 3) > GHOST) & ~grown(covered, 2)
     clutter_px = float(coverage[ghosts].sum())
 
     # `promised` is sorted, so `pairs` keeps the order of the caption.
@@ -138,32 +130,72 @@ def verify(image: NDArray[np.uint8], scene: Scene) -> Verdict:
     return Verdict(strict, graded, tuple(found for found, _ in blobs), clutter_px)
 
 
-def read_paint(pixels: Floats) -> tuple[Floats, Floats]:
-    """How much paint lies on every pixel, and of which colour.
+def to_channels(image: NDArray[np.uint8]) -> Floats:
+    """The pixels of a picture, (H, H, 3) uint8, at the size of the world: (3, 64, 64) float32, 0 to 255.
 
-    The background is fitted as a vertical gradient through the pale pixels. A pixel `p` that leaves it
-    for colour `c` is `background + coverage * (c - background)`: its direction names the colour.
+    Channels come first, which numpy reduces ten times faster.
+
+    Raises:
+        ValueError: `image` is not a square uint8 RGB picture.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
+        raise ValueError(f"image must be (H, H, 3) uint8, got {image.shape} {image.dtype}; convert or crop it")
+    if len(image) != SIZE_PX:
+        resample = Image.Resampling.BOX if len(image) > SIZE_PX else Image.Resampling.BICUBIC
+        image = np.asarray(Image.fromarray(image).resize((SIZE_PX, SIZE_PX), resample))
+    return np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)
+
+
+def match(scene: Scene, blobs: list[tuple[Found, Mask]]) -> tuple[Floats, Labels, Labels]:
+    """Assign every promised object to another blob, so that the sum of their soft scores is largest.
+
+    Returns:
+        The scores (objects, blobs), and the indices of the objects and of the blobs that belong together.
+    """
+    scores = np.array([[_soft_match(found, obj) for found, _ in blobs] for obj in scene.objects])
+    scores = scores.reshape(len(scene.objects), len(blobs))
+    return scores, *linear_sum_assignment(scores, maximize=True)
+
+
+def read_background(pixels: Floats) -> Floats | None:
+    """The background's colour in every row, fitted as a vertical gradient through the pale pixels.
 
     Args:
-        pixels: (3, 64, 64) float32, 0 to 255; channels first, which numpy reduces ten times faster.
+        pixels: (3, 64, 64), as `to_channels` gives them.
     Returns:
-        coverage: (64, 64) in [0, 1]; all 0 where less than a tenth of the picture is a pale background.
-        color_share: (6, 64, 64) sums to 1 over the colours, to less where the paint is none of them.
+        (3, 64) of 255; None where less than a tenth of the picture is a pale background.
     """
-    palette = np.array(list(COLORS.values()), dtype=np.float32)  # (6, 3)
     low, high = pixels.min(0), pixels.max(0)
     pale = (high - low < 45) & (low > 165)
     if pale.any():
         typical = np.median(_chosen(pixels, pale), axis=1)
         pale &= np.abs(pixels - typical[:, None, None]).max(0) < 24
     if pale.mean() < 0.1:
-        return np.zeros_like(low), np.full((len(palette), *low.shape), 1 / len(palette), np.float32)
+        return None
     rows = np.nonzero(pale)[0].astype(np.float32)
     height = rows - rows.mean()
     paper = _chosen(pixels, pale)  # (3, N)
     level = paper.mean(1)  # (3,), at the mean row
     slope = paper @ height / (height @ height)  # (3,)
-    background = level[:, None] + slope[:, None] * (np.arange(pixels.shape[1], dtype=np.float32) - rows.mean())
+    return level[:, None] + slope[:, None] * (np.arange(pixels.shape[1], dtype=np.float32) - rows.mean())
+
+
+def read_paint(pixels: Floats) -> tuple[Floats, Floats]:
+    """How much paint lies on every pixel, and of which colour.
+
+    The background is that of `read_background`. A pixel `p` that leaves it for colour `c` is
+    `background + coverage * (c - background)`: its direction names the colour.
+
+    Args:
+        pixels: (3, 64, 64), as `to_channels` gives them.
+    Returns:
+        coverage: (64, 64) in [0, 1]; all 0 where less than a tenth of the picture is a pale background.
+        color_share: (6, 64, 64) sums to 1 over the colours, to less where the paint is none of them.
+    """
+    palette = np.array(list(COLORS.values()), dtype=np.float32)  # (6, 3)
+    background = read_background(pixels)
+    if background is None:
+        return np.zeros_like(pixels[0]), np.full((len(palette), *pixels.shape[1:]), 1 / len(palette), np.float32)
 
     away = pixels - background[:, :, None]  # (3, 64, 64)
     goal = palette - background.mean(1)  # (6, 3)
@@ -260,7 +292,7 @@ def _templates() -> tuple[Floats, Floats]:
 
 def _describe(mask: Mask, coverage: Floats, color_share: Floats) -> Found:
     # The rim of an object is half covered: take one pixel more, but no pixel of another blob.
-    near = _grown(mask, 1) & (mask | (coverage <= 0.5))
+    near = grown(mask, 1) & (mask | (coverage <= 0.5))
     paint = np.where(near, coverage, 0)
     y, x = _centre(paint)
     colors = color_share[:, mask].mean(1)
@@ -283,7 +315,7 @@ def _split_by_color(mask: Mask, color_share: Floats) -> list[Mask]:
 
 def _split_at_necks(mask: Mask, rim_px: int) -> list[Mask]:
     """The parts that stay apart when a rim is taken off, each grown back; small ones left out."""
-    seeds = _label(~_grown(~mask, rim_px))
+    seeds = _label(~grown(~mask, rim_px))
     nearest = np.zeros((2, *mask.shape), dtype=np.int32)
     ndimage.distance_transform_edt(seeds == 0, return_distances=False, return_indices=True, indices=nearest)
     return _parts(np.where(mask, seeds[nearest[0], nearest[1]], 0))
@@ -302,7 +334,8 @@ def _label(mask: Mask) -> Labels:
     return labels
 
 
-def _grown(mask: Mask, rim_px: int) -> Mask:
+def grown(mask: Mask, rim_px: int) -> Mask:
+    """A mask with a rim of `rim_px` pixels around it."""
     return np.asarray(ndimage.binary_dilation(mask, iterations=rim_px), dtype=bool)
 
 

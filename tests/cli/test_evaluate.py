@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,19 @@ def test_a_finished_run_is_told_before_and_after(finished_run, tmp_path: Path):
     name = finished_run.output_dir.name
     assert f"| {name} @ 4 | @ 0 | redness | {np.mean(first):.3f} | {np.mean(last):.3f} |" in printed
     assert (tmp_path / "out" / f"{name}.csv").is_file()
+
+
+def test_a_runs_measures_are_told_below_its_scores(finished_run, tmp_path: Path):
+    assert "| measure |" not in run("score", finished_run.output_dir, "--output", tmp_path / "out")
+    measured = tmp_path / "measured"
+    shutil.copytree(finished_run.output_dir / "evaluations", measured / "evaluations")
+    lines = [json.loads(line) for line in (finished_run.output_dir / "metrics.jsonl").open()]
+    for line, bits in zip((lines[0], lines[-1]), (2.5, 1.25), strict=True):
+        line["eval/hue_bits"] = bits
+    (measured / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    printed = run("score", measured, finished_run.output_dir, "--output", tmp_path / "out")
+    assert printed.count("| measured | hue_bits | 2.500 | 1.250 | -1.250 |") == 1
+    assert printed.index("| redness |") < printed.index("| measure |")
 
 
 def test_an_adapter_is_compared_with_its_base_and_nothing_is_drawn_twice(

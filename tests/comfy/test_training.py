@@ -393,6 +393,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(server: Comfy, ba
         ({"overrides": "lora.init_from=../../x.safetensors"}, "lora.init_from must lie in one of ComfyUI's folders"),
         ({"overrides": "rewards=/tmp/evil.py:score"}, "graphs run no other code"),
         ({"overrides": "evaluation.rewards=[{name: 'os:system'}]"}, "graphs run no other code"),
+        ({"overrides": "evaluation.measures=os:system"}, "graphs run no other code"),
         ({"overrides": "evaluation.strict=os:system"}, "graphs run no other code"),
         ({"overrides": "evaluation.strict=this.that"}, "evaluation.strict must be one of"),
         ({"overrides": "algorithm.name=this.that"}, "algorithm.name must be one of"),

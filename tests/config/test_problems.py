@@ -54,6 +54,8 @@ from refusing import message
             "rewards=[{name: world, wieght: 2}]",
             ["unknown key rewards.train.0.wieght; did you mean rewards.train.0.weight?"],
         ),
+        ("evaluation.measures=variety", ["evaluation.measures must look like package.module:function", "'variety'"]),
+        ("evaluation.measures=[a.b:c, 3]", ["evaluation.measures.1 must be text", "got 3"]),
         ("evaluation.strict=wrld", ["evaluation.strict must be one of", "did you mean world?"]),
         ("rollout.group_szie=3", ["unknown key rollout.group_szie; did you mean rollout.group_size?"]),
         ("group_size=3", ["unknown key group_size; did you mean rollout.group_size?"]),

@@ -27,4 +27,28 @@ def test_a_runs_evaluations_are_paired_by_prompt_and_seed(tmp_path: Path):
     assert found.difference.value == pytest.approx(0.4)
     assert found.difference == mean_interval([0.3 * s - 0.1 * s for s in range(5)], "aabbc")
     assert found.win_rate.value == pytest.approx(0.9)
+    assert json.loads((tmp_path / "run.json").read_text())["measures"] == []
     assert (tmp_path / "run.csv").read_text().splitlines()[-1] == "run,c,5,r,0.5,"
+
+
+def test_measures_of_runs_are_told_before_and_after_beside_their_scores(tmp_path: Path):
+    for name, values in (("one", [2.5, 2.0, 1.5]), ("none", [])):
+        (tmp_path / name / "evaluations").mkdir(parents=True)
+        for step in (0, 4):
+            line = json.dumps({"prompt": "a", "seed": 0, "r": step})
+            (tmp_path / name / "evaluations" / f"{step:06d}.jsonl").write_text(line)
+        rows = [
+            {"step": 2 * i, "eval/reward_mean": 0.5, "eval/r_mean": 0.5, "eval/strict_accuracy": 1.0}
+            | ({"eval/hue_bits": values[i]} if values else {})
+            for i in range(3)
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert runs.measures_table([tmp_path / "none", tmp_path / "one"]).splitlines() == [
+        "|  | measure | before | after | difference |",
+        "| --- | --- | --- | --- | --- |",
+        "| one | hue_bits | 2.500 | 1.500 | -1.000 |",
+    ]
+    assert runs.measures_table([tmp_path / "none"]) == ""
+    runs.compare_evaluations(tmp_path / "one", tmp_path)
+    found = json.loads((tmp_path / "one.json").read_text())["measures"]
+    assert found == [{"measure": "hue_bits", "before": 2.5, "after": 1.5}]

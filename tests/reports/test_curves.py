@@ -100,6 +100,25 @@ def test_the_summary_of_several_rewards_has_a_line_for_each(tmp_path: Path):
         assert (abs(pixels - np.array(color)) < 8).all(2).sum() > 100
 
 
+def test_the_summary_has_a_curve_for_each_measure(tmp_path: Path):
+    rows = [
+        {"step": 7 * i, "eval/reward_mean": 0.4, "rollout/a_mean": 0.1, "eval/strict_accuracy": 0.5} for i in (0, 1)
+    ]
+    save_grid(tmp_path / "samples" / "000000.png", [solid(COLORS[3])] * 6, ["caption"] * 6)
+    heights, purple = [], []
+    for count in (0, 1, 4, 5):
+        lines = [row | {f"eval/m{i}": row["step"] for i in range(count)} for row in rows]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        with Image.open(write_summary(tmp_path)) as page:
+            heights.append(page.height)
+            pixels = np.asarray(page.convert("RGB")).astype(int)
+        purple.append((abs(pixels - np.array((148, 103, 189))) < 8).all(2).sum())  # tab:purple
+    assert heights[0] + 150 < heights[1] == heights[2] < heights[3] - 150
+    assert purple[0] == 0
+    assert purple[1] > 100
+    assert purple[2] == pytest.approx(4 * purple[1], rel=0.2)
+
+
 # Progress -----------------------------------------------------------------------------------------------------------
 
 

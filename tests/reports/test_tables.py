@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from ngrpo_lora.reports.tables import comparison_table, figures, markdown_table
@@ -11,10 +12,10 @@ FIRST = {"eval/reward_mean": 0.25, "eval/strict_accuracy": 0.125, "eval/world_me
 LAST = {"eval/reward_mean": 0.75, "eval/strict_accuracy": 0.5, "eval/world_mean": 0.75}
 
 
-def write_run(folder: Path, *rows: dict[str, float | None]) -> Path:
+def write_run(folder: Path, *rows: Mapping[str, float | None]) -> Path:
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": 4 * i} | row) + "\n" for i, row in enumerate(rows))
+        "".join(json.dumps({"step": 4 * i, **row}) + "\n" for i, row in enumerate(rows))
     )
     return folder
 
@@ -32,6 +33,17 @@ def test_figures_are_before_and_after_and_of_several_rewards_each(tmp_path: Path
         "held-out world            before 0.250  after 0.750  (+0.500)",
         "held-out a                before 2.000  after 1.500  (-0.500)",
     ]
+
+
+def test_figures_end_with_the_measures_that_both_evaluations_have(tmp_path: Path):
+    first = FIRST | {"eval/hue_bits": 2.5, "eval/background_spread": 8.0, "eval/gone": 1.0}
+    run = write_run(tmp_path / "run", first, {"eval/hue_bits": None}, LAST | {"eval/hue_bits": 1.0, "eval/new": 1.0})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "rollout/reward_mean": 0.5}) + "\n")
+    assert figures(run)[2:] == ["held-out hue_bits         before 2.500  after 1.000  (-1.500)"]
+    wide = figures(write_run(tmp_path / "wide", first, LAST | {"eval/background_spread": 4.0}))
+    assert wide[-1] == "held-out background_spread before 8.000  after 4.000  (-4.000)"
+    assert {line.index("before") for line in wide} == {27}
 
 
 def test_a_table_counts_all_time_and_leaves_empty_what_was_not_evaluated(tmp_path: Path):

@@ -9,7 +9,7 @@ from PIL import Image
 from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.types import Samples
-from ngrpo_lora.world import scenes
+from ngrpo_lora.world import manifold, scenes
 
 
 @pytest.mark.parametrize("name", ["world", "world_strict"])
@@ -19,3 +19,13 @@ def test_the_worlds_rewards_are_1_for_what_the_caption_says(name: str):
     right, wrong = Scorer([RewardConfig(name=name)])(samples)[name].tolist()
     assert right == pytest.approx(1, abs=0.1)
     assert wrong < 0.6
+
+
+def test_a_picture_off_the_renderers_manifold_scores_less_whatever_its_caption():
+    true = scenes.render(scenes.parse("a red star"), np.random.default_rng(0))
+    noise = np.random.default_rng(1).normal(0, 10, true.shape)
+    noisy = np.clip(true + noise, 0, 255).astype(np.uint8)
+    samples = Samples([Image.fromarray(true), Image.fromarray(noisy)], ["a red star", "a cat"], [{}, {}])
+    right, wrong = Scorer([RewardConfig(name="world_manifold")])(samples)["world_manifold"].tolist()
+    assert right == -manifold.distance(true)
+    assert wrong == pytest.approx(-10, abs=1.5)

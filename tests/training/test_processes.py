@@ -110,6 +110,39 @@ def test_results_do_not_depend_on_the_number_of_processes(
     assert_same_run(alone, tmp_path)
 
 
+WHERE = """
+import os
+import numpy as np
+
+def where(images, prompts):
+    assert os.environ.get("RANK", "0") == "0", "another process measures"
+    means = [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+    return {"second": means[1], "last": means[-1], "pictures": len(images), "prompts": len(prompts)}
+
+def fails(images, prompts):
+    raise ValueError("nothing here")
+"""
+
+
+def test_pictures_of_all_processes_are_measured_together_and_in_order(
+    context: Any, make_config: MakeConfig, tmp_path: Path
+):
+    (tmp_path / "where.py").write_text(WHERE)
+    settings = [*SEVERAL, "trainer.num_iterations=1"]
+    whole = make_config(tmp_path / "run", *settings, f"evaluation.measures={tmp_path / 'where.py'}:where")
+    assert [error for error, _ in run(context, 2, train, whole)] == [None] * 2
+    for step, row in enumerate(rows(tmp_path / "run")):
+        scores = [json.loads(line) for line in (tmp_path / "run" / "evaluations" / f"{step:06d}.jsonl").open()]
+        assert (row["eval/pictures"], row["eval/prompts"]) == (5, 5)
+        assert row["eval/second"] == pytest.approx(scores[1]["redness"], abs=1e-6)
+        assert row["eval/last"] == pytest.approx(scores[4]["redness"], abs=1e-6)
+    failing = make_config(tmp_path / "failed", *settings, f"evaluation.measures={tmp_path / 'where.py'}:fails")
+    (problem, _), (same, _) = run(context, 2, train, failing)
+    assert problem == same
+    assert "SharedError: evaluation of the base model: evaluation.measures: " in str(problem)
+    assert "where.py:fails failed (ValueError: nothing here)" in str(problem)
+
+
 def test_where_there_is_nothing_to_learn_no_process_moves(context: Any, make_config: MakeConfig, tmp_path: Path):
     reward = tmp_path / "flat.py"
     reward.write_text("def score(images):\n    return [0.5] * len(images)\n")
