@@ -51,6 +51,8 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
 TESTED_IN = {
     "algorithms._dealing": "algorithms/test_dance.py",
     "algorithms._window": "algorithms/test_mix.py",
+    "bench.paper.figures": "bench/paper/test_report.py",  # with the page that shows them
+    "bench.paper.published": "bench/paper/test_methods.py",
     "cli.push": "hub/test_pushing.py",
     "config.algorithms._sde": "algorithms/test_dance.py",
     "config.algorithms._window": "algorithms/test_mix.py",

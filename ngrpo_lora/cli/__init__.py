@@ -13,7 +13,15 @@ for command in (
     app.command()(command)
 
 bench_app = group("bench", "Measure this machine.")
-for command in (bench.overhead, bench.gpu, bench.solver, bench.pipeline, bench.gradient, bench.scaling):
+for command in (
+    bench.overhead,
+    bench.gpu,
+    bench.solver,
+    bench.pipeline,
+    bench.gradient,
+    bench.scaling,
+    bench.paper,
+):
     bench_app.command()(command)
 
 group("prompts", "Look at prompts before training on them.").command()(inspect.inspect)

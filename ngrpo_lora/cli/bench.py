@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ngrpo_lora.cli.app import RunArguments, split_arguments
+from ngrpo_lora.cli.app import Device, RunArguments, asked_device, split_arguments
+from ngrpo_lora.errors import ConfigError
 
 
 def overhead(
@@ -143,3 +145,59 @@ def scaling(
     from ngrpo_lora.bench.scaling import scaling_table
 
     scaling_table(config, [int(word) for word in words], repeats, output, typer.echo)
+
+
+def paper(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings laid over what all methods have in common, such as evaluation.num_prompts=480.",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look within 20 minutes on two cores: no search, Tables 1 and 3.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="A night: all six tables, three seeds.")] = False,
+    seeds: Annotated[int | None, typer.Option(help="Training seeds of each row.", show_default=False)] = None,
+    table: Annotated[
+        list[int] | None, typer.Option(help="A table of the paper, 1 to 6; repeat for several.", show_default=False)
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A method; repeat for several. Default: all.", show_default=False),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Forward passes per sample of each run, a trained one counted as three: 2400, or 300 with --quick.",
+            show_default=False,
+        ),
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where all runs and results go.")] = Path("runs/paper"),
+    device: Device = "auto",
+    at_once: Annotated[
+        int | None,
+        typer.Option(help="Runs at the same time. Default: one for each core, or for each GPU.", show_default=False),
+    ] = None,
+) -> None:
+    """The paper's comparison: its tables and figures by our own runs of every method at equal compute.
+
+    Ctrl-C stops; the same command goes on. What is complete is never made again.
+    """
+    from ngrpo_lora.bench.paper.plan import make_plan
+
+    if quick and full:
+        raise ConfigError("--quick and --full must not be given together; --quick is a first look, --full a night")
+    if at_once is not None and at_once < 1:
+        raise ConfigError(f"--at-once must be at least 1, got {at_once}; 1 makes one run after the other")
+    profile = "quick" if quick else "full" if full else "default"
+    asked = (output_dir, profile, budget, seeds, tuple(table or ()), tuple(method or ()), tuple(settings or ()))
+    make_plan(*asked)  # what is wrong is said before torch is loaded
+    plan = make_plan(*asked, found := asked_device(device))
+
+    from ngrpo_lora.bench.paper.comparison import compare
+    from ngrpo_lora.bench.paper.running import places
+
+    compare(plan, at_once or places(found), ["ngrpo", *sys.argv[1:]], typer.echo)

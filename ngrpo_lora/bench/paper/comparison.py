@@ -1,0 +1,116 @@
+"""The whole comparison: search, runs, and what is written of them, also where it is stopped in between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from ngrpo_lora.bench.paper import outcomes, report, search
+from ngrpo_lora.bench.paper.cost import length
+from ngrpo_lora.bench.paper.plan import Job, Plan, main_jobs, search_jobs
+from ngrpo_lora.bench.paper.running import Failure, check_folders, run_all
+from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.records.files import written
+
+__all__ = ["compare", "open_folder"]
+
+MARK = "comparison.json"
+
+
+def open_folder(folder: Path) -> None:
+    """Make the output folder, or make sure that it is one of this command and version.
+
+    Raises:
+        ConfigError: it holds something else, or results of another version.
+    """
+    mark, own = folder / MARK, {"version": version("ngrpo-lora")}
+    if mark.is_file():
+        found = json.loads(mark.read_text(encoding="utf-8"))
+        if found != own:
+            raise ConfigError(
+                f"--output-dir must hold results of this version ({own['version']}), but {str(folder)!r} has those of "
+                f"{found.get('version')}; give another folder"
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"--output-dir must be empty, new, or of an earlier `ngrpo bench paper`, got {str(folder)!r}; give another"
+        )
+    try:
+        with written(mark) as partial:
+            partial.write_text(json.dumps(own) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output-dir must be writable, got {str(folder)!r}: {error.strerror}") from None
+
+
+def compare(plan: Plan, at_once: int, command: Sequence[str], tell: Callable[[str], None]) -> None:
+    """Make all runs of a plan that are not complete, and write the report of those that are.
+
+    Args:
+        at_once: how many runs at the same time.
+        command: what was typed, for the report.
+    Raises:
+        UserError: a folder does not fit, the command was stopped, or some runs failed; the report is written.
+    """
+    open_folder(plan.output_dir)
+    searched = search_jobs(plan, length)
+    foreseen = main_jobs(plan, {method.name: method.untuned for method in plan.searched}, length)
+    check_folders(searched)
+    announce(plan, searched, foreseen, at_once, tell)
+    main: list[Job] = []
+    try:
+        failures = run_all(searched, at_once, foreseen, plan.output_dir, tell)
+        main = main_jobs(plan, search.tuned(plan, searched), length)
+        check_folders(main)
+        failures += run_all(main, at_once, [], plan.output_dir, tell)
+    finally:
+        write_report(plan, searched, main, command)
+    tell(f"results                   {plan.output_dir / 'results.md'}")
+    tell(f"the same, with pictures   {plan.output_dir / 'index.html'}")
+    if failures:
+        raise UserError(in_words(failures, len(searched) + len(main), plan.output_dir))
+
+
+def announce(
+    plan: Plan, searched: Sequence[Job], main: Sequence[Job], at_once: int, tell: Callable[[str], None]
+) -> None:
+    """Say what will run."""
+    done = sum(map(outcomes.is_complete, (*searched, *main)))
+    tell(
+        f"{len(plan.methods)} methods: {len(searched)} runs of the search and {len(main)} of the tables, "
+        f"{done} of them complete, {at_once} at once, into {plan.output_dir}"
+    )
+    tell(
+        f"  a run of the tables: {plan.budget:g} forward passes per sample, a trained one counted as three, and at "
+        f"least {plan.equal_iterations} iterations"
+    )
+
+
+def write_report(plan: Plan, searched: Sequence[Job], main: Sequence[Job], command: Sequence[str]) -> None:
+    """Write the report of the complete runs that have the settings of the plan; nothing where there is none yet."""
+    winners = search.tuned(plan, searched)
+    main = main or main_jobs(plan, winners, length)  # of what the search has found when it was stopped
+    found = outcomes.read(job for job in main if fits(job))
+    tuning = search.write(plan, searched, winners)
+    if found:
+        report.write(plan, found, tuning, command, len(main))
+
+
+def fits(job: Job) -> bool:
+    """Whether a run's folder has the settings that are wanted."""
+    try:
+        check_folders([job])
+    except ConfigError:
+        return False
+    return True
+
+
+def in_words(failures: Sequence[Failure], total: int, folder: Path) -> str:
+    """What failed, where to read on, and what to do."""
+    job, line = failures[0]
+    return (
+        f"{len(failures)} of {total} runs failed, the first of them {job.name} ({line}); what they printed is in "
+        f"{str(folder / 'logs')!r}; the same command tries them again"
+    )

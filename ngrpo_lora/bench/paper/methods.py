@@ -1,0 +1,196 @@
+"""The methods that are compared, and the rows of the paper's tables, as data.
+
+A method is what it sets in a configuration; all else is common to all (`plan.COMMON`). Settings are the ones that its
+own paper or code gives (`config/algorithms/`), but for two that are the same for all, so that no method gains by them:
+the optimizer updates of an iteration, and the small search for its learning rate and its trust region.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from ngrpo_lora import registry
+from ngrpo_lora.errors import ConfigError
+
+__all__ = ["BASELINE", "METHODS", "TABLES", "WATCHED", "Method", "find", "rows"]
+
+LEARNING_RATES = ("3e-4", "1e-3", "3e-3")
+UPDATES = "4"
+
+WATCHED = ("world_manifold",)
+"""Scores that no method is trained on, beside the verifier's."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a table.
+
+    settings: values by dotted key, as text of YAML, laid over what is common to all methods.
+    knob: the key that is searched together with the learning rate; `knob_values` are tried with each rate.
+    untuned: learning rate and knob without a search.
+    like: the method whose search this one takes its values from, where it is a variant of it.
+    """
+
+    name: str
+    label: str
+    settings: dict[str, str] = field(hash=False)
+    knob: str = "algorithm.clip_range"
+    knob_values: tuple[str, ...] = ("1e-4", "1e-3")
+    untuned: tuple[str, str] = ("1e-3", "1e-3")
+    like: str | None = None
+
+    @property
+    def algorithm(self) -> str:
+        """The name of its algorithm."""
+        return self.settings["algorithm.name"]
+
+    @property
+    def tuned_as(self) -> str:
+        """The name of the method whose search gives its learning rate and knob."""
+        return self.like or self.name
+
+
+def _neighbor(name: str, label: str, solver: str, steps: int, anchors: int, trained: int) -> Method:
+    """Neighbor GRPO in one of the three regimes of the paper's Table 3."""
+    settings = {
+        "algorithm.name": "neighbor",
+        "rollout.solver": solver,
+        "rollout.num_steps": str(steps),
+        "algorithm.num_anchors": str(anchors),
+        "algorithm.num_train_steps": str(trained),
+        "algorithm.updates_per_rollout": UPDATES,
+    }
+    return Method(name, label, settings)
+
+
+def _stochastic(name: str, label: str, algorithm: str, **settings: str) -> Method:
+    """A method whose rollouts have stochastic steps; 25 of them, as in the paper, unless given."""
+    common = {"algorithm.name": algorithm, "rollout.num_steps": "25", "algorithm.updates_per_rollout": UPDATES}
+    return Method(name, label, common | {key.replace("__", "."): value for key, value in settings.items()})
+
+
+BASELINE = "neighbor-dpmpp-8"
+"""The method that the others are compared with in pairs, and whose variants Tables 4 to 6 are about."""
+
+METHODS = (
+    _neighbor("neighbor-ddim-25", "Neighbor GRPO, DDIM 25", "euler", 25, 12, 4),
+    _neighbor("neighbor-dpmpp-16", "Neighbor GRPO, DPM++ 16", "dpmpp_2m", 16, 4, 9),
+    _neighbor(BASELINE, "Neighbor GRPO, DPM++ 8", "dpmpp_2m", 8, 4, 4),
+    _stochastic("flow-grpo", "Flow-GRPO", "flow_grpo"),
+    _stochastic("flow-cps", "Flow-CPS", "flow_grpo", algorithm__step="cps"),
+    replace(
+        _stochastic("grpo-guard", "GRPO-Guard", "flow_grpo", algorithm__guard="true"),
+        knob_values=("4e-6", "1e-4"),  # its ratios are on another scale
+        untuned=("1e-3", "4e-6"),
+    ),
+    _stochastic("dance", "DanceGRPO", "dance"),
+    _stochastic("mix", "MixGRPO", "mix"),
+    _stochastic("mix-flash", "MixGRPO-Flash", "mix_flash", algorithm__rest_ratio="0.4"),
+    _stochastic(
+        "mix-flash-frozen", "MixGRPO-Flash*", "mix_flash", algorithm__rest_ratio="0.2", algorithm__window="frozen"
+    ),
+    Method(
+        "branch",
+        "BranchGRPO",
+        {
+            "algorithm.name": "branch",
+            "rollout.num_steps": "20",
+            "rollout.group_size": "16",
+            "rollout.prompts_per_iteration": "3",  # 48 pictures an iteration, as the others
+            "algorithm.updates_per_rollout": UPDATES,
+        },
+    ),
+    Method(
+        "nft",
+        "DiffusionNFT",
+        {
+            "algorithm.name": "nft",
+            "rollout.solver": "dpmpp_2m",
+            "rollout.num_steps": "10",
+            "algorithm.updates_per_rollout": UPDATES,
+        },
+        knob="algorithm.mixture",
+        knob_values=("0.1", "1.0"),
+        untuned=("1e-3", "1.0"),
+    ),
+    Method(
+        "best-of-n",
+        "best-of-N fine-tuning",
+        {
+            "algorithm.name": "best_of_n",
+            "rollout.solver": "dpmpp_2m",
+            "rollout.num_steps": "8",
+            "algorithm.updates_per_rollout": UPDATES,
+        },
+        knob="algorithm.num_best",
+        knob_values=("1", "3"),
+        untuned=("1e-3", "1"),
+    ),
+)
+
+
+def _variant(name: str, label: str, of: str = BASELINE, **settings: str) -> Method:
+    """A method with other settings, and the learning rate and knob that were found for it."""
+    method = next(one for one in METHODS if one.name == of)
+    changed = method.settings | {key.replace("__", "."): value for key, value in settings.items()}
+    return replace(method, name=name, label=label, settings=changed, like=of)
+
+
+VIVID = "ngrpo_lora.bench.paper.vividness:score"
+HACKED = {"rewards": VIVID, "evaluation__rewards": f"[world, {', '.join(WATCHED)}]"}
+
+HACKABLE = (
+    _variant("vivid-dance", "DanceGRPO", of="dance", **HACKED),
+    _variant("vivid-mix", "MixGRPO", of="mix", **HACKED),
+    _variant("vivid-branch", "BranchGRPO", of="branch", **HACKED),
+    _variant("vivid-p-2", "Neighbor GRPO, p = 2", **HACKED),
+    _variant("vivid-p-0.8", "Neighbor GRPO, p = 0.8", **HACKED, algorithm__advantage_p="0.8"),
+    _variant("vivid-reference", "Neighbor GRPO, reference 0.5", **HACKED, algorithm__reference_weight="0.5"),
+    _variant("vivid-world", "Neighbor GRPO, vividness + world", **HACKED | {"rewards": f"['{VIVID}', world]"}),
+)
+
+ABLATION = {"algorithm__perturbation_strength": "0.5"}
+CENTRE = _variant("ablation-centre", "", **ABLATION)
+"""What Tables 4 to 6 vary: (sigma, B, p) = (0.5, 4, 2), as in the paper."""
+
+RADII = (
+    _variant("radius-1.0", "1.0", algorithm__perturbation_strength="1.0"),
+    replace(CENTRE, label="0.5"),
+    replace(next(one for one in METHODS if one.name == BASELINE), label="0.3"),  # has this radius
+    _variant("radius-0.1", "0.1", algorithm__perturbation_strength="0.1"),
+)
+ANCHORS = tuple(
+    replace(CENTRE, label="4")
+    if number == "4"
+    else _variant(f"anchors-{number}", number, **ABLATION, algorithm__num_anchors=number)
+    for number in ("2", "4", "8", "12")
+)
+POWERS = tuple(
+    replace(CENTRE, label="2 (GRPO)")
+    if power == "2"
+    else _variant(f"p-{power}", power, **ABLATION, algorithm__advantage_p=power)
+    for power in ("2", "1", "0.8", "0.5")
+)
+
+TABLES: dict[int, tuple[Method, ...]] = {1: METHODS, 2: HACKABLE, 3: METHODS, 4: RADII, 5: ANCHORS, 6: POWERS}
+"""The rows of the paper's tables by number."""
+
+
+def rows(table: int, chosen: tuple[str, ...]) -> tuple[Method, ...]:
+    """The rows of a table that are `chosen` methods of Table 1, or variants of them."""
+    return tuple(method for method in TABLES[table] if method.tuned_as in chosen)
+
+
+def find(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Check names of methods of Table 1; none are all of them.
+
+    Raises:
+        ConfigError: there is no such method; the nearest one is named.
+    """
+    known = [method.name for method in METHODS]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"--method must be one of {', '.join(known)}, got {name!r}{registry.nearest(name, known)}"
+            )
+    return tuple(name for name in known if name in names or not names)

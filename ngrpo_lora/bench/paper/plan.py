@@ -1,0 +1,261 @@
+"""Which training runs a comparison needs, and with which configurations: a pure function of what is asked for.
+
+Equal compute: a run has as many iterations as cost `budget` forward passes per sample together (`cost.py`), but at
+least `equal_iterations`, so that the same run also serves the comparison at equal iterations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ngrpo_lora.bench.paper import methods
+from ngrpo_lora.bench.paper.methods import LEARNING_RATES, TABLES, WATCHED, Method
+from ngrpo_lora.config import RunConfig, parse_config, parse_settings
+from ngrpo_lora.errors import ConfigError
+
+__all__ = ["PROFILES", "Job", "Plan", "Profile", "Tuned", "main_jobs", "make_plan", "search_jobs"]
+
+TRAINED_TASKS = ("two", "color", "attribute")
+"""Tasks of the embedded world that are trained; the others are left out, to see what training does to them."""
+
+COMMON = {
+    "model.dtype": "auto",
+    "prompts.train": "{world:train/two: 1, world:train/color: 2, world:train/attribute: 3}",
+    "prompts.held_out": "world:held_out",
+    "rollout.group_size": "12",
+    "rollout.prompts_per_iteration": "4",
+    "rollout.micro_batch_size": "48",
+    "rollout.merge_adapter": "true",
+    "rewards": "world",
+    "trainer.micro_batch_size": "16",
+    "trainer.num_threads": "1",
+    "trainer.save_every": "10",
+    "trainer.keep_checkpoints": "1",
+    "evaluation.solver": "dpmpp_2m",
+    "evaluation.num_steps": "8",
+    "evaluation.num_prompts": "240",
+    "evaluation.strict": "world_strict",
+    "evaluation.rewards": f"[{', '.join(WATCHED)}]",
+    "evaluation.measures": "ngrpo_lora.world.freedom:freedom",
+    "evaluation.num_samples": "12",
+}
+"""Settings that all methods have in common; those of the command line are laid over them, a method's own over both."""
+
+SEARCH = {"prompts.held_out": "world:train", "evaluation.seed": "500000", "evaluation.num_prompts": "96"}
+"""What the search judges by: captions of the training scenes, none of the held-out ones that the tables are about."""
+
+SEARCH_SEED, FIRST_SEED = 100, 0
+PER_ITERATION = 100
+"""Forward passes per sample that no method's iteration exceeds by much; Flow-GRPO's 25 steps of which 24 are trained
+cost 97."""
+
+EVALUATIONS = 6
+"""About as many held-out evaluations has a run; each costs a few iterations."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How large a comparison is, unless the command line says otherwise.
+
+    budget: forward passes per sample of each run.
+    prompts: held-out prompts of each evaluation.
+    """
+
+    name: str
+    budget: float
+    search: bool
+    seeds: int
+    tables: tuple[int, ...]
+    prompts: int
+
+
+PROFILES = {
+    "quick": Profile("quick", 300, False, 1, (1, 3), 48),
+    "default": Profile("default", 2400, True, 1, (1, 3), 240),
+    "full": Profile("full", 2400, True, 3, (1, 2, 3, 4, 5, 6), 240),
+}
+"""`full` goes on from what `default` has left in its folder; `quick` has runs of its own."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison: what is compared, how long, and where."""
+
+    output_dir: Path
+    budget: float
+    search: bool
+    seeds: int
+    tables: tuple[int, ...]
+    chosen: tuple[str, ...]
+    """Methods of Table 1 that are compared, with their variants in the other tables."""
+    common: Mapping[str, str]
+    """Settings of all methods, by dotted key."""
+
+    @property
+    def equal_iterations(self) -> int:
+        """The iteration up to which every run goes."""
+        return max(1, int(self.budget / PER_ITERATION))
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The rows of all tables asked for, each method once."""
+        found = {method.name: method for table in self.tables for method in methods.rows(table, self.chosen)}
+        return tuple(found.values())
+
+    @property
+    def searched(self) -> tuple[Method, ...]:
+        """The methods whose learning rate and knob the comparison needs."""
+        wanted = {method.tuned_as for method in self.methods}
+        return tuple(method for method in methods.METHODS if method.name in wanted)
+
+
+Tuned = Mapping[str, tuple[str, str]]
+"""Learning rate and knob of a method, as text, by the method's name."""
+
+
+@dataclass(frozen=True, eq=False)  # a configuration has no hash
+class Job:
+    """One training run: its folder below the output folder, and its configuration."""
+
+    name: str
+    method: str
+    seed: int
+    config: RunConfig
+    cost: float
+    """Forward passes per sample of an iteration, on average."""
+    point: tuple[str, str]
+    """Learning rate and knob."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is."""
+        return Path(self.config.output_dir)
+
+    @property
+    def work(self) -> float:
+        """Forward passes of the whole run, its evaluations included."""
+        rollout, trainer, evaluation = self.config.rollout, self.config.trainer, self.config.evaluation
+        samples = rollout.prompts_per_iteration * rollout.group_size
+        evaluations = 1 + -(-trainer.num_iterations // evaluation.every)
+        drawn = evaluations * evaluation.num_prompts * self.config.evaluation_steps
+        return trainer.num_iterations * self.cost * samples + drawn
+
+
+def make_plan(
+    output_dir: Path,
+    profile: str = "default",
+    budget: float | None = None,
+    seeds: int | None = None,
+    tables: tuple[int, ...] = (),
+    names: tuple[str, ...] = (),
+    settings: tuple[str, ...] = (),
+    device: str = "cpu",
+) -> Plan:
+    """A checked plan; what is None or empty is the profile's.
+
+    Args:
+        names: methods of Table 1; none are all.
+        settings: `key=value` laid over what all methods have in common.
+    Raises:
+        ConfigError: an unknown method or table, a number out of its range, or settings that do not fit a method.
+    """
+    chosen, known = PROFILES[profile], methods.find(names)
+    wanted = tuple(sorted(set(tables))) or chosen.tables
+    if unknown := [table for table in wanted if table not in TABLES]:
+        raise ConfigError(f"--table must be one of {', '.join(map(str, TABLES))}, got {unknown[0]}")
+    if seeds is not None and seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, got {seeds}; one seed gives intervals over prompts alone")
+    if budget is not None and budget <= 0:
+        raise ConfigError(f"--budget must be above 0 forward passes per sample, got {budget:g}; --quick has 300")
+    if bad := [text for text in settings if "=" not in text]:
+        raise ConfigError(f"a setting must look like key=value, got {bad[0]!r}; for example evaluation.num_prompts=96")
+    common = COMMON | {"evaluation.num_prompts": str(chosen.prompts), "model.device": device}
+    common |= {key: value for key, _, value in (text.partition("=") for text in settings)}
+    plan = Plan(output_dir, budget or chosen.budget, chosen.search, seeds or chosen.seeds, wanted, known, common)
+    check(plan)
+    return plan
+
+
+def check(plan: Plan) -> None:
+    """Make sure that there is something to compare, on prompts of every task, and that every configuration is valid.
+
+    Raises:
+        ConfigError: there is not, or it is not.
+    """
+    if not plan.methods:
+        raise ConfigError(
+            f"--method and --table must have a method in common, got {', '.join(plan.chosen)} and "
+            f"{', '.join(map(str, plan.tables))}; Tables 4 to 6 are about {methods.BASELINE}"
+        )
+    for method in plan.methods:
+        config = _config(plan, method, f"runs/{method.name}", FIRST_SEED, method.untuned)
+        if config.evaluation.num_prompts < 12:
+            raise ConfigError(
+                f"evaluation.num_prompts must be at least 12, two of each task, got {config.evaluation.num_prompts}; "
+                "intervals over fewer prompts say nothing"
+            )
+
+
+def _config(
+    plan: Plan, method: Method, name: str, seed: int, point: tuple[str, str], extra: Mapping[str, str] | None = None
+) -> RunConfig:
+    """The configuration of a run: common settings, the method's own, and those of this run."""
+    rate, knob = point
+    own = {"optimizer.learning_rate": rate, method.knob: knob, "seed": str(seed)}
+    own["output_dir"] = f"'{plan.output_dir / name}'"
+    values = {**plan.common, **method.settings, **own, **(extra or {})}
+    return parse_config(parse_settings("\n".join(f"{key}={value}" for key, value in values.items())))
+
+
+def points(method: Method) -> list[tuple[str, str]]:
+    """The grid of a method's search: every learning rate with every value of its knob."""
+    return [(rate, knob) for rate in LEARNING_RATES for knob in method.knob_values]
+
+
+Length = Callable[[RunConfig, float], tuple[int, float]]
+"""How many iterations a budget allows, and what one of them costs on average: `cost.length`."""
+
+
+def search_jobs(plan: Plan, length: Length) -> list[Job]:
+    """The search's runs, each a quarter as long as a run of the tables; none without a search."""
+    if not plan.search:
+        return []
+    jobs = []
+    for method in plan.searched:
+        for point in points(method):
+            name = f"search/{method.name}/rate-{point[0]}-{method.knob.rpartition('.')[2]}-{point[1]}"
+            config = _config(plan, method, name, SEARCH_SEED, point, SEARCH)
+            iterations, cost = length(config, plan.budget / 4)
+            jobs.append(Job(name, method.name, SEARCH_SEED, _of_length(config, iterations, iterations), cost, point))
+    return jobs
+
+
+def main_jobs(plan: Plan, tuned: Tuned, length: Length) -> list[Job]:
+    """The runs of the tables, seed by seed, so that a comparison that is stopped has whole seeds."""
+    return [job for seed in range(FIRST_SEED, FIRST_SEED + plan.seeds) for job in _seed_jobs(plan, tuned, length, seed)]
+
+
+def _seed_jobs(plan: Plan, tuned: Tuned, length: Length, seed: int) -> Iterator[Job]:
+    for method in plan.methods:
+        point = tuned[method.tuned_as]
+        name = f"runs/{method.name}/seed-{seed}"
+        config = _config(plan, method, name, seed, point)
+        iterations, cost = length(config, plan.budget)
+        iterations = max(iterations, plan.equal_iterations)
+        every = evaluated_every(iterations, plan.equal_iterations)
+        yield Job(name, method.name, seed, _of_length(config, iterations, every), cost, point)
+
+
+def _of_length(config: RunConfig, iterations: int, every: int) -> RunConfig:
+    """The configuration with so many iterations, and so many between evaluations."""
+    trainer = config.trainer.model_copy(update={"num_iterations": iterations})
+    evaluation = config.evaluation.model_copy(update={"every": every})
+    return config.model_copy(update={"trainer": trainer, "evaluation": evaluation})
+
+
+def evaluated_every(iterations: int, equal: int) -> int:
+    """Iterations between evaluations: a divisor of `equal`, for about `EVALUATIONS` of them."""
+    divisors = [every for every in range(1, equal + 1) if equal % every == 0]
+    return next((every for every in divisors if iterations / every <= EVALUATIONS), equal)

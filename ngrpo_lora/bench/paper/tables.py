@@ -1,0 +1,246 @@
+"""The paper's tables from complete runs, each with the paper's own figures beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ngrpo_lora.bench.paper import methods, published
+from ngrpo_lora.bench.paper.methods import BASELINE, LEARNING_RATES, Method
+from ngrpo_lora.bench.paper.outcomes import STAGES, Outcome, by_method, change, is_trained
+from ngrpo_lora.bench.paper.plan import Plan
+from ngrpo_lora.evaluation.statistics import compare_scores
+from ngrpo_lora.reports.tables import markdown_table
+from ngrpo_lora.training.evaluation import strict_reward
+
+__all__ = ["Column", "Table", "make_tables", "search_table"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: its title, what it says, its head and its rows, which may be of different tables' methods."""
+
+    title: str
+    about: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """The table as Markdown, below its title."""
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in self.rows]
+        return f"## {self.title}\n\n{self.about}\n\n{markdown_table(self.head, escaped)}\n"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A score in a table: its heading, the reward's label, and of which prompts (see `outcomes.change`)."""
+
+    head: str
+    label: str
+    trained: bool | None
+
+
+TITLES = {
+    1: "Table 1: every method at equal compute",
+    2: "Table 2: a reward that is easily hacked",
+    3: "Table 3: what an iteration costs",
+    4: "Table 4: the radius of the neighbourhood (perturbation_strength, the paper's σ)",
+    5: "Table 5: the number of anchors B",
+    6: "Table 6: p of the quasi-norm",
+}
+
+SCORES = (
+    "Scores are means over held-out prompts after training, drawn by the same deterministic solver; in brackets the "
+    "change from the base model on the same prompts and noises, and its 95% interval over prompts{seeds}."
+)
+HACKED = (
+    "All rows are trained on vividness (mean colour saturation), the last one on vividness and the verifier together. "
+    "What the verifier says of the pictures was not trained on in the others."
+)
+
+
+def make_tables(plan: Plan, outcomes: Sequence[Outcome]) -> list[Table]:
+    """Every table of the plan of which there is a complete run."""
+    found = by_method(outcomes)
+    seeds = " and over seeds" if plan.seeds > 1 else ""
+    tables = []
+    for number in plan.tables:
+        rows = [method for method in methods.rows(number, plan.chosen) if method.name in found]
+        if not rows:
+            continue
+        if number == 3:
+            tables.append(cost_table(rows, found))
+            continue
+        about = f"{HACKED if number == 2 else _length(plan)} {SCORES.format(seeds=seeds)} {published.NOTE}"
+        tables.append(score_table(number, TITLES[number], about, rows, found, plan.budget))
+        if number == 1:
+            tables += [*equal_iterations(plan, rows, found, seeds), *against_baseline(rows, found, plan.budget)]
+    return tables
+
+
+def _length(plan: Plan) -> str:
+    return (
+        f"Each run may spend {plan.budget:g} forward passes per sample, a trained one counted as three; iterations "
+        "follow from that; forward passes are as counted."
+    )
+
+
+def columns(outcomes: Iterable[Outcome]) -> list[Column]:
+    """Score columns: the verifier's two on trained and on left-out tasks, then all other scores on all prompts."""
+    some = next(iter(outcomes))
+    labels, prompts = [*some.scores[0]], some.prompts
+    strict = [reward.key for reward in strict_reward(some.job.config)]
+    graded = "world" if "world" in labels else some.job.config.rewards.train[0].key
+    main = [(graded, "reward"), *((label, "strict accuracy") for label in strict)]
+    split = not all(map(is_trained, prompts))
+    parts = ((True, "trained tasks"), (False, "left-out tasks")) if split else ((None, "all prompts"),)
+    found = [Column(f"{name}, {where}", label, trained) for trained, where in parts for label, name in main]
+    known = {label for label, _ in main}
+    return [Column(label, label, None) for label in labels if label not in known] + found
+
+
+def score_table(
+    number: int, title: str, about: str, rows: Sequence[Method], found: dict[str, list[Outcome]], budget: float
+) -> Table:
+    """A table of scores at the end of equal compute, below the base model's."""
+    shown, measured = columns(found[rows[0].name]), [*found[rows[0].name][0].measures(0)]
+    head = ["method" if number < 3 else "", "iterations", "forward passes", "NFE_old", "NFE_θ", "s/iter."]
+    extra = [f"{name} (paper)" for name in published.COLUMNS[number]]
+    lines = [_base_row(number, found[rows[0].name], shown, measured, len(head) - 1)] if number < 3 else []
+    for method in rows:
+        outcomes = found[method.name]
+        steps = {outcome.job.name: outcome.nearest(budget) for outcome in outcomes}
+        spent = _mean(outcome.spent()[steps[outcome.job.name]] for outcome in outcomes)
+        cells = [method.label, str(next(iter(steps.values()))), f"{spent:.0f}", *_costs(outcomes)]
+        cells += [change(outcomes, steps, column.label, column.trained).show() for column in shown]
+        cells += _measures(outcomes, steps, measured)
+        lines.append((*cells, *_published(number, method.name)))
+    return Table(title, about, (*head, *(column.head for column in shown), *measured, *extra), tuple(lines))
+
+
+def _base_row(
+    number: int, outcomes: Sequence[Outcome], shown: Sequence[Column], measured: Sequence[str], blanks: int
+) -> tuple[str, ...]:
+    steps = {outcome.job.name: 0 for outcome in outcomes}
+    cells = [f"{change(outcomes, steps, column.label, column.trained).before:.3f}" for column in shown]
+    cells += _measures(outcomes, steps, measured)
+    return ("base model", *[""] * blanks, *cells, *_published(number, "base"))
+
+
+def _measures(outcomes: Sequence[Outcome], steps: Mapping[str, int], names: Sequence[str]) -> list[str]:
+    """Means over seeds of what `evaluation.measures` found."""
+    found = [outcome.measures(steps[outcome.job.name]) for outcome in outcomes]
+    means = [[one[name] for one in found if one.get(name) is not None] for name in names]
+    return [f"{_mean(values):.3g}" if values else "" for values in means]
+
+
+def _published(number: int, name: str) -> list[str]:
+    blank = [None] * len(published.COLUMNS[number])
+    return ["" if value is None else f"{value:g}" for value in published.FIGURES[number].get(name, blank)]
+
+
+def _costs(outcomes: Sequence[Outcome]) -> list[str]:
+    old, theta = (_mean(o.mean(f"nfe/{kind}_per_sample") for o in outcomes) for kind in ("old", "theta"))
+    seconds = sum(_mean(o.mean(f"time/{stage}_s") for o in outcomes) for stage in STAGES)
+    return [f"{old:.2f}", f"{theta:.2f}", f"{seconds:.2f}"]
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean([*values]))
+
+
+def equal_iterations(plan: Plan, rows: Sequence[Method], found: dict[str, list[Outcome]], seeds: str) -> list[Table]:
+    """The scores of Table 1 after as many iterations of every method, whatever they cost."""
+    step, shown = plan.equal_iterations, columns(found[rows[0].name])
+    lines = []
+    for method in rows:
+        outcomes = found[method.name]
+        steps = {outcome.job.name: step for outcome in outcomes}
+        spent = _mean(outcome.spent()[step] for outcome in outcomes)
+        seconds = _mean(outcome.seconds()[step] for outcome in outcomes)
+        cells = [change(outcomes, steps, column.label, column.trained).show() for column in shown]
+        lines.append((method.label, f"{spent:.0f}", f"{seconds:.0f}", *cells))
+    head = ("method", "forward passes per sample", "seconds", *(column.head for column in shown))
+    about = f"The same runs after {step} iterations each. {SCORES.format(seeds=seeds)}"
+    return [Table("Table 1, at equal iterations", about, head, tuple(lines))]
+
+
+def against_baseline(rows: Sequence[Method], found: dict[str, list[Outcome]], budget: float) -> list[Table]:
+    """Every method against Neighbor GRPO with 8 DPM++ steps, picture by picture, at equal compute."""
+    if BASELINE not in found:
+        return []
+    reference = {outcome.job.seed: outcome for outcome in found[BASELINE]}
+    lines = []
+    for method in rows:
+        pairs = [(o, reference[o.job.seed]) for o in found[method.name] if o.job.seed in reference]
+        if method.name == BASELINE or not pairs:
+            continue
+        ours, theirs = (_joined([pair[side] for pair in pairs], budget) for side in (0, 1))
+        prompts = [prompt for outcome, _ in pairs for prompt in outcome.prompts]
+        for difference in compare_scores(method.label, ours, "", theirs, prompts):
+            shares = (difference.difference.show("+.3f"), difference.win_rate.show(".0%"), str(difference.pairs))
+            lines.append((method.label, difference.reward, *shares))
+    label = next(method.label for method in methods.METHODS if method.name == BASELINE)
+    head = ("method", "score", "difference (95% CI)", "win rate (95% CI)", "pairs")
+    about = "Pictures of the same prompts, noises and training seeds at equal compute; intervals are over prompts."
+    return [Table(f"Table 1, every method against {label}", about, head, tuple(lines))] if lines else []
+
+
+def _joined(outcomes: Sequence[Outcome], budget: float) -> dict[str, list[float]]:
+    """All scores at equal compute by label, seed after seed."""
+    chosen = [outcome.scores[outcome.nearest(budget)] for outcome in outcomes]
+    return {label: [value for scores in chosen for value in scores[label].tolist()] for label in chosen[0]}
+
+
+def cost_table(rows: Sequence[Method], found: dict[str, list[Outcome]]) -> Table:
+    """Function evaluations, as counted while training, and seconds of each stage of an iteration."""
+    lines = []
+    for method in rows:
+        outcomes = found[method.name]
+        config = outcomes[0].job.config
+        group = config.rollout.group_size
+        anchors = getattr(config.algorithm, "num_anchors", group)
+        old, theta, seconds = _costs(outcomes)
+        counted = _mean(o.spent()[o.last] / o.last for o in outcomes)
+        stages = [f"{_mean(o.mean(f'time/{stage}_s') for o in outcomes):.2f}" for stage in STAGES]
+        cost = (f"{outcomes[0].job.cost:.2f}", f"{counted:.2f}")
+        lines.append(
+            (method.label, str(group), str(anchors), old, theta, *cost, *stages, seconds, *_published(3, method.name))
+        )
+    head = ("method", "G", "B", "NFE_old", "NFE_θ", "forward passes, foreseen", "counted")
+    times = ("rollout s", "reward s", "update s", "s/iter.")
+    about = (
+        "Per sample of an iteration: function evaluations without gradients (old velocities of later updates and the "
+        "reference included) and with them; NFE_old + 3 NFE_θ as foreseen and as counted, which is less where groups "
+        f"of equal rewards are skipped. Seconds are of an iteration of the whole batch. {published.NOTE}"
+    )
+    paper = [f"{name} (paper)" for name in published.COLUMNS[3]]
+    return Table(TITLES[3], about, (*head, *times, *paper), tuple(lines))
+
+
+def search_table(entries: Sequence[dict[str, Any]]) -> Table:
+    """All points of the search with their validation rewards, the winner of each method marked."""
+    lines = []
+    for entry in entries:
+        rate = "optimizer.learning_rate"
+        knob = next(key for key in entry if key.startswith("algorithm."))
+        for point in entry["points"] or [entry]:
+            won = (point[rate], point[knob]) == (entry[rate], entry[knob])
+            reward = point.get("validation_reward")
+            shown = (
+                "not searched" if not entry["points"] else "failed or missing" if reward is None else f"{reward:.3f}"
+            )
+            edge = bool(entry["points"]) and point[rate] in (LEARNING_RATES[0], LEARNING_RATES[-1])
+            used = ("at the edge" if edge else "yes") if won else ""
+            lines.append((entry["label"], point[rate], f"{knob.partition('.')[2]} {point[knob]}", shown, used))
+    about = (
+        "The reward on captions of the training scenes, with other seeds than the tables', after runs of a quarter of "
+        "their compute. The first of equal rewards wins, which has the lower learning rate. A winner at "
+        "the edge of the grid might be better still beyond it."
+    )
+    return Table(
+        "Search", about, ("method", "learning rate", "second setting", "validation reward", "used"), tuple(lines)
+    )

@@ -1,0 +1,125 @@
+"""The command from end to end, on the embedded model, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from commands import refuse, run
+from paper_runs import jobs_of, leave, small_plan
+
+from ngrpo_lora.bench.paper import comparison, running
+from ngrpo_lora.bench.paper.comparison import compare, open_folder, write_report
+from ngrpo_lora.bench.paper.plan import search_jobs
+from ngrpo_lora.bench.paper.running import Stopped
+from ngrpo_lora.errors import ConfigError, UserError
+
+TINY = (
+    *("--quick", "--budget", 13, "--at-once", 2, "--device", "cpu"),
+    *("--method", "neighbor-dpmpp-8", "--method", "flow-grpo"),
+    *("rollout.prompts_per_iteration=1", "rollout.group_size=4", "evaluation.num_prompts=12", "lora.rank=2"),
+)
+
+
+def test_two_methods_from_end_to_end(tmp_path: Path):
+    folder = tmp_path / "out"
+    lines = run("bench", "paper", *TINY, "--output-dir", folder)
+    assert lines[0].startswith("2 methods: 0 runs of the search and 2 of the tables, 0 of them complete")
+    assert any(line.startswith("[2/2] runs/flow-grpo/seed-0: held-out reward") for line in lines)
+    results = json.loads((folder / "results.json").read_text())
+    neighbor, flow = results["outcomes"]
+    assert results["dearer_than_foreseen"] == []
+    assert flow["iterations"] == neighbor["iterations"] == 1
+    assert neighbor["evaluations"]["0"] == flow["evaluations"]["0"]  # the same base, prompts and noises
+    assert neighbor["nfe_old"] >= 8
+    assert flow["nfe_old"] == 25
+    assert {file.name for file in folder.glob("*.png")} == {"figure-5.png", "figure-8.png", "figure-9.png"}
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/*") if path.is_file()}
+    again = run("bench", "paper", *TINY, "--output-dir", folder)
+    assert "2 of them complete" in again[0]
+    assert made == {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/*") if path.is_file()}
+    other = [word if word != "lora.rank=2" else "lora.rank=4" for word in TINY]
+    assert "lora.rank: 2 -> 4" in refuse_after(other, folder)
+
+
+def refuse_after(words: Sequence[object], folder: Path) -> str:
+    """The message of a command that says what it does before it is refused."""
+    from typer.testing import CliRunner
+
+    from ngrpo_lora.cli import app
+
+    result = CliRunner().invoke(app, ["bench", "paper", *map(str, words), "--output-dir", str(folder)])
+    assert result.exit_code == 2
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "neighbour"], "--method must be one of"),
+        (["--table", 9], "--table must be one of 1, 2, 3, 4, 5, 6, got 9"),
+        (["--seeds", 0], "--seeds must be at least 1, got 0"),
+        (["--at-once", 0], "--at-once must be at least 1"),
+        (["--quick", "--full"], "must not be given together"),
+        (["evaluation.num_prompts=3"], "evaluation.num_prompts must be at least 12"),
+        (["--device", "tpu"], "--device must be"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_made(words: list[object], message: str, tmp_path: Path):
+    folder = tmp_path / "out"
+    assert message in refuse("bench", "paper", *words, "--output-dir", folder)
+    assert not folder.exists()
+
+
+def test_a_folder_of_another_version_or_purpose_is_refused(tmp_path: Path):
+    open_folder(tmp_path / "new")
+    open_folder(tmp_path / "new")
+    (tmp_path / "new" / comparison.MARK).write_text('{"version": "0.0.1"}')
+    with pytest.raises(ConfigError, match=r"results of this version \(.*\), but .* has those of 0.0.1"):
+        open_folder(tmp_path / "new")
+    with pytest.raises(ConfigError, match="must be empty, new, or of an earlier"):
+        open_folder(tmp_path)
+
+
+def test_a_stopped_comparison_reports_what_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = small_plan(tmp_path, "flow-grpo", budget=400.0, seeds=2)
+    monkeypatch.setattr(comparison, "length", lambda config, budget: (10, 40.0))
+    jobs = jobs_of(plan)
+    open_folder(tmp_path)
+    leave(jobs[0], lambda picture, step: 0.5)
+
+    def stop(*_: object) -> None:
+        raise Stopped("stopped")
+
+    monkeypatch.setattr(comparison, "run_all", stop)
+    with pytest.raises(Stopped):
+        compare(plan, 1, ["ngrpo"], lambda line: None)
+    assert "1 of 2 runs are complete" in (tmp_path / "results.md").read_text()
+
+
+def test_a_run_of_other_settings_is_not_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = small_plan(tmp_path, "flow-grpo", budget=400.0)
+    other = jobs_of(small_plan(tmp_path, "flow-grpo", budget=400.0, settings=("lora.rank=4",)))
+    leave(other[0], lambda picture, step: 0.5)
+    write_report(plan, [], jobs_of(plan), ["ngrpo"])
+    assert not (tmp_path / "results.md").exists()
+
+
+def test_the_tables_runs_have_the_winners_of_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = small_plan(tmp_path, "flow-grpo", profile="default", budget=400.0)
+    monkeypatch.setattr(comparison, "length", lambda config, budget: (10, 40.0))
+    open_folder(tmp_path)
+    for number, job in enumerate(search_jobs(plan, comparison.length)):
+        leave(job, lambda picture, step, number=number: 0.5 + (0.1 if number == 4 else 0.0))
+    made: list[tuple[str, float]] = []
+
+    def run_all(jobs: list[running.Job], *_: object) -> list[running.Failure]:
+        made.extend((job.name, job.config.optimizer.learning_rate) for job in jobs if not running.is_complete(job))
+        return [(job, "no") for job in jobs if not running.is_complete(job)]
+
+    monkeypatch.setattr(comparison, "run_all", run_all)
+    with pytest.raises(UserError, match=r"1 of 7 runs failed, the first of them runs/flow-grpo/seed-0 \(no\)"):
+        compare(plan, 1, ["ngrpo"], lambda line: None)
+    assert made == [("runs/flow-grpo/seed-0", 3e-3)]

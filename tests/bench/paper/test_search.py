@@ -1,0 +1,49 @@
+"""The search: which point wins, and what is written of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from paper_runs import cost_of_8, leave, small_plan
+
+from ngrpo_lora.bench.paper import search
+from ngrpo_lora.bench.paper.methods import METHODS
+from ngrpo_lora.bench.paper.plan import points, search_jobs
+from ngrpo_lora.bench.paper.tables import search_table
+
+METHOD = next(method for method in METHODS if method.name == "flow-grpo")
+
+
+def test_the_greatest_reward_wins_and_of_equal_ones_the_lowest_rate():
+    grid = points(METHOD)
+    rewards = dict.fromkeys(grid, 0.5)
+    assert search.choose(METHOD, rewards) == grid[0]
+    assert search.choose(METHOD, rewards | {grid[3]: 0.6}) == grid[3]
+    assert search.choose(METHOD, dict.fromkeys(grid, math.nan) | {grid[2]: 0.1}) == grid[2]
+    assert search.choose(METHOD, {}) is None
+
+
+def test_winners_and_all_points_are_written_and_shown(tmp_path: Path):
+    plan = small_plan(tmp_path, "flow-grpo", profile="default", budget=400.0)
+    jobs = search_jobs(plan, cost_of_8)
+    assert len(jobs) == 6
+    for number, job in enumerate(jobs[:-1]):  # the last one failed
+        leave(job, lambda picture, step, number=number: 0.5 + (0.1 if number == 2 else 0.0))
+    winners = search.tuned(plan, jobs)
+    assert winners == {"flow-grpo": points(METHOD)[2]}
+    (entry,) = search.write(plan, jobs, winners)
+    assert json.loads((tmp_path / search.FILE).read_text()) == [entry]
+    assert [point["validation_reward"] for point in entry["points"]][-1] is None
+    table = search_table([entry])
+    assert [row[-1] for row in table.rows] == ["", "", "yes", "", "", ""]
+    assert table.rows[2][3] == "0.600"
+    assert table.rows[-1][3] == "failed or missing"
+
+
+def test_without_a_search_a_methods_own_values_are_used(tmp_path: Path):
+    plan = small_plan(tmp_path, "flow-grpo")
+    winners = search.tuned(plan, [])
+    assert winners == {"flow-grpo": METHOD.untuned}
+    assert search_table(search.write(plan, [], winners)).rows[0][3] == "not searched"

@@ -1,0 +1,82 @@
+"""Tables from run folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from paper_runs import jobs_of, leave, small_plan
+
+from ngrpo_lora.bench.paper.outcomes import read
+from ngrpo_lora.bench.paper.tables import Table, make_tables
+
+
+def tables(tmp_path: Path, *names: str, **asked: object) -> list[Table]:
+    plan = small_plan(tmp_path, *names, budget=400.0, **asked)  # pyright: ignore
+    jobs = jobs_of(plan)
+    for job in jobs:
+        gain = 0.002 if "neighbor" in job.name else 0.001
+        leave(job, lambda picture, step, gain=gain: 0.4 + 0.05 * picture + gain * step * (1 + picture))
+    return make_tables(plan, read(jobs))
+
+
+def cell(table: Table, row: str, column: str) -> str:
+    (line,) = (line for line in table.rows if line[0] == row)
+    return line[table.head.index(column)]
+
+
+def test_table_1_is_at_equal_compute_and_once_more_at_equal_iterations(tmp_path: Path):
+    equal_compute, equal_iterations, pairs, cost = tables(tmp_path)
+    neighbor = "Neighbor GRPO, DPM++ 8"
+    assert cell(equal_compute, neighbor, "iterations") == "40"
+    assert cell(equal_compute, "Flow-GRPO", "iterations") == "10"
+    assert (
+        cell(equal_compute, neighbor, "forward passes") == cell(equal_compute, "Flow-GRPO", "forward passes") == "400"
+    )
+    # Trained are the first three pictures: 0.45 before, and 0.002 * 40 * 2 more after 40 iterations.
+    assert cell(equal_compute, "base model", "reward, trained tasks") == "0.450"
+    assert cell(equal_compute, neighbor, "reward, trained tasks").startswith("0.610 (+0.160 [")
+    assert cell(equal_compute, "Flow-GRPO", "reward, left-out tasks").startswith("0.620 (+0.045 [")
+    assert cell(equal_iterations, neighbor, "reward, trained tasks").startswith("0.466 (+0.016 [")
+    assert cell(equal_iterations, "Flow-GRPO", "forward passes per sample") == "160"
+    assert [cell(equal_compute, row, "hue_bits") for row in ("base model", neighbor, "Flow-GRPO")] == [
+        "2",
+        "1.6",
+        "1.9",
+    ]
+    assert not {"strict_accuracy", "world_mean"} & {*equal_compute.head}
+    assert cell(equal_compute, neighbor, "HPSv2.1 (paper)") == "0.366"
+    assert cell(equal_compute, "Flow-GRPO", "HPSv2.1 (paper)") == ""
+    world = next(row for row in pairs.rows if row[1] == "world")
+    assert world[0] == "Flow-GRPO"
+    assert world[2].startswith("-0.210 [")  # (0.001 * 10 - 0.002 * 40) * 3 on average
+    assert world[3].startswith("0%")
+    assert cell(cost, neighbor, "NFE_old (paper)") == "8"
+    assert cell(cost, neighbor, "B") == "4"
+    assert cell(cost, "Flow-GRPO", "B") == "12"
+    assert cell(cost, neighbor, "s/iter.") == "1.75"
+
+
+def test_seeds_have_intervals_of_their_own(tmp_path: Path):
+    first = tables(tmp_path, seeds=2)[0]
+    assert "seeds [+0.160, +0.160]" in cell(first, "Neighbor GRPO, DPM++ 8", "reward, trained tasks")
+    assert "over seeds" in first.about
+
+
+def test_an_ablation_has_the_papers_rows(tmp_path: Path):
+    (table,) = tables(tmp_path, "neighbor-dpmpp-8", tables=(5,))
+    assert [row[0] for row in table.rows] == ["2", "4", "8", "12"]
+    assert cell(table, "8", "Unified. (paper)") == "3.187"
+
+
+def test_a_table_shows_what_is_complete(tmp_path: Path):
+    plan = small_plan(tmp_path, budget=400.0)
+    flow = next(job for job in jobs_of(plan) if job.method == "flow-grpo")
+    leave(flow, lambda picture, step: 0.5)
+    first = make_tables(plan, read(jobs_of(plan)))[0]
+    assert [row[0] for row in first.rows] == ["base model", "Flow-GRPO"]
+    assert make_tables(plan, []) == []
+
+
+def test_markdown_keeps_its_columns():
+    lines = Table("T", "about", ("a", "b"), (("x|y", "z"),)).markdown().splitlines()
+    assert lines[-1] == "| x\\|y | z |"
