@@ -8,7 +8,7 @@ Five stages, each seeded and each leaving a file (a long one every 500 steps), s
     read         the text encoders learn to tell what a caption promises, before they see a picture
     flow         FluxTransformer2DModel + both text encoders, rectified-flow matching, EMA
 
-Held-out scenes (`scenes.split_scenes`) are in none of them. About an hour and a quarter on two cores.
+Held-out scenes (`scenes.split_scenes`) are in none of them. About three hours on two cores.
 """
 
 # diffusers annotates its constructors' tuples and its outputs too narrowly:
@@ -207,19 +207,6 @@ def learning_rate_factor(step: int, steps: int, warmup: int = 200, decay_share: 
     return min(1.0, (step + 1) / warmup, (steps - step) / (decay_share * steps))
 
 
-def make_optimizers(module: nn.Module, peak: float) -> list[torch.optim.Optimizer]:
-    """Optimizers of a module: Muon for the matrices of transformer blocks, AdamW for the rest."""
-    matrices, rest = [], []
-    for name, parameter in module.named_parameters():
-        (matrices if parameter.ndim == 2 and "transformer_blocks" in name else rest).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    ]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=2 * peak, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
-
-
 def optimise(
     module: nn.Module,
     steps: int,
@@ -228,14 +215,14 @@ def optimise(
     loss_fn: Callable[[int], Tensor],
     ema: AveragedModel | None = None,
 ) -> None:
-    """Minimise `loss_fn(step)` on `learning_rate_factor`'s schedule; `ema` averages the weights.
+    """Minimise `loss_fn(step)` by AdamW on `learning_rate_factor`'s schedule; `ema` averages the weights.
 
     Every 500 steps all that it holds goes into a `.partial` file beside `path`, from which a stopped run goes on.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizers = make_optimizers(module, peak)
-    schedules = [LambdaLR(o, lambda step: learning_rate_factor(step, steps)) for o in optimizers]
-    stateful: list[Any] = [module, *optimizers, *schedules, *([ema] if ema else [])]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    stateful: list[Any] = [module, optimizer, schedule, *([ema] if ema else [])]
     partial, first = path.with_suffix(".partial"), 0
     if partial.exists():
         first, states = torch.load(partial, weights_only=True)
@@ -247,10 +234,9 @@ def optimise(
             loss = loss_fn(step)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
         if ema is not None:
             ema.update_parameters(module)
         mean_loss += (loss.item() - mean_loss) / min(step - first + 1, 100)
@@ -380,7 +366,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=1600)
     parser.add_argument("--scenes", type=int, default=60_000, help="scenes to encode, a multiple of 250")
     parser.add_argument("--read-steps", type=int, default=800)
-    parser.add_argument("--flow-steps", type=int, default=8_000)
+    parser.add_argument("--flow-steps", type=int, default=16_000)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if args.scenes % 250 or min(args.vae_steps, args.scenes, args.read_steps, args.flow_steps) <= 0:
