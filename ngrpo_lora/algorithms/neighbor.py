@@ -34,15 +34,18 @@ from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velociti
 
 @dataclass(frozen=True)
 class NeighborRollout(Rollout):
-    """A rollout with its predictions of the clean image, clean: (W, G, C, H, W)."""
+    """A rollout with the velocities at the starts of its W steps, velocities: (W, G, C, H, W) float32."""
 
-    clean: Tensor
+    velocities: Tensor
+
+    def clean(self, step: int) -> Tensor:
+        """The predictions of the clean image at a step, (G, C, H, W)."""
+        return self.latents[step] - self.sigmas[step].item() * self.velocities[step]
 
 
 class Algorithm:
     """See `_base.Algorithm` for the contract."""
 
-    needs_old = True
     metric_names = ("policy/clip_fraction", "policy/max_abs_log_ratio", "policy/entropy")
 
     def __init__(self, config: Config, rollout: RolloutConfig):
@@ -50,6 +53,8 @@ class Algorithm:
         self.group_size, self.num_steps = rollout.group_size, rollout.num_steps
         self.solve = SOLVERS[rollout.solver]
         self.window = config.train_window or rollout.num_steps  # W
+        self.keeps_velocities = config.reuse_velocities or config.distance == "clean"
+        self.needs_old = not config.reuse_velocities
         self.needs_reference = config.reference_weight > 0
 
     def rollout(
@@ -63,23 +68,20 @@ class Algorithm:
     ) -> list[Rollout]:
         """Neighbours of each group's noise (Eq. 7), followed by the deterministic solver to the end."""
         noise = torch.stack([self.neighborhood(latent_shape, seed) for seed in seeds]).to(device)  # (P, G, C, H, W)
-        window, sigmas, clean = self.window, schedule.sigmas, []
+        window, sigmas, velocities = self.window, schedule.sigmas, []
 
         def recorded(latents: Tensor, sigma: float) -> Tensor:
             velocity = velocity_fn(latents, sigma)
-            if self.config.distance == "clean" and len(clean) < window:
-                clean.append(latents - sigma * velocity)
+            if self.keeps_velocities and len(velocities) < window:
+                velocities.append(velocity)
             return velocity
 
         steps = self.solve(recorded, noise, sigmas)
         latents, final = torch.stack(steps[: window + 1], 1), steps[-1]  # (P, W + 1, G, C, H, W), (P, G, C, H, W)
-        if self.config.distance == "latent":
+        if not self.keeps_velocities:
             return [Rollout(group, sigmas, end) for group, end in zip(latents, final, strict=True)]
-        predictions = torch.stack(clean, 1)  # (P, W, G, C, H, W)
-        return [
-            NeighborRollout(group, sigmas, end, prediction)
-            for group, end, prediction in zip(latents, final, predictions, strict=True)
-        ]
+        kept = torch.stack(velocities, 1)  # (P, W, G, C, H, W)
+        return [NeighborRollout(group, sigmas, end, own) for group, end, own in zip(latents, final, kept, strict=True)]
 
     def neighborhood(self, latent_shape: tuple[int, ...], seed: int) -> Tensor:
         """The initial noises of one group, (G, C, H, W)."""
@@ -117,16 +119,19 @@ class Algorithm:
     ) -> tuple[Tensor, Metrics]:
         """Minus the clipped objective of one anchor at one step (Eq. 8 to 10)."""
         config, (_, anchor, step) = self.config, transition
-        assert velocities.old is not None  # needs_old
+        old = velocities.old
+        if old is None:  # of a later update
+            assert isinstance(rollout, NeighborRollout)
+            old = rollout.velocities[step, anchor]
         if config.distance == "clean":
             assert isinstance(rollout, NeighborRollout)
             scale = -rollout.sigmas[step]  # x_theta = latents - sigma * v
-            candidates = rollout.clean[step]  # (G, C, H, W)
+            candidates = rollout.clean(step)  # (G, C, H, W)
         else:
             scale = rollout.sigmas[step + 1] - rollout.sigmas[step]  # x_theta = latents + dt * v
             candidates = rollout.latents[step + 1]
-        anchor_old = rollout.latents[step, anchor] + scale * velocities.old  # (C, H, W)
-        displacement = scale * (velocities.current - velocities.old)
+        anchor_old = rollout.latents[step, anchor] + scale * old  # (C, H, W)
+        displacement = scale * (velocities.current - old)
         if config.old_anchor == "rollout":
             displacement = displacement + (anchor_old - candidates[anchor])
             anchor_old = candidates[anchor]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import MakeConfig
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ngrpo_lora import auto_temperature, flow_sigmas, gaussian_noise, group_advantages, leaping_log_ratio
-from ngrpo_lora.algorithms.neighbor import Algorithm, Config
+from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.algorithms.neighbor import Algorithm, Config, NeighborRollout
 from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import SOLVERS
@@ -373,3 +378,40 @@ def test_clean_distances_start_at_a_candidate_whatever_the_solver():
         old = old_velocity(rollout, transition)
         _, metrics = algorithm.loss(rollout, advantages_of(rollout), transition, Velocities(old, old))
         assert metrics["policy/max_abs_log_ratio"] < 1e-5
+
+
+# Velocities of the rollout ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distance", ["latent", "clean"])
+def test_a_later_update_may_take_its_old_velocities_from_the_rollout(distance: str):
+    algorithm, beside = make(distance=distance, reuse_velocities=True), make(distance=distance)
+    assert not algorithm.needs_old
+    assert beside.needs_old
+    rollout, transition = roll_out(algorithm), Transition(0, 2, 3)
+    old = old_velocity(rollout, transition)
+    assert isinstance(rollout, NeighborRollout)
+    assert torch.equal(rollout.velocities[3, 2], old)
+    current, advantages = old + 0.1 * gaussian_noise(SHAPE, seed=1), advantages_of(rollout)
+    reused = algorithm.loss(rollout, advantages, transition, Velocities(current, None))
+    given = beside.loss(rollout, advantages, transition, Velocities(current, old))
+    assert reused[0].item() == given[0].item()
+    assert reused[1] == given[1]
+    assert reused[1]["policy/max_abs_log_ratio"] > 1e-3
+
+
+def test_a_run_that_reuses_velocities_saves_their_passes_and_learns_the_same(make_config: MakeConfig, tmp_path: Path):
+    from ngrpo_lora.training.setup import prepare
+    from ngrpo_lora.training.trainer import complete
+
+    adapters, costs = [], []
+    for reuse in ("false", "true"):
+        common = ["algorithm.updates_per_rollout=2", "trainer.num_iterations=1", "evaluation.num_prompts=1"]
+        complete(prepare(make_config(tmp_path / reuse, *common, f"algorithm.reuse_velocities={reuse}")))
+        rows = (tmp_path / reuse / "metrics.jsonl").read_text().splitlines()
+        costs.append(json.loads(rows[-1])["nfe/old_per_sample"])
+        adapters.append(load_file(tmp_path / reuse / "adapter" / FILE_NAME))
+    assert costs == [4.5, 4.0]  # half of one trained transition a sample is in the second update
+    for name, weight in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], weight, rtol=1e-3, atol=1e-4)
+    assert any(weight.abs().max() > 5e-3 for name, weight in adapters[1].items() if "lora_B" in name)

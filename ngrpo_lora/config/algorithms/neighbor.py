@@ -41,6 +41,11 @@ class Config(AlgorithmConfig, frozen=True):
     min_reward_spread: float = Field(
         0.0, ge=0, description="A group whose rewards all lie within so many of these deviations is skipped."
     )
+    reuse_velocities: bool = Field(
+        False,
+        description="Take the old velocities of later updates from the rollout, for its memory and one forward pass a "
+        "transition less; exact but for rounding, which is coarse with 16-bit weights.",
+    )
     reference_weight: float = Field(0.0, ge=0, description="Weight of the squared distance to the base model's step.")
 
     def check(self, rollout: RolloutConfig) -> None:
