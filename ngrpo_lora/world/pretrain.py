@@ -33,6 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
+from ngrpo_lora.devices import resolve_dtype
 from ngrpo_lora.world.scenes import (
     COLORS,
     OPPOSITE,
@@ -225,13 +226,17 @@ def optimise(
     loss_fn: Callable[[], Tensor],
     ema: AveragedModel | None = None,
 ) -> None:
-    """Minimise `loss_fn()` under bf16 autocast on `learning_rate_factor`'s schedule; `ema` averages the weights."""
+    """Minimise `loss_fn()` on `learning_rate_factor`'s schedule; `ema` averages the weights.
+
+    Passes are in bfloat16 where the CPU has instructions for it, which else takes many times float32's time.
+    """
+    native = resolve_dtype("auto", "cpu") == "bfloat16"
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizers = make_optimizers(module, peak)
     schedules = [LambdaLR(o, lambda step: learning_rate_factor(step, steps)) for o in optimizers]
     start, mean_loss = time.perf_counter(), 0.0
     for step in range(steps):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=native):
             loss = loss_fn()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
