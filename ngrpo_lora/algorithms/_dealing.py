@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ngrpo_lora.types import Transition
+
+
+def with_advantage(advantages: Tensor) -> list[tuple[int, int]]:
+    """(group, sample) of every sample whose advantage is not 0, (P, G) -> at most P * G pairs.
+
+    The others failed, or belong to a group of equal rewards, or are worth exactly the mean: nothing is learned of them.
+    """
+    return [(group, sample) for group, sample in advantages.nonzero().tolist()]
 
 
 def deal(

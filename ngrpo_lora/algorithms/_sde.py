@@ -4,9 +4,11 @@
 
 A method says which steps are stochastic, in what form, and how the rest is solved. Departures from all published codes:
 
-- Log-ratios come from the difference of velocities, not of two log-probabilities (`equations/sde.py`): they are
-  exactly 0 at the old weights, whose velocities the rollout keeps.
-- A group without advantages gives no transition; in the codes its transitions have a gradient of 0.
+- Log-ratios come from the difference of velocities, not of two log-probabilities (`equations/sde.py`). In the first
+  update they are exactly 0; in later ones of unchanged weights 0 but for the rounding of the rollout's velocities, and
+  exactly 0 with `reuse_velocities: false`.
+- A sample without an advantage gives no transition: in the codes its transitions have a gradient of 0. A sample that
+  failed is one.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ngrpo_lora.algorithms._dealing import deal
+from ngrpo_lora.algorithms._dealing import deal, with_advantage
 from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms._sde import SdeConfig
 from ngrpo_lora.equations import sde
@@ -46,7 +48,6 @@ class SdeRollout(Rollout):
 class SdeAlgorithm(ABC, Generic[Settings]):
     """See `_base.Algorithm` for the contract; a method fills in `window`, `step` and perhaps `rest`."""
 
-    needs_old = False  # the rollout keeps its velocities
     metric_names = ("policy/clip_fraction", "policy/max_abs_log_ratio")
     shares_noise = True
     """Whether the samples of a group start at the same noise."""
@@ -55,10 +56,11 @@ class SdeAlgorithm(ABC, Generic[Settings]):
         self.config = config
         self.group_size, self.num_steps = rollout.group_size, rollout.num_steps
         self.needs_reference = config.reference_weight > 0
+        self.needs_old = not config.reuse_velocities
 
     @abstractmethod
     def window(self, iteration: int) -> range:
-        """The stochastic steps of an iteration; none is the last of the schedule, which leads to sigma 0."""
+        """The stochastic steps of an iteration, which may be trained."""
 
     @abstractmethod
     def step(self, latents: Tensor, velocity: Tensor, sigmas: Tensor, index: int) -> sde.SdeStep:
@@ -117,16 +119,16 @@ class SdeAlgorithm(ABC, Generic[Settings]):
         """Rewards minus their group's mean, divided by the group's unbiased standard deviation: (P, G)."""
         return self.standardised(batch.rewards, batch.valid)
 
-    def standardised(self, rewards: Tensor, valid: Tensor) -> Tensor:
+    def standardised(self, rewards: Tensor, valid: Tensor, min_spread: float = 0.0) -> Tensor:
         """Rewards in units of their row's unbiased standard deviation, held within `max_advantage`: (P, G) float64."""
         count = valid.sum(1, keepdim=True).double()
         unbiased = ((count - 1).clamp(min=0) / count.clamp(min=1)).sqrt()  # what divides by the population's otherwise
         limit = self.config.max_advantage
-        return (unbiased * group_advantages(rewards, 2.0, valid)).clamp(-limit, limit)
+        return (unbiased * group_advantages(rewards, 2.0, valid, min_spread)).clamp(-limit, limit)
 
     def updates(self, advantages: Tensor, seed: int, iteration: int) -> list[list[Transition]]:
-        """All samples of groups that have advantages, dealt out to the updates, each with its trained steps."""
-        samples = [(g, s) for g, row in enumerate(advantages) if row.any() for s in range(self.group_size)]
+        """All samples that have an advantage, dealt out to the updates, each with its trained steps."""
+        samples = with_advantage(advantages)
         window = len(self.window(iteration))
         return deal(samples, window, self.steps_trained(window), self.config.updates_per_rollout, seed)
 

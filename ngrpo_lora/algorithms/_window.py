@@ -1,7 +1,8 @@
 """Flow-GRPO's stochastic steps in a window that moves along the schedule, for MixGRPO and MixGRPO-Flash.
 
-A group starts at one noise; exactly the window's steps are trained. Departure, beside those of `_sde.py`: the window
-never holds the last step, which leads to sigma 0.
+A group starts at one noise; exactly the window's steps are trained. Departures, beside those of `_sde.py`: the window
+never holds the last step, which leads to sigma 0; of the published ways to shrink the time between moves there is the
+exponential one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class WindowAlgorithm(SdeAlgorithm[Settings]):
     """See `_base.Algorithm` for the contract; a method may fill in `rest`."""
 
     def window(self, iteration: int) -> range:
-        """The window of an iteration, from step 0 on; all iterations of one position follow each other."""
+        """The window of an iteration, of `window_size` steps."""
         config = self.config
         positions = self.num_steps - config.window_size  # the last step stays free
         match config.window:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngrpo_lora.algorithms._dealing import deal
+from ngrpo_lora.algorithms._dealing import deal, with_advantage
 from ngrpo_lora.algorithms._forward import ForwardAlgorithm, clean_error
 from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms.best_of_n import Config
@@ -50,9 +50,8 @@ class Algorithm(ForwardAlgorithm):
 
     def updates(self, advantages: Tensor, seed: int, iteration: int) -> list[list[Transition]]:
         """The best samples, dealt out to the updates, each at all of its noise levels."""
-        samples = [(group, sample) for group, sample in advantages.nonzero().tolist()]
         count = self.config.num_train_steps
-        return deal(samples, count, count, self.config.updates_per_rollout, seed)
+        return deal(with_advantage(advantages), count, count, self.config.updates_per_rollout, seed)
 
     def loss(
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities

@@ -2,8 +2,9 @@
 
     nodes at the start of a step:  1  2  2  2  4  4  4  8 ...   (a split every third step)
 
-All steps are DanceGRPO's, at a split with more noise. A node is worth the mean of its leaves; an edge has the advantage
-of the node that it leads to among all nodes of its depth. Source: the paper and its code for FLUX.
+All steps are DanceGRPO's; at a split the noise is stronger than their log-probability knows of, as published. A node is
+worth the mean of its leaves; an edge has the advantage of the node that it leads to among all nodes of its depth.
+Source: the paper and its code for FLUX.
 
 Here a trajectory is kept for every leaf, and an edge is a transition of the first leaf below it. Departures, beside
 those of `_sde.py`: leaves are not weighted by the probability of their paths, and edges are dealt out to a number of
@@ -24,6 +25,9 @@ from ngrpo_lora.equations import sde
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import VelocityFn
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
+
+MIN_SPREAD = 1e-6
+"""Nodes of one depth whose worth differs by no more are alike: sums of rewards round."""
 
 
 class Algorithm(SdeAlgorithm[Config]):
@@ -82,27 +86,30 @@ class Algorithm(SdeAlgorithm[Config]):
             shape = (len(rewards), self.nodes(index + 1), -1)
             count = valid.view(shape).sum(2)
             mean = rewards.where(valid, 0.0).view(shape).sum(2) / count.clamp(min=1)  # (P, N)
-            depths.append(self.of_leaves(self.standardised(mean, count > 0)))
+            depths.append(self.of_leaves(self.standardised(mean, count > 0, MIN_SPREAD)))
         return torch.stack(depths, 1).flatten(1)
 
     def updates(self, advantages: Tensor, seed: int, iteration: int) -> list[list[Transition]]:
-        """All edges of trees that have advantages, but for those that are pruned, shuffled and dealt out."""
+        """All edges that have an advantage, but for those that are pruned, shuffled and dealt out."""
         generator = torch.Generator().manual_seed(seed)
         updates: list[list[Transition]] = [[] for _ in range(self.config.updates_per_rollout)]
-        edges = [edge for group, row in enumerate(advantages) if row.any() for edge in self.edges(group, row)]
+        edges = [edge for group, row in enumerate(advantages) for edge in self.edges(group, row)]
         for position, index in enumerate(torch.randperm(len(edges), generator=generator).tolist()):
             updates[position % len(updates)].append(edges[index])
         return updates
 
     def edges(self, group: int, advantages: Tensor) -> list[Transition]:
         """The trained edges of one tree, each once, as a step of the first leaf below it."""
-        by_leaf = advantages[-self.group_size :].argsort(descending=True, stable=True).tolist()
-        kept = {"all": by_leaf, "half": by_leaf[: self.group_size // 2], "extremes": [by_leaf[0], by_leaf[-1]]}
+        by_step = advantages.view(-1, self.group_size)
+        ranked = by_step[-1].argsort(descending=True, stable=True).tolist()
+        by_leaf = [leaf for leaf in ranked if by_step[-1, leaf] != 0]  # without those that failed
+        kept = {"all": [*range(self.group_size)], "half": by_leaf[: -(-len(by_leaf) // 2)]}
+        kept["extremes"] = [by_leaf[0], by_leaf[-1]] if by_leaf else []
         edges: list[Transition] = []
         for index in range(self.num_steps - self.config.pruned_steps):
             below = self.group_size // self.nodes(index + 1)
             firsts = sorted({leaf // below * below for leaf in kept[self.config.kept_leaves]})
-            edges += [Transition(group, leaf, index) for leaf in firsts]
+            edges += [Transition(group, leaf, index) for leaf in firsts if by_step[index, leaf] != 0]
         return edges
 
     def loss(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ngrpo_lora.algorithms._sde import SdeAlgorithm
 from ngrpo_lora.config.algorithms.flow_grpo import Config
 from ngrpo_lora.equations import sde
-from ngrpo_lora.equations.advantages import group_advantages
+from ngrpo_lora.equations.advantages import globally_scaled_advantages
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import VelocityFn
 from ngrpo_lora.types import RewardBatch
@@ -61,9 +61,7 @@ class Algorithm(SdeAlgorithm[Config]):
 
     def advantages(self, batch: RewardBatch) -> Tensor:
         """Rewards minus their group's mean, divided by the standard deviation of all of them: (P, G)."""
-        kept = batch.rewards[batch.valid]
-        deviation = kept.double().std(correction=0).item() if len(kept) else 0.0
-        scaled = group_advantages(batch.rewards, None, batch.valid) / (deviation + 1e-4)
+        scaled = globally_scaled_advantages(batch.rewards, batch.valid)
         return scaled.clamp(-self.config.max_advantage, self.config.max_advantage)
 
     def log_ratio(self, noise: Tensor, displacement: Tensor, std: float) -> Tensor:

@@ -102,9 +102,8 @@ class Algorithm:
         generator = torch.Generator().manual_seed(seed)
         updates: list[list[Transition]] = [[] for _ in range(self.config.updates_per_rollout)]
         for group, row in enumerate(advantages):
-            anchors = torch.randperm(self.group_size, generator=generator)[: self.config.num_anchors]
-            if not row.any():
-                continue
+            order = torch.randperm(self.group_size, generator=generator)
+            anchors = order[row[order] != 0][: self.config.num_anchors]  # none that failed, whose latents may be NaN
             transitions = [
                 Transition(group, anchor, step)
                 for anchor in anchors.tolist()
@@ -130,11 +129,14 @@ class Algorithm:
         else:
             scale = rollout.sigmas[step + 1] - rollout.sigmas[step]  # x_theta = latents + dt * v
             candidates = rollout.latents[step + 1]
+        finite = candidates.flatten(1).isfinite().all(1)  # what is not has failed, and has no advantage
+        index = int(finite[:anchor].sum())  # of the anchor among the others
+        candidates, advantages = candidates[finite], advantages[finite]
         anchor_old = rollout.latents[step, anchor] + scale * old  # (C, H, W)
         displacement = scale * (velocities.current - old)
         if config.old_anchor == "rollout":
-            displacement = displacement + (anchor_old - candidates[anchor])
-            anchor_old = candidates[anchor]
+            displacement = displacement + (anchor_old - candidates[index])
+            anchor_old = candidates[index]
         tau = auto_temperature(candidates) if config.temperature == "auto" else config.temperature
         log_ratio = leaping_log_ratio(candidates, anchor_old, displacement, tau)  # (G,)
         objective, held = clipped_objective(log_ratio, advantages, config.clip_range)

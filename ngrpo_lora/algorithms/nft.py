@@ -4,18 +4,19 @@
     loss = c / b * mean[ r |x+ - clean|^2 / w+ + (1 - r) |x- - clean|^2 / w- ],   r = (A / c + 1) / 2 within [0, 1]
 
 with `w = mean |x+- - clean|` as a constant. Source: the paper and its code at 24af555. Departure: samples are drawn
-with the very weights that are trained (its decay of type 0), not with a slower average of them.
+with the very weights that are trained (its decay of type 0), not with a slower average of them; a sample without an
+advantage is left out, and not reconstructed.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ngrpo_lora.algorithms._dealing import deal
+from ngrpo_lora.algorithms._dealing import deal, with_advantage
 from ngrpo_lora.algorithms._forward import ForwardAlgorithm, clean_error
 from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms.nft import Config
-from ngrpo_lora.equations.advantages import group_advantages
+from ngrpo_lora.equations.advantages import globally_scaled_advantages
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
 
@@ -39,16 +40,19 @@ class Algorithm(ForwardAlgorithm):
 
     def advantages(self, batch: RewardBatch) -> Tensor:
         """Rewards minus their group's mean, divided by the standard deviation of all of them: (P, G)."""
-        kept = batch.rewards[batch.valid]
-        deviation = kept.double().std(correction=0).item() if len(kept) else 0.0
-        scaled = group_advantages(batch.rewards, None, batch.valid) / (deviation + 1e-4)
+        scaled = globally_scaled_advantages(batch.rewards, batch.valid)
         return scaled.clamp(-self.config.max_advantage, self.config.max_advantage)
 
     def updates(self, advantages: Tensor, seed: int, iteration: int) -> list[list[Transition]]:
-        """All samples of groups that have advantages, dealt out to the updates, each with its noise levels."""
-        samples = [(g, s) for g, row in enumerate(advantages) if row.any() for s in range(self.group_size)]
+        """All samples that have an advantage, dealt out to the updates, each with its noise levels."""
         levels = self.num_steps - 1
-        return deal(samples, levels, self.config.num_train_steps or levels, self.config.updates_per_rollout, seed)
+        return deal(
+            with_advantage(advantages),
+            levels,
+            self.config.num_train_steps or levels,
+            self.config.updates_per_rollout,
+            seed,
+        )
 
     def loss(
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities

@@ -16,6 +16,7 @@ Processes are whole `ngrpo train` runs, one after another, with their own reward
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import subprocess
@@ -340,7 +341,12 @@ def scaling_table(
         check_writable(output)
     total = len([*flat(cases)]) * (1 + repeats) + len(processes) * (1 + repeats)
     countdown = Countdown(total, console.print)
-    sweeps = measure(config, cases, repeats, partial(countdown.done, 1, "scaling"))
+    try:
+        sweeps = measure(config, cases, repeats, partial(countdown.done, 1, "scaling"))
+    except KeyboardInterrupt:
+        raise UserError(
+            "stopped; as all values take turns, there is nothing to keep; --repeats 1 is the shortest"
+        ) from None
     if processes:
         sweeps.append(measure_processes(config, processes, repeats, partial(countdown.done, 1 + repeats, "processes")))
     if output is not None:
@@ -355,14 +361,27 @@ def scaling_table(
 
 
 def check_writable(output: Path) -> None:
-    """Make sure that the file can be written before much time is spent on it; what it holds stays for now.
+    """Make sure that the file can be written before much time is spent on it, and is none of another purpose.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it cannot, or it is.
     """
+    if output.is_file():
+        try:
+            known = json.loads(output.read_text(encoding="utf-8"))["bench"] == "scaling"
+        except (OSError, ValueError, TypeError, KeyError):
+            known = False
+        if not known:
+            raise ConfigError(
+                f"--output must be a new file or one of `ngrpo bench scaling`, but {str(output)!r} is neither; give "
+                "another name"
+            )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not output.exists()
         output.open("a").close()
+        if is_new:
+            output.unlink()
     except OSError as error:
         raise ConfigError(f"--output must be a writable file, got {str(output)!r}: {error.strerror}") from None
 

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from ngrpo_lora import registry
 from ngrpo_lora.config.description import describe
-from ngrpo_lora.config.plugins import reward_class, reward_section
+from ngrpo_lora.config.plugins import algorithm_settings, reward_class, reward_section
 from ngrpo_lora.config.section import listed
 
 __all__ = ["show_value"]
@@ -24,7 +25,7 @@ def problems_in_words(error: ValidationError, data: Mapping[str, Any]) -> list[s
         parts = [str(part) for part in detail["loc"]]
         if detail["type"] == "extra_forbidden":
             key = ".".join(parts)
-            near = _nearest_key(key, [*options, *_reward_keys(parts, data)])
+            near = _other_algorithm(key) or _nearest_key(key, [*options, *_reward_keys(parts, data)])
             lines[key] = [(f"unknown key {key}{near}", None)]
             continue
         # Drop what pydantic appends for the branches of a union: they are no keys.
@@ -44,6 +45,16 @@ def problems_in_words(error: ValidationError, data: Mapping[str, Any]) -> list[s
             meaning = f" ({option.description.rstrip('.')})" if option is not None and got else ""
             problems.append(f"{key} {rule}{got}{meaning}")
     return problems
+
+
+def _other_algorithm(key: str) -> str:
+    """A hint after a key that other algorithms than the chosen one have; empty after any other key."""
+    section, _, leaf = key.partition(".")
+    names = registry.names(registry.ALGORITHM_SETTINGS) if section == "algorithm" else []
+    owners = [name for name in names if leaf in algorithm_settings(name).model_fields]
+    if not owners:
+        return ""
+    return f", which is of algorithm={' and '.join(owners)}; leave it out, or choose that algorithm"
 
 
 def _in_reward(parts: Sequence[str]) -> bool:

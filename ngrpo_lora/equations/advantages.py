@@ -43,6 +43,22 @@ def group_advantages(
     return torch.where(informative, count.sqrt() * scaled / norm.where(informative, 1.0), 0.0)
 
 
+def globally_scaled_advantages(rewards: Tensor, valid: Tensor) -> Tensor:
+    """Centre rewards within each group and divide by the standard deviation of all of them, plus 1e-4.
+
+    Source: Flow-GRPO (arXiv 2505.05470) and DiffusionNFT (arXiv 2509.16117), whose code takes the deviation of the
+    whole iteration's rewards, not centred by group.
+
+    Args:
+        rewards, valid: (P, G), as for `group_advantages`.
+    Returns:
+        (P, G) float64; a group of equal rewards gives exactly 0.
+    """
+    kept = rewards[valid].double()
+    deviation = kept.std(correction=0).item() if len(kept) else 0.0
+    return group_advantages(rewards, None, valid) / (deviation + 1e-4)
+
+
 def batch_deviation(rewards: Tensor, valid: Tensor) -> float:
     """Standard deviation of valid rewards about their group's mean, over all groups: (P, G) -> scalar.
 

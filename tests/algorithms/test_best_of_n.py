@@ -99,7 +99,7 @@ def test_a_run_costs_its_steps_and_what_it_keeps(make_config: MakeConfig, tmp_pa
     ("settings", "message"),
     [
         (["algorithm.num_best=12"], "algorithm.num_best must be less than rollout.group_size .12., got 12"),
-        (["algorithm.updates_per_rollout=9"], "at most the samples that an iteration keeps .8., got 9"),
+        (["algorithm.updates_per_rollout=9"], "at most the best samples of an iteration .8., got 9; lower it"),
         (["algorithm.levels=beta"], "algorithm.levels must be .uniform. or .logit_normal., got .beta."),
     ],
 )

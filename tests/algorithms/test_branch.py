@@ -86,6 +86,20 @@ def test_pruning_leaves_out_late_steps_or_the_paths_of_middling_leaves():
     assert {edge.sample for edge in half if edge.step == 0} == {2}
 
 
+def test_a_failed_leaf_is_kept_by_no_pruning():
+    (advantages,) = algorithm_of("branch", SMALL).advantages(batch([[0.1, torch.nan, 0.2, 0.6]]))
+    half = algorithm_of("branch", SMALL, kept_leaves="half").edges(0, advantages)
+    assert {edge.sample for edge in half if edge.step == 4} == {2, 3}
+    every = algorithm_of("branch", SMALL).edges(0, advantages)
+    assert {edge.sample for edge in every if edge.step == 4} == {0, 2, 3}
+
+
+def test_nodes_of_equal_worth_have_no_advantage_however_their_sums_round():
+    (advantages,) = algorithm_of("branch", SMALL).advantages(batch([[0.1, 0.7, 0.2, 0.6]]))  # 0.4 and 0.4
+    assert not advantages.view(5, 4)[:3].any()
+    assert {edge.step for edge in algorithm_of("branch", SMALL).edges(0, advantages)} == {3, 4}
+
+
 def test_a_tree_without_advantages_gives_no_edge():
     algorithm = algorithm_of("branch", SMALL)
     advantages = algorithm.advantages(batch([[1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 2.0, 3.0]]))
@@ -96,8 +110,12 @@ def test_a_tree_without_advantages_gives_no_edge():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["rollout.group_size=12"], "rollout.group_size must be a power of 2 .* got 12; take 8 or 16"),
-        (["rollout.group_size=16"], "must place all splits before the last .*got a split at step 9"),
+        (["rollout.group_size=12"], "rollout.group_size must be one of 2, 4, 8 with .* got 12; take one of these"),
+        (["rollout.group_size=16"], "rollout.group_size must be one of 2, 4, 8 with .* got 16; take one of these"),
+        (
+            ["rollout.group_size=8", "rollout.prompts_per_iteration=1", "algorithm.updates_per_rollout=35"],
+            "algorithm.updates_per_rollout must be at most the edges of an iteration .34., got 35; lower it",
+        ),
         (["rollout.group_size=4", "algorithm.pruned_steps=8"], "algorithm.pruned_steps must be less .*got 8"),
         (
             ["rollout.group_size=4", "algorithm.kept_leaves=best"],

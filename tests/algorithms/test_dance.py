@@ -43,7 +43,10 @@ def test_the_picture_is_the_clean_prediction_of_the_last_step():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["algorithm.train_share=0.1"], "algorithm.train_share must be at least 1 / 7, .* got 0.1"),
+        (
+            ["algorithm.train_share=0.1"],
+            "train_share must be at least 0.143 with rollout.num_steps=8, .* got 0.1; raise it",
+        ),
         (["algorithm.window_size=4"], "unknown key algorithm.window_size"),
         (["algorithm.updates_per_rollout=97"], "at most the samples of an iteration .96., got 97"),
     ],

@@ -62,7 +62,10 @@ def test_steps_outside_of_the_window_are_eulers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["algorithm.window_size=8"], "algorithm.window_size must be less than rollout.num_steps .8.*got 8"),
+        (
+            ["algorithm.window_size=8"],
+            "window_size must be at most 7 with rollout.num_steps=8, .* got 8; .* with 9 steps",
+        ),
         (
             ["algorithm.window=sliding"],
             "algorithm.window must be .progressive., .random., .decayed. or .frozen., got .sliding.",

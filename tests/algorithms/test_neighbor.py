@@ -380,6 +380,24 @@ def test_clean_distances_start_at_a_candidate_whatever_the_solver():
         assert metrics["policy/max_abs_log_ratio"] < 1e-5
 
 
+def test_a_candidate_whose_latents_are_not_finite_takes_no_part():
+    """It has no score, and so no advantage; the others are a group of their own, wherever it stands among them."""
+    algorithm = make(clip_range=0.5)
+    rollout, transition = roll_out(algorithm), Transition(0, 3, 2)
+    old = old_velocity(rollout, transition)
+    velocities = Velocities(old + 0.1, old)
+    advantages = torch.tensor([0.0, 1.0, -1.0, 0.5, -0.5, 0.3]).double()
+    rollout.latents[:, 0] = torch.nan
+    broken = algorithm.loss(rollout, advantages, transition, velocities)
+    without = Rollout(rollout.latents[:, 1:], rollout.sigmas, rollout.final[1:])
+    alone = algorithm.loss(without, advantages[1:], Transition(0, 2, 2), velocities)
+    assert math.isfinite(broken[0].item())
+    assert broken[0].item() == alone[0].item()
+    assert broken[1] == alone[1]
+    updates = algorithm.updates(torch.stack([advantages] * 50), seed=0, iteration=0)
+    assert {t.sample for update in updates for t in update} == {1, 2, 3, 4, 5}
+
+
 # Velocities of the rollout ------------------------------------------------------------------------------------------
 
 

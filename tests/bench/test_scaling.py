@@ -224,5 +224,24 @@ def test_a_file_that_cannot_be_written_is_known_at_once(config: RunConfig, tmp_p
     (tmp_path / "file").write_text("kept")
     with pytest.raises(ConfigError, match="--output must be a writable file"):
         scaling.scaling_table(config, [], 1, tmp_path / "file" / "x.json", lambda _: None)
-    scaling.check_writable(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("text", ["notes of mine", "[1]", '{"bench": "gradient"}'])
+def test_a_file_of_another_purpose_is_never_written_over(text: str, tmp_path: Path):
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="--output must be a new file or one of `ngrpo bench scaling`, but .*neither"):
+        scaling.check_writable(path)
+    assert path.read_text() == text
+    path.write_text('{"bench": "scaling"}')
+    scaling.check_writable(path)
+
+
+def test_ctrl_c_says_that_nothing_is_kept(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scaling, "measure", interrupted)
+    with pytest.raises(UserError, match="stopped; as all values take turns, there is nothing to keep"):
+        scaling.scaling_table(config, [], 1, None, print)

@@ -60,6 +60,10 @@ from refusing import message
         ("rollout.group_szie=3", ["unknown key rollout.group_szie; did you mean rollout.group_size?"]),
         ("group_size=3", ["unknown key group_size; did you mean rollout.group_size?"]),
         ("algorithm.clip_rnge=3", ["unknown key algorithm.clip_rnge; did you mean algorithm.clip_range?"]),
+        (
+            "algorithm.window_size=3",
+            ["unknown key algorithm.window_size, which is of algorithm=mix and mix_flash; leave it out, or choose"],
+        ),
         ("rolout.group_size=3", ["unknown key rolout", "did you mean rollout?"]),
         ("nonsense=3", ["unknown key nonsense"]),
         ("output_dir=", ["output_dir must be text", "got null"]),

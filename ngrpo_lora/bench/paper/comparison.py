@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
+from ngrpo_lora.adapters.header import code_version
 from ngrpo_lora.bench.paper import outcomes, report, search
 from ngrpo_lora.bench.paper.cost import length
 from ngrpo_lora.bench.paper.plan import Job, Plan, main_jobs, search_jobs
@@ -25,13 +25,16 @@ def open_folder(folder: Path) -> None:
     Raises:
         ConfigError: it holds something else, or results of another version.
     """
-    mark, own = folder / MARK, {"version": version("ngrpo-lora")}
+    mark, own = folder / MARK, {"version": code_version()}
     if mark.is_file():
-        found = json.loads(mark.read_text(encoding="utf-8"))
-        if found != own:
+        try:
+            found = json.loads(mark.read_text(encoding="utf-8"))["version"]
+        except (ValueError, TypeError, KeyError):
+            found = f"an unknown one, as {MARK} is damaged"
+        if found != own["version"]:
             raise ConfigError(
                 f"--output-dir must hold results of this version ({own['version']}), but {str(folder)!r} has those of "
-                f"{found.get('version')}; give another folder"
+                f"{found}; give another folder"
             )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

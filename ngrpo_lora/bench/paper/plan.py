@@ -6,7 +6,8 @@ least `equal_iterations`, so that the same run also serves the comparison at equ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ TRAINED_TASKS = ("two", "color", "attribute")
 """Tasks of the embedded world that are trained; the others are left out, to see what training does to them."""
 
 COMMON = {
-    "model.dtype": "auto",
+    "model.dtype": "float32",  # in 16 bits the velocities that SDE methods keep would round by more than their clip
     "prompts.train": "{world:train/two: 1, world:train/color: 2, world:train/attribute: 3}",
     "prompts.held_out": "world:held_out",
     "rollout.group_size": "12",
@@ -167,15 +168,34 @@ def make_plan(
         raise ConfigError(f"--table must be one of {', '.join(map(str, TABLES))}, got {unknown[0]}")
     if seeds is not None and seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, got {seeds}; one seed gives intervals over prompts alone")
-    if budget is not None and budget <= 0:
-        raise ConfigError(f"--budget must be above 0 forward passes per sample, got {budget:g}; --quick has 300")
+    if budget is not None and not 0 < budget < math.inf:
+        raise ConfigError(
+            f"--budget must be above 0 forward passes per sample, and finite, got {budget:g}; --quick has 300"
+        )
     if bad := [text for text in settings if "=" not in text]:
         raise ConfigError(f"a setting must look like key=value, got {bad[0]!r}; for example evaluation.num_prompts=96")
+    check_free(text.partition("=")[0] for text in settings)
     common = COMMON | {"evaluation.num_prompts": str(chosen.prompts), "model.device": device}
     common |= {key: value for key, _, value in (text.partition("=") for text in settings)}
     plan = Plan(output_dir, budget or chosen.budget, chosen.search, seeds or chosen.seeds, wanted, known, common)
     check(plan)
     return plan
+
+
+def check_free(keys: Iterable[str]) -> None:
+    """Make sure that settings laid over all methods are none that the comparison or a method sets for itself.
+
+    Raises:
+        ConfigError: one is.
+    """
+    own = {"seed", "output_dir", "resume", "optimizer.learning_rate", "trainer.num_iterations", "evaluation.every"}
+    own |= {key for table in TABLES.values() for method in table for key in method.settings} - {"rewards"}
+    for key in keys:
+        if key in own or key.partition(".")[0] == "algorithm":
+            raise ConfigError(
+                f"{key} must be left to `ngrpo bench paper`, which sets it for every run; settings that all methods "
+                "have in common can be given, such as evaluation.num_prompts=480"
+            )
 
 
 def check(plan: Plan) -> None:

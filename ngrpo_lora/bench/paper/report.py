@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ngrpo_lora.adapters.header import code_version
 from ngrpo_lora.bench.paper import figures, methods
 from ngrpo_lora.bench.paper.outcomes import Outcome, by_method
 from ngrpo_lora.bench.paper.plan import Plan
@@ -78,8 +79,8 @@ def provenance(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
     return {
         "command": " ".join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in ("ngrpo-lora", "torch", "diffusers")}
-        | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "diffusers")}
+        | {"ngrpo-lora": code_version(), "python": platform.python_version()},
         "machine": {
             "system": platform.platform(),
             "processor": processor(),

@@ -136,9 +136,10 @@ def visible_gpus() -> list[str]:
 
 @contextmanager
 def stopping(processes: dict[Job, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """End the processes with this block: at Ctrl-C or SIGTERM after their iteration, at a second one at once."""
+    """End the processes with this block: at Ctrl-C, SIGTERM or SIGHUP after their iteration, at a second at once."""
     in_main_thread = threading.current_thread() is threading.main_thread()
-    asking = (signal.SIGINT, signal.SIGTERM)  # a shell's background job ignores the first unless told
+    # A shell's background job ignores SIGINT unless told; SIGHUP comes where a terminal is closed, not on Windows.
+    asking = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
     previous = [signal.getsignal(one) for one in asking]
 
     def interrupt(signum: int, frame: object) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ngrpo_lora.config.algorithms._sde import check_updates
 from ngrpo_lora.config.plugins import AlgorithmConfig, RolloutConfig
 
 
@@ -28,8 +29,4 @@ class Config(AlgorithmConfig, frozen=True):
                 f"algorithm.num_best must be less than rollout.group_size ({rollout.group_size}), got {self.num_best}; "
                 "all samples of a group are not its best"
             )
-        if self.updates_per_rollout > (samples := rollout.prompts_per_iteration * self.num_best):
-            raise ValueError(
-                f"algorithm.updates_per_rollout must be at most the samples that an iteration keeps ({samples}), "
-                f"got {self.updates_per_rollout}"
-            )
+        check_updates(self.updates_per_rollout, rollout.prompts_per_iteration * self.num_best, "best samples")

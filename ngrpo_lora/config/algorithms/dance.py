@@ -28,7 +28,8 @@ class Config(SdeConfig, frozen=True):
         """Raise ValueError unless at least one step is trained and updates <= samples."""
         if self.steps_trained(rollout) < 1:
             raise ValueError(
-                f"algorithm.train_share must be at least 1 / {rollout.num_steps - 1}, so that one of the "
-                f"{rollout.num_steps - 1} steps before the last is trained, got {self.train_share:g}"
+                f"algorithm.train_share must be at least {1 / (rollout.num_steps - 1):.3g} with rollout.num_steps="
+                f"{rollout.num_steps}, so that a step before the last is trained, got {self.train_share:g}; raise it "
+                "or roll out with more steps"
             )
         super().check(rollout)

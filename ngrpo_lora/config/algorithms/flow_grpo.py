@@ -1,4 +1,7 @@
-"""Settings of Flow-GRPO (arXiv 2505.05470), for `algorithms/flow_grpo.py`; defaults are those of its code for SD3.5."""
+"""Settings of Flow-GRPO (arXiv 2505.05470), for `algorithms/flow_grpo.py`.
+
+Defaults are those of its code for SD3.5, but for the pull to the base model, which is off as in its FLUX recipe.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class Config(SdeConfig, frozen=True):
         "sde", description="Stochastic step: Flow-GRPO's own, or coefficients-preserving sampling (arXiv 2509.05952)."
     )
     eta: float = Field(
-        0.7, gt=0, description="Strength of the fresh noise; at most 1 for cps. 0.9 in Flow-GRPO's FLUX."
+        0.7, gt=0, description="Strength of the fresh noise; 0.9 in its FLUX recipe; 0.8 and at most 1 for cps."
     )
     noise_last_step: bool = Field(
         True,
@@ -29,6 +32,9 @@ class Config(SdeConfig, frozen=True):
         None, ge=1, description="Solver steps trained per sample, drawn at random; null: all but the last."
     )
     updates_per_rollout: int = Field(2, ge=1, description="Optimizer updates; each has its share of the samples.")
+    clip_range: float = Field(
+        1e-4, gt=0, lt=1, description="Clip of the policy ratio (epsilon); published are 1e-5 for cps, 2e-6 for guard."
+    )
     guard: bool = Field(
         False,
         description="GRPO-Guard (arXiv 2510.22319): ratios without their bias and scaled alike at every step, and "

@@ -16,7 +16,7 @@ class Config(WindowConfig, frozen=True):
     """Settings of MixGRPO-Flash."""
 
     name: Literal["mix_flash"] = "mix_flash"
-    window_every: int = Field(20, ge=1, description="Iterations between two moves of the window.")
+    window_every: int = Field(20, ge=1, description="Iterations between two moves of a progressive or decayed window.")
     rest_ratio: float = Field(
         0.4, gt=0, le=1, description="DPM++ steps after the window, as a share of the steps they stand for (r)."
     )

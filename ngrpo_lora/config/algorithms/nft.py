@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ngrpo_lora.config.algorithms._sde import check_updates
 from ngrpo_lora.config.plugins import AlgorithmConfig, RolloutConfig
 
 
@@ -30,8 +31,4 @@ class Config(AlgorithmConfig, frozen=True):
                 f"algorithm.num_train_steps must be less than rollout.num_steps ({rollout.num_steps}), as the last "
                 f"noise level is not trained, got {self.num_train_steps}; null trains all others"
             )
-        if self.updates_per_rollout > (samples := rollout.prompts_per_iteration * rollout.group_size):
-            raise ValueError(
-                f"algorithm.updates_per_rollout must be at most the samples of an iteration ({samples}), "
-                f"got {self.updates_per_rollout}"
-            )
+        check_updates(self.updates_per_rollout, rollout.prompts_per_iteration * rollout.group_size, "samples")

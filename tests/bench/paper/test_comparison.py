@@ -79,6 +79,10 @@ def test_a_folder_of_another_version_or_purpose_is_refused(tmp_path: Path):
     (tmp_path / "new" / comparison.MARK).write_text('{"version": "0.0.1"}')
     with pytest.raises(ConfigError, match=r"results of this version \(.*\), but .* has those of 0.0.1"):
         open_folder(tmp_path / "new")
+    for damaged in ("[1]", "xx", "{}"):
+        (tmp_path / "new" / comparison.MARK).write_text(damaged)
+        with pytest.raises(ConfigError, match="has those of an unknown one, as comparison.json is damaged"):
+            open_folder(tmp_path / "new")
     with pytest.raises(ConfigError, match="must be empty, new, or of an earlier"):
         open_folder(tmp_path)
 
