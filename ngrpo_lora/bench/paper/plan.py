@@ -174,22 +174,22 @@ def make_plan(
         )
     if bad := [text for text in settings if "=" not in text]:
         raise ConfigError(f"a setting must look like key=value, got {bad[0]!r}; for example evaluation.num_prompts=96")
-    check_free(text.partition("=")[0] for text in settings)
     common = COMMON | {"evaluation.num_prompts": str(chosen.prompts), "model.device": device}
     common |= {key: value for key, _, value in (text.partition("=") for text in settings)}
     plan = Plan(output_dir, budget or chosen.budget, chosen.search, seeds or chosen.seeds, wanted, known, common)
+    check_free(plan, [text.partition("=")[0] for text in settings])
     check(plan)
     return plan
 
 
-def check_free(keys: Iterable[str]) -> None:
-    """Make sure that settings laid over all methods are none that the comparison or a method sets for itself.
+def check_free(plan: Plan, keys: Iterable[str]) -> None:
+    """Make sure that settings laid over all methods are none that the comparison or one of them sets for itself.
 
     Raises:
         ConfigError: one is.
     """
     own = {"seed", "output_dir", "resume", "optimizer.learning_rate", "trainer.num_iterations", "evaluation.every"}
-    own |= {key for table in TABLES.values() for method in table for key in method.settings} - {"rewards"}
+    own |= {key for method in plan.methods for key in method.settings}
     for key in keys:
         if key in own or key.partition(".")[0] == "algorithm":
             raise ConfigError(

@@ -75,9 +75,9 @@ def test_ablations_have_the_baselines_values_alone(tmp_path: Path):
     assert [job.config.algorithm.perturbation_strength for job in jobs_of(plan)] == [1.0, 0.5, 0.3, 0.1]  # pyright: ignore
 
 
-def test_a_setting_is_laid_over_the_common_ones_and_below_a_methods_own(tmp_path: Path):
-    plan = small_plan(tmp_path, settings=("lora.rank=4", "rollout.num_steps=3"))
-    assert {job.config.lora.rank for job in jobs_of(plan)} == {4}
+def test_a_setting_is_laid_over_the_common_ones(tmp_path: Path):
+    plan = small_plan(tmp_path, settings=("lora.rank=4", "rollout.group_size=6"))
+    assert {(job.config.lora.rank, job.config.rollout.group_size) for job in jobs_of(plan)} == {(4, 6)}
     assert [job.config.rollout.num_steps for job in jobs_of(plan)] == [8, 25]
 
 
