@@ -108,8 +108,9 @@ class SdeAlgorithm(ABC, Generic[Settings]):
 
     def starts(self, latent_shape: tuple[int, ...], seeds: Sequence[int]) -> Tensor:
         """The initial noises, (P, G, C, H, W)."""
-        noises = self.noises(latent_shape, seeds, "start")
-        return noises[:, :1].expand_as(noises) if self.shares_noise else noises
+        if not self.shares_noise:
+            return self.noises(latent_shape, seeds, "start")
+        return group_noises(latent_shape, seeds, 1, "start").expand(-1, self.group_size, *latent_shape)
 
     def noises(self, latent_shape: tuple[int, ...], seeds: Sequence[int], *labels: object) -> Tensor:
         """Standard normal noise of every sample, (P, G, C, H, W): a function of the group's seed and its number."""

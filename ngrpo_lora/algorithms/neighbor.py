@@ -129,9 +129,10 @@ class Algorithm:
         else:
             scale = rollout.sigmas[step + 1] - rollout.sigmas[step]  # x_theta = latents + dt * v
             candidates = rollout.latents[step + 1]
-        finite = candidates.flatten(1).isfinite().all(1)  # what is not has failed, and has no advantage
-        index = int(finite[:anchor].sum())  # of the anchor among the others
-        candidates, advantages = candidates[finite], advantages[finite]
+        index = anchor
+        if not (finite := candidates.flatten(1).isfinite().all(1)).all():  # what is not has failed: no advantage
+            index = int(finite[:anchor].sum())  # of the anchor among the others
+            candidates, advantages = candidates[finite], advantages[finite]
         anchor_old = rollout.latents[step, anchor] + scale * old  # (C, H, W)
         displacement = scale * (velocities.current - old)
         if config.old_anchor == "rollout":

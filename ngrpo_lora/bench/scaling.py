@@ -36,7 +36,6 @@ from torch import Tensor
 from ngrpo_lora.adapters.header import code_version
 from ngrpo_lora.algorithms._base import Algorithm
 from ngrpo_lora.bench.rows import Countdown, machine
-from ngrpo_lora.bench.training import STAGES
 from ngrpo_lora.config import RunConfig, dump_config, parse_config
 from ngrpo_lora.console import console
 from ngrpo_lora.equations.schedule import Schedule
@@ -47,6 +46,7 @@ from ngrpo_lora.planning.preflight import check_settings
 from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.reports.tables import markdown_table
+from ngrpo_lora.training.metering import STAGES
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.setup import open_algorithm, prepare
 from ngrpo_lora.training.trainer import iterate

@@ -23,6 +23,7 @@ from ngrpo_lora.config import RunConfig, parse_config
 from ngrpo_lora.devices import resolve_device, resolve_dtype, without_cudnn_attention
 from ngrpo_lora.errors import ConfigError, UserError, first_line
 from ngrpo_lora.models._blueprint import blank_text, random_family
+from ngrpo_lora.training.metering import STAGES
 from ngrpo_lora.training.optimizers import make_optimizer
 from ngrpo_lora.training.rollouts import rollout_weights
 from ngrpo_lora.training.run import Run
@@ -30,9 +31,6 @@ from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import iterate
 
 __all__ = ["Cost", "Timing", "gpu_table", "measure", "measure_cost", "overhead_table", "variants"]
-
-
-STAGES = ("rollout", "reward", "update")
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,15 @@ def measures(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     evaluated = [row for row in rows if "eval/reward_mean" in row]
     if not evaluated:
         return {}
-    first, last = evaluated[0], evaluated[-1]
+    first, last = measured(evaluated[0]), measured(evaluated[-1])
+    return {name: (value, last[name]) for name, value in first.items() if name in last}
+
+
+def measured(row: dict[str, Any]) -> dict[str, float]:
+    """Values of `evaluation.measures` in one line of metrics, by name; those of rewards end in `_mean`."""
     own = re.compile(r"eval/(?!strict_accuracy$)(.+)(?<!_mean)")
-    names = {found[1]: key for key in first if (found := own.fullmatch(key)) and last.get(key) is not None}
-    return {name: (first[key], last[key]) for name, key in names.items() if first[key] is not None}
+    found = {match[1]: value for key, value in row.items() if (match := own.fullmatch(key))}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:

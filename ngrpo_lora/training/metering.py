@@ -13,6 +13,9 @@ from torch import nn
 from ngrpo_lora.training.processes import Processes
 from ngrpo_lora.types import Metrics
 
+STAGES = ("rollout", "reward", "update")
+"""The stages of an iteration, each with its time in the metrics."""
+
 
 class EvaluationCounter:
     """Counts samples through a module, separately for passes with and without gradients: NFE_theta and NFE_old."""
@@ -70,4 +73,4 @@ class Stages:
 
 def iteration_seconds(metrics: Metrics) -> float:
     """How long an iteration took, without an evaluation."""
-    return sum(metrics[f"time/{stage}_s"] for stage in ("rollout", "reward", "update"))
+    return sum(metrics[f"time/{stage}_s"] for stage in STAGES)

@@ -16,12 +16,11 @@ from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.bench.paper.cost import total
 from ngrpo_lora.bench.paper.plan import TRAINED_TASKS, Job
 from ngrpo_lora.evaluation.statistics import Estimate, mean_interval
-from ngrpo_lora.records.metrics import read_metrics, read_scores
+from ngrpo_lora.records.metrics import measured, read_metrics, read_scores
+from ngrpo_lora.training.metering import STAGES, iteration_seconds
 from ngrpo_lora.world.scenes import parse
 
-__all__ = ["STAGES", "Change", "Outcome", "by_method", "change", "evaluated", "is_complete", "is_trained", "read"]
-
-STAGES = ("rollout", "reward", "update")
+__all__ = ["Change", "Outcome", "by_method", "change", "evaluated", "is_complete", "is_trained", "read"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Outcome:
 
     def seconds(self) -> dict[int, float]:
         """Seconds of training until each iteration, without evaluations."""
-        each = {row["step"]: sum(row[f"time/{stage}_s"] for stage in STAGES) for row in self.rows[1:]}
+        each = {row["step"]: iteration_seconds(row) for row in self.rows[1:]}
         return {0: 0.0} | dict(zip(each, np.cumsum([*each.values()]).tolist(), strict=True))
 
     def mean(self, key: str) -> float:
@@ -59,9 +58,7 @@ class Outcome:
 
     def measures(self, step: int) -> dict[str, float]:
         """What `evaluation.measures` found of an evaluation's pictures, by name."""
-        row = next(row for row in self.rows if row["step"] == step)
-        own = {key: value for key, value in row.items() if key.startswith("eval/") and not key.endswith("_mean")}
-        return {key.removeprefix("eval/"): value for key, value in own.items() if key != "eval/strict_accuracy"}
+        return measured(next(row for row in self.rows if row["step"] == step))
 
     def nearest(self, budget: float) -> int:
         """The evaluated iteration whose foreseen compute is nearest to a budget of forward passes per sample."""

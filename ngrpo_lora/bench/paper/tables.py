@@ -10,11 +10,12 @@ import numpy as np
 
 from ngrpo_lora.bench.paper import methods, published
 from ngrpo_lora.bench.paper.methods import BASELINE, LEARNING_RATES, Method
-from ngrpo_lora.bench.paper.outcomes import STAGES, Outcome, by_method, change, is_trained
+from ngrpo_lora.bench.paper.outcomes import Outcome, by_method, change, is_trained
 from ngrpo_lora.bench.paper.plan import Plan
 from ngrpo_lora.evaluation.statistics import compare_scores
 from ngrpo_lora.reports.tables import markdown_table
 from ngrpo_lora.training.evaluation import strict_reward
+from ngrpo_lora.training.metering import STAGES
 
 __all__ = ["Column", "Table", "make_tables", "search_table"]
 
