@@ -9,21 +9,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ngrpo_lora.config import RolloutConfig
+from ngrpo_lora.config.algorithms._forward import ForwardConfig
 from ngrpo_lora.equations.noise import group_noises
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import SOLVERS, VelocityFn
-from ngrpo_lora.types import Rollout
+from ngrpo_lora.types import Rollout, Velocities
+
+Settings = TypeVar("Settings", bound=ForwardConfig)
 
 
-class ForwardAlgorithm(ABC):
+class ForwardAlgorithm(ABC, Generic[Settings]):
     """See `_base.Algorithm` for the contract; a method fills in `levels`, and how samples are weighed."""
 
-    def __init__(self, rollout: RolloutConfig):
+    def __init__(self, config: Settings, rollout: RolloutConfig):
+        self.config = config
+        self.needs_reference = config.reference_weight > 0
         self.group_size, self.num_steps = rollout.group_size, rollout.num_steps
         self.solve = SOLVERS[rollout.solver]
 
@@ -51,6 +57,13 @@ class ForwardAlgorithm(ABC):
             latents = (1 - amounts) * clean + amounts * torch.stack(fresh).to(device)
             rollouts.append(Rollout(latents, sigmas, clean))
         return rollouts
+
+    def pulled(self, loss: Tensor, velocities: Velocities) -> Tensor:
+        """The loss with the pull to the base: the mean squared distance of velocities, weighed."""
+        if velocities.reference is None:
+            return loss
+        drift = (velocities.current - velocities.reference).double()
+        return loss + self.config.reference_weight * drift.square().mean()
 
 
 def clean_error(latents: Tensor, velocity: Tensor, sigma: float, clean: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ngrpo_lora.algorithms._dealing import deal, with_advantage
 from ngrpo_lora.algorithms._forward import ForwardAlgorithm, clean_error
-from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms.best_of_n import Config
 from ngrpo_lora.equations.advantages import reward_spread
 from ngrpo_lora.equations.schedule import Schedule
@@ -21,16 +20,11 @@ from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
 
 
-class Algorithm(ForwardAlgorithm):
+class Algorithm(ForwardAlgorithm[Config]):
     """See `_base.Algorithm` for the contract."""
 
     needs_old = False
     metric_names = ("policy/flow_matching_error",)
-
-    def __init__(self, config: Config, rollout: RolloutConfig):
-        super().__init__(rollout)
-        self.config = config
-        self.needs_reference = config.reference_weight > 0
 
     def levels(self, schedule: Schedule, seed: int) -> Tensor:
         """`num_train_steps` noise levels: one from each equal part of [0, 1], or logit-normal, shifted."""
@@ -61,8 +55,4 @@ class Algorithm(ForwardAlgorithm):
         sigma = rollout.sigmas[level].item()
         error = clean_error(rollout.latents[level, sample], velocities.current, sigma, rollout.final[sample]) / sigma
         loss = error.square().mean()
-        metrics = {name: loss.item() for name in self.metric_names}
-        if velocities.reference is not None:
-            drift = (velocities.current - velocities.reference).double()
-            loss = loss + self.config.reference_weight * drift.square().mean()
-        return loss, metrics
+        return self.pulled(loss, velocities), {name: loss.item() for name in self.metric_names}

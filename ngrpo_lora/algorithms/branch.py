@@ -22,6 +22,7 @@ from ngrpo_lora.algorithms._sde import SdeAlgorithm, SdeRollout
 from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms.branch import Config
 from ngrpo_lora.equations import sde
+from ngrpo_lora.equations.noise import group_noises
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import VelocityFn
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
@@ -66,7 +67,7 @@ class Algorithm(SdeAlgorithm[Config]):
             final = nodes - sigma * velocities[-1]
             step = self.step(nodes, velocities[-1], schedule.sigmas, index)
             children = self.nodes(index + 1)
-            fresh = self.noises(latent_shape, seeds, "step", index)[:, :: self.group_size // children].to(device)
+            fresh = group_noises(latent_shape, seeds, children, "step", index).to(device)
             strength = step.std * (self.config.split_noise if index in self.splits else 1.0)
             nodes = step.mean.repeat_interleave(children // self.nodes(index), 1) + strength * fresh
             trajectory.append(nodes)

@@ -65,9 +65,9 @@ class Algorithm(SdeAlgorithm[Config]):
         return scaled.clamp(-self.config.max_advantage, self.config.max_advantage)
 
     def log_ratio(self, noise: Tensor, displacement: Tensor, std: float) -> Tensor:
-        """The method's own log-ratio; GRPO-Guard's has neither the bias `-u^2 / (2 std^2)` nor the scale `1 / std`."""
+        """The method's own log-ratio."""
         if self.config.guard:
-            return (noise.double() * displacement.double()).flatten(1).mean(1)
+            return sde.guard_log_ratio(noise, displacement)
         return (sde.cps_log_ratio if self.config.step == "cps" else sde.log_ratio)(noise, displacement, std)
 
     def loss_weight(self, sigmas: Tensor, index: int) -> float:

@@ -113,6 +113,12 @@ class Algorithm:
                 updates[position % len(updates)].append(transitions[index])
         return updates
 
+    def drift(self, velocity: Tensor, scale: Tensor, tau: float) -> Tensor:
+        """The squared distance to the base model that a difference (C, H, W) of velocities makes."""
+        if self.config.reference_distance == "velocity":
+            return velocity.double().square().mean()
+        return (scale * velocity).square().sum(dtype=torch.float64) / tau
+
     def loss(
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
     ) -> tuple[Tensor, Metrics]:
@@ -143,8 +149,7 @@ class Algorithm:
         objective, held = clipped_objective(log_ratio, advantages, config.clip_range)
         loss = -objective
         if velocities.reference is not None:
-            drift = scale * (velocities.current - velocities.reference)
-            loss = loss + config.reference_weight * drift.square().sum(dtype=torch.float64) / tau
+            loss = loss + config.reference_weight * self.drift(velocities.current - velocities.reference, scale, tau)
         policy = torch.softmax(leaping_logits(candidates, anchor_old, tau), 0)
         values = (held.double().mean(), log_ratio.detach().abs().max(), torch.special.entr(policy).sum())
         return loss, dict(zip(self.metric_names, (value.item() for value in values), strict=True))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ngrpo_lora.algorithms._dealing import deal, with_advantage
 from ngrpo_lora.algorithms._forward import ForwardAlgorithm, clean_error
-from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms.nft import Config
 from ngrpo_lora.equations.advantages import globally_scaled_advantages
 from ngrpo_lora.equations.schedule import Schedule
@@ -23,16 +22,11 @@ from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velociti
 MIN_SCALE = 1e-5
 
 
-class Algorithm(ForwardAlgorithm):
+class Algorithm(ForwardAlgorithm[Config]):
     """See `_base.Algorithm` for the contract."""
 
     needs_old = True
     metric_names = ("policy/positive_error", "policy/negative_error")
-
-    def __init__(self, config: Config, rollout: RolloutConfig):
-        super().__init__(rollout)
-        self.config = config
-        self.needs_reference = config.reference_weight > 0
 
     def levels(self, schedule: Schedule, seed: int) -> Tensor:
         """The schedule's own noise levels at which steps start, but the last."""
@@ -68,10 +62,7 @@ class Algorithm(ForwardAlgorithm):
             for velocity in (velocities.old + moved, velocities.old - moved)
         )
         loss = goodness * self_scaled(positive) + (1 - goodness) * self_scaled(negative)
-        loss = loss * config.max_advantage / config.mixture
-        if velocities.reference is not None:
-            drift = (velocities.current - velocities.reference).double()
-            loss = loss + config.reference_weight * drift.square().mean()
+        loss = self.pulled(loss * config.max_advantage / config.mixture, velocities)
         values = (positive.detach().square().mean(), negative.detach().square().mean())
         return loss, dict(zip(self.metric_names, (value.item() for value in values), strict=True))
 

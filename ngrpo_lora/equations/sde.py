@@ -140,6 +140,15 @@ def cps_log_ratio(noise: Tensor, displacement: Tensor, std: float) -> Tensor:
     return 2 * std**2 * log_ratio(noise, displacement, std)
 
 
+def guard_log_ratio(noise: Tensor, displacement: Tensor) -> Tensor:
+    """GRPO-Guard's (arXiv 2510.22319): `log_ratio` without its bias `-u^2 / (2 std^2)` and times std.
+
+    Arguments, result and errors as `log_ratio`, which has the scale that this one lacks.
+    """
+    _check_shapes(noise=noise, displacement=displacement)
+    return (noise.double() * displacement.double()).flatten(1).mean(1)
+
+
 def _check_step(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float, eta: float) -> None:
     _check_shapes(latents=latents, velocity=velocity)
     if not 1 >= sigma > sigma_next >= 0:

@@ -299,6 +299,22 @@ def test_the_reference_term_is_the_squared_displacement_from_the_base_model():
     torch.testing.assert_close(current.grad, 2 * weight * dt**2 * (old - reference) / tau)
 
 
+def test_a_reference_term_of_velocities_is_the_same_at_every_step():
+    algorithm = make(reference_weight=0.25, reference_distance="velocity")
+    rollout, reference = roll_out(algorithm), torch.randn(SHAPE)
+    for step in range(rollout.sigmas.numel() - 1):
+        transition = Transition(0, 4, step)
+        old = old_velocity(rollout, transition)
+        current = (reference + 0.2).requires_grad_()
+        loss, _ = algorithm.loss(
+            rollout, torch.zeros(6, dtype=torch.float64), transition, Velocities(current, old, reference)
+        )
+        assert loss.item() == pytest.approx(0.25 * 0.2**2, rel=1e-4)
+        loss.backward()
+        assert current.grad is not None
+        torch.testing.assert_close(current.grad, torch.full(SHAPE, 2 * 0.25 * 0.2 / current.numel()), rtol=1e-4, atol=0)
+
+
 def test_auto_temperature_is_that_of_the_steps_own_candidates():
     rollout, transition = roll_out(make()), Transition(0, 4, 1)
     old = old_velocity(rollout, transition)

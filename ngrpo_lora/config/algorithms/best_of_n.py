@@ -6,11 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
+from ngrpo_lora.config.algorithms._forward import ForwardConfig
 from ngrpo_lora.config.algorithms._sde import check_updates
-from ngrpo_lora.config.plugins import AlgorithmConfig, RolloutConfig
+from ngrpo_lora.config.plugins import RolloutConfig
 
 
-class Config(AlgorithmConfig, frozen=True):
+class Config(ForwardConfig, frozen=True):
     """Settings of best-of-N fine-tuning."""
 
     name: Literal["best_of_n"] = "best_of_n"
@@ -19,8 +20,6 @@ class Config(AlgorithmConfig, frozen=True):
     levels: Literal["uniform", "logit_normal"] = Field(
         "uniform", description="How noise levels are drawn, before the schedule's shift."
     )
-    updates_per_rollout: int = Field(1, ge=1, description="Optimizer updates; each has its share of the samples.")
-    reference_weight: float = Field(0.0, ge=0, description="Weight of the squared distance to the base's velocity.")
 
     def check(self, rollout: RolloutConfig) -> None:
         """Raise ValueError unless num_best < G and updates <= kept samples."""

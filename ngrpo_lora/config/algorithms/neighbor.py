@@ -46,7 +46,12 @@ class Config(AlgorithmConfig, frozen=True):
         description="Take the old velocities of later updates from the rollout, for its memory and one forward pass a "
         "transition less; exact but for rounding, which is coarse with 16-bit weights.",
     )
-    reference_weight: float = Field(0.0, ge=0, description="Weight of the squared distance to the base model's step.")
+    reference_weight: float = Field(0.0, ge=0, description="Weight of the squared distance to the base model.")
+    reference_distance: Literal["step", "velocity"] = Field(
+        "step",
+        description="That distance: between latents after the step (or clean predictions), in units of the "
+        "temperature; or the mean over dimensions between velocities, which holds early steps as firmly as late ones.",
+    )
 
     def check(self, rollout: RolloutConfig) -> None:
         """Raise ValueError unless B <= G, K <= train_window <= steps and updates <= B * K."""

@@ -6,11 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
+from ngrpo_lora.config.algorithms._forward import ForwardConfig
 from ngrpo_lora.config.algorithms._sde import check_updates
-from ngrpo_lora.config.plugins import AlgorithmConfig, RolloutConfig
+from ngrpo_lora.config.plugins import RolloutConfig
 
 
-class Config(AlgorithmConfig, frozen=True):
+class Config(ForwardConfig, frozen=True):
     """Settings of DiffusionNFT."""
 
     name: Literal["nft"] = "nft"
@@ -20,9 +21,8 @@ class Config(AlgorithmConfig, frozen=True):
     num_train_steps: int | None = Field(
         None, ge=1, description="Noise levels trained per sample, drawn at random; null: the schedule's but the last."
     )
-    updates_per_rollout: int = Field(1, ge=1, description="Optimizer updates; each has its share of the samples.")
-    max_advantage: float = Field(5.0, gt=0, description="The advantage at which a sample counts as wholly good (c).")
     reference_weight: float = Field(1e-4, ge=0, description="Weight of the squared distance to the base's velocity.")
+    max_advantage: float = Field(5.0, gt=0, description="The advantage at which a sample counts as wholly good (c).")
 
     def check(self, rollout: RolloutConfig) -> None:
         """Raise ValueError unless trained levels < steps and updates <= samples."""
