@@ -33,6 +33,7 @@ SMALL_RUN = [
     "algorithm.train_window=null",
     "algorithm.min_reward_spread=0",
     "algorithm.reference_weight=0",
+    "algorithm.reuse_velocities=false",
     "algorithm.scale_rewards=group",
     "rollout.merge_adapter=false",
     "algorithm.distance=latent",
@@ -47,6 +48,7 @@ SMALL_RUN = [
     "trainer.cpu_processes=1",
     "evaluation.num_prompts=2",
     "evaluation.every=2",
+    "evaluation.micro_batch_size=1",
     "evaluation.rewards=[]",
     "evaluation.measures=[]",
 ]

@@ -217,6 +217,12 @@ class EvaluationConfig(Section, frozen=True):
         default=20, ge=1, description="Iterations between evaluations; the first and the last always run."
     )
     num_prompts: int = Field(default=48, ge=1, description="Held-out prompts, one image each.")
+    micro_batch_size: int = Field(
+        default=1,
+        ge=1,
+        description="Images a forward pass; 1: `ngrpo sample` draws the same again, bit for bit, which kernels that "
+        "round by the size of a batch do not allow otherwise.",
+    )
     seed: int = Field(
         default=1000, ge=0, lt=2**63, description="Seed of the first evaluation image; the rest follow it."
     )

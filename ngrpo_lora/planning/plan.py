@@ -195,7 +195,8 @@ class Estimate:
         self.forward, self.forward_one = drawn.velocity(self.batches.drawn), drawn.velocity(1)
         self.backward = drawn.velocity(self.batches.trained, True, config.trainer.gradient_checkpointing)
         self.decode = drawn.decode(self.batches.decoded, model.vae_tiling)
-        self.decode_one = drawn.decode(1, model.vae_tiling)
+        evaluated = min(config.evaluation.micro_batch_size, -(-config.evaluation.num_prompts // gpus))
+        self.evaluated = drawn.velocity(evaluated), drawn.decode(evaluated, model.vae_tiling)
         self.unpacked = 0 if model.quantization == "none" else max(layer.weight.nbytes for layer in drawn.linear)
 
         self.base, self.whole, self.swapped = base_sizes(config, drawn, gpus)
@@ -232,7 +233,8 @@ class Estimate:
         evaluating = always | {"LoRA": self.adapter + live, "text embeddings": self.held_out}
         encoding: Items = {"text encoders": self.encoders, "activations": ENCODING * self.encoders}
         scored = always | {"rewards": awake, "text embeddings": self.texts, "latents": self.trajectories}
-        forward, one, decode_one = self.forward.peak, self.forward_one.peak + self.unpacked, self.decode_one.peak
+        forward, one = self.forward.peak, self.forward_one.peak + self.unpacked
+        evaluated = max(self.evaluated[0].peak + self.unpacked, self.evaluated[1].peak)
         # PyTorch's AdamW takes the root of all second moments at once.
         root = self.adapter if self.config.optimizer.name == "adamw" else 0
         backward = max(self.backward.peak + self.unpacked, root)
@@ -242,7 +244,7 @@ class Estimate:
             "rollout": scored | {"LoRA": live + merged, "activations": forward + self.unpacked + scoring},
             "decode": scored | {"activations": self.decode.peak + scoring},
             "update": always | {"gradients": self.adapter, "text embeddings": self.texts, "activations": backward},
-            "evaluation": evaluating | {"rewards": awake, "activations": max(one, decode_one, scoring)},
+            "evaluation": evaluating | {"rewards": awake, "activations": max(evaluated, scoring)},
             "export": evaluating | {"LoRA": self.adapter * (2 + self.itemsize / 4) + self.average, "activations": one},
         }
         for items in stages.values():

@@ -30,16 +30,18 @@ def draw(
     solver: str,
     sigmas: Tensor,
     progress: Callable[[], None] = lambda: None,
+    batch_size: int = 1,
 ) -> list[Image.Image]:
-    """Draw one image (of a video model `num_frames`) per row of `text`, each row alone in its batch.
+    """Draw one image (of a video model `num_frames`) per row of `text`, by default each row alone in its batch.
 
-    Kernels round differently for different batch sizes, so only this makes an image a function of weights,
+    Kernels round differently for different batch sizes, so only a batch of one makes an image a function of weights,
     prompt, seed and settings, to the bit.
     """
     images = []
-    for row, seed in enumerate(seeds):
-        noise = gaussian_noise((1, *family.latent_shape), seed)
-        images += family.decode(solve(family, text[[row]], noise, solver, sigmas))
+    for start in range(0, len(seeds), batch_size):
+        rows = range(start, min(start + batch_size, len(seeds)))
+        noise = torch.cat([gaussian_noise((1, *family.latent_shape), seeds[row]) for row in rows])
+        images += family.decode(solve(family, text[[*rows]], noise, solver, sigmas))
         progress()
     return images
 

@@ -78,7 +78,8 @@ def draw_held_out(run: Run, own: range) -> list[Image.Image]:
     with run.counter.paused(), lora.swapped(run.family.transformer, run.lora_step.averaged):
         text = run.family.encode([run.held_out[i].text for i in drawn])
         solver, sigmas = run.config.evaluation_solver, run.evaluation_schedule.sigmas
-        images = draw(run.family, text, [seeds[i] for i in drawn], solver, sigmas)
+        size = run.config.evaluation.micro_batch_size
+        images = draw(run.family, text, [seeds[i] for i in drawn], solver, sigmas, batch_size=size)
     return images[: len(own) * run.family.num_frames]
 
 

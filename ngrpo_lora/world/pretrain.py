@@ -1,4 +1,6 @@
-"""Make the embedded model: `python -m ngrpo_lora.world.pretrain --work-dir runs/pretrain`.
+"""Make the teacher of the embedded model: `python -m ngrpo_lora.world.pretrain --output-dir runs/teacher`.
+
+`ngrpo_lora.world.distil` makes the embedded model itself from it.
 
 Five stages, each seeded and each leaving a file, so that a stopped run goes on where it was:
 
@@ -369,7 +371,7 @@ def main() -> None:
     """Run the stages that have not been run, then write the pipeline to `--output-dir`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=Path("runs/pretrain"), help="where the stages leave files")
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "model", help="the pipeline")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/teacher"), help="the pipeline")
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--scenes", type=int, default=60_000, help="scenes to encode, a multiple of 250")
     parser.add_argument("--read-steps", type=int, default=800)

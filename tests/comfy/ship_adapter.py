@@ -1,4 +1,4 @@
-"""Put the run of `make demo-long` into comfy_nodes/loras as ngrpo-demo.safetensors: python ship_adapter.py RUN
+"""Put the run of `make demo` into comfy_nodes/loras as ngrpo-demo.safetensors: python ship_adapter.py RUN
 
 In bfloat16, half the size; the header stays, but for the run's folder.
 """
@@ -21,6 +21,6 @@ if __name__ == "__main__":
     source = Path(sys.argv[1]) / "adapter" / FILE_NAME
     header = read_metadata(source)
     own = json.loads(header["ngrpo"])
-    own["config"]["output_dir"] = "runs/demo-long"
-    header |= {"ngrpo": json.dumps(own, sort_keys=True), "ss_output_name": "demo-long"}
+    own["config"]["output_dir"] = "runs/demo"
+    header |= {"ngrpo": json.dumps(own, sort_keys=True), "ss_output_name": "demo"}
     save_file({name: tensor.to(torch.bfloat16) for name, tensor in load_file(source).items()}, TARGET, header)

@@ -80,4 +80,4 @@ def test_json_holds_all_figures():
     values = json.loads(result.stdout)
     assert values["fits"] is True
     assert values["peak"] == sum(values["gpu"][values["stage"]].values())
-    assert values["evaluations"]["theta"] == 8 * 2 * 3
+    assert values["evaluations"]["theta"] == 8 * 4 * 4

@@ -15,6 +15,7 @@ from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.adapters.header import read_adapter
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.sampling.sampler import draw
+from ngrpo_lora.training.evaluation import draw_held_out
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
 
@@ -47,6 +48,21 @@ def test_an_evaluation_has_a_solver_and_steps_of_its_own_which_the_adapter_names
     assert row["nfe/old_per_sample"] == 4 + 0.5  # the rollout's own steps, and the second update's old velocities
     said = read_adapter(tmp_path / "adapter" / FILE_NAME).rollout
     assert (said.solver, said.num_steps) == ("euler", 6)
+
+
+def test_an_evaluation_in_batches_draws_the_same_pictures_but_for_rounding(make_config: MakeConfig, tmp_path: Path):
+    run = prepare(make_config(tmp_path, "evaluation.num_prompts=5", "evaluation.micro_batch_size=3"))
+    passes: list[int] = []
+    run.family.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: passes.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    together = draw_held_out(run, range(5))
+    assert passes == [3] * 4 + [2] * 4  # of 4 steps
+    text = run.family.encode([prompt.text for prompt in run.held_out])
+    alone = draw(run.family, text, [*range(1000, 1005)], "dpmpp_2m", run.schedule.sigmas)
+    assert len(together) == 5
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
 
 
 def test_an_evaluation_leaves_every_score_by_prompt_and_seed(finished_run: FinishedRun):

@@ -32,7 +32,7 @@ def test_prompts_that_an_encoder_cuts_are_counted(
     sources = [f"prompts.{key}={tmp_path / name}.txt" for key, name in (("train", "prompts"), ("held_out", "held_out"))]
     prepare(make_config(tmp_path / "run", *sources, "model.max_sequence_length=6"))
     assert "T5 reads 6 tokens: 2 of 3 prompts are cut there" in caplog.text
-    assert "CLIP reads 16 tokens: 1 of 3 prompts are cut there" in caplog.text
+    assert "CLIP reads 12 tokens: 1 of 3 prompts are cut there" in caplog.text
 
 
 def test_a_model_that_is_none_is_refused(make_config: MakeConfig, tmp_path: Path):

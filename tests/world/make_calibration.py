@@ -23,7 +23,7 @@ COUNT, COLUMNS, SIDE_PX, SEED = 192, 16, 64, 2000
 def main() -> None:
     """Same pictures for the same weights; labels that are there already are lost."""
     source = open_prompts("world:held_out", SEED)
-    prompts = [source.prompt(i) for i in range(COUNT)]
+    prompts = [source.prompt(i).text for i in range(COUNT)]
     family = load_family(ModelConfig())
     sigmas = family.sigmas(8)
     images = draw(family, family.encode(prompts), [SEED + i for i in range(COUNT)], "dpmpp_2m", sigmas)
