@@ -159,16 +159,17 @@ def test_a_real_run_has_all_figures(algorithm: str, config: RunConfig, tmp_path:
     data = config.model_dump(mode="json")
     if algorithm != "neighbor":
         data["algorithm"] = {"name": algorithm}
+    asked = Asked(gradients=6, prompts=16, steps=(1.0,)) if algorithm == "neighbor" else SMALL
     done: list[float] = []
     small = RunConfig.model_validate(data)
-    row = gradient.measure(small, SMALL, done.append)
-    assert sum(done) == gradient.work(small, SMALL)
+    row = gradient.measure(small, asked, done.append)
+    assert sum(done) == gradient.work(small, asked)
     assert row["common_share"]["low"] < row["common_share"]["value"] < row["common_share"]["high"]
     assert row["step"] == 1.0
     assert row["improvement"] == row["points"][0]["gain"]
     assert min(row["seconds"], row["wall_s"], row["norm"]) > 0
     assert not Path(small.output_dir).exists()
-    assert gradient.as_table([{"label": "as configured", **row}], SMALL).count("\n| as configured | ") == 1
+    assert gradient.as_table([{"label": "as configured", **row}], asked).count("\n| as configured | ") == 1
     if algorithm == "neighbor":
         assert row["improvement"]["low"] > 0  # redness rises against the gradient of its loss
 

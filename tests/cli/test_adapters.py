@@ -21,7 +21,7 @@ def test_info_says_all_of_an_adapter_of_ours(adapter: Path, finished_run: Finish
     assert said["family"] == "flux"
     assert said["base"] == "embedded"
     assert said["ranks"] == {"4": sum(said["layers"].values())}
-    assert said["layers"] == {"attention": 14, "feed-forward": 8}
+    assert said["layers"] == {"attention": 17, "feed-forward": 10}
     assert said["alpha"] == {"scales": [1.0], "source": "header", "folded": True}
     assert said["readers"] == ["diffusers", "comfyui"]
     assert said["dtype"] == "float32"
@@ -33,7 +33,7 @@ def test_info_says_all_of_an_adapter_of_ours(adapter: Path, finished_run: Finish
     assert said["norm"] == pytest.approx(deltas.norm().item(), rel=1e-5)
     assert run(*said["draw"].replace('"..."', "star").split()[1:], "--output", adapter.parents[1] / "drawn")
     shown = "\n".join(run("info", adapter))
-    for part in ("trainer", "flux", "4 (22 layers)", "folded in", "14 attention, 8 feed-forward", "num_steps 4"):
+    for part in ("trainer", "flux", "4 (27 layers)", "folded in", "17 attention, 10 feed-forward", "num_steps 4"):
         assert part in shown
 
 

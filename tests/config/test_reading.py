@@ -58,7 +58,7 @@ def test_a_mix_of_prompts_is_given_anew_or_changed_at_one_source(tmp_path: Path)
 
 def test_changed_keys_names_what_differs():
     old, new = load_config(), load_config(None, ["rollout.num_steps=9", "seed=3"])
-    assert changed_keys(old, new) == ["rollout.num_steps: 3 -> 9", "seed: 0 -> 3"]
+    assert changed_keys(old, new) == ["rollout.num_steps: 8 -> 9", "seed: 0 -> 3"]
     assert changed_keys(old, old) == []
 
 

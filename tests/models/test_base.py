@@ -85,7 +85,7 @@ def test_a_large_picture_is_decoded_in_tiles(family: Family, monkeypatch: pytest
 
 def test_a_run_compiles_every_block(make_config: MakeConfig, tmp_path: Path):
     run = prepare(make_config(tmp_path, "model.compile=true"))
-    assert len(run.family.blocks) == 3
+    assert len(run.family.blocks) == 4
     assert all(block._compiled_call_impl is not None for block in run.family.blocks)
 
 

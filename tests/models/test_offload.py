@@ -171,8 +171,8 @@ def test_a_run_with_waiting_blocks_is_the_run_without(make_config: MakeConfig, t
 
 
 def test_more_blocks_than_there_are_is_an_error():
-    with pytest.raises(UserError, match="model.swap_blocks must be at most 3, the blocks of this model, got 4"):
-        Family(ModelConfig(swap_blocks=4), "cpu")
+    with pytest.raises(UserError, match="model.swap_blocks must be at most 4, the blocks of this model, got 5"):
+        Family(ModelConfig(swap_blocks=5), "cpu")
 
 
 def test_quantised_weights_do_not_wait():

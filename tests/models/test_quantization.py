@@ -60,11 +60,11 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-# Root mean squares relative to the base and to the adapter's effect; measured are 0.134 and 0.115 for nf4, 0.0146 and
-# 0.0143 for int8, 0.0100 and 0.0092 for int8_torchao, 0.0366 and 0.0310 for float8_torchao.
+# Root mean squares relative to the base and to the adapter's effect; measured are 0.132 and 0.183 for nf4, 0.0095 and
+# 0.0074 for int8; 0.0100 and 0.0092 for int8_torchao, 0.0366 and 0.0310 for float8_torchao, of the model before this.
 @pytest.mark.parametrize(
     ("kind", "base_error", "effect_error"),
-    [("nf4", 0.17, 0.15), ("int8", 0.02, 0.02), ("int8_torchao", 0.015, 0.015), ("float8_torchao", 0.05, 0.045)],
+    [("nf4", 0.2, 0.2), ("int8", 0.02, 0.02), ("int8_torchao", 0.015, 0.015), ("float8_torchao", 0.05, 0.045)],
 )
 def test_a_quantised_base_trains_an_adapter_that_does_the_same_on_the_whole_base(
     make_config: MakeConfig, tmp_path: Path, device: str, kind: str, base_error: float, effect_error: float
@@ -111,7 +111,7 @@ def test_only_the_transformer_is_quantised_and_keeps_its_types(device: str, kind
     assert layer.weight.dtype == {"nf4": torch.uint8, "int8": torch.int8}[kind]
     if kind == "nf4":
         assert (layer.weight.quant_type, layer.weight.quant_state.nested) == ("nf4", True)
-        assert layer.weight.numel() == 256 * 256 / 2
+        assert layer.weight.numel() == 128 * 128 / 2
         assert layer.compute_dtype == torch.bfloat16
     others = [*family.encoders, family.vae]
     assert {p.dtype for module in others for p in module.parameters()} == {torch.bfloat16}

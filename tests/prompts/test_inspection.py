@@ -71,8 +71,8 @@ def test_inspect_has_a_column_for_every_source_and_counts_tokens():
     assert more["metadata"] == "tag, count"
     assert world["rows"] == "endless"
     assert world["distinct prompts"].endswith("of the first 1,000")
-    assert mine["tokens of tokenizer"] == "9 to 18, median 10; 1 (2.4%) over its limit of 16"
-    assert world["tokens of tokenizer_2"].endswith("; 0 (0.0%) over its limit of 16")
+    assert mine["tokens of tokenizer"] == "9 to 18, median 10; 1 (2.4%) over its limit of 12"
+    assert world["tokens of tokenizer_2"].endswith("; 0 (0.0%) over its limit of 12")
     # A source each in turn, and what looks like rich's markup is left alone.
     assert "[more].jsonl" in output.splitlines()[0]
     assert shown(output)[1].startswith("[bold] ")
