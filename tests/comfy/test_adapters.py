@@ -240,11 +240,11 @@ def kohya(layers: dict[str, Layer], family: str) -> dict[str, Tensor]:
 
 def fused(layers: dict[str, Layer]) -> tuple[dict[str, Tensor], dict[str, Layer]]:
     """A fused layer in ComfyUI's names, and the layers that it stands for."""
-    down = torch.randn(4, 256, generator=torch.Generator().manual_seed(3)) / 16
-    up = torch.randn(768, 4, generator=torch.Generator().manual_seed(4)) / 4
+    down = torch.randn(4, 128, generator=torch.Generator().manual_seed(3)) / 16
+    up = torch.randn(384, 4, generator=torch.Generator().manual_seed(4)) / 4
     name = "diffusion_model.double_blocks.0.img_attn.qkv"
     parts = {
-        f"transformer_blocks.0.attn.to_{one}": Layer(down, rows) for one, rows in zip("qkv", up.split(256), strict=True)
+        f"transformer_blocks.0.attn.to_{one}": Layer(down, rows) for one, rows in zip("qkv", up.split(128), strict=True)
     }
     return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, parts
 
@@ -381,10 +381,10 @@ ONE = "transformer_blocks.0.attn.to_q"
             {"transformer_blocks.0.attn.to_q": (3072, 3072)},
             ["1 of its 1 layers are not there or have an"],
         ),
-        ("deeper", {ONE: (256, 256), "transformer_blocks.9.attn.to_q": (256, 256)}, ["1 of its 2 layers", "blocks.9"]),
+        ("deeper", {ONE: (128, 128), "transformer_blocks.9.attn.to_q": (128, 128)}, ["1 of its 2 layers", "blocks.9"]),
         (
             "half_known",
-            {ONE: (256, 256), "nowhere.to_q": (256, 256)},
+            {ONE: (128, 128), "nowhere.to_q": (128, 128)},
             ["1 of its 2 layers are not there", "nowhere.to_q"],
         ),
         ("sdxl", {"lora_unet_input_blocks_4_1_proj_in": (640, 640)}, ["adapts a layer that flux does not have"]),

@@ -81,13 +81,18 @@ def test_the_grid_says_what_is_what(comfy: Comfy, result: Result):
     pictures = shown(comfy, result)
     width, height = grid.width // 4, grid.height // 2
     assert (grid.width, height > 200) == (800, True)
+    lines = result.outputs["compare"]["text"][0].splitlines()
+    scores = [float(line.split("|")[3]) for line in lines if line.startswith(("| 7 ", "| 8 "))]
     for place, picture in enumerate(pictures):
         left, top = place % 4 * width, place // 4 * height
         inside = grid.crop((left + 3, top + 3, left + 197, top + 197))
         expected = picture.resize((194, 194), Image.Resampling.NEAREST)
         assert np.abs(np.asarray(inside, int) - np.asarray(expected, int)).max() <= 1, place
         framed = grid.getpixel((left + 100, top + 1)) == (26, 156, 63)
-        assert framed == (place % 4 < 3), place  # ruin alone is beaten: what is left differs in no shown digit
+        row = scores[place // 4 * 4 : place // 4 * 4 + 4]
+        assert framed == (scores[place] == max(row)), place
+    assert len(scores) == 8
+    assert min(scores[3::4]) < min(max(scores[:4]), max(scores[4:]))  # ruin is beaten
 
 
 def test_the_table_has_every_score_and_paired_differences(comfy: Comfy, result: Result):
