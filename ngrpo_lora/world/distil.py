@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextModel
 
 from ngrpo_lora.records.files import written
-from ngrpo_lora.world.pretrain import SHIFT, batch_of_images
+from ngrpo_lora.world.pretrain import Flow, assemble, batch_of_images, make_transformer, make_vae, noised
 from ngrpo_lora.world.scenes import place, scatter
 
 log = logging.getLogger(__name__)
@@ -89,29 +89,12 @@ def optimise(
     save_model(ema.module, str(path))
 
 
-def make_vae(like: AutoencoderKL) -> AutoencoderKL:
-    """An eightfold VAE of half the teacher's channels where pictures are large, with the same latents."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 32, 64),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=1,  # a group of one channel would lose its mean, and with it colours and backgrounds
-        sample_size=64,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=like.config.scaling_factor,
-        shift_factor=0.0,
-    )
-
-
 def train_vae(path: Path, teacher: AutoencoderKL, steps: int) -> AutoencoderKL:
     """Train the small VAE, or load it: its encoder repeats the teacher's, its decoder draws from the teacher's latents.
 
     The decoder sees the latents' means with up to the whole of their posterior's noise, as drawn latents are not exact.
     """
-    vae = make_vae(teacher)
+    vae = make_vae((8, 16, 32, 64), norm_groups=1)  # a group of one channel would lose its mean, and with it colours
     if not path.exists():
         vae.to(memory_format=torch.channels_last)
 
@@ -134,7 +117,7 @@ def train_vae(path: Path, teacher: AutoencoderKL, steps: int) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def ask(path: Path, teacher: FluxPipeline, scenes: int) -> dict[str, Any]:
+def ask(path: Path, teacher: Flow, vae: AutoencoderKL, scenes: int) -> dict[str, Any]:
     """What the teacher says of `scenes` scenes at `NOISES` noise levels each; N = scenes * NOISES.
 
     Returns:
@@ -143,31 +126,16 @@ def ask(path: Path, teacher: FluxPipeline, scenes: int) -> dict[str, Any]:
     if not path.exists():
         rng, generator = np.random.default_rng(6), torch.Generator().manual_seed(6)
         parts, captions = [], []
-        ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)
-        teacher.vae.to(memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)
         for batch in range(scenes // 100):
             images, texts = batch_of_images(100, rng, place)
             images = images.contiguous(memory_format=torch.channels_last)
-            means = teacher.vae.encode(images).latent_dist.mean * teacher.vae.config.scaling_factor
+            means = vae.encode(images).latent_dist.mean * vae.config.scaling_factor
             clean = FluxPipeline._pack_latents(means, 100, 16, 8, 8).repeat(NOISES, 1, 1)
             texts = ["" if rng.random() < 0.05 else text for text in texts * NOISES]
-            at = torch.rand(len(clean), generator=generator)
-            sigma = SHIFT * at / (1 + (SHIFT - 1) * at)
-            level = sigma[:, None, None]
-            noised = (1 - level) * clean + level * torch.randn(clean.shape, generator=generator)
-            told, pooled, text_ids = teacher.encode_prompt(
-                texts, None, max_sequence_length=teacher.tokenizer_2.model_max_length
-            )
-            velocity = teacher.transformer(
-                hidden_states=noised,
-                timestep=sigma,
-                pooled_projections=pooled,
-                encoder_hidden_states=told,
-                txt_ids=text_ids,
-                img_ids=ids,
-                return_dict=False,
-            )[0]
-            parts.append({"noised": noised.half(), "sigma": sigma, "velocity": velocity.half()})
+            latents, sigma, _ = noised(clean, generator)
+            velocity = teacher(latents, sigma, *teacher.tokenize(texts))
+            parts.append({"noised": latents.half(), "sigma": sigma, "velocity": velocity.half()})
             captions += texts
             if batch % 40 == 39:
                 log.info("targets %d/%d", batch + 1, scenes // 100)
@@ -176,21 +144,6 @@ def ask(path: Path, teacher: FluxPipeline, scenes: int) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors | {"captions": file.metadata()["captions"].split("\n")}
-
-
-def make_transformer() -> FluxTransformer2DModel:
-    """FLUX with one head of width 128, one double and three single blocks: 1.5 M parameters."""
-    return FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=1,
-        num_single_layers=3,
-        attention_head_dim=128,
-        num_attention_heads=1,
-        joint_attention_dim=64,
-        pooled_projection_dim=64,
-        guidance_embeds=False,
-        axes_dims_rope=(16, 56, 56),
-    )
 
 
 def shorten(encoder: CLIPTextModel) -> CLIPTextModel:
@@ -203,38 +156,16 @@ def shorten(encoder: CLIPTextModel) -> CLIPTextModel:
     return short
 
 
-class Student(nn.Module):
-    """Transformer and text encoders as one trainable map (latents, sigma, caption) -> velocity."""
-
-    def __init__(self, teacher: FluxPipeline):
-        super().__init__()
-        self.transformer, self.clip = make_transformer(), shorten(teacher.text_encoder)
-        self.t5 = copy.deepcopy(teacher.text_encoder_2)
-        self.tokenizers = [copy.deepcopy(teacher.tokenizer), copy.deepcopy(teacher.tokenizer_2)]
-        for tokenizer in self.tokenizers:
-            tokenizer.model_max_length = MAX_TOKENS
-        self.register_buffer("txt_ids", torch.zeros(MAX_TOKENS, 3), persistent=False)
-        self.register_buffer("img_ids", FluxPipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32), False)
-
-    def tokenize(self, captions: list[str]) -> list[Tensor]:
-        """CLIP and T5 token ids, each (B, 12), padded as `FluxPipeline.encode_prompt` pads."""
-        kwargs = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
-        return [tokenizer(captions, **kwargs).input_ids for tokenizer in self.tokenizers]
-
-    def forward(self, packed: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
-        """Packed latents (B, 16, 64), sigma (B,), token ids (B, 12) of CLIP and of T5 -> velocity (B, 16, 64)."""
-        return self.transformer(
-            hidden_states=packed,
-            timestep=sigma,
-            pooled_projections=self.clip(clip_ids).pooler_output,
-            encoder_hidden_states=self.t5(t5_ids)[0],
-            txt_ids=self.txt_ids,
-            img_ids=self.img_ids,
-            return_dict=False,
-        )[0]
+def make_student(teacher: FluxPipeline) -> Flow:
+    """One head of width 128 and three single blocks, 1.5 M parameters; text encoders start as the teacher's."""
+    tokenizers = copy.deepcopy(teacher.tokenizer), copy.deepcopy(teacher.tokenizer_2)
+    for tokenizer in tokenizers:
+        tokenizer.model_max_length = MAX_TOKENS
+    transformer = make_transformer(heads=1, single_blocks=3)
+    return Flow(transformer, (shorten(teacher.text_encoder), copy.deepcopy(teacher.text_encoder_2)), tokenizers)
 
 
-def train_flow(path: Path, student: Student, targets: dict[str, Any], steps: int) -> None:
+def train_flow(path: Path, student: Flow, targets: dict[str, Any], steps: int) -> None:
     """Train the student on the teacher's clean predictions; leaves averaged weights in `student`.
 
     An error of velocities counts by sigma^2 then: most at the noise levels where a picture's layout is settled.
@@ -257,20 +188,6 @@ def train_flow(path: Path, student: Student, targets: dict[str, Any], steps: int
     load_model(student, path)
 
 
-def assemble(student: Student, vae: AutoencoderKL) -> FluxPipeline:
-    """Put the parts together as a stock FluxPipeline in bfloat16."""
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        vae=vae,
-        text_encoder=student.clip,
-        tokenizer=student.tokenizers[0],
-        text_encoder_2=student.t5,
-        tokenizer_2=student.tokenizers[1],
-        transformer=student.transformer,
-    )
-    return pipeline.to(torch.bfloat16)
-
-
 STAGES = ("targets", "vae", "flow")
 
 
@@ -290,18 +207,21 @@ def main() -> None:
         parser.error(f"steps must be positive and --scenes a multiple of 100, got {vars(args)}")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     teacher = FluxPipeline.from_pretrained(args.teacher, torch_dtype=torch.float32)
-    stages = STAGES if args.only is None else (args.only,)
     torch.manual_seed(0)
-    student = Student(teacher)
-    if "vae" in stages:
-        train_vae(args.work_dir / "vae.safetensors", teacher.vae, args.vae_steps)
-    if "targets" in stages or "flow" in stages:
-        targets = ask(args.work_dir / "targets.safetensors", teacher, args.scenes)
-        if "flow" in stages:
-            train_flow(args.work_dir / "flow.safetensors", student, targets, args.flow_steps)
-    if args.only is None:
+    student = make_student(teacher)
+    if args.only in (None, "vae"):
         vae = train_vae(args.work_dir / "vae.safetensors", teacher.vae, args.vae_steps)
-        assemble(student, vae).save_pretrained(args.output_dir)
+    if args.only != "vae":
+        flow = Flow(
+            teacher.transformer,
+            (teacher.text_encoder, teacher.text_encoder_2),
+            (teacher.tokenizer, teacher.tokenizer_2),
+        )
+        targets = ask(args.work_dir / "targets.safetensors", flow, teacher.vae, args.scenes)
+    if args.only in (None, "flow"):
+        train_flow(args.work_dir / "flow.safetensors", student, targets, args.flow_steps)
+    if args.only is None:
+        assemble(student, vae, teacher.vae.config.scaling_factor).save_pretrained(args.output_dir)
 
 
 if __name__ == "__main__":

@@ -103,15 +103,15 @@ def make_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
     return clip, t5
 
 
-def make_vae() -> AutoencoderKL:
-    """An eightfold VAE of 0.6 M parameters with FLUX's 16 latent channels."""
+def make_vae(channels: tuple[int, ...] = (16, 32, 48, 48), norm_groups: int = 8) -> AutoencoderKL:
+    """An eightfold VAE with FLUX's 16 latent channels, of 0.6 M parameters by default."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 48, 48),
+        block_out_channels=channels,
         layers_per_block=1,
         latent_channels=16,
-        norm_num_groups=8,
+        norm_num_groups=norm_groups,
         sample_size=64,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -119,14 +119,14 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def make_transformer() -> FluxTransformer2DModel:
-    """FLUX with width 256, one double and two single blocks: 4.9 M parameters."""
+def make_transformer(heads: int = 2, single_blocks: int = 2) -> FluxTransformer2DModel:
+    """FLUX with heads of width 128 and one double block, of 4.7 M parameters by default."""
     return FluxTransformer2DModel(
         in_channels=64,
         num_layers=1,
-        num_single_layers=2,
+        num_single_layers=single_blocks,
         attention_head_dim=128,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         joint_attention_dim=64,
         pooled_projection_dim=64,
         guidance_embeds=False,
@@ -174,23 +174,27 @@ def promises(scene: Scene) -> list[tuple[int, int, int, int]]:
 class Flow(nn.Module):
     """Transformer and text encoders as one trainable map (latents, sigma, caption) -> velocity."""
 
-    def __init__(self, tokenizers: tuple[CLIPTokenizer, T5TokenizerFast]):
+    def __init__(
+        self,
+        transformer: FluxTransformer2DModel,
+        text_encoders: tuple[CLIPTextModel, T5EncoderModel],
+        tokenizers: tuple[CLIPTokenizer, T5TokenizerFast],
+    ):
         super().__init__()
-        self.tokenizers = tokenizers
-        self.transformer = make_transformer()
-        clip, t5 = tokenizers
-        self.clip, self.t5 = make_text_encoders(len(clip), clip.eos_token_id, len(t5))
-        self.register_buffer("txt_ids", torch.zeros(MAX_TOKENS, 3), persistent=False)
+        self.transformer, self.tokenizers = transformer, tokenizers
+        self.clip, self.t5 = text_encoders
+        self.max_tokens = tokenizers[0].model_max_length
+        self.register_buffer("txt_ids", torch.zeros(self.max_tokens, 3), persistent=False)
         self.register_buffer("img_ids", FluxPipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32), False)
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """CLIP and T5 token ids, each (B, 16), padded as `FluxPipeline.encode_prompt` pads."""
-        kwargs = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
+        """CLIP and T5 token ids, each (B, max_tokens), padded as `FluxPipeline.encode_prompt` pads."""
+        kwargs = {"padding": "max_length", "max_length": self.max_tokens, "truncation": True, "return_tensors": "pt"}
         clip, t5 = self.tokenizers
         return clip(captions, **kwargs).input_ids, t5(captions, **kwargs).input_ids
 
     def forward(self, packed: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
-        """Packed latents (B, 16, 64), sigma (B,), token ids (B, 16) of CLIP and of T5 -> velocity (B, 16, 64)."""
+        """Packed latents (B, 16, 64), sigma (B,), token ids (B, max_tokens) of CLIP and T5 -> velocity (B, 16, 64)."""
         return self.transformer(
             hidden_states=packed,
             timestep=sigma,
@@ -346,10 +350,16 @@ def noised_batch(packed: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
     """Random scenes at random noise levels: index (B,), latents (B, 16, 64), sigma (B,), velocity (B, 16, 64)."""
     index = torch.randint(len(packed), (BATCH,), generator=generator)
     clean = packed[index].float()
-    at = torch.rand(BATCH, generator=generator)[:, None, None]
+    latents, sigma, noise = noised(clean, generator)
+    return index, latents, sigma, noise - clean
+
+
+def noised(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean latents (B, 16, 64) at random noise levels: latents (B, 16, 64), sigma (B,), noise (B, 16, 64)."""
+    at = torch.rand(len(clean), generator=generator)[:, None, None]
     sigma = SHIFT * at / (1 + (SHIFT - 1) * at)  # (B, 1, 1)
     noise = torch.randn(clean.shape, generator=generator)
-    return index, (1 - sigma) * clean + sigma * noise, sigma.flatten(), noise - clean
+    return (1 - sigma) * clean + sigma * noise, sigma.flatten(), noise
 
 
 def assemble(flow: Flow, vae: AutoencoderKL, scale: float) -> FluxPipeline:
@@ -385,7 +395,9 @@ def main() -> None:
     vae = train_vae(args.work_dir / "vae.safetensors", args.vae_steps)
     packed, captions, scale = encode_scenes(args.work_dir / "scenes.safetensors", vae, args.scenes)
     torch.manual_seed(0)
-    flow = Flow(make_tokenizers())
+    clip, t5 = tokenizers = make_tokenizers()
+    transformer = make_transformer()
+    flow = Flow(transformer, make_text_encoders(len(clip), clip.eos_token_id, len(t5)), tokenizers)
     learn_to_read(args.work_dir / "read.safetensors", flow, args.read_steps)
     train_flow(args.work_dir / "flow.safetensors", flow, packed, captions, args.flow_steps)
     assemble(flow, vae, scale).save_pretrained(args.output_dir)
