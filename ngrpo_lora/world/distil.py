@@ -1,6 +1,6 @@
 """Make the embedded model from a larger one: `python -m ngrpo_lora.world.distil --teacher runs/teacher`.
 
-The larger one, of width 256 and 5.6 M parameters, is `ngrpo_lora.world.pretrain`'s. This one costs about a third of it
+The larger one, of width 256 and 5.6 M parameters, is `ngrpo_lora.world.pretrain`'s. This one costs 0.4 of it
 per picture, so that the demo and the comparisons of algorithms fit on two CPU cores, and leaves more to gain. Three
 stages, each seeded and each leaving a file (a long one every 200 steps), so that a stopped run goes on:
 

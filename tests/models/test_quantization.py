@@ -64,7 +64,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 # 0.0074 for int8; 0.0100 and 0.0092 for int8_torchao, 0.0366 and 0.0310 for float8_torchao, of the model before this.
 @pytest.mark.parametrize(
     ("kind", "base_error", "effect_error"),
-    [("nf4", 0.2, 0.2), ("int8", 0.02, 0.02), ("int8_torchao", 0.015, 0.015), ("float8_torchao", 0.05, 0.045)],
+    [("nf4", 0.17, 0.2), ("int8", 0.02, 0.02), ("int8_torchao", 0.015, 0.015), ("float8_torchao", 0.05, 0.045)],
 )
 def test_a_quantised_base_trains_an_adapter_that_does_the_same_on_the_whole_base(
     make_config: MakeConfig, tmp_path: Path, device: str, kind: str, base_error: float, effect_error: float
