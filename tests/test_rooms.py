@@ -89,6 +89,7 @@ TESTED_IN = {
     "rewards.world_manifold": "rewards/test_world.py",
     "rewards.world_strict": "rewards/test_world.py",
     "scoring.server": "rewards/test_remote.py",  # with its client
+    "world._parts": "world/test_pretrain.py",
 }
 
 

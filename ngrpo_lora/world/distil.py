@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextModel
 
 from ngrpo_lora.records.files import written
-from ngrpo_lora.world.pretrain import Flow, assemble, batch_of_images, make_transformer, make_vae, noised
+from ngrpo_lora.world._parts import Flow, assemble, batch_of_images, make_transformer, make_vae, noised
 from ngrpo_lora.world.scenes import place, scatter
 
 log = logging.getLogger(__name__)
