@@ -100,10 +100,14 @@ class Flow(nn.Module):
         )[0]
 
 
+def shifted(at: Tensor) -> Tensor:
+    """Noise levels of the schedule's shape from evenly spread ones, both in [0, 1]."""
+    return SHIFT * at / (1 + (SHIFT - 1) * at)
+
+
 def noised(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Clean latents (B, 16, 64) at random noise levels: latents (B, 16, 64), sigma (B,), noise (B, 16, 64)."""
-    at = torch.rand(len(clean), generator=generator)[:, None, None]
-    sigma = SHIFT * at / (1 + (SHIFT - 1) * at)  # (B, 1, 1)
+    sigma = shifted(torch.rand(len(clean), generator=generator)[:, None, None])
     noise = torch.randn(clean.shape, generator=generator)
     return (1 - sigma) * clean + sigma * noise, sigma.flatten(), noise
 

@@ -7,9 +7,13 @@ stages, each seeded and each leaving a file (a long one every 200 steps), so tha
     targets   the teacher's velocity at noised latents of rendered scenes: what the student learns to say
     vae       a small AutoencoderKL that shares the teacher's latents
     flow      FluxTransformer2DModel of width 128 and the teacher's text encoders on 12 tokens, EMA
+    own       the teacher's velocity where the student itself goes from noise to picture
+    refine    the flow again, on both kinds of targets
 
 The teacher's velocity is a mean over all pictures that could be under the noise, a target with less noise of its own
-than a single picture. Held-out scenes (`scenes.split_scenes`) are in no stage.
+than a single picture. A student that has only seen noised pictures cannot turn back where its own steps have left
+them, and draws no object at all; its own latents teach it to (as in DAgger, arXiv 1011.0686). Held-out scenes
+(`scenes.split_scenes`) are in no stage.
 """
 
 # diffusers annotates its constructors' tuples and its outputs too narrowly:
@@ -22,8 +26,9 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,13 +42,26 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextModel
 
 from ngrpo_lora.records.files import written
-from ngrpo_lora.world._parts import Flow, assemble, batch_of_images, make_transformer, make_vae, noised
+from ngrpo_lora.world._parts import Flow, assemble, batch_of_images, make_transformer, make_vae, noised, shifted
 from ngrpo_lora.world.scenes import place, scatter
 
 log = logging.getLogger(__name__)
 
 MAX_TOKENS = 12  # the longest caption has 11 tokens of either kind
 NOISES, BATCH = 3, 32  # noise levels of each rendered scene; latents of a training step
+
+
+class Targets(NamedTuple):
+    """What a teacher says at N latents."""
+
+    noised: Tensor
+    """(N, 16, 64) float16."""
+    sigma: Tensor
+    """(N,) float32."""
+    velocity: Tensor
+    """(N, 16, 64) float16."""
+    captions: list[str]
+    """N of them."""
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int = 100) -> float:
@@ -117,12 +135,8 @@ def train_vae(path: Path, teacher: AutoencoderKL, steps: int) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def ask(path: Path, teacher: Flow, vae: AutoencoderKL, scenes: int) -> dict[str, Any]:
-    """What the teacher says of `scenes` scenes at `NOISES` noise levels each; N = scenes * NOISES.
-
-    Returns:
-        noised (N, 16, 64) and velocity (N, 16, 64) in float16, sigma (N,), and N captions, one in twenty empty.
-    """
+def ask(path: Path, teacher: Flow, vae: AutoencoderKL, scenes: int) -> Targets:
+    """What the teacher says of `scenes` scenes at `NOISES` noise levels each; one caption in twenty is empty."""
     if not path.exists():
         rng, generator = np.random.default_rng(6), torch.Generator().manual_seed(6)
         parts, captions = [], []
@@ -134,16 +148,57 @@ def ask(path: Path, teacher: Flow, vae: AutoencoderKL, scenes: int) -> dict[str,
             clean = FluxPipeline._pack_latents(means, 100, 16, 8, 8).repeat(NOISES, 1, 1)
             texts = ["" if rng.random() < 0.05 else text for text in texts * NOISES]
             latents, sigma, _ = noised(clean, generator)
-            velocity = teacher(latents, sigma, *teacher.tokenize(texts))
-            parts.append({"noised": latents.half(), "sigma": sigma, "velocity": velocity.half()})
+            parts.append((latents, sigma, teacher(latents, sigma, *teacher.tokenize(texts))))
             captions += texts
             if batch % 40 == 39:
                 log.info("targets %d/%d", batch + 1, scenes // 100)
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        save_file(tensors, path, {"captions": "\n".join(captions)})
+        save_targets(path, parts, captions)
+    return load_targets(path)
+
+
+@torch.no_grad()
+def ask_along(path: Path, teacher: Flow, student: Flow, trajectories: int) -> Targets:
+    """What the teacher says at `NOISES` latents of each of the student's trajectories, of 4 to 16 Euler steps."""
+    if not path.exists():
+        rng, generator = np.random.default_rng(8), torch.Generator().manual_seed(8)
+        parts, captions = [], []
+        for batch in range(trajectories // 100):
+            _, texts = batch_of_images(100, rng, place)
+            ids, teacher_ids = student.tokenize(texts), teacher.tokenize(texts)
+            steps = int(rng.integers(4, 17))
+            sigmas = shifted(torch.linspace(1, 0, steps + 1))
+            asked = torch.rand(100, steps, generator=generator).argsort(1)[:, :NOISES]  # steps of each trajectory
+            latents = torch.randn(100, 16, 64, generator=generator)
+            for step, (sigma, after) in enumerate(pairwise(sigmas)):
+                here = (asked == step).any(1)
+                if here.any():
+                    told = teacher(latents[here], sigma.expand(int(here.sum())), *(part[here] for part in teacher_ids))
+                    parts.append((latents[here], sigma.expand(len(told)), told))
+                    captions += [texts[i] for i in here.nonzero().flatten()]
+                latents = latents + (after - sigma) * student(latents, sigma.expand(100), *ids)
+            if batch % 20 == 19:
+                log.info("own %d/%d", batch + 1, trajectories // 100)
+        save_targets(path, parts, captions)
+    return load_targets(path)
+
+
+def save_targets(path: Path, parts: list[tuple[Tensor, Tensor, Tensor]], captions: list[str]) -> None:
+    """Write latents, sigma and the teacher's velocity, batch by batch, and a caption of each."""
+    noised, sigma, velocity = (torch.cat(column) for column in zip(*parts, strict=True))
+    tensors = {"noised": noised.half(), "sigma": sigma, "velocity": velocity.half()}
+    save_file(tensors, path, {"captions": "\n".join(captions)})
+
+
+def load_targets(path: Path) -> Targets:
+    """What `save_targets` wrote."""
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors | {"captions": file.metadata()["captions"].split("\n")}
+        return Targets(*map(file.get_tensor, Targets._fields[:3]), file.metadata()["captions"].split("\n"))
+
+
+def both(one: Targets, other: Targets) -> Targets:
+    """The targets of two kinds together."""
+    tensors = (torch.cat(pair) for pair in zip(one[:3], other[:3], strict=True))
+    return Targets(*tensors, one.captions + other.captions)
 
 
 def shorten(encoder: CLIPTextModel) -> CLIPTextModel:
@@ -165,30 +220,30 @@ def make_student(teacher: FluxPipeline) -> Flow:
     return Flow(transformer, (shorten(teacher.text_encoder), copy.deepcopy(teacher.text_encoder_2)), tokenizers)
 
 
-def train_flow(path: Path, student: Flow, targets: dict[str, Any], steps: int) -> None:
+def train_flow(path: Path, student: Flow, targets: Targets, steps: int, peak: float) -> None:
     """Train the student on the teacher's clean predictions; leaves averaged weights in `student`.
 
     An error of velocities counts by sigma^2 then: most at the noise levels where a picture's layout is settled.
     """
     if not path.exists():
-        texts = sorted(set(targets["captions"]))
+        texts = sorted(set(targets.captions))
         clip_ids, t5_ids = student.tokenize(texts)
         places = {text: place for place, text in enumerate(texts)}
-        caption = torch.tensor([places[text] for text in targets["captions"]])
+        caption = torch.tensor([places[text] for text in targets.captions])
 
         def loss_fn(step: int) -> Tensor:
             chosen = torch.randint(len(caption), (BATCH,), generator=torch.Generator().manual_seed(step))
-            told, sigma = caption[chosen], targets["sigma"][chosen]
-            velocity = student(targets["noised"][chosen].float(), sigma, clip_ids[told], t5_ids[told])
-            error = sigma[:, None, None] * (velocity - targets["velocity"][chosen].float())  # of clean predictions
+            told, sigma = caption[chosen], targets.sigma[chosen]
+            velocity = student(targets.noised[chosen].float(), sigma, clip_ids[told], t5_ids[told])
+            error = sigma[:, None, None] * (velocity - targets.velocity[chosen].float())  # of clean predictions
             return error.square().mean()
 
         ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-        optimise(student, steps, 3e-3, path, loss_fn, ema)
+        optimise(student, steps, peak, path, loss_fn, ema)
     load_model(student, path)
 
 
-STAGES = ("targets", "vae", "flow")
+STAGES = ("targets", "vae", "flow", "own", "refine")
 
 
 def main() -> None:
@@ -200,11 +255,14 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=24_000, help="scenes that the teacher sees, a multiple of 100")
     parser.add_argument("--vae-steps", type=int, default=2400)
     parser.add_argument("--flow-steps", type=int, default=14_000)
+    parser.add_argument("--trajectories", type=int, default=19_200, help="of the student, a multiple of 100")
+    parser.add_argument("--refine-steps", type=int, default=10_000)
     parser.add_argument("--only", choices=STAGES, help="one stage alone, so that two can run at once")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if args.scenes % 100 or min(args.scenes, args.vae_steps, args.flow_steps) <= 0:
-        parser.error(f"steps must be positive and --scenes a multiple of 100, got {vars(args)}")
+    counts = args.scenes, args.trajectories, args.vae_steps, args.flow_steps, args.refine_steps
+    if args.scenes % 100 or args.trajectories % 100 or min(counts) <= 0:
+        parser.error(f"counts must be positive, --scenes and --trajectories multiples of 100, got {vars(args)}")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     teacher = FluxPipeline.from_pretrained(args.teacher, torch_dtype=torch.float32)
     torch.manual_seed(0)
@@ -218,8 +276,12 @@ def main() -> None:
             (teacher.tokenizer, teacher.tokenizer_2),
         )
         targets = ask(args.work_dir / "targets.safetensors", flow, teacher.vae, args.scenes)
-    if args.only in (None, "flow"):
-        train_flow(args.work_dir / "flow.safetensors", student, targets, args.flow_steps)
+    if args.only in (None, "flow", "own", "refine"):
+        train_flow(args.work_dir / "flow.safetensors", student, targets, args.flow_steps, 3e-3)
+    if args.only in (None, "own", "refine"):
+        own = ask_along(args.work_dir / "own.safetensors", flow, student, args.trajectories)
+    if args.only in (None, "refine"):
+        train_flow(args.work_dir / "refine.safetensors", student, both(targets, own), args.refine_steps, 2e-3)
     if args.only is None:
         assemble(student, vae, teacher.vae.config.scaling_factor).save_pretrained(args.output_dir)
 

@@ -61,6 +61,7 @@ def _neighbor(name: str, label: str, solver: str, steps: int, anchors: int, trai
         "algorithm.num_anchors": str(anchors),
         "algorithm.num_train_steps": str(trained),
         "algorithm.updates_per_rollout": UPDATES,
+        "algorithm.reuse_velocities": "true",  # as the others do
     }
     return Method(name, label, settings)
 
@@ -169,7 +170,7 @@ ANCHORS = tuple(
     replace(CENTRE, label="4")
     if number == "4"
     else _variant(f"anchors-{number}", number, **ABLATION, algorithm__num_anchors=number)
-    for number in ("2", "4", "8", "12")
+    for number in ("1", "2", "4", "8", "12")
 )
 POWERS = tuple(
     replace(CENTRE, label="2 (GRPO)")

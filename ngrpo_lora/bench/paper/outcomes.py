@@ -20,7 +20,7 @@ from ngrpo_lora.records.metrics import measured, read_metrics, read_scores
 from ngrpo_lora.training.metering import STAGES, iteration_seconds
 from ngrpo_lora.world.scenes import parse
 
-__all__ = ["Change", "Outcome", "by_method", "change", "evaluated", "is_complete", "is_trained", "read"]
+__all__ = ["Change", "Outcome", "by_method", "change", "evaluated", "intervals", "is_complete", "is_trained", "read"]
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,14 @@ def change(outcomes: Sequence[Outcome], steps: Mapping[str, int], label: str, tr
     kept = [i for i, prompt in enumerate(prompts) if trained is None or is_trained(prompt) == trained]
     before = np.array([outcome.scores[0][label][kept] for outcome in outcomes])  # (S, N)
     after = np.array([outcome.scores[steps[outcome.job.name]][label][kept] for outcome in outcomes])
-    gained = after - before
-    over_prompts = mean_interval(gained.mean(0).tolist(), [prompts[i] for i in kept])
-    over_seeds = mean_interval(gained.mean(1).tolist(), [*range(len(outcomes))])
+    over_prompts, over_seeds = intervals(after - before, [prompts[i] for i in kept])
     return Change(float(np.nanmean(before)), float(np.nanmean(after)), over_prompts, over_seeds, len(kept))
+
+
+def intervals(differences: np.ndarray, prompts: Sequence[str]) -> tuple[Estimate, Estimate]:
+    """The mean of differences (S, N) of S seeds and N pictures, with its interval over prompts and over seeds."""
+    over_prompts = mean_interval(differences.mean(0).tolist(), prompts)
+    return over_prompts, mean_interval(differences.mean(1).tolist(), [*range(len(differences))])
 
 
 def is_trained(prompt: str) -> bool:

@@ -37,6 +37,7 @@ COMMON = {
     "evaluation.solver": "dpmpp_2m",
     "evaluation.num_steps": "8",
     "evaluation.num_prompts": "240",
+    "evaluation.micro_batch_size": "48",
     "evaluation.strict": "world_strict",
     "evaluation.rewards": f"[{', '.join(WATCHED)}]",
     "evaluation.measures": "ngrpo_lora.world.freedom:freedom",

@@ -16,6 +16,7 @@ import torch
 
 from ngrpo_lora.adapters.header import code_version
 from ngrpo_lora.bench.paper import figures, methods
+from ngrpo_lora.bench.paper.claims import claims_table
 from ngrpo_lora.bench.paper.outcomes import Outcome, by_method
 from ngrpo_lora.bench.paper.plan import Plan
 from ngrpo_lora.bench.paper.tables import Table, make_tables, search_table
@@ -38,7 +39,12 @@ def write(
 ) -> None:
     """Write everything anew from the runs that are complete, `total` of them when none is missing."""
     folder = plan.output_dir
-    tables = [*make_tables(plan, outcomes), *([search_table(tuning)] if tuning else [])]
+    claims = claims_table(outcomes, plan.budget)
+    tables = [
+        *([claims] if claims else []),
+        *make_tables(plan, outcomes),
+        *([search_table(tuning)] if tuning else []),
+    ]
     drawn = draw(plan, outcomes)
     dearer = [outcome.job.name for outcome in outcomes if outcome.exceeds()]
     about = provenance(plan, command) | {"complete_runs": len(outcomes), "runs": total, "dearer_than_foreseen": dearer}

@@ -27,7 +27,8 @@ def test_two_methods_from_end_to_end(tmp_path: Path):
     folder = tmp_path / "out"
     lines = run("bench", "paper", *TINY, "--output-dir", folder)
     assert lines[0].startswith("2 methods: 0 runs of the search and 2 of the tables, 0 of them complete")
-    assert any(line.startswith("[2/2] runs/flow-grpo/seed-0: held-out reward") for line in lines)
+    assert [line[:5] for line in lines if line.startswith("[")] == ["[1/2]", "[2/2]"]
+    assert any("] runs/flow-grpo/seed-0: held-out reward" in line for line in lines)
     results = json.loads((folder / "results.json").read_text())
     neighbor, flow = results["outcomes"]
     assert results["dearer_than_foreseen"] == []

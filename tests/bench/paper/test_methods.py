@@ -33,7 +33,7 @@ def test_names_are_unique_and_a_name_means_the_same_settings_in_every_table():
     ("table", "key", "values"),
     [
         (4, "algorithm.perturbation_strength", ["1.0", "0.5", None, "0.1"]),  # 0.3 is the default
-        (5, "algorithm.num_anchors", ["2", "4", "8", "12"]),
+        (5, "algorithm.num_anchors", ["1", "2", "4", "8", "12"]),
         (6, "algorithm.advantage_p", [None, "1", "0.8", "0.5"]),  # 2 is the default
     ],
 )

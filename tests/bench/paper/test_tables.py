@@ -64,7 +64,7 @@ def test_seeds_have_intervals_of_their_own(tmp_path: Path):
 
 def test_an_ablation_has_the_papers_rows(tmp_path: Path):
     (table,) = tables(tmp_path, "neighbor-dpmpp-8", tables=(5,))
-    assert [row[0] for row in table.rows] == ["2", "4", "8", "12"]
+    assert [row[0] for row in table.rows] == ["1", "2", "4", "8", "12"]
     assert cell(table, "8", "Unified. (paper)") == "3.187"
 
 
