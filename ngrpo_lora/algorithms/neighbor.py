@@ -86,8 +86,11 @@ class Algorithm:
     def neighborhood(self, latent_shape: tuple[int, ...], seed: int) -> Tensor:
         """The initial noises of one group, (G, C, H, W)."""
         base = gaussian_noise(latent_shape, derive_seed(seed, "base"))
-        deltas = [gaussian_noise(latent_shape, derive_seed(seed, "delta", i)) for i in range(self.group_size)]
-        return neighbor_noise(base, torch.stack(deltas), self.config.perturbation_strength)
+        pairs = self.config.antithetic_pairs
+        count = self.group_size // 2 if pairs else self.group_size
+        deltas = torch.stack([gaussian_noise(latent_shape, derive_seed(seed, "delta", i)) for i in range(count)])
+        deltas = torch.stack([deltas, -deltas], 1).flatten(0, 1) if pairs else deltas
+        return neighbor_noise(base, deltas, self.config.perturbation_strength)
 
     def advantages(self, batch: RewardBatch) -> Tensor:
         """Centred, divided by the group's L_p quasi-norm (Eq. 3, 11) or by the iteration's deviation: (P, G)."""

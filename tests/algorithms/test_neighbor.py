@@ -86,6 +86,17 @@ def test_candidates_start_as_neighbors(strength: float):
     torch.testing.assert_close(correlation, torch.full((30,), 1 - strength**2).double(), rtol=0, atol=0.04)
 
 
+def test_antithetic_pairs_are_on_opposite_sides_of_the_base_noise():
+    plain, paired = (make(antithetic_pairs=pairs).neighborhood(SHAPE, 3).double() for pairs in (False, True))
+    base = paired[0] + paired[1]  # twice sqrt(1 - r^2) of it
+    for first, second in paired.unflatten(0, (3, 2)):
+        torch.testing.assert_close(first + second, base)
+    for pair, single in zip(paired[::2], plain[:3], strict=True):
+        torch.testing.assert_close(pair, single)
+    deviation = make(RolloutConfig(num_steps=5, group_size=6), antithetic_pairs=True).neighborhood((200, 100), 0)
+    assert (deviation.flatten(1).var(1) - 1).abs().max() < 0.05
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_candidates_follow_the_configured_solver(solver: str):
     """Euler's step, or DPM-Solver++ 2M as its paper writes it, in log-SNR and float64."""
@@ -355,6 +366,11 @@ def test_the_temperature_spans_a_certain_and_a_uniform_policy(temperature: float
 def test_settings_that_do_not_fit_the_rollout_are_an_error(settings: dict[str, int], message: str):
     with pytest.raises(ValueError, match=message):
         Config(**settings).check(ROLLOUT)
+
+
+def test_pairs_need_an_even_group():
+    with pytest.raises(ValueError, match=r"group_size must be even with algorithm.antithetic_pairs, got 7; 8 is"):
+        Config(antithetic_pairs=True).check(RolloutConfig(num_steps=5, group_size=7))
 
 
 def test_settings_at_their_limits_fit():

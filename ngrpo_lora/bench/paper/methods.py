@@ -73,7 +73,7 @@ def _stochastic(name: str, label: str, algorithm: str, **settings: str) -> Metho
 
 
 BASELINE = "neighbor-dpmpp-8"
-"""The method that the others are compared with in pairs, and whose variants Tables 4 to 6 are about."""
+"""The method that the others are compared with in pairs, and whose variants Tables 4 to 7 are about."""
 
 METHODS = (
     _neighbor("neighbor-ddim-25", "Neighbor GRPO, DDIM 25", "euler", 25, 12, 4),
@@ -158,7 +158,7 @@ HACKABLE = (
 
 ABLATION = {"algorithm__perturbation_strength": "0.5"}
 CENTRE = _variant("ablation-centre", "", **ABLATION)
-"""What Tables 4 to 6 vary: (sigma, B, p) = (0.5, 4, 2), as in the paper."""
+"""What Tables 4 to 7 vary: (sigma, B, p) = (0.5, 4, 2), as in the paper."""
 
 RADII = (
     _variant("radius-1.0", "1.0", algorithm__perturbation_strength="1.0"),
@@ -179,8 +179,25 @@ POWERS = tuple(
     for power in ("2", "1", "0.8", "0.5")
 )
 
-TABLES: dict[int, tuple[Method, ...]] = {1: METHODS, 2: HACKABLE, 3: METHODS, 4: RADII, 5: ANCHORS, 6: POWERS}
-"""The rows of the paper's tables by number."""
+REFERENCE = {"algorithm__reference_weight": "0.1", "algorithm__reference_distance": "velocity"}
+CHANGES = (
+    replace(CENTRE, label="as in the paper, radius 0.5"),
+    _variant("clean", "distance between clean predictions", **ABLATION, algorithm__distance="clean"),
+    _variant("literal", "old anchor and temperature of Algorithm 1", **ABLATION, algorithm__old_anchor="rollout",
+             algorithm__temperature="1.0"),
+    _variant("one-update", "one update a rollout", **ABLATION, algorithm__updates_per_rollout="1"),
+    _variant("sixteen-updates", "sixteen updates a rollout", **ABLATION, algorithm__updates_per_rollout="16"),
+    _variant("batch", "rewards scaled by the batch", **ABLATION, algorithm__scale_rewards="batch"),
+    _variant("pairs", "neighbours in antithetic pairs", **ABLATION, algorithm__antithetic_pairs="true"),
+    _variant("early", "the first five of eight steps", **ABLATION, algorithm__train_window="5"),
+    _variant("held", "a pull to the base, velocities, 0.1", **ABLATION, **REFERENCE),
+    _variant("held-early", "the pull, and the first five steps", **ABLATION, **REFERENCE, algorithm__train_window="5"),
+)  # fmt: skip
+
+TABLES: dict[int, tuple[Method, ...]] = {
+    1: METHODS, 2: HACKABLE, 3: METHODS, 4: RADII, 5: ANCHORS, 6: POWERS, 7: CHANGES
+}  # fmt: skip
+"""The rows of the paper's tables by number; Table 7 is ours: what may be changed of Neighbor GRPO, one by one."""
 
 
 def rows(table: int, chosen: tuple[str, ...]) -> tuple[Method, ...]:

@@ -13,6 +13,7 @@ COLUMNS: dict[int, tuple[str, ...]] = {
     4: ("HPSv2.1", "CLIP", "Unified.", "Aes."),
     5: ("HPSv2.1", "CLIP", "Unified.", "Aes."),
     6: ("HPSv2.1", "CLIP", "Unified.", "Aes."),
+    7: (),
 }
 """Columns by table; HPSv2.1 was trained on, in Table 1 with two others, and the rest only measured."""
 
@@ -62,5 +63,6 @@ FIGURES: dict[int, dict[str, tuple[float | None, ...]]] = {
         "p-0.8": (0.372, 0.371, 3.166, 6.626),
         "p-0.5": (0.372, 0.354, 3.104, 6.548),
     },
+    7: {},
 }
 """Figures by table and by the name of the method here; a method without an entry is not in that table of the paper."""

@@ -16,6 +16,9 @@ class Config(AlgorithmConfig, frozen=True):
     perturbation_strength: float = Field(
         0.3, gt=0, le=1, description="Radius of the noise neighbourhood (sigma, Eq. 7)."
     )
+    antithetic_pairs: bool = Field(
+        False, description="Neighbours come in pairs, base + delta and base - delta: their mean is the base's noise."
+    )
     num_anchors: int = Field(4, ge=1, description="B: anchors per group, each one forward-backward pass a step.")
     num_train_steps: int = Field(4, ge=1, description="K: solver steps trained per anchor, drawn at random.")
     train_window: int | None = Field(
@@ -54,7 +57,12 @@ class Config(AlgorithmConfig, frozen=True):
     )
 
     def check(self, rollout: RolloutConfig) -> None:
-        """Raise ValueError unless B <= G, K <= train_window <= steps and updates <= B * K."""
+        """Raise ValueError unless B <= G, K <= train_window <= steps, updates <= B * K, and G pairs where it must."""
+        if self.antithetic_pairs and rollout.group_size % 2:
+            raise ValueError(
+                f"rollout.group_size must be even with algorithm.antithetic_pairs, got {rollout.group_size}; "
+                f"{rollout.group_size + 1} is the next"
+            )
         if self.num_anchors > rollout.group_size:
             raise ValueError(
                 f"algorithm.num_anchors must be at most rollout.group_size ({rollout.group_size}), "

@@ -54,7 +54,7 @@ def test_variants_take_the_values_found_for_their_method():
         BASELINE,
     }
     assert [method.name for method in rows(2, ("dance",))] == ["vivid-dance"]
-    assert {method.tuned_as for table in (4, 5, 6) for method in TABLES[table]} == {BASELINE}
+    assert {method.tuned_as for table in (4, 5, 6, 7) for method in TABLES[table]} == {BASELINE}
 
 
 def test_every_method_is_searched_as_much():
@@ -66,5 +66,5 @@ def test_every_method_is_searched_as_much():
 def test_the_papers_figures_belong_to_rows_of_its_tables():
     for number, figures in FIGURES.items():
         assert figures.keys() <= {"base", *(method.name for method in TABLES[number])}
-        assert {len(values) for values in figures.values()} == {len(COLUMNS[number])}
+        assert all(len(values) == len(COLUMNS[number]) for values in figures.values())
     assert FIGURES[3][BASELINE] == (8, 1.33, 45.08)
