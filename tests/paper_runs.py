@@ -51,6 +51,7 @@ def leave(job: Job, score: Callable[[int, int], float]) -> None:
             row |= {"eval/strict_accuracy": 0.5, "eval/world_mean": 0.5, "eval/hue_bits": 2 - 0.01 * step}
             lines = [
                 {"prompt": prompt, "seed": 1000 + i, "world": values[i], "world_strict": float(values[i] > 0.5)}
+                | {job.config.rewards.train[0].key: values[i]}
                 for i, prompt in enumerate(PROMPTS)
             ]
             path = folder / "evaluations" / f"{step:06d}.jsonl"

@@ -159,10 +159,11 @@ def paper(
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look within 20 minutes on two cores: no search, Tables 1 and 3.")
     ] = False,
-    full: Annotated[bool, typer.Option("--full", help="A night: all six tables, three seeds.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="A night: all tables, three seeds.")] = False,
     seeds: Annotated[int | None, typer.Option(help="Training seeds of each row.", show_default=False)] = None,
     table: Annotated[
-        list[int] | None, typer.Option(help="A table of the paper, 1 to 6; repeat for several.", show_default=False)
+        list[int] | None,
+        typer.Option(help="A table of the paper, 1 to 6, or 7, which is ours; repeat for several.", show_default=False),
     ] = None,
     method: Annotated[
         list[str] | None,
@@ -184,7 +185,7 @@ def paper(
 ) -> None:
     """The paper's comparison: its tables and figures by our own runs of every method at equal compute.
 
-    Ctrl-C stops; the same command goes on. What is complete is never made again.
+    Ctrl-C stops; the same command continues. What is complete is never made again.
     """
     from ngrpo_lora.bench.paper.plan import make_plan
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ngrpo_lora import algorithms, equations
 from ngrpo_lora.adapters.header import code_version
 from ngrpo_lora.bench.paper import outcomes, report, search
 from ngrpo_lora.bench.paper.cost import length
 from ngrpo_lora.bench.paper.plan import Job, Plan, main_jobs, search_jobs
 from ngrpo_lora.bench.paper.running import Failure, check_folders, run_all
+from ngrpo_lora.config import algorithms as settings
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.records.files import written
 
@@ -25,16 +29,22 @@ def open_folder(folder: Path) -> None:
     Raises:
         ConfigError: it holds something else, or results of another version.
     """
-    mark, own = folder / MARK, {"version": code_version()}
+    mark, own = folder / MARK, {"version": code_version(), "algorithms": algorithms_digest()}
     if mark.is_file():
         try:
-            found = json.loads(mark.read_text(encoding="utf-8"))["version"]
+            found = json.loads(mark.read_text(encoding="utf-8"))
+            version, algorithms = found["version"], found["algorithms"]
         except (ValueError, TypeError, KeyError):
-            found = f"an unknown one, as {MARK} is damaged"
-        if found != own["version"]:
+            version, algorithms = f"an unknown one, as {MARK} is damaged", None
+        if version != own["version"]:
             raise ConfigError(
                 f"--output-dir must hold results of this version ({own['version']}), but {str(folder)!r} has those of "
-                f"{found}; give another folder"
+                f"{version}; give another folder"
+            )
+        if algorithms != own["algorithms"]:
+            raise ConfigError(
+                f"--output-dir must hold results of these algorithms, but the code of some has changed since "
+                f"{str(folder)!r} was begun; give another folder"
             )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -48,6 +58,15 @@ def open_folder(folder: Path) -> None:
         raise ConfigError(f"--output-dir must be writable, got {str(folder)!r}: {error.strerror}") from None
 
 
+def algorithms_digest() -> str:
+    """SHA-256 of the code that the methods compared are made of, without comments and layout."""
+    digest = hashlib.sha256()
+    for package in (algorithms, settings, equations):
+        for path in sorted(Path(package.__path__[0]).glob("*.py")):
+            digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
+    return digest.hexdigest()
+
+
 def compare(plan: Plan, at_once: int, command: Sequence[str], tell: Callable[[str], None]) -> None:
     """Make all runs of a plan that are not complete, and write the report of those that are.
 
@@ -58,18 +77,21 @@ def compare(plan: Plan, at_once: int, command: Sequence[str], tell: Callable[[st
         UserError: a folder does not fit, the command was stopped, or some runs failed; the report is written.
     """
     open_folder(plan.output_dir)
-    searched = search_jobs(plan, length)
-    foreseen = main_jobs(plan, {method.name: method.untuned for method in plan.searched}, length)
+    searched, known = search_jobs(plan, length), search.kept(plan)
+    foreseen = main_jobs(plan, {method.name: method.untuned for method in plan.searched} | known, length)
     check_folders(searched)
     announce(plan, searched, foreseen, at_once, tell)
     main: list[Job] = []
     try:
-        failures = run_all(searched, at_once, foreseen, plan.output_dir, tell)
-        main = main_jobs(plan, search.tuned(plan, searched), length)
+        wanted = [job for job in searched if job.method not in known]
+        failures = run_all(wanted, at_once, foreseen, plan.output_dir, tell)
+        winners = search.tuned(plan, searched)
+        search.write(plan, searched, winners)
+        main = main_jobs(plan, winners, length)
         check_folders(main)
         failures += run_all(main, at_once, [], plan.output_dir, tell)
     finally:
-        write_report(plan, searched, main, command)
+        write_report(plan, searched, main, command, at_once)
     tell(f"results                   {plan.output_dir / 'results.md'}")
     tell(f"the same, with pictures   {plan.output_dir / 'index.html'}")
     if failures:
@@ -91,14 +113,16 @@ def announce(
     )
 
 
-def write_report(plan: Plan, searched: Sequence[Job], main: Sequence[Job], command: Sequence[str]) -> None:
+def write_report(
+    plan: Plan, searched: Sequence[Job], main: Sequence[Job], command: Sequence[str], at_once: int
+) -> None:
     """Write the report of the complete runs that have the settings of the plan; nothing where there is none yet."""
     winners = search.tuned(plan, searched)
     main = main or main_jobs(plan, winners, length)  # of what the search has found when it was stopped
     found = outcomes.read(job for job in main if fits(job))
     tuning = search.write(plan, searched, winners)
     if found:
-        report.write(plan, found, tuning, command, len(main))
+        report.write(plan, found, tuning, command, len(main), at_once)
 
 
 def fits(job: Job) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def draw_curves(path: Path, labelled: Labelled) -> None:
 
 def reward_at(outcome: Outcome, step: int) -> float:
     """The held-out reward of an evaluation."""
-    return next(row["eval/reward_mean"] for row in outcome.rows if row["step"] == step)
+    value = next(row["eval/reward_mean"] for row in outcome.rows if row["step"] == step)
+    return math.nan if value is None else value
 
 
 def draw_side_by_side(path: Path, labelled: Labelled) -> None:

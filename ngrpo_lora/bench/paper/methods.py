@@ -1,10 +1,13 @@
 """The methods that are compared, and the rows of the paper's tables, as data.
 
 A method is what it sets in a configuration; all else is common to all (`plan.COMMON`). Settings are the ones that its
-own paper or code gives (`config/algorithms/`), but for these, so that no method gains by them: SDE methods have the 25
-steps of Neighbor GRPO's own comparison (Flow-GRPO's paper has 10, DanceGRPO's code 16); all have 48 pictures and four
-optimizer updates an iteration; windows move faster, as runs are shorter than 300 iterations; learning rate and one more
-setting (the clip, or what stands for it) come from the same small search.
+own paper or code gives (`config/algorithms/`), but for these:
+
+- all have 48 pictures an iteration, and policy gradients four optimizer updates of them (published are 2 to 4);
+- Flow-GRPO and its kin add no noise in their last step, which ends at sigma 0.25 here and would stay in the picture;
+- DiffusionNFT has no pull to the base, of weight 1e-4, which would cost a sixth of its budget;
+- a window moves through a run in as many places as in 300 iterations of its own code, however long the run is;
+- learning rate and one more setting (the clip, or what stands for it) come from the same small search.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ class Method:
     knob: the key that is searched together with the learning rate; `knob_values` are tried with each rate.
     untuned: learning rate and knob without a search.
     like: the method whose search this one takes its values from, where it is a variant of it.
+    places: in how many places a moving window stops during a run; 0 without one.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Method:
     knob_values: tuple[str, ...] = ("1e-4", "1e-3")
     untuned: tuple[str, str] = ("1e-3", "1e-3")
     like: str | None = None
+    places: int = 0
 
     @property
     def algorithm(self) -> str:
@@ -66,11 +71,14 @@ def _neighbor(name: str, label: str, solver: str, steps: int, anchors: int, trai
     return Method(name, label, settings)
 
 
-def _stochastic(name: str, label: str, algorithm: str, **settings: str) -> Method:
-    """A method whose rollouts have stochastic steps; 25 of them, as in the paper, unless given."""
-    common = {"algorithm.name": algorithm, "rollout.num_steps": "25", "algorithm.updates_per_rollout": UPDATES}
+def _stochastic(name: str, label: str, algorithm: str, steps: int, **settings: str) -> Method:
+    """A method whose rollouts have stochastic steps."""
+    common = {"algorithm.name": algorithm, "rollout.num_steps": str(steps), "algorithm.updates_per_rollout": UPDATES}
     return Method(name, label, common | {key.replace("__", "."): value for key, value in settings.items()})
 
+
+QUIET = {"algorithm__noise_last_step": "false"}
+CPS = QUIET | {"algorithm__step": "cps", "algorithm__eta": "0.8"}
 
 BASELINE = "neighbor-dpmpp-8"
 """The method that the others are compared with in pairs, and whose variants Tables 4 to 7 are about."""
@@ -79,22 +87,28 @@ METHODS = (
     _neighbor("neighbor-ddim-25", "Neighbor GRPO, DDIM 25", "euler", 25, 12, 4),
     _neighbor("neighbor-dpmpp-16", "Neighbor GRPO, DPM++ 16", "dpmpp_2m", 16, 4, 9),
     _neighbor(BASELINE, "Neighbor GRPO, DPM++ 8", "dpmpp_2m", 8, 4, 4),
-    _stochastic("flow-grpo", "Flow-GRPO", "flow_grpo"),
+    _stochastic("flow-grpo", "Flow-GRPO", "flow_grpo", 10, **QUIET),
     replace(
-        _stochastic("flow-cps", "Flow-CPS", "flow_grpo", algorithm__step="cps", algorithm__eta="0.8"),
+        _stochastic("flow-cps", "Flow-CPS", "flow_grpo", 10, **CPS),
         knob_values=("1e-5", "1e-4"),
         untuned=("1e-3", "1e-5"),
     ),
     replace(
-        _stochastic("grpo-guard", "GRPO-Guard", "flow_grpo", algorithm__guard="true"),
+        _stochastic("flow-cps-3", "Flow-CPS, 3 trained steps", "flow_grpo", 10, **CPS, algorithm__num_train_steps="3"),
+        knob_values=("1e-5", "1e-4"),
+        untuned=("1e-3", "1e-5"),
+    ),
+    replace(
+        _stochastic("grpo-guard", "GRPO-Guard", "flow_grpo", 10, **QUIET, algorithm__guard="true"),
         knob_values=("4e-6", "1e-4"),  # its ratios are on another scale
         untuned=("1e-3", "4e-6"),
     ),
-    _stochastic("dance", "DanceGRPO", "dance"),
-    _stochastic("mix", "MixGRPO", "mix", algorithm__window_every="5"),
-    _stochastic("mix-flash", "MixGRPO-Flash", "mix_flash", algorithm__rest_ratio="0.4", algorithm__window_every="6"),
+    _stochastic("dance", "DanceGRPO, 25 steps", "dance", 25),
+    _stochastic("dance-16", "DanceGRPO, 16 steps", "dance", 16),
+    replace(_stochastic("mix", "MixGRPO", "mix", 25), places=12),
+    replace(_stochastic("mix-flash", "MixGRPO-Flash", "mix_flash", 25, algorithm__rest_ratio="0.4"), places=12),
     _stochastic(
-        "mix-flash-frozen", "MixGRPO-Flash*", "mix_flash", algorithm__rest_ratio="0.2", algorithm__window="frozen"
+        "mix-flash-frozen", "MixGRPO-Flash*", "mix_flash", 25, algorithm__rest_ratio="0.2", algorithm__window="frozen"
     ),
     Method(
         "branch",
@@ -114,7 +128,8 @@ METHODS = (
             "algorithm.name": "nft",
             "rollout.solver": "dpmpp_2m",
             "rollout.num_steps": "10",
-            "algorithm.updates_per_rollout": UPDATES,
+            "algorithm.updates_per_rollout": "2",
+            "algorithm.reference_weight": "0",
         },
         knob="algorithm.mixture",
         knob_values=("0.1", "1.0"),
@@ -127,7 +142,7 @@ METHODS = (
             "algorithm.name": "best_of_n",
             "rollout.solver": "dpmpp_2m",
             "rollout.num_steps": "8",
-            "algorithm.updates_per_rollout": UPDATES,
+            "algorithm.updates_per_rollout": "1",
         },
         knob="algorithm.num_best",
         knob_values=("1", "3"),
@@ -181,10 +196,10 @@ POWERS = tuple(
 
 REFERENCE = {"algorithm__reference_weight": "0.1", "algorithm__reference_distance": "velocity"}
 CHANGES = (
-    replace(CENTRE, label="as in the paper, radius 0.5"),
+    replace(CENTRE, label="as in Table 4, radius 0.5"),
     _variant("clean", "distance between clean predictions", **ABLATION, algorithm__distance="clean"),
-    _variant("literal", "old anchor and temperature of Algorithm 1", **ABLATION, algorithm__old_anchor="rollout",
-             algorithm__temperature="1.0"),
+    _variant("literal", "Algorithm 1 to the letter: the rollout's own old anchor, temperature 1", **ABLATION,
+             algorithm__old_anchor="rollout", algorithm__temperature="1.0"),
     _variant("one-update", "one update a rollout", **ABLATION, algorithm__updates_per_rollout="1"),
     _variant("sixteen-updates", "sixteen updates a rollout", **ABLATION, algorithm__updates_per_rollout="16"),
     _variant("batch", "rewards scaled by the batch", **ABLATION, algorithm__scale_rewards="batch"),

@@ -20,7 +20,18 @@ from ngrpo_lora.records.metrics import measured, read_metrics, read_scores
 from ngrpo_lora.training.metering import STAGES, iteration_seconds
 from ngrpo_lora.world.scenes import parse
 
-__all__ = ["Change", "Outcome", "by_method", "change", "evaluated", "intervals", "is_complete", "is_trained", "read"]
+__all__ = [
+    "Change",
+    "Outcome",
+    "by_method",
+    "change",
+    "evaluated",
+    "intervals",
+    "is_complete",
+    "is_trained",
+    "read",
+    "scene_of",
+]
 
 
 @dataclass(frozen=True)
@@ -155,9 +166,25 @@ def change(outcomes: Sequence[Outcome], steps: Mapping[str, int], label: str, tr
 
 
 def intervals(differences: np.ndarray, prompts: Sequence[str]) -> tuple[Estimate, Estimate]:
-    """The mean of differences (S, N) of S seeds and N pictures, with its interval over prompts and over seeds."""
-    over_prompts = mean_interval(differences.mean(0).tolist(), prompts)
-    return over_prompts, mean_interval(differences.mean(1).tolist(), [*range(len(differences))])
+    """The mean of differences (S, N) of S seeds and N pictures, with its interval over prompts and over seeds.
+
+    Wordings of one scene count as one draw. A picture whose reward failed is left out.
+    """
+    known = ~np.isnan(differences)
+    sums, counts = np.where(known, differences, 0.0), known
+    over_pictures = [
+        total / count if count else math.nan for total, count in zip(sums.sum(0), counts.sum(0), strict=True)
+    ]
+    seeds = [total / count if count else math.nan for total, count in zip(sums.sum(1), counts.sum(1), strict=True)]
+    return mean_interval(over_pictures, [*map(scene_of, prompts)]), mean_interval(seeds, [*range(len(seeds))])
+
+
+def scene_of(prompt: str) -> str:
+    """What a prompt means, whatever its wording; a prompt that is none of the world's means itself."""
+    try:
+        return parse(prompt).meaning
+    except ValueError:
+        return prompt
 
 
 def is_trained(prompt: str) -> bool:

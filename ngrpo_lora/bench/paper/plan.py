@@ -23,7 +23,7 @@ TRAINED_TASKS = ("two", "color", "attribute")
 
 COMMON = {
     "model.dtype": "float32",  # in 16 bits the velocities that SDE methods keep would round by more than their clip
-    "prompts.train": "{world:train/two: 1, world:train/color: 2, world:train/attribute: 3}",
+    "prompts.train": (TRAINED := "{world:train/two: 1, world:train/color: 2, world:train/attribute: 3}"),
     "prompts.held_out": "world:held_out",
     "rollout.group_size": "12",
     "rollout.prompts_per_iteration": "4",
@@ -35,7 +35,7 @@ COMMON = {
     "trainer.save_every": "10",
     "trainer.keep_checkpoints": "1",
     "evaluation.solver": "dpmpp_2m",
-    "evaluation.num_steps": "8",
+    "evaluation.num_steps": "16",  # where the base is as good as it gets; no method's rollouts but one have as many
     "evaluation.num_prompts": "240",
     "evaluation.micro_batch_size": "48",
     "evaluation.strict": "world_strict",
@@ -45,8 +45,11 @@ COMMON = {
 }
 """Settings that all methods have in common; those of the command line are laid over them, a method's own over both."""
 
-SEARCH = {"prompts.held_out": "world:train", "evaluation.seed": "500000", "evaluation.num_prompts": "96"}
-"""What the search judges by: captions of the training scenes, none of the held-out ones that the tables are about."""
+SEARCH = {"prompts.held_out": TRAINED, "evaluation.seed": "500000", "evaluation.num_prompts": "144"}
+"""What the search judges by: captions of training scenes of the trained tasks, none that the tables are about."""
+
+SEARCHED = 16
+"""Iterations that a run of the search has at least; else it has a quarter of the compute of a table's run."""
 
 SEARCH_SEED, FIRST_SEED = 100, 0
 PER_ITERATION = 100
@@ -248,7 +251,7 @@ def search_jobs(plan: Plan, length: Length) -> list[Job]:
         for point in points(method):
             name = f"search/{method.name}/rate-{point[0]}-{method.knob.rpartition('.')[2]}-{point[1]}"
             config = _config(plan, method, name, SEARCH_SEED, point, SEARCH)
-            iterations, cost = length(config, plan.budget / 4)
+            config, iterations, cost = _long(method, config, plan.budget / 4, SEARCHED, length)
             jobs.append(Job(name, method.name, SEARCH_SEED, _of_length(config, iterations, iterations), cost, point))
     return jobs
 
@@ -263,10 +266,22 @@ def _seed_jobs(plan: Plan, tuned: Tuned, length: Length, seed: int) -> Iterator[
         point = tuned[method.tuned_as]
         name = f"runs/{method.name}/seed-{seed}"
         config = _config(plan, method, name, seed, point)
-        iterations, cost = length(config, plan.budget)
-        iterations = max(iterations, plan.equal_iterations)
+        config, iterations, cost = _long(method, config, plan.budget, plan.equal_iterations, length)
         every = evaluated_every(iterations, plan.equal_iterations)
         yield Job(name, method.name, seed, _of_length(config, iterations, every), cost, point)
+
+
+def _long(
+    method: Method, config: RunConfig, budget: float, at_least: int, length: Length
+) -> tuple[RunConfig, int, float]:
+    """The configuration with a window that fits the budget's iterations, their number, and what one costs."""
+    iterations, cost = length(config, budget)
+    if method.places:
+        every = max(1, max(iterations, at_least) // method.places)
+        algorithm = config.algorithm.model_copy(update={"window_every": every})
+        config = config.model_copy(update={"algorithm": algorithm})
+        iterations, cost = length(config, budget)
+    return config, max(iterations, at_least), cost
 
 
 def _of_length(config: RunConfig, iterations: int, every: int) -> RunConfig:

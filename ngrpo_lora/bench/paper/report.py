@@ -35,11 +35,16 @@ CAPTIONS = {
 
 
 def write(
-    plan: Plan, outcomes: Sequence[Outcome], tuning: Sequence[dict[str, Any]], command: Sequence[str], total: int
+    plan: Plan,
+    outcomes: Sequence[Outcome],
+    tuning: Sequence[dict[str, Any]],
+    command: Sequence[str],
+    total: int,
+    at_once: int,
 ) -> None:
     """Write everything anew from the runs that are complete, `total` of them when none is missing."""
     folder = plan.output_dir
-    claims = claims_table(outcomes, plan.budget)
+    claims = claims_table(plan, outcomes)
     tables = [
         *([claims] if claims else []),
         *make_tables(plan, outcomes),
@@ -47,7 +52,11 @@ def write(
     ]
     drawn = draw(plan, outcomes)
     dearer = [outcome.job.name for outcome in outcomes if outcome.exceeds()]
-    about = provenance(plan, command) | {"complete_runs": len(outcomes), "runs": total, "dearer_than_foreseen": dearer}
+    about = provenance(plan, command, at_once) | {
+        "complete_runs": len(outcomes),
+        "runs": total,
+        "dearer_than_foreseen": dearer,
+    }
     results = about | {
         "tuning": [*tuning],
         "tables": [
@@ -80,7 +89,7 @@ def draw(plan: Plan, outcomes: Sequence[Outcome]) -> list[str]:
     return ["figure-5.png", *(["figure-8.png"] if neighbors else []), "figure-9.png"]
 
 
-def provenance(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
+def provenance(plan: Plan, command: Sequence[str], at_once: int) -> dict[str, Any]:
     """How, where and when the figures came about."""
     return {
         "command": " ".join(command),
@@ -91,7 +100,8 @@ def provenance(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
             "system": platform.platform(),
             "processor": processor(),
             "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu": torch.cuda.get_device_name() if plan.common["model.device"] == "cuda" else None,
+            "runs_at_once": at_once,
         },
         "seeds": [*range(plan.seeds)],
         "budget_forward_passes_per_sample": plan.budget,
@@ -112,6 +122,7 @@ def in_words(about: dict[str, Any]) -> str:
     """Where the figures come from, in a few sentences."""
     machine, versions = about["machine"], about["versions"]
     where = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
+    where += f", {machine['runs_at_once']} runs at once"
     return (
         f"{about['complete_runs']} of {about['runs']} runs are complete. Made by `{about['command']}` on "
         f"{about['date']}, {where}, ngrpo-lora {versions['ngrpo-lora']}, PyTorch {versions['torch']}. Training seeds: "

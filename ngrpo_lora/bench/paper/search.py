@@ -9,44 +9,71 @@ from pathlib import Path
 from typing import Any
 
 from ngrpo_lora.bench.paper.methods import Method
-from ngrpo_lora.bench.paper.outcomes import evaluated, is_complete
+from ngrpo_lora.bench.paper.outcomes import read, scene_of
 from ngrpo_lora.bench.paper.plan import Job, Plan, Tuned, points
+from ngrpo_lora.evaluation.statistics import Estimate, mean_interval
 from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import finite
 
-__all__ = ["FILE", "choose", "tuned", "write"]
+__all__ = ["FILE", "choose", "kept", "tuned", "write"]
 
 FILE = "tuning.json"
+NONE = Estimate(math.nan, math.nan, math.nan)
 
 
-def validated(jobs: Sequence[Job]) -> dict[str, dict[tuple[str, str], float]]:
-    """The validation reward of every complete run of the search, by method and point; NaN where the run diverged."""
-    found: dict[str, dict[tuple[str, str], float]] = {}
-    for job in jobs:
-        if is_complete(job):
-            found.setdefault(job.method, {})[job.point] = evaluated(job.folder)
+Point = tuple[str, str]
+"""Learning rate and knob."""
+
+
+def validated(jobs: Sequence[Job]) -> dict[str, dict[Point, Estimate]]:
+    """The validation reward of every complete run of the search, by method and point; NaN where no picture has one."""
+    found: dict[str, dict[Point, Estimate]] = {}
+    for outcome in read(jobs):
+        rewards, scenes = outcome.scores[outcome.last], [*map(scene_of, outcome.prompts)]
+        (label, *_) = rewards
+        found.setdefault(outcome.job.method, {})[outcome.job.point] = mean_interval(rewards[label].tolist(), scenes)
     return found
 
 
-def choose(method: Method, rewards: dict[tuple[str, str], float]) -> tuple[str, str] | None:
+def choose(method: Method, rewards: dict[Point, Estimate]) -> Point | None:
     """The point with the greatest reward; of equal ones the first of the grid, which has the lowest learning rate.
 
     None where no point has a reward.
     """
-    scored = [point for point in points(method) if not math.isnan(rewards.get(point, math.nan))]
-    return max(scored, key=lambda point: rewards[point]) if scored else None
+    scored = [point for point in points(method) if point in rewards and not math.isnan(rewards[point].value)]
+    return max(scored, key=lambda point: rewards[point].value) if scored else None
 
 
-def tuned(plan: Plan, jobs: Sequence[Job]) -> dict[str, tuple[str, str]]:
-    """Each searched method's winner, or its untuned values where there is no search or none of its runs succeeded."""
-    found = validated(jobs)
-    return {m.name: choose(m, found.get(m.name, {})) or m.untuned for m in plan.searched}
+def tuned(plan: Plan, jobs: Sequence[Job]) -> dict[str, Point]:
+    """Each searched method's winner, or its untuned values where there is no search or none of its runs succeeded.
+
+    Where runs of the tables have begun, their method's winner stays what it was, whatever the search has found since.
+    """
+    found, known = validated(jobs), kept(plan)
+    return {m.name: known.get(m.name) or choose(m, found.get(m.name, {})) or m.untuned for m in plan.searched}
+
+
+def kept(plan: Plan) -> dict[str, Point]:
+    """The winners in `tuning.json` of methods of which the tables' runs have begun."""
+    entries = {entry["method"]: entry for entry in entries_of(plan)}
+    begun = {method.tuned_as for method in plan.methods if (Path(plan.output_dir) / "runs" / method.name).is_dir()}
+    winners = [method for method in plan.searched if method.name in begun and method.name in entries]
+    return {m.name: (entries[m.name]["optimizer.learning_rate"], entries[m.name][m.knob]) for m in winners}
+
+
+def entries_of(plan: Plan) -> list[dict[str, Any]]:
+    """What `tuning.json` holds."""
+    path = Path(plan.output_dir) / FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def write(plan: Plan, jobs: Sequence[Job], winners: Tuned) -> list[dict[str, Any]]:
-    """Write `tuning.json`: per method the winner and every point tried, with its reward; returns what it holds."""
+    """Write `tuning.json`: per method the winner and every point tried, with its reward.
+
+    Methods of which the plan knows nothing stay in the file. Returns the entries of the others.
+    """
     found = validated(jobs)
-    entries = [
+    entries: list[dict[str, Any]] = [
         {
             "method": method.name,
             "label": method.label,
@@ -57,13 +84,16 @@ def write(plan: Plan, jobs: Sequence[Job], winners: Tuned) -> list[dict[str, Any
                 {
                     "optimizer.learning_rate": rate,
                     method.knob: knob,
-                    "validation_reward": found.get(method.name, {}).get((rate, knob)),
+                    "validation_reward": (reward := found.get(method.name, {}).get((rate, knob), NONE)).value,
+                    "half_interval": (reward.high - reward.low) / 2,
                 }
                 for rate, knob in (points(method) if plan.search else [])
             ],
         }
         for method in plan.searched
     ]
+    entries = finite(entries)
+    others = [entry for entry in entries_of(plan) if entry["method"] not in winners]
     with written(Path(plan.output_dir) / FILE) as partial:
-        partial.write_text(json.dumps(finite(entries), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(others + entries, indent=1) + "\n", encoding="utf-8")
     return entries

@@ -10,7 +10,7 @@ import numpy as np
 
 from ngrpo_lora.bench.paper import methods, published
 from ngrpo_lora.bench.paper.methods import BASELINE, LEARNING_RATES, Method
-from ngrpo_lora.bench.paper.outcomes import Outcome, by_method, change, is_trained
+from ngrpo_lora.bench.paper.outcomes import Outcome, by_method, change, is_trained, scene_of
 from ngrpo_lora.bench.paper.plan import Plan
 from ngrpo_lora.evaluation.statistics import compare_scores
 from ngrpo_lora.reports.tables import markdown_table
@@ -56,7 +56,7 @@ TITLES = {
 
 SCORES = (
     "Scores are means over held-out prompts after training, drawn by the same deterministic solver; in brackets the "
-    "change from the base model on the same prompts and noises, and its 95% interval over prompts{seeds}."
+    "change from the base model on the same prompts and noises, and its 95% interval over scenes{seeds}."
 )
 BORROWED = (
     "Learning rate and clip of every row are those that the search found for the method which the row varies, on the "
@@ -91,8 +91,9 @@ def make_tables(plan: Plan, outcomes: Sequence[Outcome]) -> list[Table]:
 
 def _length(plan: Plan) -> str:
     return (
-        f"Each run may spend {plan.budget:g} forward passes per sample, a trained one counted as three; iterations "
-        "follow from that; forward passes are as counted."
+        f"Each run may spend {plan.budget:g} forward passes for each of the 48 places of its batch, all iterations "
+        "together, a trained one counted as three; iterations follow from that. Forward passes are as counted; "
+        "decoding and rewards are not among them, and grow with the number of pictures."
     )
 
 
@@ -115,14 +116,17 @@ def score_table(
 ) -> Table:
     """A table of scores at the end of equal compute, below the base model's."""
     shown, measured = columns(found[rows[0].name]), [*found[rows[0].name][0].measures(0)]
-    head = ["method" if number < 3 else "", "iterations", "forward passes", "NFE_old", "NFE_θ", "s/iter."]
+    head = ["method" if number < 3 else "", "seeds", "iterations", "pictures", "forward passes"]
+    head += ["NFE_old", "NFE_θ", "s/iter."]
     extra = [f"{name} (paper)" for name in published.COLUMNS[number]]
     lines = [_base_row(number, found[rows[0].name], shown, measured, len(head) - 1)] if number < 3 else []
     for method in rows:
         outcomes = found[method.name]
         steps = {outcome.job.name: outcome.nearest(budget) for outcome in outcomes}
         spent = _mean(outcome.spent()[steps[outcome.job.name]] for outcome in outcomes)
-        cells = [method.label, str(next(iter(steps.values()))), f"{spent:.0f}", *_costs(outcomes)]
+        step, rollout = next(iter(steps.values())), outcomes[0].job.config.rollout
+        pictures = step * rollout.prompts_per_iteration * rollout.group_size
+        cells = [method.label, str(len(outcomes)), str(step), str(pictures), f"{spent:.0f}", *_costs(outcomes)]
         cells += [change(outcomes, steps, column.label, column.trained).show() for column in shown]
         cells += _measures(outcomes, steps, measured)
         lines.append((*cells, *_published(number, method.name)))
@@ -187,13 +191,16 @@ def against_baseline(rows: Sequence[Method], found: dict[str, list[Outcome]], bu
         if method.name == BASELINE or not pairs:
             continue
         ours, theirs = (_joined([pair[side] for pair in pairs], budget) for side in (0, 1))
-        prompts = [prompt for outcome, _ in pairs for prompt in outcome.prompts]
+        prompts = [scene_of(prompt) for outcome, _ in pairs for prompt in outcome.prompts]
         for difference in compare_scores(method.label, ours, "", theirs, prompts):
             shares = (difference.difference.show("+.3f"), difference.win_rate.show(".0%"), str(difference.pairs))
             lines.append((method.label, difference.reward, *shares))
     label = next(method.label for method in methods.METHODS if method.name == BASELINE)
     head = ("method", "score", "difference (95% CI)", "win rate (95% CI)", "pairs")
-    about = "Pictures of the same prompts, noises and training seeds at equal compute; intervals are over prompts."
+    about = (
+        "Pictures of the same prompts, noises and training seeds at equal compute; intervals are over scenes and not "
+        "over seeds, whose spread is in the table before."
+    )
     return [Table(f"Table 1, every method against {label}", about, head, tuple(lines))] if lines else []
 
 
@@ -210,20 +217,24 @@ def cost_table(rows: Sequence[Method], found: dict[str, list[Outcome]]) -> Table
         outcomes = found[method.name]
         config = outcomes[0].job.config
         group = config.rollout.group_size
-        anchors = getattr(config.algorithm, "num_anchors", group)
+        anchors, trained = (getattr(config.algorithm, key, None) or "" for key in ("num_anchors", "num_train_steps"))
         old, theta, seconds = _costs(outcomes)
         counted = _mean(o.spent()[o.last] / o.last for o in outcomes)
         stages = [f"{_mean(o.mean(f'time/{stage}_s') for o in outcomes):.2f}" for stage in STAGES]
         cost = (f"{outcomes[0].job.cost:.2f}", f"{counted:.2f}")
         lines.append(
-            (method.label, str(group), str(anchors), old, theta, *cost, *stages, seconds, *_published(3, method.name))
+            (method.label, *map(str, (group, anchors, trained)), old, theta, *cost, *stages, seconds)
+            + (*_published(3, method.name),)
         )
-    head = ("method", "G", "B", "NFE_old", "NFE_θ", "forward passes, foreseen", "counted")
+    head = ("method", "G", "B", "K", "NFE_old", "NFE_θ", "forward passes, foreseen", "counted")
     times = ("rollout s", "reward s", "update s", "s/iter.")
     about = (
         "Per sample of an iteration: function evaluations without gradients (old velocities of later updates and the "
         "reference included) and with them; NFE_old + 3 NFE_θ as foreseen and as counted, which is less where groups "
-        f"of equal rewards are skipped. Seconds are of an iteration of the whole batch. {published.NOTE}"
+        "of equal rewards are skipped. Seconds are of an iteration of the whole batch, decoding and rewards included, "
+        "beside as many other runs as the report says. NFE_θ is B K / G for Neighbor GRPO. MixGRPO trains its window "
+        "of 4 steps, as in its code; the paper counts 14. BranchGRPO's nodes are counted once, whichever leaves share "
+        f"them; the paper counts 20. {published.NOTE}"
     )
     paper = [f"{name} (paper)" for name in published.COLUMNS[3]]
     return Table(TITLES[3], about, (*head, *times, *paper), tuple(lines))
@@ -237,17 +248,18 @@ def search_table(entries: Sequence[dict[str, Any]]) -> Table:
         knob = next(key for key in entry if key.startswith("algorithm."))
         for point in entry["points"] or [entry]:
             won = (point[rate], point[knob]) == (entry[rate], entry[knob])
-            reward = point.get("validation_reward")
-            shown = (
-                "not searched" if not entry["points"] else "failed or missing" if reward is None else f"{reward:.3f}"
-            )
+            reward, half = point.get("validation_reward"), point.get("half_interval")
+            shown = "not searched" if not entry["points"] else "failed or missing"
+            if reward is not None:
+                shown = f"{reward:.3f}" + ("" if half is None else f" ± {half:.3f}")
             edge = bool(entry["points"]) and point[rate] in (LEARNING_RATES[0], LEARNING_RATES[-1])
             used = ("at the edge" if edge else "yes") if won else ""
             lines.append((entry["label"], point[rate], f"{knob.partition('.')[2]} {point[knob]}", shown, used))
     about = (
-        "The reward on captions of the training scenes, with other seeds than the tables', after runs of a quarter of "
-        "their compute. The first of equal rewards wins, which has the lower learning rate. A winner at "
-        "the edge of the grid might be better still beyond it."
+        "The reward, with its 95% interval, on captions of training scenes of the trained tasks, with other seeds than "
+        "the tables', after runs of a quarter of their compute and at least 16 iterations. One run a point: where "
+        "intervals overlap, chance has its part in the choice. The first of equal rewards wins, which has the lower "
+        "learning rate. A winner at the edge of the grid might be better still beyond it."
     )
     return Table(
         "Search", about, ("method", "learning rate", "second setting", "validation reward", "used"), tuple(lines)

@@ -7,9 +7,19 @@ from pathlib import Path
 import pytest
 from paper_runs import cost_of_8, jobs_of, small_plan
 
-from ngrpo_lora.bench.paper.plan import PROFILES, evaluated_every, make_plan, points, search_jobs
+from ngrpo_lora.bench.paper.cost import length
+from ngrpo_lora.bench.paper.plan import (
+    PROFILES,
+    TRAINED_TASKS,
+    evaluated_every,
+    main_jobs,
+    make_plan,
+    points,
+    search_jobs,
+)
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.prompts.sources import open_split
+from ngrpo_lora.world.scenes import parse
 
 
 def test_every_run_has_the_budget_and_the_equal_iterations(tmp_path: Path):
@@ -28,8 +38,6 @@ def test_every_run_has_the_budget_and_the_equal_iterations(tmp_path: Path):
 
 def test_a_dearer_method_still_goes_as_far_as_the_others(tmp_path: Path):
     plan = small_plan(tmp_path, "flow-grpo", budget=400.0)
-    from ngrpo_lora.bench.paper.plan import main_jobs
-
     (job,) = main_jobs(plan, {"flow-grpo": ("1e-3", "1e-3")}, lambda config, budget: (1, 390.0))
     assert job.config.trainer.num_iterations == plan.equal_iterations == 4
 
@@ -45,15 +53,27 @@ def test_the_search_has_every_point_for_as_much_compute_on_other_prompts_and_see
     for method in plan.searched:
         own = [job for job in jobs if job.method == method.name]
         assert [job.point for job in own] == points(method)
-        assert {job.config.trainer.num_iterations * job.cost for job in own} == {400.0}
+        (iterations,) = {job.config.trainer.num_iterations for job in own}
+        assert iterations == {"neighbor-dpmpp-8": 40, "flow-grpo": 16}[method.name]  # 10 would be too few to rank
         settings = {(job.config.optimizer.learning_rate, job.config.algorithm.clip_range) for job in own}  # pyright: ignore
         assert settings == {(float(rate), float(clip)) for rate, clip in points(method)}
     config, table = jobs[0].config, jobs_of(plan)[0].config
     assert config.seed not in range(100)
     assert config.evaluation.seed not in range(table.evaluation.seed, table.evaluation.seed + 10_000)
     held_out = {open_split(table.prompts, 0, table.evaluation.seed)[1].prompt(i).text for i in range(240)}
-    validation = {open_split(config.prompts, 0, config.evaluation.seed)[1].prompt(i).text for i in range(96)}
+    validation = {open_split(config.prompts, 0, config.evaluation.seed)[1].prompt(i).text for i in range(144)}
     assert not held_out & validation
+    assert {parse(text).task for text in validation} == {*TRAINED_TASKS} < {parse(text).task for text in held_out}
+
+
+@pytest.mark.parametrize(("name", "iterations"), [("mix", 64), ("mix-flash", 85)])
+def test_a_window_stops_in_as_many_places_however_long_a_run_is(tmp_path: Path, name: str, iterations: int):
+    for budget in (2400.0, 4800.0):
+        (job,) = main_jobs(plan := small_plan(tmp_path, name, budget=budget), {name: ("1e-3", "1e-3")}, length)
+        total = job.config.trainer.num_iterations
+        assert total == pytest.approx(iterations * budget / 2400, rel=0.03)
+        assert total // job.config.algorithm.window_every in (12, 13)  # pyright: ignore
+        assert plan.equal_iterations <= total
 
 
 def test_a_quick_look_has_no_search(tmp_path: Path):
@@ -78,13 +98,13 @@ def test_ablations_have_the_baselines_values_alone(tmp_path: Path):
 def test_a_setting_is_laid_over_the_common_ones(tmp_path: Path):
     plan = small_plan(tmp_path, settings=("lora.rank=4", "rollout.group_size=6"))
     assert {(job.config.lora.rank, job.config.rollout.group_size) for job in jobs_of(plan)} == {(4, 6)}
-    assert [job.config.rollout.num_steps for job in jobs_of(plan)] == [8, 25]
+    assert [job.config.rollout.num_steps for job in jobs_of(plan)] == [8, 10]
 
 
 def test_all_methods_evaluate_alike(tmp_path: Path):
     configs = [job.config for job in jobs_of(make_plan(tmp_path, "quick"))]
     for config in configs:
-        assert (config.evaluation_solver, config.evaluation_steps) == ("dpmpp_2m", 8)
+        assert (config.evaluation_solver, config.evaluation_steps) == ("dpmpp_2m", 16)
         assert config.rollout.prompts_per_iteration * config.rollout.group_size == 48
         same = config.evaluation.model_copy(update={"every": 1})
         assert same == configs[0].evaluation.model_copy(update={"every": 1})

@@ -22,7 +22,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for job in jobs[:-1]:
         leave(job, lambda picture, step: 0.5 + 0.01 * step)
     tuning = search.write(plan, [], search.tuned(plan, []))
-    report.write(plan, read(jobs), tuning, ["ngrpo", "bench", "paper"], len(jobs))
+    report.write(plan, read(jobs), tuning, ["ngrpo", "bench", "paper"], len(jobs), 2)
     return tmp_path
 
 
@@ -47,7 +47,11 @@ def test_results_say_how_they_came_about(folder: Path):
         "runs/flow-grpo/seed-0",
         "runs/neighbor-dpmpp-8/seed-1",
     ]
-    assert results["tables"][0]["rows"][0][0] == "base model"
+    assert [results["tables"][index]["rows"][0][0] for index in (0, 1)] == [
+        "better than Flow-GRPO (10 steps), all tasks",
+        "base model",
+    ]
+    assert results["machine"]["runs_at_once"] == 2
     text = (folder / "results.md").read_text()
     assert "3 of 4 runs are complete" in text
     assert "## Table 3" in text
@@ -60,7 +64,7 @@ def test_a_run_that_was_dearer_than_foreseen_is_named(tmp_path: Path, monkeypatc
     leave(jobs[0], lambda picture, step: 0.5)
     metrics = jobs[0].folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"nfe/theta_per_sample": 1.0', '"nfe/theta_per_sample": 3.0'))
-    report.write(plan, read(jobs), [], ["ngrpo"], 1)
+    report.write(plan, read(jobs), [], ["ngrpo"], 1, 1)
     assert "more than an iteration's: runs/flow-grpo/seed-0." in (tmp_path / "results.md").read_text()
 
 

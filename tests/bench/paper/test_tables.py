@@ -52,7 +52,10 @@ def test_table_1_is_at_equal_compute_and_once_more_at_equal_iterations(tmp_path:
     assert world[3].startswith("0%")
     assert cell(cost, neighbor, "NFE_old (paper)") == "8"
     assert cell(cost, neighbor, "B") == "4"
-    assert cell(cost, "Flow-GRPO", "B") == "12"
+    assert cell(cost, "Flow-GRPO", "B") == cell(cost, "Flow-GRPO", "K") == ""
+    assert cell(cost, neighbor, "K") == "4"
+    assert cell(equal_compute, neighbor, "pictures") == str(40 * 48)
+    assert cell(equal_compute, neighbor, "seeds") == "1"
     assert cell(cost, neighbor, "s/iter.") == "1.75"
 
 
