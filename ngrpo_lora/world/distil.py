@@ -1,7 +1,7 @@
 """Make the embedded model from a larger one: `python -m ngrpo_lora.world.distil --teacher runs/teacher`.
 
 The larger one, of width 256 and 5.6 M parameters, is `ngrpo_lora.world.pretrain`'s. This one costs 0.4 of it
-per picture, so that the demo and the comparisons of algorithms fit on two CPU cores, and leaves more to gain. Three
+per picture, so that the demo and the comparisons of algorithms fit on two CPU cores, and leaves more to gain. Five
 stages, each seeded and each leaving a file (a long one every 200 steps), so that a stopped run goes on:
 
     targets   the teacher's velocity at noised latents of rendered scenes: what the student learns to say

@@ -344,8 +344,10 @@ def train_flux(schemas: Schemas) -> Sheet:
             390,
         )
     with sheet.group("Rewards", "sample"):
-        first = sheet.add("NGRPO_Reward", "How much people like it", name="hpsv2")
-        second = sheet.add("NGRPO_Reward", "How well it fits the prompt", name="clip_score", rewards=first[0])
+        first = sheet.add("NGRPO_Reward", "How much people like it", name="hpsv2", settings="offload=true")
+        second = sheet.add(
+            "NGRPO_Reward", "How well it fits the prompt", name="clip_score", settings="offload=true", rewards=first[0]
+        )
     sheet.column(520)
     with sheet.group("Train", "train"):
         trained = sheet.add(
