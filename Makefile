@@ -30,7 +30,7 @@ demo: $(STAMP)
 	$(BIN)/ngrpo train demo
 
 demo-long: $(STAMP)
-	$(BIN)/ngrpo train demo output_dir=runs/demo-long trainer.num_iterations=600
+	$(BIN)/ngrpo train demo output_dir=runs/demo-long trainer.num_iterations=840
 
 test: lint
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m "not slow and not gpu and not network"

@@ -28,7 +28,7 @@ FASTER, FRACTION = 5.0, 0.25  # a DanceGRPO iteration in iterations of ours; the
 ENOUGH = 3  # seeds whose spread says something
 
 Row = tuple[str, str, str, str]
-"""The claim, the paper's figures, ours, and the verdict."""
+"""The claim, the verdict, our figures, and the paper's."""
 
 Runs = Sequence[tuple[Outcome, Outcome]]
 """Runs of two methods with the same training seed."""
@@ -90,11 +90,8 @@ def claims_table(plan: Plan, outcomes: Sequence[Outcome]) -> Table | None:
         f"over seeds. “As good” allows a loss of {MARGIN:g}. Intervals are not adjusted for the number of rows: of "
         "twenty that are about nothing, one is expected to exclude 0."
     )
-    return (
-        Table("Does it hold?", about, ("claim", "the paper's figures", "here", "verdict"), tuple(rows))
-        if rows
-        else None
-    )
+    head = ("claim", "verdict", "here", "the paper's figures")
+    return Table("Does it hold?", about, head, tuple(rows)) if rows else None
 
 
 def paired(found: dict[str, list[Outcome]], first: str, second: str) -> list[tuple[Outcome, Outcome]]:
@@ -112,7 +109,7 @@ def iteration_time(runs: Runs) -> Row:
         f"{np.mean(passes):.1f} times the forward passes"
     )
     claim = f"an iteration of DanceGRPO (25 steps) takes at least {FASTER:g} times as long"
-    return claim, "5.3 times", here, "holds" if min(seconds) >= FASTER else "does not hold"
+    return claim, "holds" if min(seconds) >= FASTER else "does not hold", here, "5.3 times"
 
 
 def compute(plan: Plan, runs: Runs) -> Row:
@@ -120,12 +117,12 @@ def compute(plan: Plan, runs: Runs) -> Row:
     claim = f"DanceGRPO's (25 steps) final reward with at most {FRACTION:g} of its compute"
     gains = [theirs.scores[theirs.last][label := graded(theirs)] - theirs.scores[0][label] for _, theirs in runs]
     if not intervals(np.array(gains), runs[0][1].prompts)[0].low > 0:
-        return claim, "Fig. 5", "DanceGRPO has not improved", "not settled"
+        return claim, "not settled", "DanceGRPO has not improved", "Fig. 5"
     parts = [reached(own, theirs) for own, theirs in runs]
     good = sum(part <= FRACTION for part in parts)
     here = ", ".join("not reached" if part == np.inf else f"{part:.2f} of it" for part in parts)
     found = "holds" if good == len(parts) else "does not hold" if not good else f"on {good} of {len(parts)} seeds"
-    return claim, "Fig. 5", here, limited(plan, len(runs), found)
+    return claim, limited(plan, len(runs), found), here, "Fig. 5"
 
 
 def reached(ours: Outcome, theirs: Outcome) -> float:
@@ -152,7 +149,7 @@ def compared(plan: Plan, pair: Pair, runs: Runs) -> Row:
     here = over_prompts.show("+.3f")
     here += f", seeds [{over_seeds.low:+.3f}, {over_seeds.high:+.3f}]" if len(runs) > 1 else ""
     known = [over_prompts, over_seeds] if len(runs) >= ENOUGH else [over_prompts]
-    return pair.claim, pair.paper, here, limited(plan, len(runs), verdict(known, pair.as_good))
+    return pair.claim, limited(plan, len(runs), verdict(known, pair.as_good)), here, pair.paper
 
 
 def steps_of(plan: Plan, pair: Pair, first: Outcome, second: Outcome) -> tuple[int, int]:
