@@ -37,7 +37,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path):
     missing = {path for path in ours - inside if "__pycache__" not in path}
     assert not missing
     assert {"ngrpo_lora/py.typed", "ngrpo_lora/config/presets/demo.yaml", "ngrpo_lora/cli/app.py"} <= inside
-    pipelines = {f"ngrpo_lora/pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.py")}
+    pipelines = {f"ngrpo_lora/pipelines/{path.name}" for path in (ROOT / "pipelines").iterdir() if path.is_file()}
     assert pipelines == {name for name in inside if name.startswith("ngrpo_lora/pipelines/")}
 
 

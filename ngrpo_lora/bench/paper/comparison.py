@@ -33,15 +33,15 @@ def open_folder(folder: Path) -> None:
     if mark.is_file():
         try:
             found = json.loads(mark.read_text(encoding="utf-8"))
-            version, algorithms = found["version"], found["algorithms"]
+            version, made_by = found["version"], found.get("algorithms")
         except (ValueError, TypeError, KeyError):
-            version, algorithms = f"an unknown one, as {MARK} is damaged", None
+            version, made_by = f"an unknown one, as {MARK} is damaged", None
         if version != own["version"]:
             raise ConfigError(
                 f"--output-dir must hold results of this version ({own['version']}), but {str(folder)!r} has those of "
                 f"{version}; give another folder"
             )
-        if algorithms != own["algorithms"]:
+        if made_by != own["algorithms"]:
             raise ConfigError(
                 f"--output-dir must hold results of these algorithms, but the code of some has changed since "
                 f"{str(folder)!r} was begun; give another folder"

@@ -72,7 +72,7 @@ def test_a_window_stops_in_as_many_places_however_long_a_run_is(tmp_path: Path, 
         (job,) = main_jobs(plan := small_plan(tmp_path, name, budget=budget), {name: ("1e-3", "1e-3")}, length)
         total = job.config.trainer.num_iterations
         assert total == pytest.approx(iterations * budget / 2400, rel=0.03)
-        assert total // job.config.algorithm.window_every in (12, 13)  # pyright: ignore
+        assert total // job.config.algorithm.window_every in (11, 12, 13)  # pyright: ignore
         assert plan.equal_iterations <= total
 
 
