@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from ngrpo_lora.bench.paper.methods import BASELINE
-from ngrpo_lora.bench.paper.outcomes import Outcome, by_method, intervals, is_trained
+from ngrpo_lora.bench.paper.outcomes import Outcome, by_method, intervals, is_trained, paired
 from ngrpo_lora.bench.paper.plan import Plan
 from ngrpo_lora.bench.paper.tables import Table
 from ngrpo_lora.evaluation.statistics import Estimate
@@ -81,9 +81,11 @@ def claims_table(plan: Plan, outcomes: Sequence[Outcome]) -> Table | None:
     """Every claim of which the runs that it needs are there; None where there is none."""
     found = by_method(outcomes)
     rows: list[Row] = []
-    if both := paired(found, BASELINE, "dance"):
+    if both := paired(found.get(BASELINE, []), found.get("dance", [])):
         rows += [iteration_time(both), compute(plan, both)]
-    rows += [compared(plan, pair, both) for pair in PAIRS if (both := paired(found, pair.first, pair.second))]
+    for pair in PAIRS:
+        if both := paired(found.get(pair.first, []), found.get(pair.second, [])):
+            rows.append(compared(plan, pair, both))
     about = (
         "Of Neighbor GRPO with 8 DPM++ steps, at equal compute unless said. Differences are between held-out pictures "
         "of the same prompts, noises and training seeds, scored by the verifier, with 95% intervals over scenes and "
@@ -94,16 +96,12 @@ def claims_table(plan: Plan, outcomes: Sequence[Outcome]) -> Table | None:
     return Table("Does it hold?", about, head, tuple(rows)) if rows else None
 
 
-def paired(found: dict[str, list[Outcome]], first: str, second: str) -> list[tuple[Outcome, Outcome]]:
-    """The runs of two methods that have the same training seed."""
-    known = {outcome.job.seed: outcome for outcome in found.get(second, [])}
-    return [(own, known[own.job.seed]) for own in found.get(first, []) if own.job.seed in known]
-
-
 def iteration_time(runs: Runs) -> Row:
     """How many times as long an iteration of DanceGRPO takes."""
-    passes = [theirs.spent()[theirs.last] / theirs.last * own.last / own.spent()[own.last] for own, theirs in runs]
-    seconds = [theirs.seconds()[theirs.last] / theirs.last * own.last / own.seconds()[own.last] for own, theirs in runs]
+    passes, seconds = (
+        [each(theirs)[theirs.last] / theirs.last * own.last / each(own)[own.last] for own, theirs in runs]
+        for each in (Outcome.spent, Outcome.seconds)
+    )
     here = (
         f"{np.mean(seconds):.1f} times ({min(seconds):.1f} to {max(seconds):.1f}), rewards and decoding included; "
         f"{np.mean(passes):.1f} times the forward passes"
@@ -115,7 +113,7 @@ def iteration_time(runs: Runs) -> Row:
 def compute(plan: Plan, runs: Runs) -> Row:
     """With what part of its compute the final reward of DanceGRPO is reached."""
     claim = f"DanceGRPO's (25 steps) final reward with at most {FRACTION:g} of its compute"
-    gains = [theirs.scores[theirs.last][label := graded(theirs)] - theirs.scores[0][label] for _, theirs in runs]
+    gains = [theirs.scores[theirs.last][label := theirs.graded] - theirs.scores[0][label] for _, theirs in runs]
     if not intervals(np.array(gains), runs[0][1].prompts)[0].low > 0:
         return claim, "not settled", "DanceGRPO has not improved", "Fig. 5"
     parts = [reached(own, theirs) for own, theirs in runs]
@@ -127,7 +125,7 @@ def compute(plan: Plan, runs: Runs) -> Row:
 
 def reached(ours: Outcome, theirs: Outcome) -> float:
     """The part of `theirs`' forward passes after which our evaluations stay at its final reward; inf where none do."""
-    label, spent = graded(theirs), ours.spent()
+    label, spent = theirs.graded, ours.spent()
     wanted, part = np.nanmean(theirs.scores[theirs.last][label]), np.inf
     for step in sorted(ours.scores, reverse=True):
         if np.nanmean(ours.scores[step][label]) < wanted:
@@ -140,7 +138,7 @@ def compared(plan: Plan, pair: Pair, runs: Runs) -> Row:
     """The difference between two methods, and the verdict."""
     prompts = runs[0][0].prompts
     kept = [i for i, prompt in enumerate(prompts) if pair.trained is None or is_trained(prompt) == pair.trained]
-    label = graded(runs[0][0])
+    label = runs[0][0].graded
     differences = []
     for own, other in runs:
         first, second = steps_of(plan, pair, own, other)
@@ -163,11 +161,6 @@ def steps_of(plan: Plan, pair: Pair, first: Outcome, second: Outcome) -> tuple[i
     wanted = np.nanmean(first.scores[first.last][label])
     below = [step for step in second.scores if np.nanmean(second.scores[step][label]) <= wanted]
     return first.last, max(below, default=0)
-
-
-def graded(outcome: Outcome) -> str:
-    """The label of the verifier's score, or of the first reward where it is not scored."""
-    return "world" if "world" in outcome.scores[0] else next(iter(outcome.scores[0]))
 
 
 def verdict(known: Sequence[Estimate], as_good: bool) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "intervals",
     "is_complete",
     "is_trained",
+    "paired",
     "read",
     "scene_of",
 ]
@@ -52,6 +53,16 @@ class Outcome:
     def last(self) -> int:
         """The last iteration."""
         return self.rows[-1]["step"]
+
+    @property
+    def graded(self) -> str:
+        """The label of the verifier's graded score, or of the first reward trained on where it is not scored."""
+        return "world" if "world" in self.scores[0] else self.job.config.rewards.train[0].key
+
+    def rewards(self, step: int) -> np.ndarray:
+        """What each picture of an evaluation earned, (N,): the weighted sum of the rewards trained on."""
+        trained = self.job.config.rewards.train
+        return np.sum([reward.weight * self.scores[step][reward.key] for reward in trained], axis=0)
 
     def spent(self) -> dict[int, float]:
         """Forward passes per sample until each iteration, as counted, a trained one as three."""
@@ -129,6 +140,12 @@ def by_method(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
     return dict(found)
 
 
+def paired(first: Sequence[Outcome], second: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:
+    """The runs of two methods that have the same training seed."""
+    known = {outcome.job.seed: outcome for outcome in second}
+    return [(outcome, known[outcome.job.seed]) for outcome in first if outcome.job.seed in known]
+
+
 @dataclass(frozen=True)
 class Change:
     """How a score changed from the base model to a trained one, on the same prompts and seeds.
@@ -170,13 +187,9 @@ def intervals(differences: np.ndarray, prompts: Sequence[str]) -> tuple[Estimate
 
     Wordings of one scene count as one draw. A picture whose reward failed is left out.
     """
-    known = ~np.isnan(differences)
-    sums, counts = np.where(known, differences, 0.0), known
-    over_pictures = [
-        total / count if count else math.nan for total, count in zip(sums.sum(0), counts.sum(0), strict=True)
-    ]
-    seeds = [total / count if count else math.nan for total, count in zip(sums.sum(1), counts.sum(1), strict=True)]
-    return mean_interval(over_pictures, [*map(scene_of, prompts)]), mean_interval(seeds, [*range(len(seeds))])
+    known = np.ma.masked_invalid(differences)
+    pictures, seeds = (known.mean(axis).filled(math.nan).tolist() for axis in (0, 1))
+    return mean_interval(pictures, [*map(scene_of, prompts)]), mean_interval(seeds, [*range(len(seeds))])
 
 
 def scene_of(prompt: str) -> str:

@@ -21,9 +21,11 @@ __all__ = ["PROFILES", "Job", "Plan", "Profile", "Tuned", "main_jobs", "make_pla
 TRAINED_TASKS = ("two", "color", "attribute")
 """Tasks of the embedded world that are trained; the others are left out, to see what training does to them."""
 
+TRAINED = "{world:train/two: 1, world:train/color: 2, world:train/attribute: 3}"
+
 COMMON = {
     "model.dtype": "float32",  # in 16 bits the velocities that SDE methods keep would round by more than their clip
-    "prompts.train": (TRAINED := "{world:train/two: 1, world:train/color: 2, world:train/attribute: 3}"),
+    "prompts.train": TRAINED,
     "prompts.held_out": "world:held_out",
     "rollout.group_size": "12",
     "rollout.prompts_per_iteration": "4",

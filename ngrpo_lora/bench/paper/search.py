@@ -11,6 +11,7 @@ from typing import Any
 from ngrpo_lora.bench.paper.methods import Method
 from ngrpo_lora.bench.paper.outcomes import read, scene_of
 from ngrpo_lora.bench.paper.plan import Job, Plan, Tuned, points
+from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.statistics import Estimate, mean_interval
 from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import finite
@@ -20,7 +21,6 @@ __all__ = ["FILE", "choose", "kept", "tuned", "write"]
 FILE = "tuning.json"
 NONE = Estimate(math.nan, math.nan, math.nan)
 
-
 Point = tuple[str, str]
 """Learning rate and knob."""
 
@@ -29,9 +29,8 @@ def validated(jobs: Sequence[Job]) -> dict[str, dict[Point, Estimate]]:
     """The validation reward of every complete run of the search, by method and point; NaN where no picture has one."""
     found: dict[str, dict[Point, Estimate]] = {}
     for outcome in read(jobs):
-        rewards, scenes = outcome.scores[outcome.last], [*map(scene_of, outcome.prompts)]
-        (label, *_) = rewards
-        found.setdefault(outcome.job.method, {})[outcome.job.point] = mean_interval(rewards[label].tolist(), scenes)
+        rewards, scenes = outcome.rewards(outcome.last).tolist(), [*map(scene_of, outcome.prompts)]
+        found.setdefault(outcome.job.method, {})[outcome.job.point] = mean_interval(rewards, scenes)
     return found
 
 
@@ -62,9 +61,19 @@ def kept(plan: Plan) -> dict[str, Point]:
 
 
 def entries_of(plan: Plan) -> list[dict[str, Any]]:
-    """What `tuning.json` holds."""
+    """What `tuning.json` holds.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     path = Path(plan.output_dir) / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except ValueError as error:
+        raise ConfigError(
+            f"{str(path)!r} must hold the winners of the search as JSON, but cannot be read ({error}); remove it, and "
+            "the search's runs give them again"
+        ) from None
 
 
 def write(plan: Plan, jobs: Sequence[Job], winners: Tuned) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ngrpo_lora.bench.paper import methods, published
 from ngrpo_lora.bench.paper.methods import BASELINE, LEARNING_RATES, Method
-from ngrpo_lora.bench.paper.outcomes import Outcome, by_method, change, is_trained, scene_of
+from ngrpo_lora.bench.paper.outcomes import Outcome, by_method, change, is_trained, paired, scene_of
 from ngrpo_lora.bench.paper.plan import Plan
 from ngrpo_lora.evaluation.statistics import compare_scores
 from ngrpo_lora.reports.tables import markdown_table
@@ -90,10 +90,11 @@ def make_tables(plan: Plan, outcomes: Sequence[Outcome]) -> list[Table]:
 
 
 def _length(plan: Plan) -> str:
+    samples = int(plan.common["rollout.prompts_per_iteration"]) * int(plan.common["rollout.group_size"])
     return (
-        f"Each run may spend {plan.budget:g} forward passes for each of the 48 places of its batch, all iterations "
-        "together, a trained one counted as three; iterations follow from that. Forward passes are as counted; "
-        "decoding and rewards are not among them, and grow with the number of pictures."
+        f"Each run may spend {plan.budget:g} forward passes for each of the {samples} places of its batch, all "
+        "iterations together, a trained one counted as three; iterations follow from that. Forward passes are as "
+        "counted; decoding and rewards are not among them, and grow with the number of pictures."
     )
 
 
@@ -102,8 +103,7 @@ def columns(outcomes: Iterable[Outcome]) -> list[Column]:
     some = next(iter(outcomes))
     labels, prompts = [*some.scores[0]], some.prompts
     strict = [reward.key for reward in strict_reward(some.job.config)]
-    graded = "world" if "world" in labels else some.job.config.rewards.train[0].key
-    main = [(graded, "reward"), *((label, "strict accuracy") for label in strict)]
+    main = [(some.graded, "reward"), *((label, "strict accuracy") for label in strict)]
     split = not all(map(is_trained, prompts))
     parts = ((True, "trained tasks"), (False, "left-out tasks")) if split else ((None, "all prompts"),)
     found = [Column(f"{name}, {where}", label, trained) for trained, where in parts for label, name in main]
@@ -184,10 +184,9 @@ def against_baseline(rows: Sequence[Method], found: dict[str, list[Outcome]], bu
     """Every method against Neighbor GRPO with 8 DPM++ steps, picture by picture, at equal compute."""
     if BASELINE not in found:
         return []
-    reference = {outcome.job.seed: outcome for outcome in found[BASELINE]}
     lines = []
     for method in rows:
-        pairs = [(o, reference[o.job.seed]) for o in found[method.name] if o.job.seed in reference]
+        pairs = paired(found[method.name], found[BASELINE])
         if method.name == BASELINE or not pairs:
             continue
         ours, theirs = (_joined([pair[side] for pair in pairs], budget) for side in (0, 1))

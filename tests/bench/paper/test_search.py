@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from paper_runs import cost_of_8, leave, small_plan
 
 from ngrpo_lora.bench.paper import search
 from ngrpo_lora.bench.paper.methods import METHODS
 from ngrpo_lora.bench.paper.plan import points, search_jobs
 from ngrpo_lora.bench.paper.tables import search_table
+from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.statistics import Estimate
 
 METHOD = next(method for method in METHODS if method.name == "flow-grpo")
@@ -56,6 +58,20 @@ def test_a_winner_stays_once_runs_of_the_tables_have_begun(tmp_path: Path):
     alone = small_plan(tmp_path, "flow-grpo", profile="default", budget=400.0)
     search.write(alone, jobs[:6], search.tuned(alone, jobs[:6]))
     assert search.kept(plan).keys() == {"dance"}  # another command's methods are not forgotten
+
+
+def test_several_rewards_are_judged_by_their_weighted_sum(tmp_path: Path):
+    both = ("rewards=[world, {name: world_strict, weight: 2}]", "evaluation.strict=null")
+    plan = small_plan(tmp_path, "flow-grpo", profile="default", budget=400.0, settings=both)
+    jobs = search_jobs(plan, cost_of_8)
+    leave(jobs[0], lambda picture, step: 0.6)  # world_strict is 1
+    assert search.validated(jobs)["flow-grpo"][jobs[0].point].value == pytest.approx(0.6 + 2 * 1.0)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path):
+    (tmp_path / search.FILE).write_text("{")
+    with pytest.raises(ConfigError, match=r"must hold the winners of the search as JSON.*remove it"):
+        search.kept(small_plan(tmp_path, "flow-grpo", profile="default"))
 
 
 def test_without_a_search_a_methods_own_values_are_used(tmp_path: Path):
