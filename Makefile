@@ -54,13 +54,15 @@ lint: $(STAMP)
 
 env: $(STAMP)
 
-# open_clip is what tests compare with; its torchvision is left out, which has no wheel for the CPU build of torch.
+# open_clip is what tests compare with; its torchvision is left out, which has no wheel for the CPU build of torch. It
+# lies beside the environment's packages, as others import timm where they find it, and would miss torchvision.
 $(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ngrpo-lora needs Python 3.11 or newer, got " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c requirements.lock $(TORCH_ARGS) torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[dev]'
-	$(BIN)/python -m pip install --quiet -c requirements.lock --no-deps ftfy open_clip_torch timm wcwidth
+	$(BIN)/python -m pip install --quiet -c requirements.lock --no-deps --upgrade --target $(VENV)/comparators \
+		ftfy open_clip_torch timm wcwidth
 	@touch $@
 
 comfy-env: $(COMFY_STAMP)

@@ -16,7 +16,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # looking for plug-ins t
 import typer  # noqa: E402
 from typer.core import TyperGroup  # noqa: E402
 
-from ngrpo_lora.errors import ConfigError, SharedError, UserError
+from ngrpo_lora.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from ngrpo_lora.config import Option
@@ -31,8 +31,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            if not isinstance(error, SharedError) or os.environ.get("RANK", "0") == "0":
-                typer.echo(f"ngrpo: {error}", err=True)
+            typer.echo(f"ngrpo: {error}", err=True)
             raise typer.Exit(2) from None
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from uuid import uuid4
+
+import psutil
 
 from ngrpo_lora.errors import UserError
 
 __all__ = ["launch", "process_count"]
 
-
-GRACE_S = 20.0  # what the others get to end by themselves once one process has failed
+LOCAL = "127.0.0.1"
 
 
 def process_count(device: str, asked: int | None, on_cpu: int = 1) -> int:
@@ -41,54 +42,49 @@ def process_count(device: str, asked: int | None, on_cpu: int = 1) -> int:
     return asked or gpus or 1
 
 
-def launch(count: int, command: Sequence[str]) -> int:
-    """Run `command` as `count` processes of this machine; returns the exit status of the first that failed, or 0.
+def launch(count: int, command: Sequence[str], patience_s: float) -> int:
+    """Run `command` as `count` processes of this machine by torch's elastic agent; returns an exit status.
 
-    Ctrl-C reaches all of them from the terminal; this process only waits. When one fails, the others end by
-    themselves within seconds, as their next exchange with it does; what is left after a while is terminated.
+    Ctrl-C and SIGTERM are handed to all of them, which end after their iteration; a second one ends them at once. When
+    one fails, the others end as their next exchange with it does.
+
+    Args:
+        patience_s: how long processes that were asked to end may take.
+    Returns:
+        0, or that of the first process that failed.
     """
-    port = free_port()
-    processes = []
-    for rank in range(count):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        place |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // count))}
-        processes.append(subprocess.Popen([*command], env=os.environ | {k: str(v) for k, v in place.items()}))
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    terminate = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(patience_s))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # messages here say the same
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{LOCAL}:0",
+        local_addr=LOCAL,
+        max_restarts=0,
+    )
     try:
-        return wait_for(processes)
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        killed = {rank: failure for rank, failure in error.failures.items() if failure.exitcode < 0}
+        for rank, failure in killed.items():
+            if failure.exitcode != -signal.SIGTERM:  # with which the agent ends the others
+                name = failure.signal_name()
+                why = ", often for lack of memory" if name == "SIGKILL" else ""
+                message = f"ngrpo: process {rank} of {count} was killed ({name}{why}); go on with resume=latest\n"
+                sys.stderr.write(message)
+                return 1
+        return max(1, *(failure.exitcode for failure in error.failures.values()))
+    except SignalException:
+        return 2
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-        signal.signal(signal.SIGINT, previous)
-        signal.signal(signal.SIGTERM, terminate)
-
-
-def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; after the first failure only for a while."""
-    status, deadline = 0, None
-    while any(process.poll() is None for process in processes):
-        for rank, process in enumerate(processes):
-            if process.poll() and not status:
-                status, deadline = process.returncode, time.monotonic() + GRACE_S
-                if status < 0:
-                    name = signal.Signals(-status).name
-                    sys.stderr.write(
-                        f"ngrpo: process {rank} of {len(processes)} was killed ({name}"
-                        f"{', often for lack of memory' if name == 'SIGKILL' else ''}); go on with resume=latest\n"
-                    )
-        if deadline is not None and time.monotonic() > deadline:
-            for process in processes:
-                process.terminate()
-            deadline = time.monotonic() + GRACE_S
-        time.sleep(0.1)
-    return status or next((process.returncode for process in processes if process.returncode), 0)
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        for process in psutil.Process().children(recursive=True):  # after a second Ctrl-C
+            process.kill()
+    return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,11 @@ from ngrpo_lora.errors import SharedError, UserError
 
 if TYPE_CHECKING:
     from ngrpo_lora.config import RunConfig
+
+log = logging.getLogger(__name__)
+
+MEETING_S = 60.0
+"""How long processes wait for each other whose configuration cannot be read."""
 
 
 def train(
@@ -29,31 +36,67 @@ def train(
 ) -> None:
     """Train a LoRA: `ngrpo train` for the embedded demo, `ngrpo train run.yaml trainer.num_iterations=100`.
 
-    All GPUs of this machine take part. For several machines start it with `torchrun ... -m ngrpo_lora train ...`.
+    All GPUs of this machine take part. For several machines start it with `accelerate launch` or `torchrun`, such as
+    `torchrun ... -m ngrpo_lora train ...`.
     """
+    from ngrpo_lora.ranks import launched, several_wanted, started_alone
+
+    if launched():
+        _train_as_one_of_several(arguments)
+        return
     from ngrpo_lora.config import load_config
 
     config = load_config(*split_arguments(arguments))
 
     from ngrpo_lora.cli import launching
     from ngrpo_lora.planning.preflight import check_run
-    from ngrpo_lora.ranks import launched
 
-    if launched():
-        from ngrpo_lora.training.processes import Processes
-
-        processes = Processes(config.trainer.timeout_s)
-        if problem := processes.agree(_problem(check_run, config) if processes.is_main else None):
-            raise SharedError(problem)
-        _train(config)
-        return
     check_run(config)
-    count = launching.process_count(config.model.device, num_processes, config.trainer.cpu_processes)
+    if several_wanted():
+        log.warning(
+            "accelerate launch has started one process, as it starts several on a CPU by mpirun alone; "
+            "ngrpo train --num-processes N and torchrun do without"
+        )
+    asked = 1 if num_processes is None and started_alone() else num_processes
+    count = launching.process_count(config.model.device, asked, config.trainer.cpu_processes)
     _warn_of_shortage(config, count)
     if count == 1:
         _train(config)
-    elif status := launching.launch(count, [sys.executable, "-m", "ngrpo_lora", "train", *(arguments or [])]):
-        raise typer.Exit(status if status > 0 else 1)
+        return
+    command = [sys.executable, "-m", "ngrpo_lora", "train", *(arguments or [])]
+    if status := launching.launch(count, command, config.trainer.timeout_s):
+        raise typer.Exit(status)
+
+
+def _train_as_one_of_several(arguments: list[str] | None) -> None:
+    """Check on every process, agree, and train; a problem that all have is shown once."""
+    from ngrpo_lora.config import load_config
+    from ngrpo_lora.devices import resolve_device
+    from ngrpo_lora.planning.preflight import check_run
+    from ngrpo_lora.training.processes import Processes
+
+    config, problem, device, timeout_s = None, None, "cpu", MEETING_S
+    try:
+        config = load_config(*split_arguments(arguments))
+        device, timeout_s = resolve_device(config.model.device), config.trainer.timeout_s
+    except UserError as error:
+        problem = str(error)
+    processes = Processes(device, timeout_s)
+    try:
+        if config is not None and processes.is_main:
+            problem = _problem(check_run, config)
+        if problem := processes.agree(problem):
+            raise SharedError(problem)
+        assert config is not None  # else there is a problem
+        _train(config)
+    except UserError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers end all processes when the first one ends
+        shared = isinstance(error, SharedError)
+        if processes.is_main or not shared:
+            typer.echo(f"ngrpo: {error}", err=True)
+        if shared:
+            processes.wait()
+        raise typer.Exit(2) from None
 
 
 def _warn_of_shortage(config: RunConfig, gpus: int) -> None:

@@ -6,20 +6,24 @@ function of the run's seed and the group's position, a run does not depend on th
 order of float additions. DistributedDataParallel's hooks would instead need as many backward passes on every
 process, which groups without advantages do not give.
 
-Started by `ngrpo train` itself, by `accelerate launch` or by `torchrun`: all set RANK, WORLD_SIZE and MASTER_ADDR.
+accelerate makes the process group and carries every exchange. Started by `ngrpo train` itself, by `accelerate launch`
+or by `torchrun`: all set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, check_cuda_p2p_ib_support, gather_object, reduce
 from torch import Tensor, nn
 
 from ngrpo_lora.errors import UserError, first_line
@@ -27,27 +31,40 @@ from ngrpo_lora.ranks import launched
 
 __all__ = ["Processes", "base_is_sharded", "is_loss", "shard"]
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
 class Processes:
     """This process and its peers. Alone, every method is the identity."""
 
-    def __init__(self, timeout_s: float = 1800.0):
-        self.rank, self.count = 0, 1
+    def __init__(self, device: str = "cpu", timeout_s: float = 1800.0):
+        """Meet the others, where a launcher started several.
+
+        Args:
+            device: `model.device`, resolved; GPUs exchange tensors over NCCL and all else over gloo.
+            timeout_s: how long each waits for the others.
+        Raises:
+            UserError: they cannot meet, or the environment contradicts itself.
+        """
+        self.rank, self.count, self.timeout_s = 0, 1, timeout_s
         if not launched():
             return
-        if not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            try:
-                dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-            except (RuntimeError, ValueError) as error:
-                where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-                raise UserError(
-                    f"processes could not meet at {where} ({first_line(error)}); is the port in use, or the address "
-                    "reachable? choose another MASTER_PORT or --main_process_port"
-                ) from None
-        self.rank, self.count, self.timeout_s = dist.get_rank(), dist.get_world_size(), timeout_s
+        check_launcher()
+        on_gpu = device.startswith("cuda")
+        try:
+            self.state = PartialState(
+                cpu=not on_gpu, backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s)
+            )
+        except (RuntimeError, ValueError) as error:
+            rank, size, address, port = map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+            raise UserError(
+                f"process {rank} of {size} could not meet the others at {address}:{port} within trainer.timeout_s "
+                f"({timeout_s:g} s: {first_line(error)}); have all machines started, is the port free, and the address "
+                "reachable? choose another MASTER_PORT, --master-port or --main_process_port"
+            ) from None
+        self.rank, self.count = self.state.process_index, self.state.num_processes
 
     @property
     def is_main(self) -> bool:
@@ -67,18 +84,15 @@ class Processes:
         """Every process's value, in their order, on every process; tensors should be on the CPU."""
         if self.count == 1:
             return [value]
-        values: list[Any] = [None] * self.count
         with self.contact():
-            dist.all_gather_object(values, value)
-        return values
+            return gather_object([value])
 
     def broadcast(self, value: T) -> T:
         """The main process's value, on every process."""
-        values: list[Any] = [value if self.is_main else None]
-        if self.count > 1:
-            with self.contact():
-                dist.broadcast_object_list(values, src=0)
-        return values[0]
+        if self.count == 1:
+            return value
+        with self.contact():
+            return broadcast_object_list([value if self.is_main else None])[0]
 
     def any(self, flag: bool) -> bool:
         """Whether it is so anywhere."""
@@ -99,8 +113,8 @@ class Processes:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         with self.contact():
-            dist.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            summed = reduce(flat, "sum")
+        for tensor, part in zip(tensors, summed.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     @contextmanager
@@ -124,10 +138,32 @@ class Processes:
                 why = f"lost another process, whose own message says why ({first_line(error)})"
             raise UserError(f"process {self.rank} of {self.count} {why}; go on with resume=latest") from None
 
+    def wait(self) -> None:
+        """Wait until every process has come here; launchers end all others as soon as one has failed."""
+        self.gather(None)
+
     def close(self) -> None:
         """Leave the others in order; without it they would report a lost connection."""
-        if self.count > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        if self.count > 1:
+            self.state.destroy_process_group()
+
+
+def check_launcher() -> None:
+    """Make sure that nothing is asked of accelerate which only its own training loop could do.
+
+    Raises:
+        UserError: its configuration asks for DeepSpeed.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError(
+            "accelerate must start this run without DeepSpeed, but its configuration asks for that; give accelerate "
+            "launch --multi_gpu or another --config_file, and use trainer.strategy=fsdp to share the base among GPUs"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        log.warning("accelerate's settings of FSDP are not used; trainer.strategy=fsdp shares the base among the GPUs")
+    if torch.cuda.is_available() and not check_cuda_p2p_ib_support():  # as accelerate launch does
+        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+        os.environ.setdefault("NCCL_IB_DISABLE", "1")
 
 
 def base_is_sharded(strategy: str, num_processes: int) -> bool:

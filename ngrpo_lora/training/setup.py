@@ -47,11 +47,11 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
     Raises:
         UserError: it does not fit the processes, or a reward, measure, model, adapter or checkpoint cannot be had.
     """
-    if config.trainer.num_threads is not None:
-        torch.set_num_threads(config.trainer.num_threads)
-    processes = Processes(config.trainer.timeout_s)
     device = process_device(resolve_device(config.model.device))
     use_device(device)
+    processes = Processes(device, config.trainer.timeout_s)
+    if config.trainer.num_threads is not None:  # accelerate has a number of its own
+        torch.set_num_threads(config.trainer.num_threads)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     if problem := processes.agree(misfit(config, processes.count)):
         raise SharedError(problem)

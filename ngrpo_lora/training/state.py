@@ -99,26 +99,36 @@ def checkpoint_on_error(run: Run) -> Iterator[None]:
         raise
 
 
+ASKING = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+"""Signals that ask a run to stop; SIGTERM also comes from launchers, which end all processes when one has failed."""
+
+
 @contextmanager
-def interrupt_asked() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a request to stop after this iteration; a second one stops at once."""
+def interrupt_asked(tell: bool) -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after this iteration; a second one stops at once.
+
+    Args:
+        tell: whether to say so.
+    """
     asked = False
 
     def ask(signum: int, frame: Any) -> None:
         nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
         asked = True
-        signal.signal(signal.SIGINT, previous)
-        console.print("stopping after this iteration; press Ctrl-C again to stop at once")
+        if tell:
+            name = ASKING[signal.Signals(signum)]
+            console.print(f"{name}: stopping after this iteration; a second one stops at once")
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.getsignal(signal.SIGINT)
-    if in_main_thread:
-        signal.signal(signal.SIGINT, ask)
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {one: signal.signal(one, ask) for one in ASKING}
     try:
         yield lambda: asked
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, previous)
+        for one, handler in previous.items():
+            signal.signal(one, handler)
 
 
 def on_cpu(nested: Any) -> Any:

@@ -36,7 +36,8 @@ def train(config: RunConfig, *watchers: Watcher) -> Metrics:
 def complete(run: Run) -> Metrics:
     """Iterate until the run is complete, evaluating and saving on the way, and export its adapter."""
     evaluation, stopped = Metrics(), run.is_complete
-    with run.watchers.looking_on(run.start()), checkpoint_on_error(run), interrupt_asked() as interrupted:
+    stopping = interrupt_asked(run.processes.is_main)
+    with run.watchers.looking_on(run.start()), stopping as interrupted, checkpoint_on_error(run):
         if run.evaluation_missing:
             evaluation = evaluate(run)
             run.watchers.after_step(run.iteration, evaluation)

@@ -13,11 +13,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
-from runs import SEVERAL, TROUBLE
-from safetensors.torch import load_file
+from runs import SEVERAL, TROUBLE, adapter_weights, assert_nearly_same_run, read_rows
+from torch.distributed.elastic.utils.distributed import get_free_port
 
-from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.cli.launching import free_port
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.training.processes import Processes
@@ -43,7 +41,7 @@ def child(rank: int, count: int, port: int, function: Callable[..., Any], argume
 
 def run(context: Any, count: int, function: Callable[..., Any], *arguments: Any) -> list[tuple[str | None, Any]]:
     """(error, value) of `function` on every process; a process that died has ("dead", its exit code)."""
-    port, processes = free_port(), []
+    port, processes = get_free_port(), []
     for rank in range(count):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=child, args=(rank, count, port, function, arguments, sender))
@@ -69,28 +67,6 @@ def train(config: RunConfig) -> float:
     return train(config)["eval/reward_mean"]
 
 
-def rows(output_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
-
-
-def weights(output_dir: Path) -> torch.Tensor:
-    tensors = load_file(output_dir / "adapter" / FILE_NAME)
-    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Equal but for the order of additions; Adam's first steps divide by tiny gradients and magnify it."""
-    for row, same in zip(rows(one), rows(other), strict=True):
-        for key in row.keys() - {key for key in row if key.startswith("time/")}:
-            assert same[key] == pytest.approx(row[key], rel=1e-3, abs=1e-5), key
-    difference = (weights(one) - weights(other)).norm() / weights(one).norm()
-    assert difference < 1e-3
-    for folder, suffix in (("samples", "png"), ("evaluations", "jsonl")):
-        names = [path.name for path in sorted((one / folder).glob(f"*.{suffix}"))]
-        assert names == [path.name for path in sorted((other / folder).glob(f"*.{suffix}"))]
-        assert names
-
-
 @pytest.fixture(scope="module")
 def alone(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process, which the runs of several must equal."""
@@ -107,7 +83,7 @@ def test_results_do_not_depend_on_the_number_of_processes(
     results = run(context, count, train, make_config(tmp_path, *SEVERAL, *([setting] if setting else [])))
     assert [error for error, _ in results] == [None] * count
     assert len({value for _, value in results}) == 1
-    assert_same_run(alone, tmp_path)
+    assert_nearly_same_run(alone, tmp_path)
 
 
 WHERE = """
@@ -131,7 +107,7 @@ def test_pictures_of_all_processes_are_measured_together_and_in_order(
     settings = [*SEVERAL, "trainer.num_iterations=1"]
     whole = make_config(tmp_path / "run", *settings, f"evaluation.measures={tmp_path / 'where.py'}:where")
     assert [error for error, _ in run(context, 2, train, whole)] == [None] * 2
-    for step, row in enumerate(rows(tmp_path / "run")):
+    for step, row in enumerate(read_rows(tmp_path / "run")):
         scores = [json.loads(line) for line in (tmp_path / "run" / "evaluations" / f"{step:06d}.jsonl").open()]
         assert (row["eval/pictures"], row["eval/prompts"]) == (5, 5)
         assert row["eval/second"] == pytest.approx(scores[1]["redness"], abs=1e-6)
@@ -149,7 +125,7 @@ def test_where_there_is_nothing_to_learn_no_process_moves(context: Any, make_con
     settings = [*SEVERAL, f"rewards.train={reward}:score", "optimizer.weight_decay=0.5"]
     train(make_config(tmp_path / "one", *settings))
     assert [error for error, _ in run(context, 2, train, make_config(tmp_path / "two", *settings))] == [None] * 2
-    assert torch.equal(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    assert torch.equal(adapter_weights(tmp_path / "one"), adapter_weights(tmp_path / "two"))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(
@@ -161,7 +137,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
         path.rename(tmp_path / "later")
     results = run(context, 4, train, half.model_copy(update={"resume": "latest"}))
     assert [error for error, _ in results] == [None] * 4
-    assert_same_run(alone, tmp_path)
+    assert_nearly_same_run(alone, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -194,11 +170,11 @@ def test_what_befalls_one_process_ends_all_with_a_message_and_the_run_can_go_on(
         None,
         None,
     ]
-    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2]
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [0, 1, 2]
 
 
 def wait_for_a_slow_one(timeout_s: float) -> None:
-    processes = Processes(timeout_s)
+    processes = Processes(timeout_s=timeout_s)
     if processes.rank == 1:
         time.sleep(timeout_s + 4)
     processes.gather(processes.rank)
@@ -211,7 +187,7 @@ def test_waiting_for_a_slow_process_is_bounded(context: Any):
 
 
 def gather_and_sum() -> tuple[Any, ...]:
-    processes = Processes(30.0)
+    processes = Processes(timeout_s=30.0)
     tensors = [torch.full((2,), 1.0 + processes.rank), torch.tensor([[10.0 * processes.rank]])]
     processes.sum_(tensors)
     problem = "not good" if processes.rank == 2 else None
