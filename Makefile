@@ -6,6 +6,7 @@
 #   make test-comfy  the tests of the ComfyUI nodes, in a real ComfyUI
 #   make comfy-workflows  the graphs of workflows/, written anew by the script that describes them
 #   make comfy-pictures   thumbnails of workflows/ and the README's screenshots, drawn anew; needs Chromium
+#   make test-slow   the tests that are too slow for CI
 #   make test-gpu    the tests that need a CUDA device
 #   make lint        lint, format and types alone
 #   make env         only the environment; make comfy-env that of test-comfy, in .venv-comfy
@@ -24,7 +25,7 @@ STAMP := $(VENV)/.installed
 COMFY := .venv-comfy
 COMFY_STAMP := $(COMFY)/.installed
 
-.PHONY: demo demo-long test test-comfy test-gpu lint env comfy-env comfy-workflows comfy-pictures clean
+.PHONY: demo demo-long test test-comfy test-slow test-gpu lint env comfy-env comfy-workflows comfy-pictures clean
 
 demo: $(STAMP)
 	$(BIN)/ngrpo train demo
@@ -44,6 +45,9 @@ comfy-workflows: $(COMFY_STAMP)
 comfy-pictures: $(COMFY_STAMP)
 	$(COMFY)/bin/python tests/comfy/make_pictures.py
 
+test-slow: $(STAMP)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m "slow and not gpu and not network"
+
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu
 
@@ -56,6 +60,7 @@ env: $(STAMP)
 
 # open_clip is what tests compare with; its torchvision is left out, which has no wheel for the CPU build of torch. It
 # lies beside the environment's packages, as others import timm where they find it, and would miss torchvision.
+# trackio asks for Pillow below 13, and runs with 13.
 $(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ngrpo-lora needs Python 3.11 or newer, got " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -63,6 +68,8 @@ $(STAMP): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[dev]'
 	$(BIN)/python -m pip install --quiet -c requirements.lock --no-deps --upgrade --target $(VENV)/comparators \
 		ftfy open_clip_torch timm wcwidth
+	$(BIN)/python -m pip install --quiet -c requirements.lock --no-deps trackio brotli gradio_client httpcore httpx \
+		orjson python-multipart starlette uvicorn
 	@touch $@
 
 comfy-env: $(COMFY_STAMP)

@@ -27,6 +27,7 @@ from ngrpo_lora.config.run import (
     TrainerConfig,
 )
 from ngrpo_lora.config.section import Section
+from ngrpo_lora.config.tracking import TrackerConfig
 from ngrpo_lora.errors import ConfigError
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "Section",
+    "TrackerConfig",
     "TrainerConfig",
     "changed_keys",
     "describe",

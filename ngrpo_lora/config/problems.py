@@ -13,6 +13,7 @@ from ngrpo_lora import registry
 from ngrpo_lora.config.description import describe
 from ngrpo_lora.config.plugins import algorithm_settings, reward_class, reward_section
 from ngrpo_lora.config.section import listed
+from ngrpo_lora.config.tracking import TrackerConfig
 
 __all__ = ["show_value"]
 
@@ -25,11 +26,12 @@ def problems_in_words(error: ValidationError, data: Mapping[str, Any]) -> list[s
         parts = [str(part) for part in detail["loc"]]
         if detail["type"] == "extra_forbidden":
             key = ".".join(parts)
-            near = _other_algorithm(key) or _nearest_key(key, [*options, *_reward_keys(parts, data)])
+            known = _entry_keys(parts, data)
+            near = _other_algorithm(key) or _nearest_key(key, [*known] or [*options])
             lines[key] = [(f"unknown key {key}{near}", None)]
             continue
         # Drop what pydantic appends for the branches of a union: they are no keys.
-        while parts and not parts[-1].isdigit() and ".".join(parts) not in options and not _in_reward(parts):
+        while parts and not parts[-1].isdigit() and ".".join(parts) not in options and not _in_entry(parts):
             parts.pop()
         lines.setdefault(".".join(parts), []).append((_rule(detail), detail["input"]))
     problems: list[str] = []
@@ -62,8 +64,20 @@ def _in_reward(parts: Sequence[str]) -> bool:
     return len(parts) > 3 and tuple(parts[:2]) in (("rewards", "train"), ("evaluation", "rewards"))
 
 
-def _reward_keys(parts: Sequence[str], data: Mapping[str, Any]) -> Iterator[str]:
-    """The keys that are known in the reward's entry that `parts` lies in; none outside of such entries."""
+def _in_tracker(parts: Sequence[str]) -> bool:
+    """Whether a key is one of an entry of the list of trackers."""
+    return len(parts) == 3 and parts[0] == "tracking"
+
+
+def _in_entry(parts: Sequence[str]) -> bool:
+    """Whether a key lies within an entry of a list, whose keys no list of all options has."""
+    return _in_reward(parts) or _in_tracker(parts)
+
+
+def _entry_keys(parts: Sequence[str], data: Mapping[str, Any]) -> Iterator[str]:
+    """The keys that are known in the entry of a list that `parts` lies in; none outside of such entries."""
+    if _in_tracker(parts):
+        yield from (".".join([*parts[:2], name]) for name in TrackerConfig.model_fields)
     if _in_reward(parts):
         section = reward_section(data["rewards"]) if parts[0] == "rewards" else data["evaluation"]
         entry = listed(section[parts[1]])[int(parts[2])]

@@ -19,6 +19,7 @@ from ngrpo_lora.config.plugins import (
     reward_section,
 )
 from ngrpo_lora.config.section import DEVICE_PATTERN, Section, listed
+from ngrpo_lora.config.tracking import TrackerEntries
 
 __all__ = [
     "EvaluationConfig",
@@ -321,6 +322,12 @@ class RunConfig(Section, frozen=True):
     )
     hub: Annotated[HubConfig, BeforeValidator(hub_section)] = Field(
         default_factory=lambda: HubConfig(), description=HubConfig.__doc__
+    )
+    tracking: TrackerEntries = Field(
+        default=(),
+        strict=False,
+        description="Trackers of metrics, settings and sample grids: tensorboard, wandb, trackio, comet_ml, mlflow, "
+        "clearml, swanlab, aim, dvclive, or mappings such as {name: wandb, project: flux, options: {entity: me}}.",
     )
     output_dir: str = Field(default="runs/default", min_length=1, description="Folder of this run; made when missing.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of LoRA initialisation, prompt order and noises.")

@@ -18,9 +18,10 @@ __all__ = ["check_resumable", "check_run", "check_settings"]
 
 # What a resumed run may change: where it runs, how long, what it reports; nothing that changes its updates.
 MAY_CHANGE = (
-    *("output_dir", "resume", "hub.", "evaluation.", "trainer.", "rollout.micro_batch_size"),
+    *("output_dir", "resume", "hub.", "tracking", "evaluation.", "trainer.", "rollout.micro_batch_size"),
     *("model.device", "model.swap_blocks", "model.text_encoders", "model.vae_tiling"),
 )
+WITH_EXTRA = ("tensorboard", "wandb", "trackio")  # trackers that an extra of this package installs
 REMOTE = ("hf:", "hpdv2:")  # prompts that a network may be asked for
 
 
@@ -142,6 +143,10 @@ def _packages(config: RunConfig) -> Iterator[str]:
     if config.optimizer.name.endswith("_8bit") and importlib.util.find_spec("bitsandbytes") is None:
         name = config.optimizer.name
         yield f"optimizer.name={name} needs bitsandbytes, which is not installed; pip install 'ngrpo-lora[8bit]'"
+    for name in (tracker.name for tracker in config.tracking):
+        if importlib.util.find_spec(name) is None:
+            extra = f"'ngrpo-lora[{name}]'" if name in WITH_EXTRA else name.replace("_", "-")
+            yield f"tracking: {name} needs the package {name}, which is not installed; pip install {extra}"
     if config.model.quantization != "none":
         from ngrpo_lora.devices import resolve_device
         from ngrpo_lora.models._quantization import check_quantization

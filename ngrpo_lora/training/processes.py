@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -91,8 +91,9 @@ class Processes:
         """The main process's value, on every process."""
         if self.count == 1:
             return value
+        values: list[Any] = [value if self.is_main else None]
         with self.contact():
-            return broadcast_object_list([value if self.is_main else None])[0]
+            return broadcast_object_list(values)[0]
 
     def any(self, flag: bool) -> bool:
         """Whether it is so anywhere."""
@@ -113,7 +114,7 @@ class Processes:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         with self.contact():
-            summed = reduce(flat, "sum")
+            summed: Any = reduce(flat, "sum")
         for tensor, part in zip(tensors, summed.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 

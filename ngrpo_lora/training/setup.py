@@ -34,6 +34,7 @@ from ngrpo_lora.training.recorder import Recorder
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.screen import Screen
 from ngrpo_lora.training.state import resume
+from ngrpo_lora.training.tracking import Tracking
 from ngrpo_lora.training.watcher import Watcher, Watchers, attend
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     if problem := processes.agree(misfit(config, processes.count)):
         raise SharedError(problem)
-    own = [Recorder(), Screen()] if processes.is_main else [Screen()]
+    own: list[Watcher] = [recorder := Recorder(), Tracking(recorder), Screen()] if processes.is_main else [Screen()]
     looking_on = Watchers([*own, *watchers])
     algorithm = open_algorithm(config)
     # Rewards and measures come first: what they lack should be known before a large model is loaded.

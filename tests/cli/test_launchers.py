@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,6 +21,13 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from ngrpo_lora.config import dump_config
 
 BIN = Path(sys.executable).parent
+
+
+def slow(*values: str) -> Any:
+    """A case that is much like its neighbours, and tested with `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 TRAIN = ("-m", "ngrpo_lora", "train")
 ACCELERATE = {  # as `accelerate config` writes it for two GPUs of one machine
     "compute_environment": "LOCAL_MACHINE",
@@ -74,7 +82,7 @@ def alone(file: Path) -> Path:
     return file.parent / "alone"
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "accelerate-config", "one", "machines"])
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", slow("accelerate-config"), slow("one"), "machines"])
 def test_every_launcher_gives_the_same_run(launcher: str, file: Path, alone: Path, tmp_path: Path):
     train = [*TRAIN, file, f"output_dir={tmp_path / 'run'}"]
     accelerate = [BIN / "accelerate", "launch"]
@@ -97,7 +105,7 @@ def test_every_launcher_gives_the_same_run(launcher: str, file: Path, alone: Pat
     assert_nearly_same_run(alone, tmp_path / "run")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", slow("accelerate")])
 def test_what_no_process_can_read_is_said_once(launcher: str, tmp_path: Path):
     first = {"torchrun": ["--nproc-per-node", "2"], "accelerate": ["launch", "--multi_gpu", "--num_processes", "2"]}
     process = start([BIN / launcher, *first[launcher], *TRAIN, "rollout.group_szie=3"])
@@ -114,8 +122,10 @@ def test_more_processes_than_groups_are_refused_once(file: Path, tmp_path: Path)
     assert said.count("rollout.prompts_per_iteration must be at least the number of processes (2), got 1") == 1
 
 
-@pytest.mark.parametrize("launcher", ["ngrpo", "torchrun"])
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("launcher", "name"),
+    [("ngrpo", "SIGINT"), slow("ngrpo", "SIGTERM"), slow("torchrun", "SIGINT"), slow("torchrun", "SIGTERM")],
+)
 def test_a_signal_stops_all_processes_after_an_iteration(launcher: str, name: str, file: Path, tmp_path: Path):
     run = tmp_path / "run"
     settings = [file, f"output_dir={run}", "trainer.num_iterations=200", "evaluation.every=200"]
@@ -138,7 +148,7 @@ def test_a_signal_stops_all_processes_after_an_iteration(launcher: str, name: st
         assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("launcher", ["ngrpo", "torchrun"])
+@pytest.mark.parametrize("launcher", ["ngrpo", slow("torchrun")])
 def test_a_killed_process_ends_all_with_a_checkpoint(launcher: str, file: Path, tmp_path: Path):
     (tmp_path / "trouble.py").write_text(TROUBLE.format("os.kill(os.getpid(), 9)"))
     settings = [file, f"output_dir={tmp_path / 'run'}", f"rewards.train={tmp_path / 'trouble.py'}:score"]
