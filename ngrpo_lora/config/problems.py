@@ -26,8 +26,8 @@ def problems_in_words(error: ValidationError, data: Mapping[str, Any]) -> list[s
         parts = [str(part) for part in detail["loc"]]
         if detail["type"] == "extra_forbidden":
             key = ".".join(parts)
-            known = _entry_keys(parts, data)
-            near = _other_algorithm(key) or _nearest_key(key, [*known] or [*options])
+            known = [] if _in_tracker(parts) else [*options]
+            near = _other_algorithm(key) or _nearest_key(key, [*known, *_entry_keys(parts, data)])
             lines[key] = [(f"unknown key {key}{near}", None)]
             continue
         # Drop what pydantic appends for the branches of a union: they are no keys.

@@ -15,7 +15,7 @@ from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.downloads import hub_errors
 from ngrpo_lora.errors import UserError
 
-__all__ = ["family_of", "model_index"]
+__all__ = ["family_of", "model_index", "model_json"]
 
 INDEX = "model_index.json"
 
@@ -68,15 +68,24 @@ def model_index(path: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it cannot be had: no such model, gated, no network.
     """
-    file = Path(path) / INDEX
+    return model_json(path, INDEX, revision)
+
+
+def model_json(path: str, name: str, revision: str | None = None) -> dict[str, Any]:
+    """Contents of a small JSON file of a diffusers folder or of a model on the Hub.
+
+    Raises:
+        UserError: there is none, or it cannot be had.
+    """
+    file = Path(path) / name
     if not Path(path).is_dir():
-        file = Path(hub_file(path, INDEX, revision))
+        file = Path(hub_file(path, name, revision))
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"model.path must be a diffusers folder, but {path!r} holds no {INDEX}") from None
+        raise UserError(f"model.path must be a diffusers folder, but {path!r} holds no {name}") from None
     except ValueError as error:
-        raise UserError(f"model.path {path!r}: {INDEX} is no JSON: {error}") from None
+        raise UserError(f"model.path {path!r}: {name} is no JSON: {error}") from None
 
 
 def hub_file(repo: str, name: str, revision: str | None = None) -> str:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.models._base import BaseFamily, Parts
+from ngrpo_lora.models._index import model_json
 from ngrpo_lora.types import TextEmbeds
 
 TURBO_SHIFT = 3.0
@@ -48,6 +50,21 @@ class Family(BaseFamily):
     def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         """Guidance of velocities as in Imagen's Eq. 2, with a scale of `w - 1`."""
         return conditional + self.settings["guidance_scale"] * (conditional - unconditional)
+
+    def configure(self, config: ModelConfig) -> None:
+        """Apply the settings of `config`; guidance that Turbo cannot follow is refused.
+
+        Raises:
+            UserError: it is, with rule, value and remedy.
+        """
+        check_guidance(config, self.pipeline.scheduler.config.shift)
+        super().configure(config)
+
+    def load(self, parts: Parts) -> Any:
+        """Load the pipeline; guidance that Turbo cannot follow is refused before its weights are read."""
+        scheduler = model_json(self.config.path, "scheduler/scheduler_config.json", self.config.revision)
+        check_guidance(self.config, scheduler["shift"])
+        return super().load(parts)
 
     def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
         """(C, H, W) of the VAE's latents."""
@@ -82,3 +99,12 @@ class Family(BaseFamily):
         prompts = [row[:length] for row, length in zip(text.tensors["prompt_embeds"], lengths, strict=True)]
         images = self.transformer([*latents.unsqueeze(2)], 1 - sigmas, prompts, return_dict=False)[0]
         return -torch.stack(images).squeeze(2)
+
+
+def check_guidance(config: ModelConfig, shift: float) -> None:
+    """Raise UserError for guidance that Turbo, which has a shift of its own, cannot follow."""
+    if shift == TURBO_SHIFT and config.guidance_scale:
+        raise UserError(
+            f"model.guidance_scale must be 0 or null for {config.path!r}, a Turbo model that is distilled to draw "
+            f"without guidance, got {config.guidance_scale:g}; Z-Image takes guidance"
+        )

@@ -129,6 +129,8 @@ def test_the_version_is_told_by_the_transformer(family: Any, tmp_path: Path):
     assert (large.architecture, large.kohya_version) == ("stable-diffusion-v3.5-large", "3-5-large")
     assert large.settings["guidance_scale"] == 3.5
     assert large.latent_shape == (4, 8, 16)
+    turbo = load((tmp_path / "large").rename(tmp_path / "sd-large-Turbo"), height_px=32, width_px=64)
+    assert (turbo.settings["guidance_scale"], turbo.guided) == (1.0, False)
     third = load(make_folder(tmp_path / "third", dual_attention_layers=(), qk_norm=None))
     assert (third.architecture, third.kohya_version) == ("stable-diffusion-v3-medium", "3-medium")
     assert third.settings["guidance_scale"] == 7.0

@@ -26,7 +26,9 @@ from family_checks import (
 )
 from transformers import Qwen3Config, Qwen3Model
 
+from ngrpo_lora.config import load_config
 from ngrpo_lora.equations.solvers import flow_sigmas
+from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
 
 SIZE: dict[str, Any] = {"height_px": 32, "width_px": 48}
@@ -91,6 +93,18 @@ def turbo_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def family(folder: Path) -> BaseFamily:
     return load(folder, **SIZE)
+
+
+def test_turbo_by_path_in_the_preset_has_one_pass_and_refuses_guidance(turbo_folder: Path, folder: Path):
+    """As `ngrpo train z-image model.path=...` and `ngrpo plan` do."""
+    for path, passes in ((folder, 2), (turbo_folder, 1)):
+        model = load_config("z-image", [f"model.path={path}"]).model
+        assert 1 + load(path, **SIZE, guidance_scale=model.guidance_scale).guided == passes
+    with pytest.raises(UserError, match=r"guidance_scale must be 0 or null .* Turbo .*, got 5; Z-Image takes"):
+        load(turbo_folder, **SIZE, guidance_scale=5.0)
+    loaded = load(turbo_folder, **SIZE)
+    with pytest.raises(UserError, match="guidance_scale must be 0 or null"):
+        loaded.configure(loaded.config.model_copy(update={"guidance_scale": 2.0}))
 
 
 @pytest.mark.parametrize(
