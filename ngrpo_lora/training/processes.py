@@ -65,6 +65,11 @@ class Processes:
                 "reachable? choose another MASTER_PORT, --master-port or --main_process_port"
             ) from None
         self.rank, self.count = self.state.process_index, self.state.num_processes
+        if self.count == 1:
+            raise UserError(
+                "processes on GPUs must be started by accelerate launch or torchrun, got one that mpirun started; "
+                "accelerate joins those on a CPU alone"
+            )
 
     @property
     def is_main(self) -> bool:

@@ -82,7 +82,9 @@ def alone(file: Path) -> Path:
     return file.parent / "alone"
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", slow("accelerate-config"), slow("one"), "machines"])
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", "accelerate", "machines", *map(slow, ("accelerate-config", "one", "mpirun"))]
+)
 def test_every_launcher_gives_the_same_run(launcher: str, file: Path, alone: Path, tmp_path: Path):
     train = [*TRAIN, file, f"output_dir={tmp_path / 'run'}"]
     accelerate = [BIN / "accelerate", "launch"]
@@ -96,6 +98,10 @@ def test_every_launcher_gives_the_same_run(launcher: str, file: Path, alone: Pat
     elif launcher == "one":
         said = finish(start([*accelerate, "--cpu", "--num_processes", "2", *train]))
         assert "starts several on a CPU by mpirun alone; ngrpo train --num-processes N and torchrun" in said[0]
+    elif launcher == "mpirun":  # as it leaves the environment of `accelerate launch --cpu`
+        there = {"OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+        ranks = ({"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank} for rank in "01")
+        said = finish(*(start([sys.executable, *train], **there, **rank) for rank in ranks))
     else:
         there = ["--multi_gpu", "--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
         there += ["--main_process_port", str(get_free_port())]
