@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.adapters.reading import read_metadata
@@ -144,6 +144,8 @@ def write_card(
         tags=[task, "diffusers", "lora", "template:sd-lora", "neighbor-grpo", family],
         base_model_relation="adapter" if base else None,
         widget=gallery or None,
+        model_name=repo.partition("/")[2],
+        eval_results=evaluations(differences, task, config) or None,
     )
     sections = [
         introduction(repo, config, base, bool(pictures)),
@@ -155,6 +157,24 @@ def write_card(
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def evaluations(differences: Sequence[Difference], task: str, config: RunConfig) -> list[EvalResult]:
+    """The last evaluation's mean of each reward, as the Hub shows it beside the model."""
+    held_out = config.prompts.held_out
+    public = isinstance(held_out, str) and held_out.startswith(("world:", "hf:", "hpdv2:"))
+    name = held_out if public else "held-out prompts"
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type="prompts",
+            dataset_name=name,
+            metric_type=difference.reward,
+            metric_name=f"{difference.reward}, {difference.before:.4g} before training",
+            metric_value=round(difference.after, 4),
+        )
+        for difference in differences
+    ]
 
 
 def introduction(repo: str, config: RunConfig, base: str | None, gallery: bool) -> str:

@@ -96,6 +96,11 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_the_data_are_what_the_hub_asks_for(tmp_path: Path, differences: list[Any]):
     config = make_config()
     data = make_card(make_folder(tmp_path, config, ["a red star"]), config, differences).data.to_dict()
+    ((model,), (task,)) = data["model-index"], data.pop("model-index")[0]["results"]
+    assert model["name"] == "my_lora"
+    assert task["task"] == {"type": "text-to-image"}
+    assert task["dataset"] == {"name": "world:held_out", "type": "prompts"}
+    assert task["metrics"] == [{"type": "hpsv2", "value": 0.3333, "name": "hpsv2, 0.25 before training"}]
     assert data == {
         "base_model": FLUX,
         "base_model_relation": "adapter",
