@@ -100,7 +100,7 @@ def test_the_data_are_what_the_hub_asks_for(tmp_path: Path, differences: list[An
     assert model["name"] == "my_lora"
     assert task["task"] == {"type": "text-to-image"}
     assert task["dataset"] == {"name": "world:held_out", "type": "prompts"}
-    assert task["metrics"] == [{"type": "hpsv2", "value": 0.3333, "name": "hpsv2, 0.25 before training"}]
+    assert task["metrics"][0] == {"type": "hpsv2", "value": 0.3333, "name": "hpsv2, 0.25 before training"}
     assert data == {
         "base_model": FLUX,
         "base_model_relation": "adapter",
