@@ -162,8 +162,9 @@ def write_card(
 def evaluations(differences: Sequence[Difference], task: str, config: RunConfig) -> list[EvalResult]:
     """The last evaluation's mean of each reward, as the Hub shows it beside the model."""
     held_out = config.prompts.held_out
-    public = isinstance(held_out, str) and held_out.startswith(("world:", "hf:", "hpdv2:"))
-    name = held_out if public else "held-out prompts"
+    name = "held-out prompts"
+    if isinstance(held_out, str) and held_out.startswith(("world:", "hf:", "hpdv2:")):
+        name = held_out
     return [
         EvalResult(
             task_type=task,
