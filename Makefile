@@ -34,7 +34,7 @@ demo-long: $(STAMP)
 	$(BIN)/ngrpo train demo output_dir=runs/demo-long trainer.num_iterations=840
 
 test: lint
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m "not slow and not gpu and not network"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not network"
 
 test-comfy: $(COMFY_STAMP)
 	$(COMFY)/bin/python -m pytest -q tests/comfy

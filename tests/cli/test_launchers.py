@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from conftest import MakeConfig
@@ -120,6 +121,7 @@ def test_what_no_process_can_read_is_said_once(launcher: str, tmp_path: Path):
     assert said.count("did you mean rollout.group_size?") == 1
 
 
+@pytest.mark.slow
 def test_more_processes_than_groups_are_refused_once(file: Path, tmp_path: Path):
     words = [*TRAIN, file, f"output_dir={tmp_path / 'run'}", "rollout.prompts_per_iteration=1"]
     process = start([BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", *words])
@@ -208,3 +210,26 @@ def test_an_environment_that_no_launcher_left_is_refused(
     assert process.returncode == 2
     assert re.search(message, said), said
     assert "Traceback" not in said
+
+
+def test_a_second_ctrl_c_ends_all_processes_at_once(file: Path, tmp_path: Path):
+    """While one of them waits for a reward that takes minutes."""
+    (tmp_path / "trouble.py").write_text(TROUBLE.format("Path(__file__).with_suffix('.now').touch(); time.sleep(300)"))
+    (tmp_path / "trouble.txt").write_text("now")
+    settings = [file, f"output_dir={tmp_path / 'run'}", f"rewards.train={tmp_path / 'trouble.py'}:score"]
+    process = start([BIN / "ngrpo", "train", *settings, "--num-processes", "2"])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "trouble.now").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) >= 2
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None  # it waits
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 2, said
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive

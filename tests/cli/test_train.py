@@ -132,7 +132,7 @@ def test_resume_may_change_length_and_evaluation(
 def test_the_demo_runs_as_two_processes_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     started: list[tuple[int, list[str]]] = []
     monkeypatch.setattr(launching.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(launching, "launch", lambda count, words: started.append((count, words)) or 0)
+    monkeypatch.setattr(launching, "launch", lambda count, words, patience_s: started.append((count, words)) or 0)
     result = CliRunner().invoke(app, ["train", "demo", "model.device=cpu", f"output_dir={tmp_path / 'run'}"])
     assert result.exit_code == 0, result.output
     ((count, words),) = started

@@ -136,7 +136,9 @@ def test_a_tracker_has_every_metric_of_every_step_once(name: str, make_config: M
     assert_same(READERS[name](tmp_path / "run"), tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", pytest.param("trackio", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["tensorboard", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wandb", "trackio"))]
+)
 def test_two_kills_and_resumes_leave_no_gap_and_no_double(name: str, make_config: MakeConfig, tmp_path: Path):
     """Killed after iteration 1, before any checkpoint of a kill's own, and after 3: checkpoints are at 2 and 4."""
     reward = tmp_path / "deadly.py"
