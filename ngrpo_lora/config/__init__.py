@@ -10,6 +10,7 @@ from ngrpo_lora.config.problems import show_value
 from ngrpo_lora.config.reading import (
     changed_keys,
     dump_config,
+    flatten,
     load_config,
     parse_config,
     parse_reward_entries,
@@ -52,6 +53,7 @@ __all__ = [
     "describe",
     "describe_reward",
     "dump_config",
+    "flatten",
     "load_config",
     "parse_config",
     "parse_reward_entries",

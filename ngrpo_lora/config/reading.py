@@ -19,6 +19,7 @@ from ngrpo_lora.errors import ConfigError
 __all__ = [
     "changed_keys",
     "dump_config",
+    "flatten",
     "load_config",
     "parse_config",
     "parse_reward_entries",
@@ -129,15 +130,16 @@ def dump_config(config: RunConfig) -> str:
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
     """The keys whose values differ between two configurations, as `key: old -> new` with dotted keys."""
-    before, after = (dict(_flatten(config.model_dump(mode="json"))) for config in (old, new))
+    before, after = (dict(flatten(config.model_dump(mode="json"))) for config in (old, new))
     keys = [*before, *(key for key in after if key not in before)]
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Give the values of nested mappings by dotted keys."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

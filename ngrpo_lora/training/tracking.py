@@ -20,7 +20,7 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
-from ngrpo_lora.config import RunConfig, TrackerConfig
+from ngrpo_lora.config import RunConfig, TrackerConfig, flatten
 from ngrpo_lora.errors import first_line
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.training.recorder import Recorder
@@ -95,10 +95,12 @@ class _Sink:
         kind = LOGGER_TYPE_TO_CLASS[self.config.name]
         self.tracker = kind(*self._place(), **self._identity(), **self.config.options)
         self.tracker.start()
+        if self.config.name == "trackio":
+            self._remember(self.tracker.tracker.id)
         if self.config.name == "wandb" and not self.tracker.tracker.offline:
             self.sent = self.tracker.tracker.step - 1
         self.behind = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] > self.sent]
-        self.tracker.store_init_configuration(flat(self.run.model_dump(mode="json")))
+        self.tracker.store_init_configuration(as_told(self.run))
 
     def send(self, row: Row) -> None:
         """Send a line, after those before it that are missing."""
@@ -145,21 +147,27 @@ class _Sink:
         """The run's own name, and what makes the tracker go on with it."""
         name = self.folder.resolve().name
         if self.config.name == "wandb":
-            return {"name": name, "id": self._wandb_id(), "resume": "allow", "dir": str(self.folder)}
+            self._remember(identity := self._known() or uuid4().hex)
+            return {"name": name, "id": identity, "resume": "allow", "dir": str(self.folder)}
         if self.config.name == "trackio":
-            local = forget(self.config, name) if self.iteration else True
-            return {"name": name if local else f"{name}, resumed at {self.iteration}"}
+            known = self._known()
+            replaced = known is None or forget(self.config, known)
+            return {"name": name if replaced else f"{name}, resumed at {self.iteration}"}
         return {"run_name": name} if self.config.name == "mlflow" else {}
 
-    def _wandb_id(self) -> str:
-        """The id of this run, which a resumed one finds in its folder; a new one where there is none."""
-        path = self.folder / "wandb-id.txt"
-        if self.iteration == 0 or not path.is_file():
-            path.write_text(uuid4().hex, encoding="utf-8")
-        return path.read_text(encoding="utf-8").strip()
+    @property
+    def _id_file(self) -> Path:
+        return self.folder / f"{self.config.name}-id.txt"
+
+    def _known(self) -> str | None:
+        """The id by which the tracker knows this run, kept in its folder; None for a new run."""
+        return self._id_file.read_text(encoding="utf-8").strip() if self.iteration and self._id_file.is_file() else None
+
+    def _remember(self, identity: str) -> None:
+        self._id_file.write_text(identity, encoding="utf-8")
 
 
-def forget(config: TrackerConfig, name: str) -> bool:
+def forget(config: TrackerConfig, identity: str) -> bool:
     """Delete trackio's former copy of a run, whose record it is about to get anew; False where it is elsewhere."""
     import trackio
 
@@ -167,20 +175,15 @@ def forget(config: TrackerConfig, name: str) -> bool:
     if elsewhere or {"TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"} & os.environ.keys():
         return False
     try:
-        former = [run for run in trackio.Api().runs(config.project) if run.name == name]
-    except ValueError:  # no such project yet
+        former = [run for run in trackio.Api().runs(config.project) if run.id == identity]
+    except ValueError:  # no such project
         former = []
     for run in former:
         run.delete()
     return True
 
 
-def flat(nested: Row, above: str = "") -> dict[str, str | int | float | bool]:
+def as_told(config: RunConfig) -> dict[str, str | int | float | bool]:
     """A configuration by dotted keys, as trackers take it: numbers and text as they are, all else as JSON."""
-    found: dict[str, str | int | float | bool] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict) and value:
-            found |= flat(value, f"{above}{key}.")
-        else:
-            found[above + key] = value if isinstance(value, str | int | float) else json.dumps(value)
-    return found
+    values = flatten(config.model_dump(mode="json"))
+    return {key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in values}

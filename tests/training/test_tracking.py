@@ -238,9 +238,21 @@ def test_a_tracker_without_its_package_is_refused_with_the_extra(tmp_path: Path,
 
 def test_settings_are_told_by_dotted_keys(make_config: MakeConfig, tmp_path: Path):
     config: RunConfig = make_config(tmp_path)
-    told = tracking.flat(config.model_dump(mode="json"))
+    told = tracking.as_told(config)
     assert told["rollout.num_steps"] == config.rollout.num_steps
     assert told["resume"] == "null"
     assert told["optimizer.betas"] == "[0.9, 0.999]"
     assert all(isinstance(value, str | int | float) for value in told.values())
     assert np.isfinite([value for value in told.values() if not isinstance(value, str)]).all()
+
+
+def test_trackio_keeps_the_runs_of_other_folders_with_the_same_name(make_config: MakeConfig, tmp_path: Path):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    setting = f"tracking={{name: trackio, project: {tmp_path.name}}}"
+    for folder in ("one", "two"):
+        complete(prepare(make_config(tmp_path / folder / "run", *LENGTH, setting)))
+    complete(prepare(make_config(tmp_path / "two" / "run", *LENGTH, setting, "resume=latest")))
+    records = SQLiteStorage.get_run_records(tmp_path.name)
+    assert [record["name"] for record in records] == ["run", "run"]
+    assert (tmp_path / "one" / "run" / "trackio-id.txt").read_text() in {record["id"] for record in records}
