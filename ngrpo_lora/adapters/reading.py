@@ -58,7 +58,7 @@ class Layer:
 
     @property
     def rank(self) -> int:
-        """Rank of this LoRA pair."""
+        """The rank of this LoRA pair, the number of rows of its down matrix."""
         return len(self.down)
 
     @property

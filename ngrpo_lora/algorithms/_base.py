@@ -19,7 +19,7 @@ from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velociti
 
 
 class Algorithm(Protocol):
-    """Four decisions; shapes in `ngrpo_lora.types`."""
+    """The contract of an algorithm: its rollout, advantages, transitions and loss; shapes as in `ngrpo_lora.types`."""
 
     needs_reference: bool
     """Whether `loss` reads the base model's velocity, which costs one more forward pass a transition."""

@@ -48,6 +48,6 @@ class WindowAlgorithm(SdeAlgorithm[Settings]):
         return next(step for step, end in enumerate(ends) if iteration % ends[-1] < end)
 
     def step(self, latents: Tensor, velocity: Tensor, sigmas: Tensor, index: int) -> sde.SdeStep:
-        """Flow-GRPO's Gaussian."""
+        """The Gaussian step of Flow-GRPO, which MixGRPO takes inside its window."""
         sigma, sigma_next = sigmas[index].item(), sigmas[index + 1].item()
         return sde.flow_sde_step(latents, velocity, sigma, sigma_next, self.config.eta, sigmas[1].item())

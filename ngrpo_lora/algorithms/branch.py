@@ -43,7 +43,7 @@ class Algorithm(SdeAlgorithm[Config]):
         return range(self.num_steps)
 
     def step(self, latents: Tensor, velocity: Tensor, sigmas: Tensor, index: int) -> sde.SdeStep:
-        """DanceGRPO's Gaussian."""
+        """The Gaussian step of DanceGRPO, which BranchGRPO takes where its tree branches."""
         return sde.dance_step(latents, velocity, sigmas[index].item(), sigmas[index + 1].item(), self.config.eta)
 
     def nodes(self, index: int) -> int:

@@ -22,7 +22,7 @@ class Algorithm(SdeAlgorithm[Config]):
         self.count = config.steps_trained(rollout)
 
     def window(self, iteration: int) -> range:
-        """All steps but the last."""
+        """The steps that may be trained: all but the last, which has no noise or noise that stays in the picture."""
         return range(self.num_steps - 1)
 
     def steps_trained(self, window: int) -> int:
@@ -30,5 +30,5 @@ class Algorithm(SdeAlgorithm[Config]):
         return self.count
 
     def step(self, latents: Tensor, velocity: Tensor, sigmas: Tensor, index: int) -> sde.SdeStep:
-        """DanceGRPO's Gaussian."""
+        """The Gaussian of DanceGRPO's step: its standard deviation is `eta` times the root of the step in sigma."""
         return sde.dance_step(latents, velocity, sigmas[index].item(), sigmas[index + 1].item(), self.config.eta)

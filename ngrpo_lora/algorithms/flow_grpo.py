@@ -26,11 +26,11 @@ class Algorithm(SdeAlgorithm[Config]):
     shares_noise = False
 
     def window(self, iteration: int) -> range:
-        """All steps but the last."""
+        """The steps that may be trained: all but the last, which has no noise or noise that stays in the picture."""
         return range(self.num_steps - 1)
 
     def steps_trained(self, window: int) -> int:
-        """All, or `num_train_steps`."""
+        """How many of the `window` steps are trained for each sample: `num_train_steps` of them, or all."""
         return self.config.num_train_steps or window
 
     def step(self, latents: Tensor, velocity: Tensor, sigmas: Tensor, index: int) -> sde.SdeStep:
@@ -65,7 +65,7 @@ class Algorithm(SdeAlgorithm[Config]):
         return scaled.clamp(-self.config.max_advantage, self.config.max_advantage)
 
     def log_ratio(self, noise: Tensor, displacement: Tensor, std: float) -> Tensor:
-        """The method's own log-ratio."""
+        """The log-ratio of one step as Flow-GRPO, Flow-CPS or GRPO-Guard has it, (1, C, H, W) -> (1,)."""
         if self.config.guard:
             return sde.guard_log_ratio(noise, displacement)
         return (sde.cps_log_ratio if self.config.step == "cps" else sde.log_ratio)(noise, displacement, std)

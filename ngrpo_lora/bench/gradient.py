@@ -63,7 +63,7 @@ class Asked:
     steps: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
 
     def check(self) -> None:
-        """Refuse what gives no figures.
+        """Refuse a configuration, or numbers of gradients and prompts, that cannot give the figures.
 
         Raises:
             ConfigError: fewer than two gradients, too few prompts, or steps that are not positive.

@@ -102,7 +102,7 @@ class Countdown:
     """Tells now and then how far a long measurement is, and about how long the rest takes."""
 
     def __init__(self, total: float, tell: Callable[[str], None], every_s: float = 10.0):
-        """Start the clock.
+        """Start the clock from which the time left is estimated.
 
         Args:
             total: all the work, in any unit that is about proportional to time.

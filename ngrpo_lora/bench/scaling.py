@@ -132,7 +132,7 @@ class HeldAlgorithm:
         iteration: int,
         device: torch.device | str = "cpu",
     ) -> list[Rollout]:
-        """Draw as the algorithm does."""
+        """Draw a rollout as the measured algorithm does."""
         return self.algorithm.rollout(velocity_fn, schedule, latent_shape, seeds, iteration, device)
 
     def advantages(self, batch: RewardBatch) -> Tensor:
@@ -150,7 +150,7 @@ class HeldAlgorithm:
     def loss(
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
     ) -> tuple[Tensor, Metrics]:
-        """The algorithm's loss."""
+        """The loss of the measured algorithm on a rollout's transitions."""
         return self.algorithm.loss(rollout, advantages, transition, velocities)
 
 
@@ -266,7 +266,7 @@ def measure(
 
 
 def flat(cases: Mapping[str, list[Case]]) -> Iterator[Case]:
-    """All cases of all quantities."""
+    """The cases of all quantities in one list."""
     return (case for found in cases.values() for case in found)
 
 

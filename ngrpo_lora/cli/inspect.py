@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Annotated
 
 import typer
@@ -51,7 +50,12 @@ def plan(
     gpu_memory: Annotated[
         float | None, typer.Option(min=1, help="GiB of each GPU, by its name: exit status 1 where it is not enough.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs, each with a process of its own.")] = 1,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="GPUs, each with a process of its own; default: trainer.planned_gpus.", show_default=False
+        ),
+    ] = None,
     tflops: Annotated[
         float | None, typer.Option(min=0.001, help="Sustained TFLOP/s of a GPU, for an estimate of the time.")
     ] = None,
@@ -70,7 +74,10 @@ def plan(
 
     from ngrpo_lora.planning import report
     from ngrpo_lora.planning.plan import GIB, make_plan
+    from ngrpo_lora.planning.preflight import check_functions
 
+    check_functions(resolved)
+    gpus = gpus or resolved.trainer.planned_gpus
     figures = make_plan(resolved, gpus)
     limit = None if gpu_memory is None else gpu_memory * GIB
     fits = limit is None or figures.fits(limit)
@@ -115,30 +122,3 @@ def rewards(
 
     typer.echo(f"{docstring(package, name)}\n")
     print_options(describe_reward(name))
-
-
-def reward_server(
-    rewards: Annotated[
-        list[str],
-        typer.Argument(metavar="REWARD...", help="Names, file.py:function, or as in rewards.train: '{name: ...}'."),
-    ],
-    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine it needs a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8765,
-    device: Annotated[str, typer.Option(help="Where networks run: auto, cpu, cuda, cuda:N or mps.")] = "auto",
-) -> None:
-    """Serve rewards to the reward `remote` of another machine. NGRPO_REWARD_TOKEN is the secret that both share."""
-    from ngrpo_lora.config import load_config
-
-    resolved = load_config(overrides=[f"rewards.train=[{', '.join(rewards)}]", f"model.device={device}"])
-
-    from ngrpo_lora.devices import resolve_device
-    from ngrpo_lora.rewards._http import TOKEN_ENV
-    from ngrpo_lora.scoring.server import RewardServer
-
-    token = os.environ.get(TOKEN_ENV)
-    with RewardServer(resolved.rewards.train, host, port, resolve_device(resolved.model.device), token) as server:
-        typer.echo(f"serving {', '.join(server.scorer.rewards)} at {server.url}; Ctrl-C ends it")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            pass

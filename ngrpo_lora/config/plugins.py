@@ -36,7 +36,7 @@ Solver = Literal["dpmpp_2m", "euler"]
 
 
 class RolloutConfig(Section, frozen=True):
-    """How candidates are drawn."""
+    """How candidates are drawn: the solver, its steps, and how many candidates of how many prompts."""
 
     solver: Solver = Field(
         default="dpmpp_2m", description="ODE solver of rollouts; an algorithm with stochastic steps has its own."

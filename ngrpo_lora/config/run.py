@@ -119,7 +119,7 @@ PromptSources = (
 
 
 class PromptsConfig(Section, frozen=True):
-    """Where prompts come from."""
+    """Where the prompts of training and of evaluation come from."""
 
     train: PromptSources = Field(
         default="world:train",
@@ -140,7 +140,7 @@ class PromptsConfig(Section, frozen=True):
 
 
 class LoraConfig(Section, frozen=True):
-    """The adapter."""
+    """The adapter that is trained: its rank, its layers, and the weights that it starts from."""
 
     rank: int = Field(default=16, ge=1, description="Rank of every LoRA pair.")
     alpha: float | None = Field(default=None, gt=0, description="LoRA strength is alpha / rank; null: alpha = rank.")
@@ -161,7 +161,7 @@ class LoraConfig(Section, frozen=True):
 
 
 class OptimizerConfig(Section, frozen=True):
-    """How the adapter is updated."""
+    """The optimizer of the adapter, its learning rate over the run, and the average of its weights."""
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"] = Field(
         default="adamw", description="Optimizer; the 8-bit ones are bitsandbytes'."
@@ -200,6 +200,9 @@ class TrainerConfig(Section, frozen=True):
         default=1,
         ge=1,
         description="Processes of a run on a CPU: of two cores, two processes make more than two threads of one.",
+    )
+    planned_gpus: int = Field(
+        default=1, ge=1, description="GPUs that `ngrpo plan` counts with; a run takes all that it is given."
     )
     strategy: Literal["replicated", "fsdp"] = Field(
         default="replicated",
@@ -303,7 +306,7 @@ def hub_section(value: Any) -> Any:
 
 
 class RunConfig(Section, frozen=True):
-    """Everything that defines a run."""
+    """Everything that defines a run; its YAML file alone repeats it."""
 
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description=ModelConfig.__doc__)
     prompts: PromptsConfig = Field(default_factory=lambda: PromptsConfig(), description=PromptsConfig.__doc__)

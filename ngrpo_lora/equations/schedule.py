@@ -23,7 +23,7 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """K."""
+        """The number K of solver steps, one less than there are sigmas."""
         return len(self.sigmas) - 1
 
     def rest(self, step: int, num_steps: int) -> Tensor:

@@ -70,12 +70,12 @@ class Family(BaseFamily):
 
     @property
     def architecture(self) -> str:
-        """`modelspec.architecture` as musubi-tuner writes it."""
+        """The value of `modelspec.architecture` in the header of an export, as musubi-tuner writes it."""
         return f"Flux.2-klein-{self.size}"
 
     @property
     def kohya_version(self) -> str:
-        """`ss_base_model_version` as musubi-tuner writes it."""
+        """The value of `ss_base_model_version` in the header of an export, as musubi-tuner writes it."""
         return f"flux_2_klein_{self.size}"
 
     def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ class Family(BaseFamily):
 
     @property
     def kohya_version(self) -> str:
-        """`ss_base_model_version` as sd-scripts writes it."""
+        """The value of `ss_base_model_version` in the header of an export, as sd-scripts writes it."""
         return self.version.replace(".", "-")
 
     @property

@@ -14,7 +14,7 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.prompts.sources import read_split
 from ngrpo_lora.records.checkpoints import STATE_FILE, checkpoints
 
-__all__ = ["check_resumable", "check_run", "check_settings"]
+__all__ = ["check_functions", "check_resumable", "check_run", "check_settings"]
 
 # What a resumed run may change: where it runs, how long, what it reports; nothing that changes its updates.
 MAY_CHANGE = (
@@ -50,6 +50,16 @@ def check_settings(config: RunConfig) -> None:
     sources = [[one] if isinstance(one, str) else one for one in sources if isinstance(one, str | dict)]
     local = not any(name.startswith(REMOTE) for source in sources for name in source)
     if problems := [*(_prompts(config) if local else ()), *_settings(config)]:
+        raise ConfigError(problems)
+
+
+def check_functions(config: RunConfig) -> None:
+    """Check that the files and modules of all functions that the configuration names are there.
+
+    Raises:
+        ConfigError: one line per function that is not.
+    """
+    if problems := [*_functions(config)]:
         raise ConfigError(problems)
 
 

@@ -63,6 +63,8 @@ def reward_networks(config: RunConfig) -> tuple[dict[str, Items], tuple[str, ...
     found: dict[str, Items] = {"gpu": {}, "offload": {}, "system": {}}
     unknown = []
     for reward in (*config.rewards.train, *config.evaluation.rewards):
+        if ":" in reward.name:
+            unknown.append(f"networks of reward {reward.key}, if it has any: it is a function of your own")
         if not isinstance(reward, ModelRewardConfig):
             continue
         place = "system" if "cpu" in (reward.device, config.model.device) else "offload" if reward.offload else "gpu"
@@ -70,5 +72,5 @@ def reward_networks(config: RunConfig) -> tuple[dict[str, Items], tuple[str, ...
         paths = [value for value in reward.model_dump().values() if value in REWARD_PARAMETERS]
         found[place] |= {path: itemsize * REWARD_PARAMETERS[path] for path in paths}
         if reward.path not in paths:
-            unknown.append(f"the network of reward {reward.key} ({reward.path}) is of unknown size and left out")
+            unknown.append(f"the network of reward {reward.key} ({reward.path}), which is of unknown size")
     return found, tuple(unknown)

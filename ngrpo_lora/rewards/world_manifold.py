@@ -15,5 +15,5 @@ from ngrpo_lora.world.manifold import distance
 
 
 def score(images: Sequence[Image.Image]) -> list[float]:
-    """Minus `manifold.distance` of every image."""
+    """Scores of B images: each one's distance from what the renderer can draw, with a minus sign."""
     return [-distance(np.asarray(image)) for image in images]

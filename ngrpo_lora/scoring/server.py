@@ -6,28 +6,40 @@
                   answers {"scores": [0.875, null, ...]}, null where there is no score
 
 Each `group_size` images in a row are candidates of one prompt. An error is {"error": "why"} with status 400 (not such
-a request), 401, 404, 411, 413 (too large), 415 or 500. Where NGRPO_REWARD_TOKEN is set, every request needs the
-header `Authorization: Bearer TOKEN`. What arrives is JSON and pixels: nothing is unpickled, nothing is run.
+a request), 401, 404, 405, 408 (a body that stalls), 413 (too large), 415 or 500. Where NGRPO_REWARD_TOKEN is set,
+every request needs the header `Authorization: Bearer TOKEN`. What arrives is JSON and pixels: nothing is unpickled,
+nothing is run.
+
+Starlette and uvicorn speak HTTP; what they refuse themselves (400 for what is no HTTP, 503 above MAX_CONNECTIONS) is
+plain text.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import io
 import ipaddress
-import json
 import logging
 import math
-import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import uvicorn
 from PIL import Image
 from pydantic import Field, ValidationError, model_validator
+from starlette.applications import Starlette
+from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, BaseUser, SimpleUser
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.authentication import AuthenticationMiddleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, Section
@@ -42,6 +54,11 @@ log = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 2**28
 MAX_REQUEST_PIXELS = 2**27  # 128 images of 1024 x 1024 px, 400 MB
+MAX_REQUESTS_IN_MEMORY = 8  # more wait with their bodies unread
+MAX_CONNECTIONS = 256
+STALLED_S = 60.0  # without a byte of a body that is not complete
+IDLE_S = 60  # between the requests of a connection
+STOPPING_S = 60  # for answers under way when the server is asked to stop
 IMAGE_FORMATS = ("PNG", "WEBP", "JPEG")
 
 
@@ -64,24 +81,14 @@ class ScoreRequest(Section, frozen=True):
         return self
 
 
-class RefusedError(Exception):
-    """A refusal of a request: the status and the reason of its answer."""
-
-    def __init__(self, status: HTTPStatus, reason: str):
-        super().__init__(reason)
-        self.status = status
-
-
-class RewardServer(ThreadingHTTPServer):
+class RewardServer:
     """An HTTP server that scores images by its rewards, which clients name by their labels."""
 
-    request_queue_size = 128
-
     def __init__(self, configs: Sequence[RewardConfig], host: str, port: int, device: str, token: str | None = None):
-        """Take the address, load the rewards, then listen.
+        """Take the address, load the rewards, then listen; `serve` answers.
 
         Args:
-            port: 0 for any free one, see `url`.
+            port: 0 for any free one, see `port`.
             device: where rewards put their networks when their own settings say `auto`.
             token: what every request must bring; None: nothing, for this machine alone.
         Raises:
@@ -93,127 +100,150 @@ class RewardServer(ThreadingHTTPServer):
                 f"--host {host} lets other machines in, which needs a token; set the environment variable {TOKEN_ENV} "
                 f"to the same secret here and where you train"
             )
-        self.token = token
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler, bind_and_activate=False)
+        self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
-            self.server_bind()
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.bind((host, port))
             self.scorer = Scorer(configs, device)
-            self.server_activate()
+            self.socket.listen(128)
         except (OSError, OverflowError) as error:
-            self.server_close()
+            self.socket.close()
             raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from None
         except BaseException:
-            self.server_close()
+            self.socket.close()
             raise
+        self.places = asyncio.Semaphore(MAX_REQUESTS_IN_MEMORY)
+        self.server = uvicorn.Server(
+            uvicorn.Config(
+                self.application(token),
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                limit_concurrency=MAX_CONNECTIONS,
+                timeout_keep_alive=IDLE_S,
+                timeout_graceful_shutdown=STOPPING_S,
+            )
+        )
+
+    def application(self, token: str | None) -> Starlette:
+        """The two addresses, behind the token if there is one; all errors have the same form."""
+        middleware = []
+        if token:
+            middleware = [Middleware(AuthenticationMiddleware, backend=TokenBackend(token), on_error=_without_token)]
+        return Starlette(
+            routes=[Route("/health", self.health), Route("/score", self.score, methods=["POST"])],
+            middleware=middleware,
+            exception_handlers={HTTPException: _refusal, Exception: _failure},
+        )
+
+    @property
+    def port(self) -> int:
+        """The port at which the server listens."""
+        return self.socket.getsockname()[1]
 
     @property
     def url(self) -> str:
         """The address at which the server listens, with its port."""
-        host, port = self.server_address[:2]
-        return f"http://[{host}]:{port}" if self.address_family == socket.AF_INET6 else f"http://{host}:{port}"
+        host = self.socket.getsockname()[0]
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
-    def health(self) -> dict[str, Any]:
+    def serve(self) -> None:
+        """Answer until Ctrl-C, SIGTERM or `stop`; then finish what is under way, for up to STOPPING_S."""
+        try:
+            self.server.run(sockets=[self.socket])
+        finally:
+            self.socket.close()
+
+    def stop(self) -> None:
+        """Ask `serve`, in another thread, to return."""
+        self.server.should_exit = True
+
+    async def health(self, request: Request) -> Response:
         """Answer GET /health with the protocol's number and the form of each reward."""
-        return {"protocol": PROTOCOL, "rewards": {label: reward.form for label, reward in self.scorer.rewards.items()}}
+        rewards = {label: reward.form for label, reward in self.scorer.rewards.items()}
+        return JSONResponse({"protocol": PROTOCOL, "rewards": rewards})
 
-    def score(self, body: bytes) -> dict[str, Any]:
-        """Answer POST /score with a score for each image; RefusedError where the request gets none."""
+    async def score(self, request: Request) -> Response:
+        """Answer POST /score with a score for each image; HTTPException where the request gets none."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise HTTPException(415, f"a request must be application/json, got {kind or 'none'}")
+        async with self.places:
+            body = await _body(request)
+            scores = await run_in_threadpool(self.scores, body)
+        return JSONResponse({"scores": [score if math.isfinite(score) else None for score in scores]})
+
+    def scores(self, body: bytes) -> list[float]:
+        """Scores for the images of a request's body, NaN where there is none; HTTPException where it is none."""
         try:
             request = ScoreRequest.model_validate_json(body)
         except ValidationError as error:
             problems = (f"{'.'.join(map(str, e['loc'])) or 'request'}: {e['msg']}" for e in error.errors())
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "; ".join(problems)) from None
+            raise HTTPException(400, "; ".join(problems)) from None
         labels = list(self.scorer.rewards)
         if request.reward not in labels:
             known = f"{', '.join(labels)}{registry.nearest(request.reward, labels)}"
-            raise RefusedError(HTTPStatus.NOT_FOUND, f"no reward {request.reward!r} here, only {known}")
+            raise HTTPException(404, f"no reward {request.reward!r} here, only {known}")
         samples = Samples(_decode(request.images), request.prompts, request.metadata, request.group_size)
         try:
-            scores = self.scorer.rewards[request.reward](samples).tolist()
+            return self.scorer.rewards[request.reward](samples).tolist()
         except UserError as error:
-            raise RefusedError(HTTPStatus.INTERNAL_SERVER_ERROR, str(error)) from None
-        return {"scores": [score if math.isfinite(score) else None for score in scores]}
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log that a connection broke, or that answering it failed."""
-        log.warning("the connection to %s broke", client_address[0], exc_info=True)
+            raise HTTPException(500, str(error)) from None
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers the requests of one connection."""
+class TokenBackend(AuthenticationBackend):
+    """Lets in whoever brings the token, compared in constant time."""
 
-    server: RewardServer
-    protocol_version = "HTTP/1.1"
-    timeout = 60  # s without a byte, after which the connection is closed
+    def __init__(self, token: str):
+        self.expected = f"Bearer {token}".encode()
 
-    def do_GET(self) -> None:
-        self.answer("/health", lambda body: self.server.health())
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser]:
+        """Raise an AuthenticationError where the request does not bring the token."""
+        if not hmac.compare_digest(conn.headers.get("authorization", "").encode(), self.expected):
+            raise AuthenticationError(f"the request must bring the token of {TOKEN_ENV}")
+        return AuthCredentials(), SimpleUser("trainer")
 
-    def do_POST(self) -> None:
-        self.answer("/score", self.server.score)
 
-    def answer(self, path: str, call: Callable[[bytes], dict[str, Any]]) -> None:
-        """Send the result of `call` on the request's body, or the reason why there is none."""
-        try:
-            body = self.body()
-            if self.path != path:
-                what = f"{self.command} {self.path}"
-                raise RefusedError(HTTPStatus.NOT_FOUND, f"there are GET /health and POST /score, got {what}")
-            status, result = HTTPStatus.OK, call(body)
-        except RefusedError as error:
-            status, result = error.status, {"error": str(error)}
-        self.send(status, result)
+def _without_token(connection: HTTPConnection, error: AuthenticationError) -> Response:
+    """Answer a request that does not bring the token; its body stays unread."""
+    return JSONResponse({"error": str(error)}, 401, {"WWW-Authenticate": "Bearer"})
 
-    def body(self) -> bytes:
-        """Read the body of the request; RefusedError where its token, length or type does not allow that."""
-        length = self.headers.get("Content-Length", "0")
-        refused = None
-        if "Transfer-Encoding" in self.headers or not re.fullmatch("[0-9]{1,18}", length):
-            refused = RefusedError(HTTPStatus.LENGTH_REQUIRED, "a request must give its Content-Length")
-        elif not self.is_authorized():
-            self.rfile.read(min(int(length), 2**16))  # a client reads no answer before a short body is read
-            refused = RefusedError(HTTPStatus.UNAUTHORIZED, f"the request must bring the token of {TOKEN_ENV}")
-        elif int(length) > MAX_REQUEST_BYTES:
-            limit = f"at most {MAX_REQUEST_BYTES} bytes, got {length}; send fewer images (batch_size)"
-            refused = RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request must have {limit}")
-        if refused is not None:
-            self.close_connection = True  # what is left of the body is no next request
-            raise refused
-        body = self.rfile.read(int(length))
-        if self.command == "POST" and self.headers.get_content_type() != "application/json":
-            kind = self.headers.get_content_type()
-            raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"a request must be application/json, got {kind}")
-        return body
 
-    def is_authorized(self) -> bool:
-        """Whether the request brings the token, compared in constant time."""
-        if self.server.token is None:
-            return True
-        given = self.headers.get("Authorization", "")
-        return hmac.compare_digest(given.encode(), f"Bearer {self.server.token}".encode())
+def _refusal(request: Request, error: Exception) -> Response:
+    """Answer with the reason of an HTTPException."""
+    assert isinstance(error, HTTPException)
+    reason = error.detail
+    if reason in (HTTPStatus.NOT_FOUND.phrase, HTTPStatus.METHOD_NOT_ALLOWED.phrase):  # of Starlette itself
+        reason = f"there are GET /health and POST /score, got {request.method} {request.url.path}"
+    return JSONResponse({"error": reason}, error.status_code, error.headers)
 
-    def send(self, status: HTTPStatus, result: dict[str, Any]) -> None:
-        """Send a whole response: status, headers, and the result as JSON."""
-        body = json.dumps(result, allow_nan=False).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        if status == HTTPStatus.UNAUTHORIZED:
-            self.send_header("WWW-Authenticate", "Bearer")
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what http.server itself refuses with an error of our form, and close the connection."""
-        self.close_connection = True
-        self.send(HTTPStatus(code), {"error": message or HTTPStatus(code).phrase})
+def _failure(request: Request, error: Exception) -> Response:
+    """Answer where this server itself is at fault; uvicorn logs the traceback."""
+    return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log a request at debug level, in place of printing it."""
-        log.debug(format, *args)
+
+async def _body(request: Request) -> bytes:
+    """Read the body of a request.
+
+    Raises:
+        HTTPException: it is larger than MAX_REQUEST_BYTES, by its header or as it comes, or stalls.
+    """
+    length = int(request.headers.get("content-length", "0"))  # uvicorn lets only numbers through
+    body = bytearray()
+    chunks = request.stream()
+    try:
+        while length <= MAX_REQUEST_BYTES:
+            async with asyncio.timeout(STALLED_S):
+                body += await anext(chunks)
+            length = max(length, len(body))
+    except StopAsyncIteration:
+        return bytes(body)
+    except TimeoutError:
+        reason = f"the request must come whole, but nothing came for {STALLED_S:g} s"
+        raise HTTPException(408, reason, {"Connection": "close"}) from None
+    limit = f"at most {MAX_REQUEST_BYTES} bytes, got {length}; send fewer images (batch_size)"
+    raise HTTPException(413, f"a request must have {limit}")
 
 
 def _decode(images: Sequence[str]) -> list[Image.Image]:
@@ -228,10 +258,10 @@ def _decode(images: Sequence[str]) -> list[Image.Image]:
                 decoded.append(image.convert("RGB"))
         except Exception as error:  # Pillow has many kinds for a broken file
             what = f"images.{index} must be the base64 of an image in {', '.join(IMAGE_FORMATS)}: {error}"
-            raise RefusedError(HTTPStatus.BAD_REQUEST, what) from None
+            raise HTTPException(400, what) from None
         if pixels > MAX_REQUEST_PIXELS:
             limit = f"at most {MAX_REQUEST_PIXELS} pixels, got {pixels} with images.{index}; send fewer images"
-            raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request must have {limit} (batch_size)")
+            raise HTTPException(413, f"a request must have {limit} (batch_size)")
     return decoded
 
 

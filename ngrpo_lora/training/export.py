@@ -142,5 +142,5 @@ def check_export(path: Path, family: BaseFamily, text: TextEmbeds, latents: Tens
 
 
 def rms(x: Tensor) -> float:
-    """Root mean square."""
+    """The root mean square of a tensor's values, as a Python number."""
     return x.double().square().mean().sqrt().item()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ngrpo_lora.config import OptimizerConfig
 from ngrpo_lora.errors import SharedError, UserError
@@ -96,8 +97,8 @@ class LoraStep:
     def _average(self) -> None:
         """Every `ema_every` steps, keep `ema_decay` of the average and take the rest from the live weights."""
         if self.config.ema_decay > 0 and self.taken % self.config.ema_every == 0:
-            for name, parameter in self.parameters.items():
-                self.averaged[name].lerp_(parameter, 1 - self.config.ema_decay)
+            update = get_ema_multi_avg_fn(self.config.ema_decay)
+            update([*self.averaged.values()], [*self.parameters.values()], self.taken)
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs; tensors and plain values only."""

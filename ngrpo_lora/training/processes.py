@@ -82,7 +82,7 @@ class Processes:
         return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
     def share(self, total: int) -> range:
-        """This process's part."""
+        """Which of `total` items are this process's: its part of `shares`."""
         return self.shares(total)[self.rank]
 
     def gather(self, value: T) -> list[T]:
@@ -101,7 +101,7 @@ class Processes:
             return broadcast_object_list(values)[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so anywhere."""
+        """Whether `flag` is true on at least one process; the same answer on all of them."""
         return any(self.gather(flag))
 
     def agree(self, problem: str | None) -> str | None:

@@ -76,7 +76,7 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether no iteration is left."""
+        """Whether all iterations that the configuration asks for are done."""
         return self.iteration >= self.config.trainer.num_iterations
 
     @property

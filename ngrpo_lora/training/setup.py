@@ -106,7 +106,7 @@ def misfit(config: RunConfig, count: int) -> str | None:
 
 
 def open_algorithm(config: RunConfig) -> Algorithm:
-    """The algorithm that is configured.
+    """Make the algorithm that the configuration names, with its settings.
 
     Raises:
         ConfigError: its module was written for another contract than that of `algorithms/_base.py`.

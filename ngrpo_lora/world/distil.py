@@ -190,7 +190,7 @@ def save_targets(path: Path, parts: list[tuple[Tensor, Tensor, Tensor]], caption
 
 
 def load_targets(path: Path) -> Targets:
-    """What `save_targets` wrote."""
+    """Read the targets that `save_targets` wrote."""
     with safe_open(path, "pt") as file:
         return Targets(*map(file.get_tensor, Targets._fields[:3]), file.metadata()["captions"].split("\n"))
 

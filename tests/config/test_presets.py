@@ -28,7 +28,8 @@ def planned() -> list[object]:
 @pytest.mark.parametrize("name", planned())
 def test_a_preset_needs_what_its_head_says_and_fits_the_memory_of_its_name(name: str):
     found = MEMORY.search(name)
-    gpus = int(found[1] or 1) if found else 1
+    gpus = load_config(name).trainer.planned_gpus
+    assert gpus == (int(found[1] or 1) if found else 1)
     figures = make_plan(load_config(name), gpus)
     said = [float(number) for number in re.findall(r"(\d+(?:\.\d+)?) GiB", FILES[name].needs)]
     assert said == [round(figures.peak / GIB, 1), round(figures.system_peak / GIB)]

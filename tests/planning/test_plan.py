@@ -112,7 +112,7 @@ def test_groups_are_shared_and_system_memory_is_not():
 
 def test_a_reward_of_unknown_size_is_said_to_be_left_out():
     figures = plan("rewards={name: pickscore, path: somebody/else}", "evaluation.rewards=[]")
-    assert figures.notes == ("the network of reward pickscore (somebody/else) is of unknown size and left out",)
+    assert figures.notes == ("the network of reward pickscore (somebody/else), which is of unknown size",)
     assert "rewards" not in figures.gpu["rollout"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +74,24 @@ def test_time_follows_from_the_speed_or_from_one_measured_pass():
     measured = figures.flops_per_forward / 200e12
     assert f"time: {seconds:.3g} s" in run("flux", "--measured-s-per-forward", str(measured)).stdout
     assert run("flux", "--tflops", "200", "--measured-s-per-forward", "1").exit_code == 2
+
+
+def test_a_preset_for_several_gpus_is_planned_for_them():
+    values = [
+        json.loads(run("flux-8x80gb", "--json", *words).stdout) for words in ((), ("--gpus", "8"), ("--gpus", "1"))
+    ]
+    assert [figures["gpus"] for figures in values] == [8, 8, 1]
+    assert values[0]["system_peak"] == values[1]["system_peak"] > 7 * values[2]["system_peak"]
+
+
+def test_a_reward_of_ones_own_is_named_as_not_counted_and_must_exist(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    refused = run("flux", f"rewards={path}:score")
+    assert refused.exit_code == 2
+    assert f"rewards.train.0.name names the file {str(path)!r}, which does not exist here" in refused.stderr
+    path.write_text("def score(image):\n    return 0.5\n")
+    said = " ".join(run("flux", f"rewards={path}:score").stdout.split())
+    assert "not counted: networks of reward mine, if it has any: it is a function of your own" in said
 
 
 def test_json_holds_all_figures():

@@ -18,12 +18,14 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import torch
 from PIL import Image
 from scripted_server import Answer, ScriptedServer
@@ -50,6 +52,14 @@ def above_mean(images, prompt, metadata):
 
 def short(images, prompts):
     return [0.0]
+"""
+SLOW = """
+import time
+
+def slow(image):
+    print("scoring", flush=True)
+    time.sleep(0.5)
+    return 0.25
 """
 RANDOM = np.random.default_rng(0)
 NOISE = [Image.fromarray(RANDOM.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(6)]
@@ -78,9 +88,11 @@ def serve() -> Iterator[Serve]:
     with ExitStack() as stack:
 
         def start(*entries: Any, token: str | None = None) -> RewardServer:
-            server = stack.enter_context(RewardServer(configs(*entries), "127.0.0.1", 0, "cpu", token))
-            stack.callback(server.shutdown)
-            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            server = RewardServer(configs(*entries), "127.0.0.1", 0, "cpu", token)
+            thread = threading.Thread(target=server.serve, daemon=True)
+            thread.start()
+            stack.callback(thread.join, 30)
+            stack.callback(server.stop)
             return server
 
         yield start
@@ -106,13 +118,13 @@ def remote(server: RewardServer | ScriptedServer, **settings: Any) -> Scorer:
 
 def ask(server: RewardServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
     """Status and JSON of one request by plain http.client."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     sent = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, data, sent)
     response = connection.getresponse()
-    assert response.headers.get_content_type() == "application/json"
-    result = json.loads(response.read())
+    text = response.read().decode()
+    result = json.loads(text) if response.headers.get_content_type() == "application/json" else text
     connection.close()
     return response.status, result
 
@@ -215,8 +227,9 @@ def test_without_a_token_no_other_machine_is_let_in(host: str):
 
 
 def test_with_a_token_it_listens_to_all():
-    with RewardServer(configs("world"), "0.0.0.0", 0, "cpu", "secret") as server:
-        assert server.url == f"http://0.0.0.0:{server.server_port}"
+    server = RewardServer(configs("world"), "0.0.0.0", 0, "cpu", "secret")
+    assert server.url == f"http://0.0.0.0:{server.port}"
+    server.socket.close()
 
 
 # Server: what it takes ----------------------------------------------------------------------------------------------
@@ -276,9 +289,9 @@ def test_what_is_no_request_is_refused_with_the_reason(serve: Serve, own: str, b
     ("method", "path", "headers", "status", "why"),
     [
         ("GET", "/", {}, 404, "there are GET /health and POST /score, got GET /"),
-        ("GET", "/score", {}, 404, "got GET /score"),
-        ("POST", "/health", {}, 404, "got POST /health"),
-        ("PUT", "/score", {}, 501, "Unsupported method"),
+        ("GET", "/score", {}, 405, "got GET /score"),
+        ("POST", "/health", {}, 405, "got POST /health"),
+        ("PUT", "/score", {}, 405, "there are GET /health and POST /score, got PUT /score"),
         (
             "POST",
             "/score",
@@ -286,9 +299,9 @@ def test_what_is_no_request_is_refused_with_the_reason(serve: Serve, own: str, b
             415,
             "must be application/json, got application/x",
         ),
-        ("POST", "/score", {"Content_Length": "many"}, 411, "must give its Content-Length"),
-        ("POST", "/score", {"Content_Length": "9" * 5000}, 411, "must give its Content-Length"),
-        ("POST", "/score", {"Transfer_Encoding": "chunked"}, 411, "must give its Content-Length"),
+        ("POST", "/score", {"Content_Type": ""}, 415, "must be application/json, got none"),
+        ("POST", "/score", {"Content_Length": "many"}, 400, "Invalid HTTP request"),
+        ("POST", "/score", {"Content_Length": "9" * 5000}, 400, "Invalid HTTP request"),
         (
             "POST",
             "/score",
@@ -304,12 +317,70 @@ def test_what_http_does_not_allow_is_refused_with_the_reason(
     server = serve(f"{own}:redness")
     got, result = ask(server, method, path, b"", **headers)
     assert got == status
-    assert why in result["error"]
+    assert why in (result if status == 400 else result["error"])
+    assert ask(server, "GET", "/health")[0] == 200
+
+
+def test_a_body_in_chunks_is_taken_up_to_the_limit(serve: Serve, own: str, monkeypatch: pytest.MonkeyPatch):
+    server = serve(f"{own}:redness")
+    body, headers = json.dumps(request()).encode(), {"Content-Type": "application/json"}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    statuses = []
+    for limit in (len(body), len(body) - 1):
+        monkeypatch.setattr("ngrpo_lora.scoring.server.MAX_REQUEST_BYTES", limit)
+        connection.request("POST", "/score", iter([body[:100], body[100:]]), headers, encode_chunked=True)
+        response = connection.getresponse()
+        statuses.append((response.status, json.loads(response.read())))
+    connection.close()
+    (taken, scores), (refused, error) = statuses
+    assert (taken, len(scores["scores"])) == (200, 1)
+    assert (refused, error["error"].partition(";")[0]) == (
+        413,
+        f"a request must have at most {len(body) - 1} bytes, got {len(body)}",
+    )
+
+
+def test_a_body_that_stalls_is_given_up(serve: Serve, own: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ngrpo_lora.scoring.server.STALLED_S", 0.2)
+    status, result = ask(serve(f"{own}:redness"), "POST", "/score", b"{", Content_Length="2")
+    assert (status, result) == (408, {"error": "the request must come whole, but nothing came for 0.2 s"})
+
+
+def test_more_requests_than_there_are_places_wait(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ngrpo_lora.scoring.server.MAX_REQUESTS_IN_MEMORY", 2)
+    (tmp_path / "slow.py").write_text(SLOW)
+    server = serve(f"{tmp_path / 'slow.py'}:slow")
+    scores, running, most = server.scores, [], []
+
+    def watched(body: bytes) -> list[float]:
+        running.append(body)
+        most.append(len(running))
+        try:
+            return scores(body)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(server, "scores", watched)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: ask(server, "POST", "/score", request(reward="slow")), range(6)))
+    assert [status for status, _ in found] == [200] * 6
+    assert max(most) == 2
+
+
+def test_more_connections_than_allowed_are_told_to_come_again(serve: Serve, own: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ngrpo_lora.scoring.server.MAX_CONNECTIONS", 2)
+    server = serve(f"{own}:redness")
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
+    time.sleep(0.2)
+    assert ask(server, "GET", "/health")[0] == 503
+    for one in idle:
+        one.close()
+    time.sleep(0.2)
     assert ask(server, "GET", "/health")[0] == 200
 
 
 def test_a_refused_request_leaves_its_connection_in_order(serve: Serve, own: str):
-    connection = http.client.HTTPConnection("127.0.0.1", serve(f"{own}:redness").server_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", serve(f"{own}:redness").port, timeout=20)
     for body, status in ((request(images=["*"]), 400), (request(), 200)):
         connection.request("POST", "/score", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -319,12 +390,18 @@ def test_a_refused_request_leaves_its_connection_in_order(serve: Serve, own: str
     connection.close()
 
 
-@pytest.mark.parametrize("headers", [{"Content-Length": str(2**40)}, {"Content-Length": "2e3"}, {"Authorization": "x"}])
-def test_what_follows_a_refused_body_is_no_next_request(serve: Serve, own: str, headers: dict[str, str]):
+@pytest.mark.parametrize(("headers", "status"), [({"Authorization": "x"}, 401), ({"Content-Type": "text/x"}, 415)])
+def test_the_body_of_a_refused_request_is_no_next_request(serve: Serve, own: str, headers: dict[str, str], status: int):
     server = serve(f"{own}:redness", token="secret")
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
-    connection.request("POST", "/score", b"", {"Authorization": "Bearer secret"} | headers)
-    assert connection.getresponse().will_close
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    usual = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+    connection.request("POST", "/score", b"GET /health HTTP/1.1\r\n\r\n" * 100_000, usual | headers)
+    response = connection.getresponse()
+    response.read()
+    assert response.status == status
+    connection.request("POST", "/score", json.dumps(request()), usual)
+    response = connection.getresponse()
+    assert len(json.loads(response.read())["scores"]) == 1
     connection.close()
 
 
@@ -451,6 +528,39 @@ def test_the_command_serves_until_it_is_interrupted(own: str, tmp_path: Path, mo
     finally:
         process.kill()
     assert (process.returncode, out, err) == (0, "", "")
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_under_way_is_answered_before_the_command_ends(tmp_path: Path, asked: signal.Signals):
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, "-m", "ngrpo_lora", "reward-server", f"{tmp_path / 'slow.py'}:slow", "--port", "0"]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split(" at ")[1].split(";")[0]
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(requests.post, f"{url}/score", json=request(reward="slow"), timeout=20)
+            assert process.stdout.readline() == "scoring\n"
+            process.send_signal(asked)
+            assert answer.result().json() == {"scores": [0.25]}
+        assert process.wait(20) == (0 if asked == signal.SIGINT else -signal.SIGTERM)
+    finally:
+        process.kill()
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{url}/health", timeout=5)
+
+
+def test_the_command_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ngrpo_lora.cli.reward_server.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["reward-server", "world"])
+    assert result.exit_code == 2
+    assert "needs starlette and uvicorn; install what it needs with pip install 'ngrpo-lora[server]'" in result.stderr
 
 
 def test_the_command_refuses_a_reward_that_is_none():

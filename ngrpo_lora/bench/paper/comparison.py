@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from ngrpo_lora import algorithms, equations
 from ngrpo_lora.adapters.header import code_version
 from ngrpo_lora.bench.paper import outcomes, report, search
 from ngrpo_lora.bench.paper.cost import length
-from ngrpo_lora.bench.paper.plan import Job, Plan, main_jobs, search_jobs
+from ngrpo_lora.bench.paper.plan import Job, Plan, main_jobs
 from ngrpo_lora.bench.paper.running import Failure, check_folders, run_all
 from ngrpo_lora.config import algorithms as settings
 from ngrpo_lora.errors import ConfigError, UserError
@@ -77,14 +77,16 @@ def compare(plan: Plan, at_once: int, command: Sequence[str], tell: Callable[[st
         UserError: a folder does not fit, the command was stopped, or some runs failed; the report is written.
     """
     open_folder(plan.output_dir)
-    searched, known = search_jobs(plan, length), search.kept(plan)
+    searched, known = search.jobs(plan, length), search.kept(plan)
     foreseen = main_jobs(plan, {method.name: method.untuned for method in plan.searched} | known, length)
     check_folders(searched)
     announce(plan, searched, foreseen, at_once, tell)
     main: list[Job] = []
+    failures: list[Failure] = []
     try:
-        wanted = [job for job in searched if job.method not in known]
-        failures = run_all(wanted, at_once, foreseen, plan.output_dir, tell)
+        while wanted := to_try(searched, known, failures):
+            failures += run_all(wanted, at_once, foreseen, plan.output_dir, tell)
+            searched = search.jobs(plan, length, [job.name for job, _ in failures])
         winners = search.tuned(plan, searched)
         search.write(plan, searched, winners)
         main = main_jobs(plan, winners, length)
@@ -98,13 +100,20 @@ def compare(plan: Plan, at_once: int, command: Sequence[str], tell: Callable[[st
         raise UserError(in_words(failures, len(searched) + len(main), plan.output_dir))
 
 
+def to_try(searched: Sequence[Job], known: Collection[str], failures: Sequence[Failure]) -> list[Job]:
+    """The search's runs that are still to be made, of methods whose winners are not fixed yet."""
+    failed = {job.name for job, _ in failures}
+    open_ones = (job for job in searched if job.method not in known and job.name not in failed)
+    return [job for job in open_ones if not outcomes.is_complete(job)]
+
+
 def announce(
     plan: Plan, searched: Sequence[Job], main: Sequence[Job], at_once: int, tell: Callable[[str], None]
 ) -> None:
-    """Say what will run."""
+    """Print how many runs there will be, how many of them are complete, and how long one is."""
     done = sum(map(outcomes.is_complete, (*searched, *main)))
     tell(
-        f"{len(plan.methods)} methods: {len(searched)} runs of the search and {len(main)} of the tables, "
+        f"{len(plan.methods)} methods: {len(searched)} or more runs of the search and {len(main)} of the tables, "
         f"{done} of them complete, {at_once} at once, into {plan.output_dir}"
     )
     tell(

@@ -7,7 +7,8 @@ own paper or code gives (`config/algorithms/`), but for these:
 - Flow-GRPO and its kin add no noise in their last step, which ends at sigma 0.25 here and would stay in the picture;
 - DiffusionNFT has no pull to the base, of weight 1e-4, which would cost a sixth of its budget;
 - a window moves through a run in as many places as in 300 iterations of its own code, however long the run is;
-- learning rate and one more setting (the clip, or what stands for it) come from the same small search.
+- learning rate and one more setting (the clip, or what stands for it) come from the same small search, in which each
+  decays to nothing along a cosine, and the weights' average is what is judged, as Flow-GRPO's code averages its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ngrpo_lora.errors import ConfigError
 
 __all__ = ["BASELINE", "METHODS", "TABLES", "WATCHED", "Method", "find", "rows"]
 
-LEARNING_RATES = ("3e-4", "1e-3", "3e-3")
+LEARNING_RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
+"""What a search can reach; it begins with the three in the middle."""
 UPDATES = "4"
 
 WATCHED = ("world_manifold",)
@@ -28,11 +30,11 @@ WATCHED = ("world_manifold",)
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a table.
+    """A method that is compared: one row of a table, and what its runs set in a configuration.
 
     settings: values by dotted key, as text of YAML, laid over what is common to all methods.
-    knob: the key that is searched together with the learning rate; `knob_values` are tried with each rate.
-    untuned: learning rate and knob without a search.
+    knob: the key that is searched after the learning rate, among `knob_values`.
+    untuned: learning rate and knob without a search; the search tries all rates with this knob.
     like: the method whose search this one takes its values from, where it is a variant of it.
     places: in how many places a moving window stops during a run; 0 without one.
     """
@@ -48,7 +50,7 @@ class Method:
 
     @property
     def algorithm(self) -> str:
-        """The name of its algorithm."""
+        """The name of the algorithm that this method configures."""
         return self.settings["algorithm.name"]
 
     @property

@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """A complete run.
+    """What a complete training run left: its metrics, and the scores of its held-out pictures.
 
     rows: its metrics, one an iteration, the first of them the evaluation of the base model alone.
     scores: of every evaluation by iteration, label and held-out picture, (N,).
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def last(self) -> int:
-        """The last iteration."""
+        """The number of the run's last iteration."""
         return self.rows[-1]["step"]
 
     @property

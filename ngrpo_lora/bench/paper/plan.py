@@ -16,7 +16,7 @@ from ngrpo_lora.bench.paper.methods import LEARNING_RATES, TABLES, WATCHED, Meth
 from ngrpo_lora.config import RunConfig, parse_config, parse_settings
 from ngrpo_lora.errors import ConfigError
 
-__all__ = ["PROFILES", "Job", "Plan", "Profile", "Tuned", "main_jobs", "make_plan", "search_jobs"]
+__all__ = ["PROFILES", "Job", "Plan", "Profile", "Tuned", "main_jobs", "make_plan", "search_job"]
 
 TRAINED_TASKS = ("two", "color", "attribute")
 """Tasks of the embedded world that are trained; the others are left out, to see what training does to them."""
@@ -32,13 +32,15 @@ COMMON = {
     "rollout.micro_batch_size": "48",
     "rollout.merge_adapter": "true",
     "rewards": "world",
+    "optimizer.schedule": "cosine",
+    "optimizer.ema_decay": "0.95",
     "trainer.micro_batch_size": "16",
     "trainer.num_threads": "1",
     "trainer.save_every": "10",
     "trainer.keep_checkpoints": "1",
     "evaluation.solver": "dpmpp_2m",
     "evaluation.num_steps": "16",  # where the base is as good as it gets; no method's rollouts but one have as many
-    "evaluation.num_prompts": "240",
+    "evaluation.num_prompts": "480",
     "evaluation.micro_batch_size": "48",
     "evaluation.strict": "world_strict",
     "evaluation.rewards": f"[{', '.join(WATCHED)}]",
@@ -47,7 +49,7 @@ COMMON = {
 }
 """Settings that all methods have in common; those of the command line are laid over them, a method's own over both."""
 
-SEARCH = {"prompts.held_out": TRAINED, "evaluation.seed": "500000", "evaluation.num_prompts": "144"}
+SEARCH = {"prompts.held_out": TRAINED, "evaluation.seed": "500000", "evaluation.num_prompts": "240"}
 """What the search judges by: captions of training scenes of the trained tasks, none that the tables are about."""
 
 SEARCHED = 16
@@ -80,8 +82,8 @@ class Profile:
 
 PROFILES = {
     "quick": Profile("quick", 300, False, 1, (1, 3), 48),
-    "default": Profile("default", 2400, True, 1, (1, 3), 240),
-    "full": Profile("full", 2400, True, 3, (1, 2, 3, 4, 5, 6, 7), 240),
+    "default": Profile("default", 4800, True, 1, (1, 3), 480),
+    "full": Profile("full", 4800, True, 3, (1, 2, 3, 4, 5, 6, 7), 480),
 }
 """`full` goes on from what `default` has left in its folder; `quick` has runs of its own."""
 
@@ -137,7 +139,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where the run is."""
+        """The folder that the training run writes into."""
         return Path(self.config.output_dir)
 
     @property
@@ -236,7 +238,7 @@ def _config(
 
 
 def points(method: Method) -> list[tuple[str, str]]:
-    """The grid of a method's search: every learning rate with every value of its knob."""
+    """All points that a method's search can reach: every learning rate with every value of its knob."""
     return [(rate, knob) for rate in LEARNING_RATES for knob in method.knob_values]
 
 
@@ -244,18 +246,12 @@ Length = Callable[[RunConfig, float], tuple[int, float]]
 """How many iterations a budget allows, and what one of them costs on average: `cost.length`."""
 
 
-def search_jobs(plan: Plan, length: Length) -> list[Job]:
-    """The search's runs, each a quarter as long as a run of the tables; none without a search."""
-    if not plan.search:
-        return []
-    jobs = []
-    for method in plan.searched:
-        for point in points(method):
-            name = f"search/{method.name}/rate-{point[0]}-{method.knob.rpartition('.')[2]}-{point[1]}"
-            config = _config(plan, method, name, SEARCH_SEED, point, SEARCH)
-            config, iterations, cost = _long(method, config, plan.budget / 4, SEARCHED, length)
-            jobs.append(Job(name, method.name, SEARCH_SEED, _of_length(config, iterations, iterations), cost, point))
-    return jobs
+def search_job(plan: Plan, method: Method, point: tuple[str, str], length: Length) -> Job:
+    """The run of the search that tries a point: a quarter as long as a run of the tables."""
+    name = f"search/{method.name}/rate-{point[0]}-{method.knob.rpartition('.')[2]}-{point[1]}"
+    config = _config(plan, method, name, SEARCH_SEED, point, SEARCH)
+    config, iterations, cost = _long(method, config, plan.budget / 4, SEARCHED, length)
+    return Job(name, method.name, SEARCH_SEED, _of_length(config, iterations, iterations), cost, point)
 
 
 def main_jobs(plan: Plan, tuned: Tuned, length: Length) -> list[Job]:

@@ -208,5 +208,5 @@ def config_path(job: Job, folder: Path) -> Path:
 
 
 def log_path(job: Job, folder: Path) -> Path:
-    """What a run prints."""
+    """The file that keeps what a run's process prints."""
     return folder / "logs" / f"{job.name.replace('/', '-')}.log"

@@ -1,28 +1,70 @@
-"""The search for every method's learning rate and knob: the point with the greatest reward on training captions."""
+"""The search for every method's learning rate and knob: the point with the greatest reward on training captions.
+
+It is the same for all methods: rates first, on both sides of the best one where there are any left, then the knob.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ngrpo_lora.bench.paper.methods import Method
+from ngrpo_lora.bench.paper.methods import LEARNING_RATES, Method
 from ngrpo_lora.bench.paper.outcomes import read, scene_of
-from ngrpo_lora.bench.paper.plan import Job, Plan, Tuned, points
+from ngrpo_lora.bench.paper.plan import Job, Length, Plan, Tuned, points, search_job
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.statistics import Estimate, mean_interval
 from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import finite
 
-__all__ = ["FILE", "choose", "kept", "tuned", "write"]
+__all__ = ["FILE", "choose", "jobs", "kept", "trials", "tuned", "write"]
 
 FILE = "tuning.json"
 NONE = Estimate(math.nan, math.nan, math.nan)
 
 Point = tuple[str, str]
 """Learning rate and knob."""
+
+Found = Mapping[Point, Estimate]
+"""The validation rewards of a method's points; NaN where a run failed, or no picture had a reward."""
+
+
+def trials(method: Method, found: Found) -> list[Point]:
+    """The points that a method's search tries, as far as its rewards so far tell, in the order of the grid.
+
+    First the three middle learning rates, with the method's usual knob; while the best of them is the lowest or the
+    highest, the next one beyond; then the knob's other values, with the best rate.
+    """
+    usual = method.untuned[1]
+    first, last = 1, len(LEARNING_RATES) - 2
+    while True:
+        tried = [(rate, usual) for rate in LEARNING_RATES[first : last + 1]]
+        best = None if any(point not in found for point in tried) else _greatest(tried, found)
+        if best == tried[0] and first > 0:
+            first -= 1
+        elif best == tried[-1] and last < len(LEARNING_RATES) - 1:
+            last += 1
+        else:
+            break
+    others = [] if best is None else [(best[0], knob) for knob in method.knob_values if knob != usual]
+    return sorted(tried + others, key=points(method).index)
+
+
+def jobs(plan: Plan, length: Length, failed: Collection[str] = ()) -> list[Job]:
+    """The runs of the search, complete or to be made, as far as those that are complete tell; none without a search.
+
+    Args:
+        failed: names of runs that ended with an error.
+    """
+    wanted = []
+    for method in plan.searched if plan.search else ():
+        possible = {point: search_job(plan, method, point, length) for point in points(method)}
+        found = validated([*possible.values()]).get(method.name, {})
+        found |= {point: NONE for point, job in possible.items() if job.name in failed}
+        wanted += [possible[point] for point in trials(method, found)]
+    return wanted
 
 
 def validated(jobs: Sequence[Job]) -> dict[str, dict[Point, Estimate]]:
@@ -34,12 +76,16 @@ def validated(jobs: Sequence[Job]) -> dict[str, dict[Point, Estimate]]:
     return found
 
 
-def choose(method: Method, rewards: dict[Point, Estimate]) -> Point | None:
+def choose(method: Method, rewards: Found) -> Point | None:
     """The point with the greatest reward; of equal ones the first of the grid, which has the lowest learning rate.
 
     None where no point has a reward.
     """
-    scored = [point for point in points(method) if point in rewards and not math.isnan(rewards[point].value)]
+    return _greatest(points(method), rewards)
+
+
+def _greatest(points: Sequence[Point], rewards: Found) -> Point | None:
+    scored = [point for point in points if point in rewards and not math.isnan(rewards[point].value)]
     return max(scored, key=lambda point: rewards[point].value) if scored else None
 
 
@@ -61,7 +107,7 @@ def kept(plan: Plan) -> dict[str, Point]:
 
 
 def entries_of(plan: Plan) -> list[dict[str, Any]]:
-    """What `tuning.json` holds.
+    """The entries that `tuning.json` holds, one a method; none where there is no such file.
 
     Raises:
         ConfigError: it cannot be read.
@@ -96,7 +142,7 @@ def write(plan: Plan, jobs: Sequence[Job], winners: Tuned) -> list[dict[str, Any
                     "validation_reward": (reward := found.get(method.name, {}).get((rate, knob), NONE)).value,
                     "half_interval": (reward.high - reward.low) / 2,
                 }
-                for rate, knob in (points(method) if plan.search else [])
+                for rate, knob in (job.point for job in jobs if job.method == method.name)
             ],
         }
         for method in plan.searched

@@ -257,8 +257,10 @@ def search_table(entries: Sequence[dict[str, Any]]) -> Table:
     about = (
         "The reward, with its 95% interval, on captions of training scenes of the trained tasks, with other seeds than "
         "the tables', after runs of a quarter of their compute and at least 16 iterations. One run a point: where "
-        "intervals overlap, chance has its part in the choice. The first of equal rewards wins, which has the lower "
-        "learning rate. A winner at the edge of the grid might be better still beyond it."
+        "intervals overlap, chance has its part in the choice. Every method is searched alike: three learning rates, "
+        "the next one beyond while the best is the lowest or highest, then the second setting with the best rate. The "
+        "first of equal rewards wins, which has the lower learning rate. A winner at the edge of all rates might be "
+        "better still beyond it."
     )
     return Table(
         "Search", about, ("method", "learning rate", "second setting", "validation reward", "used"), tuple(lines)

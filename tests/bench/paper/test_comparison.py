@@ -11,9 +11,10 @@ import pytest
 from commands import refuse, run
 from paper_runs import jobs_of, leave, small_plan
 
-from ngrpo_lora.bench.paper import comparison, running
+from ngrpo_lora.bench.paper import comparison, running, search
 from ngrpo_lora.bench.paper.comparison import compare, open_folder, write_report
-from ngrpo_lora.bench.paper.plan import search_jobs
+from ngrpo_lora.bench.paper.methods import METHODS
+from ngrpo_lora.bench.paper.plan import Job, search_job
 from ngrpo_lora.bench.paper.running import Stopped
 from ngrpo_lora.errors import ConfigError, UserError
 
@@ -135,15 +136,44 @@ def test_the_tables_runs_have_the_winners_of_the_search(tmp_path: Path, monkeypa
     plan = small_plan(tmp_path, "flow-grpo", profile="default", budget=400.0)
     monkeypatch.setattr(comparison, "length", lambda config, budget: (10, 40.0))
     open_folder(tmp_path)
-    for number, job in enumerate(search_jobs(plan, comparison.length)):
-        leave(job, lambda picture, step, number=number: 0.5 + (0.1 if number == 4 else 0.0))
-    made: list[tuple[str, float]] = []
+    method = next(method for method in METHODS if method.name == "flow-grpo")
+    rewards = {"1e-4": 0.4, "3e-4": 0.5, "1e-3": 0.5, "3e-3": 0.6, "1e-2": 0.3}
+    made: list[str] = []
 
-    def run_all(jobs: list[running.Job], *_: object) -> list[running.Failure]:
-        made.extend((job.name, job.config.optimizer.learning_rate) for job in jobs if not running.is_complete(job))
-        return [(job, "no") for job in jobs if not running.is_complete(job)]
+    def run_all(jobs: list[Job], *_: object) -> list[running.Failure]:
+        new = [job for job in jobs if not running.is_complete(job)]
+        made.extend(job.name.removeprefix("search/flow-grpo/") for job in new)
+        for job in (job for job in new if job.name.startswith("search")):
+            rate, clip = job.point
+            leave(job, lambda picture, step, rate=rate, clip=clip: rewards[rate] + 0.1 * (clip == "1e-4"))
+        return [(job, "no") for job in new if job.name.startswith("runs")]
 
     monkeypatch.setattr(comparison, "run_all", run_all)
-    with pytest.raises(UserError, match=r"1 of 7 runs failed, the first of them runs/flow-grpo/seed-0 \(no\)"):
+    with pytest.raises(UserError, match=r"1 of 6 runs failed, the first of them runs/flow-grpo/seed-0 \(no\)"):
         compare(plan, 1, ["ngrpo"], lambda line: None)
-    assert made == [("runs/flow-grpo/seed-0", 3e-3)]
+    assert made == [
+        *(f"rate-{rate}-clip_range-1e-3" for rate in ("3e-4", "1e-3", "3e-3", "1e-2")),
+        "rate-3e-3-clip_range-1e-4",
+        "runs/flow-grpo/seed-0",
+    ]
+    assert search.tuned(plan, search.jobs(plan, comparison.length)) == {"flow-grpo": ("3e-3", "1e-4")}
+    assert search_job(plan, method, ("3e-3", "1e-4"), comparison.length).folder.is_dir()
+
+
+def test_a_point_of_the_search_that_fails_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = small_plan(tmp_path, "flow-grpo", profile="default", budget=400.0)
+    monkeypatch.setattr(comparison, "length", lambda config, budget: (10, 40.0))
+    tried: list[tuple[str, str]] = []
+
+    def run_all(jobs: list[Job], *_: object) -> list[running.Failure]:
+        tried.extend(job.point for job in jobs)
+        failed = [job for job in jobs if job.point[0] == "3e-3" or job.name.startswith("runs")]
+        for job in jobs:
+            if job not in failed:
+                leave(job, lambda picture, step: 0.5)
+        return [(job, "diverged") for job in failed]
+
+    monkeypatch.setattr(comparison, "run_all", run_all)
+    with pytest.raises(UserError, match=r"2 of 6 runs failed, .*rate-3e-3-clip_range-1e-3 \(diverged\)"):
+        compare(plan, 1, ["ngrpo"], lambda line: None)
+    assert [rate for rate, _ in tried] == ["3e-4", "1e-3", "3e-3", "1e-4", "1e-4", "1e-4"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from paper_runs import cost_of_8, leave, small_plan
 
 from ngrpo_lora.bench.paper import search
 from ngrpo_lora.bench.paper.methods import METHODS
-from ngrpo_lora.bench.paper.plan import points, search_jobs
+from ngrpo_lora.bench.paper.outcomes import is_complete
+from ngrpo_lora.bench.paper.plan import points
 from ngrpo_lora.bench.paper.tables import search_table
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.statistics import Estimate
@@ -27,43 +29,84 @@ def test_the_greatest_reward_wins_and_of_equal_ones_the_lowest_rate():
     assert search.choose(METHOD, {}) is None
 
 
+def rewarded(**rewards: float) -> dict[search.Point, Estimate]:
+    """Rewards of points by learning rate, as in `r1e_3=0.5`, with the usual clip."""
+    usual = METHOD.untuned[1]
+    return {(name[1:].replace("_", "-"), usual): Estimate(value, value, value) for name, value in rewards.items()}
+
+
+@pytest.mark.parametrize(
+    ("found", "rates", "knobs"),
+    [
+        (rewarded(), "3e-4 1e-3 3e-3", ""),
+        (rewarded(r3e_4=0.1, r1e_3=0.2), "3e-4 1e-3 3e-3", ""),  # the third is under way
+        (rewarded(r3e_4=0.1, r1e_3=0.2, r3e_3=0.1), "3e-4 1e-3 3e-3", "1e-3"),
+        (rewarded(r3e_4=0.1, r1e_3=0.2, r3e_3=0.3), "3e-4 1e-3 3e-3 1e-2", ""),
+        (rewarded(r3e_4=0.1, r1e_3=0.2, r3e_3=0.3, r1e_2=0.4), "3e-4 1e-3 3e-3 1e-2", "1e-2"),
+        (rewarded(r3e_4=0.2, r1e_3=0.2, r3e_3=0.1), "1e-4 3e-4 1e-3 3e-3", ""),
+        (rewarded(r1e_4=0.1, r3e_4=0.2, r1e_3=0.2, r3e_3=0.1), "1e-4 3e-4 1e-3 3e-3", "3e-4"),
+        (rewarded(r3e_4=math.nan, r1e_3=math.nan, r3e_3=math.nan), "3e-4 1e-3 3e-3", ""),
+    ],
+)
+def test_the_search_goes_on_beyond_its_edges_and_then_to_the_knob(
+    found: dict[search.Point, Estimate], rates: str, knobs: str
+):
+    usual = METHOD.untuned[1]
+    (other,) = (knob for knob in METHOD.knob_values if knob != usual)
+    expected = {(rate, usual) for rate in rates.split()} | {(rate, other) for rate in knobs.split()}
+    tried = search.trials(METHOD, found)
+    assert (set(tried), len(tried)) == (expected, len(expected))
+    assert tried == [point for point in points(METHOD) if point in expected]
+
+
 def test_winners_and_all_points_are_written_and_shown(tmp_path: Path):
     plan = small_plan(tmp_path, "flow-grpo", profile="default", budget=400.0)
-    jobs = search_jobs(plan, cost_of_8)
-    assert len(jobs) == 6
-    for number, job in enumerate(jobs[:-1]):  # the last one failed
-        leave(job, lambda picture, step, number=number: 0.5 + 0.1 * (number == 2) + 0.01 * (picture == 0))
+    jobs = search.jobs(plan, cost_of_8)
+    for job in jobs[:-1]:  # the last one failed
+        leave(job, lambda picture, step, job=job: 0.5 + 0.1 * (job.point[0] == "1e-3") + 0.01 * (picture == 0))
+    jobs = search.jobs(plan, cost_of_8, [jobs[-1].name])
+    assert len(jobs) == 4
+    leave(jobs[1], lambda picture, step: 0.55)
     winners = search.tuned(plan, jobs)
-    assert winners == {"flow-grpo": points(METHOD)[2]}
+    assert winners == {"flow-grpo": ("1e-3", "1e-3")}
     (entry,) = search.write(plan, jobs, winners)
     assert json.loads((tmp_path / search.FILE).read_text()) == [entry]
     assert [point["validation_reward"] for point in entry["points"]][-1] is None
     table = search_table([entry])
-    assert [row[-1] for row in table.rows] == ["", "", "yes", "", "", ""]
+    assert [row[-1] for row in table.rows] == ["", "", "yes", ""]
     assert table.rows[2][3] == "0.602 ± 0.006"  # 2.78 times 0.002, the standard error of five scenes
     assert table.rows[-1][3] == "failed or missing"
 
 
+def test_a_winner_at_the_end_of_the_rates_is_marked(tmp_path: Path):
+    plan = small_plan(tmp_path, "flow-grpo", profile="default", budget=400.0)
+    while jobs := [job for job in search.jobs(plan, cost_of_8) if not is_complete(job)]:
+        for job in jobs:
+            leave(job, lambda picture, step, job=job: min(0.9, 0.5 + float(job.point[0])))
+    jobs = search.jobs(plan, cost_of_8)
+    table = search_table(search.write(plan, jobs, search.tuned(plan, jobs)))
+    assert [(row[1], row[-1]) for row in table.rows if row[-1]] == [("1e-2", "at the edge")]
+
+
 def test_a_winner_stays_once_runs_of_the_tables_have_begun(tmp_path: Path):
     plan = small_plan(tmp_path, "flow-grpo", "dance", profile="default", budget=400.0)
-    jobs = search_jobs(plan, cost_of_8)
-    for number, job in enumerate(jobs[:-1]):
-        leave(job, lambda picture, step, number=number: 0.5 + 0.1 * (number % 6 == 2))
+    jobs = search.jobs(plan, cost_of_8)
+    for job in jobs[:-1]:
+        leave(job, lambda picture, step, job=job: 0.5 + 0.1 * (job.point[0] == "1e-3"))
     search.write(plan, jobs, search.tuned(plan, jobs))
     assert search.kept(plan) == {}
     (tmp_path / "runs" / "dance" / "seed-0").mkdir(parents=True)
     leave(jobs[-1], lambda picture, step: 0.9)  # of dance, at last
-    dance = next(method for method in METHODS if method.name == "dance")
-    assert search.kept(plan) == {"dance": points(dance)[2]} == {"dance": search.tuned(plan, jobs)["dance"]}
+    assert search.kept(plan) == {"dance": ("1e-3", "1e-3")} == {"dance": search.tuned(plan, jobs)["dance"]}
     alone = small_plan(tmp_path, "flow-grpo", profile="default", budget=400.0)
-    search.write(alone, jobs[:6], search.tuned(alone, jobs[:6]))
+    search.write(alone, jobs[:3], search.tuned(alone, jobs[:3]))
     assert search.kept(plan).keys() == {"dance"}  # another command's methods are not forgotten
 
 
 def test_several_rewards_are_judged_by_their_weighted_sum(tmp_path: Path):
     both = ("rewards=[world, {name: world_strict, weight: 2}]", "evaluation.strict=null")
     plan = small_plan(tmp_path, "flow-grpo", profile="default", budget=400.0, settings=both)
-    jobs = search_jobs(plan, cost_of_8)
+    jobs = search.jobs(plan, cost_of_8)
     leave(jobs[0], lambda picture, step: 0.6)  # world_strict is 1
     assert search.validated(jobs)["flow-grpo"][jobs[0].point].value == pytest.approx(0.6 + 2 * 1.0)
 
@@ -76,6 +119,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path):
 
 def test_without_a_search_a_methods_own_values_are_used(tmp_path: Path):
     plan = small_plan(tmp_path, "flow-grpo")
+    assert search.jobs(plan, cost_of_8) == []
     winners = search.tuned(plan, [])
     assert winners == {"flow-grpo": METHOD.untuned}
     assert search_table(search.write(plan, [], winners)).rows[0][3] == "not searched"
