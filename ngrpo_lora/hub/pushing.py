@@ -205,7 +205,11 @@ def push_run(run: Path, hub: HubConfig) -> str:
 
 
 class Pusher:
-    """Pushes a run in a thread of its own, one push at a time; one more may wait, and takes the newest files then."""
+    """Pushes a run in a thread of its own, one push at a time; one more may wait, and takes the newest files then.
+
+    The thread is a daemon, unlike that of the client's `run_as_future`, which Python waits for at its end: an upload
+    that hangs would keep the process beyond `hub.timeout_s`.
+    """
 
     def __init__(self, run: Path, hub: HubConfig):
         self.run, self.hub = run, hub
