@@ -7,10 +7,13 @@ from collections.abc import Mapping
 
 from ngrpo_lora.errors import UserError
 
-__all__ = ["launched", "process_device", "several_wanted", "started_alone"]
+__all__ = ["is_first", "launched", "process_device", "several_wanted", "started_alone"]
 
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where torchrun and accelerate, Open MPI, and the MPICH family say how many processes there are."""
+
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+"""Where they say which of them a process is."""
 
 OF_PROCESS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun and accelerate set beside WORLD_SIZE, in each process that they start."""
@@ -44,6 +47,11 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
                 f"got {environment[one]!r}; {stale}"
             )
     return True
+
+
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first of those that a launcher started, which writes files for all, or the only."""
+    return next((environment[name] for name in RANKS if name in environment), "0") == "0"
 
 
 def started_alone(environment: Mapping[str, str] = os.environ) -> bool:

@@ -195,6 +195,11 @@ class TrainerConfig(Section, frozen=True):
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
     save_every: int = Field(default=50, ge=1, description="Iterations between checkpoints.")
     keep_checkpoints: int = Field(default=3, ge=1, description="How many checkpoints stay on disk.")
+    max_hours: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop with a checkpoint before the process is so old, as a job's time limit wants; null: no limit.",
+    )
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads; null: PyTorch's choice.")
     cpu_processes: int = Field(
         default=1,
@@ -335,7 +340,10 @@ class RunConfig(Section, frozen=True):
     output_dir: str = Field(default="runs/default", min_length=1, description="Folder of this run; made when missing.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of LoRA initialisation, prompt order and noises.")
     resume: str | None = Field(
-        default=None, min_length=1, description="latest, or the path of a checkpoint, to go on; null: a new run."
+        default=None,
+        min_length=1,
+        description="latest, or the path of a checkpoint, to go on; auto: go on where there is a checkpoint, else "
+        "start; null: a new run.",
     )
 
     @property

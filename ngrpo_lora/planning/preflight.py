@@ -12,7 +12,8 @@ from ngrpo_lora import registry
 from ngrpo_lora.config import RunConfig, changed_keys, load_config
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.prompts.sources import read_split
-from ngrpo_lora.records.checkpoints import STATE_FILE, checkpoints
+from ngrpo_lora.records.checkpoints import checkpoints, find, newest_whole, resolve
+from ngrpo_lora.records.ownership import owner
 
 __all__ = ["check_functions", "check_resumable", "check_run", "check_settings"]
 
@@ -168,32 +169,50 @@ def _packages(config: RunConfig) -> Iterator[str]:
 
 
 def _output_dir(config: RunConfig) -> Iterator[str]:
+    """Whether the output folder is free, and holds what is to be gone on with, or nothing that a new run would lose."""
     output_dir = Path(config.output_dir)
-    holds_run = (output_dir / "config.yaml").exists()
-    if config.resume is None:
-        if holds_run:
-            yield (
-                f"output_dir must not hold another run, but {config.output_dir!r} does; "
-                "give resume=latest to go on with it, or another output_dir"
-            )
+    if used := owner(output_dir):
+        yield used
         return
-    if config.resume == "latest":
-        run_dir = output_dir
-        if not checkpoints(output_dir):
+    resume = resolve(config.resume, output_dir)
+    if resume is None:
+        yield from _new_run(config, output_dir)
+        return
+    try:
+        if resume == "latest" and newest_whole(output_dir) is None:
             folder = str(output_dir / "checkpoints")
             yield f"resume=latest needs a checkpoint, but {folder!r} holds none; drop resume to start anew"
             return
-    else:
-        checkpoint = Path(config.resume).resolve()
-        state = checkpoint / STATE_FILE if checkpoint.is_dir() else checkpoint
-        if not state.is_file():
-            yield f"resume must be latest or the path of a checkpoint, but {config.resume!r} is none"
-            return
-        run_dir = state.parents[2]
-        if holds_run and run_dir != output_dir.resolve():
-            yield f"output_dir must be the resumed run's ({str(run_dir)!r}) or a new one, got {config.output_dir!r}"
+        run_dir = find(resume, output_dir).resolve().parents[1]
+    except UserError as error:
+        yield str(error)
+        return
+    if (output_dir / "config.yaml").exists() and run_dir != output_dir.resolve():
+        yield f"output_dir must be the resumed run's ({str(run_dir)!r}) or a new one, got {config.output_dir!r}"
     if (run_dir / "config.yaml").is_file():
         yield from _changes(run_dir / "config.yaml", config)
+
+
+def _new_run(config: RunConfig, output_dir: Path) -> Iterator[str]:
+    """Whether the folder holds another run; one that was killed before its first checkpoint may start again."""
+    path = output_dir / "config.yaml"
+    if not path.exists():
+        return
+    if checkpoints(output_dir) or any((output_dir / "adapter").glob("*")):
+        yield (
+            f"output_dir must not hold another run, but {config.output_dir!r} does; "
+            "give resume=latest to go on with it, or another output_dir"
+        )
+        return
+    try:
+        changed = [change for change in changed_keys(load_config(path), config) if not change.startswith(MAY_CHANGE)]
+    except ConfigError as error:
+        changed = [*error.problems]
+    if changed:
+        yield (
+            f"output_dir must not hold another run, but {config.output_dir!r} has the beginning of one, without a "
+            f"checkpoint, that has other settings ({changed[0]}); give another output_dir, or remove that folder"
+        )
 
 
 def _changes(path: Path, config: RunConfig) -> Iterator[str]:

@@ -8,6 +8,7 @@ alpha from the header), and a minimal `lora_adapter_metadata` naming every adapt
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,35 @@ from ngrpo_lora.config import RunConfig
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.records.files import written
+from ngrpo_lora.records.files import no_room, written
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.types import TextEmbeds
 
 
 def save_adapter(path: Path, family: BaseFamily, config: RunConfig) -> None:
-    """Write the live adapter to `path`, atomically."""
+    """Write the live adapter to `path`, atomically.
+
+    Raises:
+        UserError: the disk has no room for it.
+    """
+    live = lora.parameters(family.transformer)  # not the whole state, which a sharded base would have to gather
+    tensors = adapter_tensors(family, live, config)
+    with no_room(path, sum(tensor.nbytes for tensor in tensors.values())), written(path) as partial:
+        save_file(tensors, partial, describe_adapter(sorted(tensors), family, config))
+
+
+def adapter_tensors(family: BaseFamily, weights: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, from weights by the names of the transformer's parameters.
+
+    Those that need no change share their memory with the weights where these are float32 in system memory.
+    """
     scale = config.lora.resolved_alpha / config.lora.rank
     tensors: dict[str, Tensor] = {}
-    live = lora.parameters(family.transformer)  # not the whole state, which a sharded base would have to gather
-    for name, weight in get_peft_model_state_dict(family.transformer, live, lora.ADAPTER_NAME).items():
+    for name, weight in get_peft_model_state_dict(family.transformer, {**weights}, lora.ADAPTER_NAME).items():
         folded = weight * scale if ".lora_B." in name else weight
         tensors[f"transformer.{name}"] = folded.detach().float().cpu().contiguous()
-    with written(path) as partial:
-        save_file(tensors, partial, describe_adapter(sorted(tensors), family, config))
+    return tensors
 
 
 def describe_adapter(keys: list[str], family: BaseFamily, config: RunConfig) -> dict[str, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ngrpo_lora.config import dump_config
+from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import MetricsFile
 from ngrpo_lora.reports.curves import write_summary
+from ngrpo_lora.training.inputs import warn_of_changes
 from ngrpo_lora.training.watcher import Start, Watcher
 from ngrpo_lora.types import Metrics
 
@@ -17,7 +19,10 @@ class Recorder(Watcher):
     def before_start(self, start: Start) -> None:
         """The configuration, and the metrics file, without what came after a checkpoint that the run goes on from."""
         self.output_dir = Path(start.config.output_dir)
-        (self.output_dir / "config.yaml").write_text(dump_config(start.config))
+        config = start.config.model_copy(update={"resume": None})  # which is how it was started, not what it is
+        with written(self.output_dir / "config.yaml") as partial:
+            partial.write_text(dump_config(config), encoding="utf-8")
+        warn_of_changes(start.config, self.output_dir, start.config.resume is not None)
         resumed = start.iteration if start.config.resume else None
         self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", resumed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.training.lora_step import LoraStep
 from ngrpo_lora.training.metering import EvaluationCounter
 from ngrpo_lora.training.processes import Processes, base_is_sharded
+from ngrpo_lora.training.saving import Saver
 from ngrpo_lora.training.watcher import Start, Watchers
 
 
@@ -32,6 +33,7 @@ class Run:
     iteration: how many iterations are complete.
     kept: the state at the start of the iteration under way, where that has several updates.
     evaluation_missing: whether the iteration that is complete has yet to be evaluated.
+    saver: writes checkpoints while training goes on.
     """
 
     config: RunConfig
@@ -52,6 +54,7 @@ class Run:
     iteration: int = 0
     kept: dict[str, Any] | None = None
     evaluation_missing: bool = True
+    saver: Saver = field(default_factory=Saver)
 
     @property
     def output_dir(self) -> Path:

@@ -22,6 +22,7 @@ from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.sources import PromptSource, count_longer, open_split
 from ngrpo_lora.ranks import process_device
+from ngrpo_lora.records.checkpoints import drop_after, resolve
 from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.seeds import derive_seed
@@ -48,12 +49,14 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
     Raises:
         UserError: it does not fit the processes, or a reward, measure, model, adapter or checkpoint cannot be had.
     """
+    folder = Path(config.output_dir)
+    config = config.model_copy(update={"resume": resolve(config.resume, folder)})
     device = process_device(resolve_device(config.model.device))
     use_device(device)
     processes = Processes(device, config.trainer.timeout_s)
     if config.trainer.num_threads is not None:  # accelerate has a number of its own
         torch.set_num_threads(config.trainer.num_threads)
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if problem := processes.agree(misfit(config, processes.count)):
         raise SharedError(problem)
     own: list[Watcher] = [recorder := Recorder(), Tracking(recorder), Screen()] if processes.is_main else [Screen()]
@@ -89,6 +92,8 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
     warn(run)
     if config.resume is not None:
         resume(run, config.resume)
+    elif processes.is_main:
+        drop_after(folder, -1)  # of a run that was killed before its first checkpoint
     return run
 
 

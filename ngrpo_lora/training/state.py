@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ngrpo_lora.adapters import lora
 from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.console import console
 from ngrpo_lora.errors import SharedError, UserError
 from ngrpo_lora.records import checkpoints
 from ngrpo_lora.records.metrics import read_metrics
-from ngrpo_lora.training.export import save_adapter
+from ngrpo_lora.training.export import adapter_tensors, describe_adapter
 from ngrpo_lora.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -53,6 +50,8 @@ def resume(run: Run, checkpoint: str) -> None:
     if problem := run.processes.agree(problem):
         raise SharedError(problem)
     restore(run, run.processes.broadcast(saved))
+    if run.processes.is_main:
+        checkpoints.drop_after(run.output_dir, run.iteration)
     run.evaluation_missing = run.iteration == 0 or (run.evaluation_due and not is_evaluated(run))
 
 
@@ -65,23 +64,33 @@ def is_evaluated(run: Run) -> bool:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint, and into it the averaged adapter; all processes hold the same state."""
+    """Start to write a checkpoint with the averaged adapter beside it, from a copy: training goes on meanwhile.
+
+    All processes hold the same state; the main one writes. `run.saver` tells when it is on disk.
+    """
     if run.processes.is_main:
-        keep = run.config.trainer.keep_checkpoints
-        folder = checkpoints.save(run.output_dir, run.iteration, state(run), keep)
-        with lora.swapped(run.family.transformer, run.lora_step.averaged):
-            save_adapter(folder / FILE_NAME, run.family, run.config)
+        copied, folder, config = on_cpu(state(run)), run.output_dir, run.config
+        tensors = adapter_tensors(run.family, copied["averaged"], config)
+        header = describe_adapter(sorted(tensors), run.family, config)
+
+        def write(iteration: int = run.iteration) -> None:
+            keep = config.trainer.keep_checkpoints
+            checkpoints.save(folder, iteration, copied, keep, lambda path: save_file(tensors, path / FILE_NAME, header))
+
+        run.saver.start(run.iteration, write)
 
 
-def check_complete(run: Run) -> None:
+def check_complete(run: Run, reason: str | None) -> None:
     """Tell a run that was asked to stop from one that has reached its end.
 
+    Args:
+        reason: why it was asked to stop, if that is not plain.
     Raises:
         SharedError: it was asked to stop, and can go on.
     """
     if not run.is_complete:
-        total = run.config.trainer.num_iterations
-        raise SharedError(f"stopped after iteration {run.iteration} of {total}; go on with resume=latest")
+        total, why = run.config.trainer.num_iterations, "" if reason in (None, "Ctrl-C") else f" ({reason})"
+        raise SharedError(f"stopped after iteration {run.iteration} of {total}{why}; go on with resume=latest")
 
 
 @contextmanager
@@ -94,47 +103,24 @@ def checkpoint_on_error(run: Run) -> Iterator[None]:
             if run.kept is not None:
                 restore(run, run.kept)
             save(run)
-        except Exception:  # a full disk or a broken device, which may be the first error's reason as well
+            run.saver.wait()
+        except UserError as error:  # a full disk, which may be the first error's reason as well
+            log.warning("no checkpoint could be written of iteration %d: %s", run.iteration, error)
+        except Exception:  # a broken device
             log.warning("no checkpoint could be written of iteration %d", run.iteration, exc_info=True)
         raise
 
 
-ASKING = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-"""Signals that ask a run to stop; SIGTERM also comes from launchers, which end all processes when one has failed."""
-
-
-@contextmanager
-def interrupt_asked(tell: bool) -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after this iteration; a second one stops at once.
-
-    Args:
-        tell: whether to say so.
-    """
-    asked = False
-
-    def ask(signum: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        if tell:
-            name = ASKING[signal.Signals(signum)]
-            console.print(f"{name}: stopping after this iteration; a second one stops at once")
-
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {one: signal.signal(one, ask) for one in ASKING}
-    try:
-        yield lambda: asked
-    finally:
-        for one, handler in previous.items():
-            signal.signal(one, handler)
-
-
-def on_cpu(nested: Any) -> Any:
-    """A copy of nested dictionaries and lists, their tensors in system memory."""
+def on_cpu(nested: Any, copies: dict[Any, Tensor] | None = None) -> Any:
+    """A copy of nested dictionaries and lists, their tensors in system memory; what is there twice is copied once."""
+    copies = {} if copies is None else copies
     if isinstance(nested, dict):
-        return {key: on_cpu(value) for key, value in nested.items()}
+        return {key: on_cpu(value, copies) for key, value in nested.items()}
     if isinstance(nested, list | tuple):
-        return type(nested)(map(on_cpu, nested))
-    return nested.detach().to("cpu", copy=True) if isinstance(nested, Tensor) else nested
+        return type(nested)(on_cpu(value, copies) for value in nested)
+    if not isinstance(nested, Tensor):
+        return nested
+    identity = (nested.data_ptr(), nested.shape, nested.stride(), nested.dtype, nested.device)
+    if identity not in copies or not nested.numel():
+        copies[identity] = nested.detach().to("cpu", copy=True)
+    return copies[identity]

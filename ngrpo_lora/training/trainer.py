@@ -5,8 +5,14 @@ prompts -> text embeddings -> noises -> ODE rollout -> images -> rewards -> adva
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.devices import without_cudnn_attention
+from ngrpo_lora.ranks import is_first
+from ngrpo_lora.records.ownership import owned
+from ngrpo_lora.training.asking import listening
 from ngrpo_lora.training.evaluation import evaluate
 from ngrpo_lora.training.export import export
 from ngrpo_lora.training.metering import Stages
@@ -14,7 +20,7 @@ from ngrpo_lora.training.rewarding import collect, describe, middle_frames, subm
 from ngrpo_lora.training.rollouts import decode, prompts_of, roll_out
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.setup import prepare
-from ngrpo_lora.training.state import check_complete, checkpoint_on_error, interrupt_asked, save
+from ngrpo_lora.training.state import check_complete, checkpoint_on_error, save
 from ngrpo_lora.training.updates import update
 from ngrpo_lora.training.watcher import Watcher
 from ngrpo_lora.types import Metrics
@@ -26,34 +32,50 @@ def train(config: RunConfig, *watchers: Watcher) -> Metrics:
     Raises:
         UserError: the model cannot be loaded, or the run cannot go on; all that was made is on disk.
     """
-    run = prepare(config, *watchers)  # processes, model, LoRA, prompts, rewards, algorithm, optimizer
-    with run.processes.contact():
-        evaluation = complete(run)
-    run.processes.close()
+    folder = owned(Path(config.output_dir)) if is_first() else nullcontext()
+    with folder:
+        run = prepare(config, *watchers)  # processes, model, LoRA, prompts, rewards, algorithm, optimizer
+        with run.processes.contact():
+            evaluation = complete(run)
+        run.processes.close()
     return evaluation
 
 
 def complete(run: Run) -> Metrics:
     """Iterate until the run is complete, evaluating and saving on the way, and export its adapter."""
     evaluation, stopped = Metrics(), run.is_complete
-    stopping = interrupt_asked(run.processes.is_main)
-    with run.watchers.looking_on(run.start()), stopping as interrupted, checkpoint_on_error(run):
+    hearing = listening(run.processes.is_main, run.config.trainer.max_hours)
+    with run.watchers.looking_on(run.start()), hearing as asked, checkpoint_on_error(run):
         if run.evaluation_missing:
             evaluation = evaluate(run)
             run.watchers.after_step(run.iteration, evaluation)
         while not stopped:
             metrics = iterate(run)
             run.watchers.after_update(run.iteration, metrics)
-            stopped = run.is_complete or run.processes.any(interrupted())
+            requests = run.processes.gather((asked.stop, asked.take_save()))
+            stopped = run.is_complete or any(reason for reason, _ in requests)
             if run.evaluation_due:
                 metrics |= (evaluation := evaluate(run))
             run.watchers.after_step(run.iteration, metrics)
-            if stopped or run.save_due:
+            if stopped or run.save_due or any(wanted for _, wanted in requests):
                 save(run)
-                run.watchers.after_save(run.iteration, last=stopped)
-    check_complete(run)
+            tell_of_saves(run, stopped)
+            asked.next_lap()
+    check_complete(run, asked.stop)
     run.watchers.after_end(export(run))
     return evaluation
+
+
+def tell_of_saves(run: Run, last: bool) -> None:
+    """Tell watchers of the checkpoints that have come to disk; the last one is waited for.
+
+    Raises:
+        UserError: one could not be written.
+    """
+    if last:
+        run.saver.wait()
+    for iteration in run.saver.finished():
+        run.watchers.after_save(iteration, last=last and iteration == run.iteration)
 
 
 @without_cudnn_attention()  # for checkpointed blocks, which are computed again in the backward pass

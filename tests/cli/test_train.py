@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from ngrpo_lora.cli import app, launching, train
 from ngrpo_lora.config import RunConfig, dump_config, load_config
-from ngrpo_lora.records.checkpoints import STATE_FILE
+from ngrpo_lora.records.checkpoints import FORMER_FILE
+from ngrpo_lora.records.ownership import owned
 
 light = pytest.mark.usefixtures("nothing_heavy")
 
@@ -53,6 +54,7 @@ def test_train_hands_the_checked_config_to_the_trainer(trained: list[RunConfig],
         (["output_dir=blank.txt"], "output_dir must be a writable folder"),
         (["output_dir=blank.txt/run"], "output_dir must be a writable folder"),
         (["output_dir=held"], "resume=latest"),
+        (["output_dir=begun", "seed=3"], "without a checkpoint, that has other settings (seed: 0 -> 3); give another"),
         (["resume=latest"], "resume=latest needs a checkpoint"),
         (["resume=runs/x/checkpoints/iteration-000001"], "is none"),
         (["resume=empty"], "is none"),
@@ -65,8 +67,11 @@ def test_train_refuses_bad_input_before_anything_loads(
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text(" \n\n")
     (tmp_path / "latin.txt").write_bytes(b"un caf\xe9\n")
-    (tmp_path / "held").mkdir()
-    (tmp_path / "held" / "config.yaml").write_text(dump_config(load_config()))
+    for name in ("held", "begun"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(dump_config(load_config(None, [f"output_dir={name}"])))
+    (tmp_path / "held" / "adapter").mkdir()
+    (tmp_path / "held" / "adapter" / "pytorch_lora_weights.safetensors").touch()
     text = refuse("train", *words)
     assert part in text
     assert not (tmp_path / "runs").exists()
@@ -94,12 +99,12 @@ def test_a_missing_8bit_package_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 # Resume -------------------------------------------------------------------------------------------------------------
 
-RESUMES = ["latest", "run/checkpoints/iteration-000010", "run/checkpoints/iteration-000010/state.pt"]
+RESUMES = ["latest", "run/checkpoints/iteration-000010", "run/checkpoints/iteration-000010/state.pt", "auto"]
 
 
 def make_run(folder: Path) -> None:
     (folder / "checkpoints" / "iteration-000010").mkdir(parents=True)
-    (folder / "checkpoints" / "iteration-000010" / STATE_FILE).touch()
+    (folder / "checkpoints" / "iteration-000010" / FORMER_FILE).touch()
     (folder / "config.yaml").write_text(dump_config(load_config(None, [f"output_dir={folder}"])))
 
 
@@ -123,6 +128,23 @@ def test_resume_may_change_length_and_evaluation(
     result = CliRunner().invoke(app, ["train", "--num-processes", "1", f"output_dir={tmp_path / 'run'}", *words])
     assert result.exit_code == 0, result.output
     assert trained[0].trainer.num_iterations == 900
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
+    resume: str | None, trained: list[RunConfig], tmp_path: Path
+):
+    words = [f"output_dir={tmp_path}", *([] if resume is None else [f"resume={resume}"])]
+    (tmp_path / "config.yaml").write_text(dump_config(load_config(None, words[:1])))
+    result = CliRunner().invoke(app, ["train", "--num-processes", "1", *words, "trainer.num_iterations=9"])
+    assert result.exit_code == 0, result.output
+    assert trained[0].output_dir == str(tmp_path)
+
+
+@light
+def test_a_folder_that_another_process_trains_in_is_refused(tmp_path: Path):
+    with owned(tmp_path):
+        assert "is in use (process" in refuse("train", f"output_dir={tmp_path}")
 
 
 # Processes and GPUs -------------------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
-from ngrpo_lora.records.files import digest, written, written_folder
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.records import files
+from ngrpo_lora.records.files import digest, disk_is_full, no_room, written, written_folder
 
 
 def write_half(path: Path) -> None:
@@ -59,3 +62,36 @@ def test_a_folder_takes_the_place_of_another_as_a_whole_or_not_at_all(tmp_path: 
 def test_a_digest_is_that_of_the_contents(tmp_path: Path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert digest(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_what_takes_a_place_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    done: list[str] = []
+    replace, fsync = files.os.replace, files.os.fsync
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (done.append(f"to {Path(b).name}"), replace(a, b))[1])
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: (done.append("fsync"), fsync(descriptor))[1])
+    with written(tmp_path / "file") as partial:
+        partial.touch()
+    assert done == ["fsync", "to file", "fsync"]
+    done.clear()
+    with written_folder(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "one").touch()
+    assert done == ["fsync", "fsync", "to folder", "fsync"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EFBIG, "File too large"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_said_in_words(error: Exception, tmp_path: Path):
+    assert disk_is_full(error)
+    words = r"no room on the disk for file: .* free, and it needs 3.0 KiB; .* Make room, then go on with resume=latest"
+    with pytest.raises(UserError, match=words), no_room(tmp_path / "new" / "file", 3072):
+        raise error
+    with pytest.raises(ValueError, match="other"), no_room(tmp_path / "file", 1):
+        raise ValueError("other")
