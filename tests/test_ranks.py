@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.ranks import launched, process_device, several_wanted, started_alone
+from ngrpo_lora.ranks import is_first, launched, process_device, several_wanted, started_alone
 
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
@@ -40,6 +40,14 @@ def test_variables_that_contradict_each_other_are_refused(changed: dict[str, str
     with pytest.raises(UserError) as error:
         launched(environment)
     assert message in str(error.value)
+
+
+def test_the_first_process_is_the_one_of_rank_0():
+    assert is_first({})
+    assert is_first({"OMPI_COMM_WORLD_RANK": "0"})
+    assert is_first(TORCHRUN | {"RANK": "0", "PMI_RANK": "1"})
+    assert not is_first(TORCHRUN)
+    assert not is_first({"PMI_RANK": "1"})
 
 
 def test_a_launchers_only_process_starts_no_others():

@@ -17,6 +17,7 @@ import typer  # noqa: E402
 from typer.core import TyperGroup  # noqa: E402
 
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.records.files import disk_is_full
 
 if TYPE_CHECKING:
     from ngrpo_lora.config import Option
@@ -25,7 +26,7 @@ __all__ = ["app"]
 
 
 class _Group(TyperGroup):
-    """Shows a UserError as its message alone, with exit status 2; every other error keeps its traceback."""
+    """Shows a UserError or a full disk as its message alone, with exit status 2; other errors keep their traceback."""
 
     def invoke(self, ctx: typer.Context) -> Any:
         try:
@@ -33,6 +34,17 @@ class _Group(TyperGroup):
         except UserError as error:
             typer.echo(f"ngrpo: {error}", err=True)
             raise typer.Exit(2) from None
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            typer.echo(f"ngrpo: {disk_full(error)}", err=True)
+            raise typer.Exit(2) from None
+
+
+def disk_full(error: OSError) -> str:
+    """The message of an error that says that the disk is full."""
+    place = f" at {error.filename}" if error.filename else ""
+    return f"the disk is full{place} ({error.strerror}); make room, and then go on: a run by resume=latest"
 
 
 app = typer.Typer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -42,6 +43,19 @@ def process_count(device: str, asked: int | None, on_cpu: int = 1) -> int:
     return asked or gpus or 1
 
 
+def hand_on_requests_to_save(command: Sequence[str]) -> None:
+    """Pass SIGUSR1, which schedulers send some time before the end, on to the processes that `command` started."""
+
+    def hand_on(signum: int, frame: object) -> None:
+        for process in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[-len(command) :] == [*command]:
+                    process.send_signal(signum)
+
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, hand_on)
+
+
 def launch(count: int, command: Sequence[str], patience_s: float) -> int:
     """Run `command` as `count` processes of this machine by torch's elastic agent; returns an exit status.
 
@@ -70,6 +84,7 @@ def launch(count: int, command: Sequence[str], patience_s: float) -> int:
         local_addr=LOCAL,
         max_restarts=0,
     )
+    hand_on_requests_to_save(command)
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ngrpo_lora.cli.app import RunArguments, split_arguments
+from ngrpo_lora.cli.app import RunArguments, disk_full, split_arguments
 from ngrpo_lora.errors import SharedError, UserError
+from ngrpo_lora.records.files import disk_is_full
 
 if TYPE_CHECKING:
     from ngrpo_lora.config import RunConfig
@@ -41,6 +42,8 @@ def train(
     """
     from ngrpo_lora.ranks import launched, several_wanted, started_alone
 
+    if hasattr(signal, "SIGUSR1"):  # it asks for a checkpoint, and would end a process that does not train yet
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if launched():
         _train_as_one_of_several(arguments)
         return
@@ -89,11 +92,13 @@ def _train_as_one_of_several(arguments: list[str] | None) -> None:
             raise SharedError(problem)
         assert config is not None  # else there is a problem
         _train(config)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if not isinstance(error, UserError) and not disk_is_full(error):
+            raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers end all processes when the first one ends
         shared = isinstance(error, SharedError)
         if processes.is_main or not shared:
-            typer.echo(f"ngrpo: {error}", err=True)
+            typer.echo(f"ngrpo: {error if isinstance(error, UserError) else disk_full(error)}", err=True)
         if shared:
             processes.wait()
         raise typer.Exit(2) from None

@@ -194,7 +194,13 @@ class TrainerConfig(Section, frozen=True):
     )
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
     save_every: int = Field(default=50, ge=1, description="Iterations between checkpoints.")
-    keep_checkpoints: int = Field(default=3, ge=1, description="How many checkpoints stay on disk.")
+    keep_checkpoints: int = Field(default=3, ge=1, description="How many checkpoints stay on disk: the newest ones.")
+    keep_best: str | None = Field(
+        default=None,
+        pattern="^-?eval/.+",
+        description="Metric of evaluations, such as eval/reward_mean: the checkpoint of its greatest value is "
+        "written and stays too; with a minus sign in front, of its lowest; null: none.",
+    )
     max_hours: float | None = Field(
         default=None,
         gt=0,

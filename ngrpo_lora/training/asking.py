@@ -13,11 +13,12 @@ import psutil
 
 from ngrpo_lora.console import console
 
-__all__ = ["Asked", "listening"]
+__all__ = ["MAX_HOURS", "Asked", "listening"]
 
 STOPPING = {
     name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 }  # Windows has no SIGHUP
+MAX_HOURS = "trainer.max_hours"
 SAVING = getattr(signal, "SIGUSR1", None)
 
 
@@ -41,7 +42,7 @@ class Asked:
         """Why to stop after this iteration: a signal's name or `trainer.max_hours`; None: no reason."""
         now = time.time()
         if self.reason is None and self.limit_s is not None and now - self.started + self.longest_s > self.limit_s:
-            self.reason = "trainer.max_hours"
+            self.reason = MAX_HOURS
         return self.reason
 
     def next_lap(self) -> None:

@@ -15,6 +15,7 @@ from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.sources import PromptSource
 from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.training.best import Best
 from ngrpo_lora.training.lora_step import LoraStep
 from ngrpo_lora.training.metering import EvaluationCounter
 from ngrpo_lora.training.processes import Processes, base_is_sharded
@@ -34,6 +35,7 @@ class Run:
     kept: the state at the start of the iteration under way, where that has several updates.
     evaluation_missing: whether the iteration that is complete has yet to be evaluated.
     saver: writes checkpoints while training goes on.
+    best: the best evaluation so far, of the metric that `trainer.keep_best` names.
     """
 
     config: RunConfig
@@ -55,6 +57,7 @@ class Run:
     kept: dict[str, Any] | None = None
     evaluation_missing: bool = True
     saver: Saver = field(default_factory=Saver)
+    best: Best = field(default_factory=lambda: Best(None))
 
     @property
     def output_dir(self) -> Path:

@@ -26,6 +26,7 @@ from ngrpo_lora.records.checkpoints import drop_after, resolve
 from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.seeds import derive_seed
+from ngrpo_lora.training.best import Best
 from ngrpo_lora.training.evaluation import strict_reward
 from ngrpo_lora.training.lora_step import LoraStep
 from ngrpo_lora.training.measuring import open_measures
@@ -88,6 +89,7 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
         score_cache,
         measures,
         counter,
+        best=Best(config.trainer.keep_best),
     )
     warn(run)
     if config.resume is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.errors import SharedError, UserError
 from ngrpo_lora.records import checkpoints
 from ngrpo_lora.records.metrics import read_metrics
+from ngrpo_lora.training.asking import MAX_HOURS
 from ngrpo_lora.training.export import adapter_tensors, describe_adapter
 from ngrpo_lora.training.run import Run
 
@@ -52,6 +54,8 @@ def resume(run: Run, checkpoint: str) -> None:
     restore(run, run.processes.broadcast(saved))
     if run.processes.is_main:
         checkpoints.drop_after(run.output_dir, run.iteration)
+        metrics = run.output_dir / "metrics.jsonl"
+        run.best.recall(read_metrics(metrics) if metrics.is_file() else [], run.iteration)
     run.evaluation_missing = run.iteration == 0 or (run.evaluation_due and not is_evaluated(run))
 
 
@@ -72,10 +76,15 @@ def save(run: Run) -> None:
         copied, folder, config = on_cpu(state(run)), run.output_dir, run.config
         tensors = adapter_tensors(run.family, copied["averaged"], config)
         header = describe_adapter(sorted(tensors), run.family, config)
+        best = copy(run.best)
+        kept = best.kept
 
         def write(iteration: int = run.iteration) -> None:
             keep = config.trainer.keep_checkpoints
-            checkpoints.save(folder, iteration, copied, keep, lambda path: save_file(tensors, path / FILE_NAME, header))
+            checkpoints.save(
+                folder, iteration, copied, keep, lambda path: save_file(tensors, path / FILE_NAME, header), kept
+            )
+            best.write(folder)
 
         run.saver.start(run.iteration, write)
 
@@ -84,12 +93,12 @@ def check_complete(run: Run, reason: str | None) -> None:
     """Tell a run that was asked to stop from one that has reached its end.
 
     Args:
-        reason: why it was asked to stop, if that is not plain.
+        reason: why it was asked to stop; of a signal, the screen has said it.
     Raises:
         SharedError: it was asked to stop, and can go on.
     """
     if not run.is_complete:
-        total, why = run.config.trainer.num_iterations, "" if reason in (None, "Ctrl-C") else f" ({reason})"
+        total, why = run.config.trainer.num_iterations, f" ({reason})" if reason == MAX_HOURS else ""
         raise SharedError(f"stopped after iteration {run.iteration} of {total}{why}; go on with resume=latest")
 
 

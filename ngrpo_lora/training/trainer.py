@@ -48,16 +48,19 @@ def complete(run: Run) -> Metrics:
     with run.watchers.looking_on(run.start()), hearing as asked, checkpoint_on_error(run):
         if run.evaluation_missing:
             evaluation = evaluate(run)
+            run.best.note(run.iteration, evaluation)
             run.watchers.after_step(run.iteration, evaluation)
         while not stopped:
             metrics = iterate(run)
             run.watchers.after_update(run.iteration, metrics)
             requests = run.processes.gather((asked.stop, asked.take_save()))
             stopped = run.is_complete or any(reason for reason, _ in requests)
+            better = False
             if run.evaluation_due:
                 metrics |= (evaluation := evaluate(run))
+                better = run.best.note(run.iteration, evaluation)
             run.watchers.after_step(run.iteration, metrics)
-            if stopped or run.save_due or any(wanted for _, wanted in requests):
+            if stopped or better or run.save_due or any(wanted for _, wanted in requests):
                 save(run)
             tell_of_saves(run, stopped)
             asked.next_lap()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,30 @@ def test_a_signal_stops_all_processes_after_an_iteration(launcher: str, name: st
     if launcher == "ngrpo":
         assert process.returncode == 2
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("processes", [slow("1"), "2"])
+def test_sigusr1_to_the_command_saves_a_checkpoint_and_the_run_goes_on(processes: str, file: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    settings = [f"output_dir={run}", "trainer.num_iterations=200", "evaluation.every=200", "trainer.save_every=200"]
+    process = start([BIN / "ngrpo", "train", file, *settings, "--num-processes", processes])
+
+    def wait_for(what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not what():
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+
+    wait_for(lambda: (run / "metrics.jsonl").is_file() and len(read_rows(run)) > 1)
+    process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: any(run.glob("checkpoints/iteration-*/state.json")))
+    steps = len(read_rows(run))
+    wait_for(lambda: len(read_rows(run)) > steps)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("launcher", ["ngrpo", slow("torchrun")])

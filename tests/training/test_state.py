@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from contextlib import nullcontext
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from conftest import FinishedRun, MakeConfig
-from runs import Stop, Stopper, read_rows, resume_and_compare
+from runs import Stop, Stopper, assert_same_run, read_rows, resume_and_compare
 from safetensors.torch import load_file
 
 from ngrpo_lora.adapters.finding import FILE_NAME
@@ -60,18 +62,71 @@ def test_a_killed_run_resumes_bit_for_bit(
     resume_and_compare(finished_run, make_config, tmp_path)
 
 
-def test_ctrl_c_ends_the_iteration_and_resumes_bit_for_bit(
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_iteration_and_the_run_resumes_bit_for_bit(
+    name: str, finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, asking = prepare(make_config(tmp_path, *finished_run.overrides)), signal.Signals[name]
+    update, handler = trainer.update, signal.getsignal(asking)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", lambda *args: (signal.raise_signal(asking), update(*args))[1])
+        with pytest.raises(UserError, match="stopped after iteration 1 of 4; go on with resume=latest"):
+            complete(run)
+    assert signal.getsignal(asking) is handler
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["iteration-000001"]
+    resume_and_compare(finished_run, make_config, tmp_path)
+
+
+def test_sigusr1_saves_and_the_run_goes_on(
     finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = prepare(make_config(tmp_path, *finished_run.overrides))
-    update, handler = trainer.update, signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "update", lambda *args: (signal.raise_signal(signal.SIGINT), update(*args))[1])
-        with pytest.raises(UserError, match="stopped after iteration 1 of 4; go on with resume=latest"):
-            complete(run)
-    assert signal.getsignal(signal.SIGINT) is handler
+    update, handler = trainer.update, signal.getsignal(signal.SIGUSR1)
+
+    def save_once(*args: Any) -> Any:
+        if run.iteration == 0:
+            signal.raise_signal(signal.SIGUSR1)
+        return update(*args)
+
+    monkeypatch.setattr(trainer, "update", save_once)
+    complete(run)
+    assert signal.getsignal(signal.SIGUSR1) is handler
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [f"iteration-{step:06d}" for step in (1, 2, 4)]
+    assert_same_run(tmp_path, finished_run.output_dir)
+
+
+def test_a_time_limit_stops_the_run_with_a_checkpoint(make_config: MakeConfig, tmp_path: Path):
+    run = prepare(make_config(tmp_path, "trainer.max_hours=0.0001"))
+    with pytest.raises(UserError, match=r"stopped after iteration 1 of 2 \(trainer.max_hours\); go on with resume"):
+        complete(run)
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["iteration-000001"]
-    resume_and_compare(finished_run, make_config, tmp_path)
+
+
+def test_the_best_checkpoint_stays_also_after_a_resume(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    values, evaluate = [0.1, 0.3, 0.9, 0.2, 0.5], trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda run: evaluate(run) | {"eval/reward_mean": values[run.iteration]})
+    words = ("trainer.keep_best=eval/reward_mean", "trainer.keep_checkpoints=1", "evaluation.every=1")
+    for iterations, kept in ((3, (2, 3)), (4, (2, 4))):
+        resume = ["resume=latest"] if iterations == 4 else []
+        complete(prepare(make_config(tmp_path, *words, f"trainer.num_iterations={iterations}", *resume)))
+        assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [f"iteration-{n:06d}" for n in kept]
+        best = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
+        assert best == {"iteration": 2, "metric": "eval/reward_mean", "value": 0.9}
+
+
+def test_going_back_leaves_no_trace_of_what_came_later(
+    finished_run: FinishedRun, make_config: MakeConfig, tmp_path: Path
+):
+    copytree(finished_run.output_dir, tmp_path, dirs_exist_ok=True)
+    middle = checkpoints.checkpoint_dir(tmp_path, 2)
+    prepare(make_config(tmp_path, *finished_run.overrides, f"resume={middle}"))
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["iteration-000002"]
+    assert max(int(path.stem) for path in (tmp_path / "evaluations").glob("*.jsonl")) <= 2
+    complete(prepare(make_config(tmp_path, *finished_run.overrides, f"resume={middle}")))
+    assert_same_run(tmp_path, finished_run.output_dir)
+    assert "resume: null" in (tmp_path / "config.yaml").read_text()
 
 
 def test_a_second_ctrl_c_stops_at_once_with_a_checkpoint(
