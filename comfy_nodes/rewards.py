@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, parse_reward_entries, parse_settings
+from ngrpo_lora.config.words import settled
 from ngrpo_lora.errors import ConfigError, first_line
 from ngrpo_lora.evaluation.ranking import check_samples, each_its_own, rank
 from ngrpo_lora.rewards.judge import TEMPLATE
@@ -445,9 +446,22 @@ def samples_of(pictures: Sequence[Image.Image], prompt: str, metadata: str) -> S
     """
     lines = [line.strip() for line in prompt.splitlines() if line.strip()] or [""]
     prompts = each_its_own(lines, len(pictures), "prompt")
-    mappings = [parse_settings(line) for line in metadata.splitlines() if line.strip()] or [{}]
+    mappings = [mapping_of(line) for line in metadata.splitlines() if line.strip()] or [{}]
     group_size = len(pictures) if len({*prompts}) == 1 else 1
     return Samples(pictures, prompts, each_its_own(mappings, len(pictures), "metadata"), group_size)
+
+
+def mapping_of(line: str) -> dict[str, Any]:
+    """Read the metadata of a picture.
+
+    Raises:
+        ConfigError: it is no mapping, or holds a word such as `yes`, which may be a truth value or text.
+    """
+    found = parse_settings(line)
+    try:
+        return settled(found)
+    except ValueError as error:
+        raise ConfigError(f"metadata {error}") from None
 
 
 def loaded(rewards: Entries) -> Scorer:

@@ -74,12 +74,14 @@ def load(package: str, name: str) -> ModuleType:
     """Import the module `name`: a file in `package`, or a dotted module path elsewhere.
 
     Raises:
-        ConfigError: no such file; the message lists the names and the nearest one.
-        ImportError: the module exists and one of its own imports fails, or the dotted path is wrong.
+        ConfigError: no such file or module; the message lists the names and the nearest one.
+        ImportError: the module exists and one of its own imports fails.
     """
     check_name(package, name)
     if "." not in name:
         return importlib.import_module(f"{package}.{name}")
+    if not _is_there(name):
+        raise ConfigError(f"names the module {name!r}, which Python cannot find; install it or correct the name")
     with _naming_what_moved(name):
         return importlib.import_module(name)
 
@@ -132,12 +134,16 @@ def check_function(reference: str) -> None:
         if not Path(target).is_file():
             raise ConfigError(f"names the file {target!r}, which does not exist here; write file.py:function")
         return
-    try:
-        found = importlib.util.find_spec(target) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found:
+    if not _is_there(target):
         raise ConfigError(f"names the module {target!r}, which Python cannot find; install it or correct the name")
+
+
+def _is_there(module: str) -> bool:
+    """Whether Python can find a module; its parent packages are imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def resolve_function(reference: str) -> Callable[..., Any]:

@@ -49,6 +49,12 @@ def test_a_dotted_name_leads_elsewhere(package: ModuleType):
     assert registry.load(package.__name__, "zoo.lion").NAME == "lion"
 
 
+@pytest.mark.parametrize("name", ["zoo.unicorn", "no_zoo.lion", ".lion", ".."])
+def test_a_dotted_name_that_leads_nowhere_is_refused(package: ModuleType, name: str):
+    with pytest.raises(ConfigError, match="which Python cannot find; install it or correct the name"):
+        registry.load(package.__name__, name)
+
+
 @pytest.mark.parametrize("name", ["lino", "_private", "", "Lion"])
 def test_an_unknown_name_lists_the_known_ones(package: ModuleType, name: str):
     with pytest.raises(ConfigError, match="must be one of lion, needs_gone") as error:

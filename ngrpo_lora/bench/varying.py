@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ngrpo_lora.config import RunConfig, load_config, parse_settings, show_value
+from ngrpo_lora.config import RunConfig, load_config, parse_value, show_value
+from ngrpo_lora.config.words import YesNo
 from ngrpo_lora.errors import ConfigError
 
 __all__ = ["Setting", "all_settings", "read_values"]
@@ -38,9 +39,7 @@ def read_values(text: str) -> tuple[str, list[Any]]:
     key, _, values = text.partition("=")
     if re.fullmatch(r"\w+(\.\w+)*", key) is None or not values.strip():
         raise ConfigError(f"--vary must look like key=value,value, got {text!r}; for example rollout.num_steps=4,8")
-    found: Any = parse_settings(f"{key}=[{values}]")
-    for part in key.split("."):
-        found = found[part]
+    found = parse_value(key, f"[{values}]")
     if twice := [value for place, value in enumerate(found) if value in found[:place]]:
         raise ConfigError(f"--vary {key} must have each value once, got {show_value(twice[0])} twice; keep one")
     return key, found
@@ -63,9 +62,8 @@ def all_settings(config: str | None, overrides: Sequence[str], vary: Sequence[st
     for combination in product(*columns.values()):
         values = dict(zip(columns, combination, strict=True))
         try:
-            checked = load_config(
-                config, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())]
-            )
+            given = (f"{key}={_as_yaml(value)}" for key, value in values.items())
+            checked = load_config(config, [*overrides, *given])
         except ConfigError as error:
             problems += error.problems
         else:
@@ -73,3 +71,7 @@ def all_settings(config: str | None, overrides: Sequence[str], vary: Sequence[st
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return settings
+
+
+def _as_yaml(value: Any) -> str:
+    return value if isinstance(value, YesNo) else json.dumps(value, ensure_ascii=False)

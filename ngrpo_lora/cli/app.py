@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import re
@@ -25,8 +27,24 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 
+HOME_OR_VARIABLE = re.compile(r"(--[a-z-]+=)?((?:~[\w.-]*|\$[A-Za-z_]\w*|\$\{\w+\})(?:[/\\].*)?)", re.ASCII | re.DOTALL)
+
+
 class _Group(TyperGroup):
     """Shows a UserError or a full disk as its message alone, with exit status 2; other errors keep their traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe that is not UTF-8 shows \u2192 for an arrow
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, [*map(as_meant, args)])
+        except UserError as error:
+            typer.echo(f"ngrpo: {error}", err=True)
+            raise typer.Exit(2) from None
 
     def invoke(self, ctx: typer.Context) -> Any:
         try:
@@ -35,14 +53,17 @@ class _Group(TyperGroup):
             typer.echo(f"ngrpo: {error}", err=True)
             raise typer.Exit(2) from None
         except OSError as error:
-            if not disk_is_full(error):
-                raise
-            typer.echo(f"ngrpo: {disk_full(error)}", err=True)
+            typer.echo(f"ngrpo: {system_error(error)}", err=True)
             raise typer.Exit(2) from None
 
 
-def disk_full(error: OSError) -> str:
-    """The message of an error that says that the disk is full."""
+def system_error(error: OSError) -> str:
+    """The message of a full disk or of a name that is too long; other errors of the system are raised again."""
+    if error.errno == errno.ENAMETOOLONG:
+        name = f"{str(error.filename)[:40]!r}..."
+        return f"a path must have names that a file can have, got {name}; shorten it"
+    if not disk_is_full(error):
+        raise error
     place = f" at {error.filename}" if error.filename else ""
     return f"the disk is full{place} ({error.strerror}); make room, and then go on: a run by resume=latest"
 
@@ -67,10 +88,37 @@ RunArguments = Annotated[
 ]
 
 
+def as_meant(word: str) -> str:
+    """A word of the command line with the `~` or `$NAME` that it begins with replaced, as a shell does for most words.
+
+    Words such as `key=~/folder` pass unchanged: the configuration knows which keys are paths.
+
+    Raises:
+        ConfigError: it is not UTF-8, or a variable is not set.
+    """
+    from ngrpo_lora.records.texts import check_text
+
+    try:
+        check_text(word)
+    except ValueError:
+        remedy = "rename the file or correct the text, or set a UTF-8 locale, such as LC_ALL=C.UTF-8"
+        raise ConfigError(f"words must be UTF-8 text, got {word!r}; {remedy}") from None
+    if (found := HOME_OR_VARIABLE.fullmatch(word)) is None:
+        return word
+
+    from ngrpo_lora.config.paths import expanded
+
+    try:
+        return f"{found[1] or ''}{expanded(found[2])}"
+    except ValueError as error:
+        raise ConfigError(f"a path {error}") from None
+
+
 def split_arguments(arguments: list[str] | None) -> tuple[str | None, list[str]]:
-    """The first word is the config when it has no `=`; all others are overrides."""
+    """The first word is the config when it has no `=`, or is a file that has one in its path; others are overrides."""
     words = arguments or []
-    return (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
+    path = words and (os.path.isfile(words[0]) or re.fullmatch(r"[^=]*[/\\].*\.ya?ml", words[0]))
+    return (words[0], words[1:]) if words and (path or "=" not in words[0]) else (None, words)
 
 
 def _show_version(wanted: bool) -> None:

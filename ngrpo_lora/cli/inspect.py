@@ -48,7 +48,8 @@ def config(
 def plan(
     arguments: RunArguments = None,
     gpu_memory: Annotated[
-        float | None, typer.Option(min=1, help="GiB of each GPU, by its name: exit status 1 where it is not enough.")
+        float | None,
+        typer.Option(min=1, max=1e6, help="GiB of each GPU, by its name: exit status 1 where it is not enough."),
     ] = None,
     gpus: Annotated[
         int | None,
@@ -57,10 +58,11 @@ def plan(
         ),
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="Sustained TFLOP/s of a GPU, for an estimate of the time.")
+        float | None, typer.Option(min=0.001, max=1e9, help="Sustained TFLOP/s of a GPU, for an estimate of the time.")
     ] = None,
     measured_s_per_forward: Annotated[
-        float | None, typer.Option(min=1e-6, help="Seconds of one forward pass for one sample, in place of --tflops.")
+        float | None,
+        typer.Option(min=1e-6, max=1e9, help="Seconds of one forward pass for one sample, in place of --tflops."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON: bytes, FLOPs, counts.")] = False,
 ) -> None:

@@ -31,7 +31,9 @@ def push(
 
     given = {"repo": repo, "private": private, "revision": revision, "create_pr": pull_request}
     given["commit_message"] = message
-    overrides = [f"hub.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    overrides = [
+        f"hub.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None
+    ]
     hub = load_config(run / "config.yaml", overrides).hub
     if hub.repo is None:
         raise ConfigError("--repo must be given, as the run's hub.repo is null; for example --repo owner/name")

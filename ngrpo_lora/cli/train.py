@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ngrpo_lora.cli.app import RunArguments, disk_full, split_arguments
+from ngrpo_lora.cli.app import RunArguments, split_arguments, system_error
 from ngrpo_lora.errors import SharedError, UserError
-from ngrpo_lora.records.files import disk_is_full
 
 if TYPE_CHECKING:
     from ngrpo_lora.config import RunConfig
@@ -93,12 +92,11 @@ def _train_as_one_of_several(arguments: list[str] | None) -> None:
         assert config is not None  # else there is a problem
         _train(config)
     except (UserError, OSError) as error:
-        if not isinstance(error, UserError) and not disk_is_full(error):
-            raise
+        message = system_error(error) if isinstance(error, OSError) else str(error)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers end all processes when the first one ends
         shared = isinstance(error, SharedError)
         if processes.is_main or not shared:
-            typer.echo(f"ngrpo: {error if isinstance(error, UserError) else disk_full(error)}", err=True)
+            typer.echo(f"ngrpo: {message}", err=True)
         if shared:
             processes.wait()
         raise typer.Exit(2) from None

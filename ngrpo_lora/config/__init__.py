@@ -15,6 +15,7 @@ from ngrpo_lora.config.reading import (
     parse_config,
     parse_reward_entries,
     parse_settings,
+    parse_value,
     preset_names,
 )
 from ngrpo_lora.config.run import (
@@ -58,6 +59,7 @@ __all__ = [
     "parse_config",
     "parse_reward_entries",
     "parse_settings",
+    "parse_value",
     "preset_names",
     "show_value",
 ]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator
 
 from ngrpo_lora import registry
+from ngrpo_lora.config.paths import expanded
 from ngrpo_lora.config.section import DEVICE_PATTERN, Bounds, Section, listed
 from ngrpo_lora.errors import ConfigError
 
@@ -21,9 +22,10 @@ def check_reward_name(name: str) -> str:
     Whether that module or file exists is checked when a run starts.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or as `expanded`.
     """
     if ":" in name:
+        name = expanded(name)
         target, function = registry.split_reference(name)
         if not target or not function.isidentifier():
             raise ValueError(f"must be a reward's name, package.module:function or file.py:function, got {name!r}")
@@ -156,6 +158,11 @@ class ModelRewardConfig(RewardConfig, frozen=True):
         default="auto", description="Number type of the network; auto: float16 on a GPU, else float32."
     )
     offload: bool = Field(default=False, description="Keep the network in system memory between uses.")
+
+    @field_validator("path", "processor", "tokenizer", "head", "color_model", check_fields=False)
+    @classmethod
+    def _expanded(cls, value: str | None) -> str | None:
+        return value and expanded(value)
 
 
 class ClipConfig(ModelRewardConfig, frozen=True):

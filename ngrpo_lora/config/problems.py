@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,11 @@ from ngrpo_lora.config.description import describe
 from ngrpo_lora.config.plugins import algorithm_settings, reward_class, reward_section
 from ngrpo_lora.config.section import listed
 from ngrpo_lora.config.tracking import TrackerConfig
+from ngrpo_lora.config.words import Real, number_meant
 
 __all__ = ["show_value"]
+
+MAX_SHOWN = 300
 
 
 def problems_in_words(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
@@ -45,8 +49,14 @@ def problems_in_words(error: ValidationError, data: Mapping[str, Any]) -> list[s
             option = options.get(key)
             got = "" if ", got " in rule or rule.startswith("names") else f", got {show_value(value)}"
             meaning = f" ({option.description.rstrip('.')})" if option is not None and got else ""
-            problems.append(f"{key} {rule}{got}{meaning}")
+            problems.append(f"{key} {rule}{got}{_written(rule, value)}{meaning}")
     return problems
+
+
+def _written(rule: str, value: Any) -> str:
+    """How to write the number that a text was meant as; empty where no number is wanted, or it is unclear which."""
+    number = number_meant(value) if "number" in rule and isinstance(value, str) else None
+    return f"; write {number}" if number else ""
 
 
 def _other_algorithm(key: str) -> str:
@@ -109,10 +119,11 @@ _RULES = {
 
 
 def show_value(value: Any) -> str:
-    """A value as a user writes it: null, true and false as in YAML, all else as in Python."""
+    """A value as a user writes it: null, true and false as in YAML, all else as in Python; what is long is cut."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return repr(value)
+    text = value.written if isinstance(value, Real) and math.isinf(value) else repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
 
 
 def _rule(detail: ErrorDetails) -> str:

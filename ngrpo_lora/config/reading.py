@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,13 @@ import yaml
 from pydantic import ValidationError
 
 from ngrpo_lora import registry
+from ngrpo_lora.config.paths import expanded
 from ngrpo_lora.config.plugins import DEFAULT_ALGORITHM, RewardConfig, reward_section
-from ngrpo_lora.config.problems import problems_in_words
+from ngrpo_lora.config.problems import problems_in_words, show_value
 from ngrpo_lora.config.run import RunConfig, hub_section
+from ngrpo_lora.config.words import read_value, read_yaml
 from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.records.texts import decoded
 
 __all__ = [
     "changed_keys",
@@ -24,29 +29,13 @@ __all__ = [
     "parse_config",
     "parse_reward_entries",
     "parse_settings",
+    "parse_value",
     "preset_names",
 ]
 
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "demo"
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 reads a string) and a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -71,8 +60,9 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
 
     Args:
         config: path of a YAML file, or the name of a preset; None is the preset `demo`.
-        overrides: `section.key=value`, the value in YAML; later stages win: defaults, file, overrides. A file that
-            `extends` a preset or another file (by its path beside the first) has precedence over that.
+        overrides: `section.key=value`, the value a plain word, or YAML in brackets or quotes; later stages win:
+            defaults, file, overrides. A file that `extends` a preset or another file (by its path beside the first)
+            has precedence over that.
 
     Raises:
         ConfigError: anything wrong with the file, the keys or the values; one line per problem.
@@ -114,12 +104,27 @@ def parse_settings(text: str) -> dict[str, Any]:
         _apply(settings, [re.sub(r"\s*=\s*", "=", line, count=1) for line in lines])
         return settings
     try:
-        found = yaml.load(text, _Loader)
+        found = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"settings must be lines of key=value, or YAML; the text {_yaml_problem(error)}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"settings must be lines of key=value, or YAML's key: value, got {text!r}")
     return found
+
+
+def parse_value(key: str, text: str) -> Any:
+    """Parse the value of an override of `key`: a plain word, or YAML in brackets or quotes.
+
+    Raises:
+        ConfigError: it is not valid.
+    """
+    try:
+        return read_value(text)
+    except yaml.YAMLError as error:
+        rule, remedy = _rule_and_remedy(error)
+        raise ConfigError(
+            f"{key} must be a YAML value, got {show_value(text)} ({rule}){remedy or '; put text in quotes'}"
+        ) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -148,11 +153,14 @@ def _find(config: str | Path | None) -> Path:
     """The file behind a path or a preset's name."""
     if config is None:
         return PRESETS / f"{DEFAULT_PRESET}.yaml"
-    path = Path(config)
-    if path.is_file():
+    try:
+        path = Path(expanded(os.fspath(config)))
+    except ValueError as error:
+        raise ConfigError(f"config {error}") from None
+    if os.path.isfile(path):
         return path
     if path.suffix in (".yaml", ".yml") or len(path.parts) != 1:
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
         raise ConfigError(f"config file {str(config)!r} {what}; give a YAML file or a preset: {_presets()}")
     if str(config) not in preset_names():
         hint = registry.nearest(str(config), preset_names())
@@ -174,7 +182,7 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends must be the name of a preset or the path of a file, got {base!r}")
     chain = (*extending, path.resolve())
-    found = _find(path.parent / base if (path.parent / base).is_file() else base)
+    found = _find(path.parent / base if os.path.isfile(path.parent / base) else base)
     if found.resolve() in chain:
         names = " -> ".join(str(file) for file in (*chain, found.resolve()))
         raise ConfigError(f"{path}: extends must not lead back to the file itself, but {names}; drop one of them")
@@ -209,9 +217,9 @@ def _written_out(data: dict[str, Any]) -> dict[str, Any]:
 
 def _read_alone(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} must be UTF-8 text, but byte {error.start} is not; save it as UTF-8") from None
+        data = read_yaml(decoded(path.read_bytes(), str(path)))
+    except ValueError as error:
+        raise ConfigError(f"a config must be UTF-8 text, but {error}; save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -219,59 +227,90 @@ def _read_alone(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines, got {data!r}")
+        raise ConfigError(f"{path} must hold `key: value` lines, got {reprlib.repr(data)}")
     return data
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"is not valid YAML: {error.problem} at line {mark.line + 1}, column {mark.column + 1}"
-    return f"is not valid YAML: {' '.join(str(error).split())}"
+    rule, remedy = _rule_and_remedy(error)
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    return f"is not valid YAML: {rule}{place}{remedy}"
+
+
+def _rule_and_remedy(error: yaml.YAMLError) -> tuple[str, str]:
+    """What a YAML error says, in one line, and `; ` with what to do, where that is known."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"it holds the character {chr(error.character)!r}, number {error.position + 1}", "; leave it out"
+    if not isinstance(error, yaml.MarkedYAMLError) or not error.problem:
+        return " ".join(str(error).split()), ""
+    if "found another document" in error.problem:
+        return "it holds a second document", "; keep one"
+    note = "write spaces, not tabs" if r"'\t'" in error.problem else error.note
+    return error.problem, f"; {note}" if note else ""
 
 
 def _apply(data: dict[str, Any], overrides: Sequence[str]) -> None:
     """Write `key=value` overrides into `data`."""
     problems: list[str] = []
-    seen: set[str] = set()
-    # The algorithm's name goes first: it decides which settings of the file still apply.
-    for override in sorted(overrides, key=lambda text: text.partition("=")[0] not in ("algorithm", "algorithm.name")):
+    given: dict[str, Any] = {}
+    for override in sorted(overrides, key=_turn):
         key, equals, text = override.partition("=")
-        parts = key.split(".")
-        if not equals or not all(parts):
+        if not equals or not all(key.split(".")):
             problems.append(f"an override must look like key=value, got {override!r}; for example rollout.num_steps=8")
             continue
-        if key in seen:
-            problems.append(f"{key} is given twice; keep one")
-            continue
-        seen.add(key)
         try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            what = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
-            problems.append(f"{key} must be a YAML value, got {text!r} ({what}); put text in quotes")
+            value = parse_value(key, text)
+        except ConfigError as error:
+            problems += error.problems
             continue
-        if len(parts) == 1 and parts[0] == "algorithm" and isinstance(value, str):
-            parts, key = ["algorithm", "name"], "algorithm.name"
-        *path, last = parts
-        node: Any = data
-        for depth, part in enumerate(path, 1):
-            if isinstance(node.get(part), str) and part == "algorithm":
-                node[part] = {"name": node[part]}
-            if depth == 1 and part == "rewards" and node.get(part) is not None:
-                node[part] = reward_section(node[part])
-            if depth == 1 and part == "hub":
-                node[part] = hub_section(node.get(part))
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-            if not isinstance(node, dict):
-                whole = ".".join(path[:depth])
-                problems.append(f"{key} must be a key of a section, but {whole} is none; set {whole}=... as a whole")
-                break
-        else:
-            if key == "algorithm.name" and node.get("name", DEFAULT_ALGORITHM) != value:
-                node.clear()  # another algorithm: the file's settings are those of the old one
-            node[last] = value
+        key = _full_key(key, value)
+        if problem := _conflict(key, value, given) or _write(data, key, value):
+            problems.append(problem)
+        given[key] = value
     if problems:
         raise ConfigError(problems)
+
+
+def _turn(override: str) -> tuple[bool, int]:
+    """The algorithm's name goes first, as it decides which settings of the file still apply; sections before keys."""
+    key = override.partition("=")[0]
+    return key not in ("algorithm", "algorithm.name"), key.count(".")
+
+
+def _full_key(key: str, value: Any) -> str:
+    """The key that a section given in short stands for; the section's other keys stay as they are."""
+    if key == "algorithm" and isinstance(value, str):
+        return "algorithm.name"
+    if key == "rewards" and reward_section(value) is not value:
+        return "rewards.train"
+    return "hub.repo" if key == "hub" and hub_section(value) is not value else key
+
+
+def _conflict(key: str, value: Any, given: Mapping[str, Any]) -> str | None:
+    """What is wrong where an earlier override has given the same key, alone or in its section."""
+    own = {name for name, _ in flatten({key: value})}
+    for other, earlier in given.items():
+        if key == other or own & {name for name, _ in flatten({other: earlier})}:
+            also = "" if key == other else f", also in {other}"
+            return f"{key} is given twice{also}; keep one"
+    return None
+
+
+def _write(data: dict[str, Any], key: str, value: Any) -> str | None:
+    """Write one value into `data`; what is wrong where its key leads into something that is no section."""
+    *path, last = key.split(".")
+    node: Any = data
+    for depth, part in enumerate(path, 1):
+        if depth == 1:
+            node |= _written_out({part: node.get(part)})
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            whole = ".".join(path[:depth])
+            return f"{key} must be a key of a section, but {whole} is none; set {whole}=... as a whole"
+    if key == "algorithm.name" and node.get("name", DEFAULT_ALGORITHM) != value:
+        node.clear()  # another algorithm: the file's settings are those of the old one
+    node[last] = value
+    return None

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from ngrpo_lora import registry
+from ngrpo_lora.config.paths import PathText, SourceText
 from ngrpo_lora.config.plugins import (
     AlgorithmConfig,
     RewardEntries,
@@ -39,7 +40,7 @@ class ModelConfig(Section, frozen=True):
     family: str = Field(
         default="auto", description="Model family: a file in ngrpo_lora/models; auto: by the pipeline's class."
     )
-    path: str = Field(
+    path: PathText = Field(
         default="embedded", min_length=1, description="embedded, a local diffusers folder, or a Hub model id."
     )
     revision: str | None = Field(default=None, description="Hub branch, tag or commit; null: the default branch.")
@@ -114,7 +115,8 @@ class ModelConfig(Section, frozen=True):
 
 
 PromptSources = (
-    Annotated[str, Field(min_length=1)] | Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)]
+    Annotated[SourceText, Field(min_length=1)]
+    | Annotated[dict[SourceText, Annotated[int, Field(ge=1)]], Field(min_length=1)]
 )
 
 
@@ -147,7 +149,7 @@ class LoraConfig(Section, frozen=True):
     targets: Literal["attention", "attention+feed_forward"] = Field(
         default="attention+feed_forward", description="Which layers of the transformer blocks are adapted."
     )
-    init_from: str | None = Field(
+    init_from: PathText | None = Field(
         default=None,
         min_length=1,
         description="LoRA file of any trainer, its folder, or owner/name of the Hub, to start from; null: from "
@@ -250,7 +252,7 @@ class EvaluationConfig(Section, frozen=True):
         strict=False,
         description="Rewards that are watched and not trained on, in the form of rewards.train.",
     )
-    measures: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
+    measures: Annotated[tuple[PathText, ...], BeforeValidator(listed)] = Field(
         default=(),
         strict=False,
         description="Functions package.module:function or file.py:function of all held-out pictures at once: "
@@ -343,9 +345,11 @@ class RunConfig(Section, frozen=True):
         description="Trackers of metrics, settings and sample grids: tensorboard, wandb, trackio, comet_ml, mlflow, "
         "clearml, swanlab, aim, dvclive, or mappings such as {name: wandb, project: flux, options: {entity: me}}.",
     )
-    output_dir: str = Field(default="runs/default", min_length=1, description="Folder of this run; made when missing.")
+    output_dir: PathText = Field(
+        default="runs/default", min_length=1, description="Folder of this run; made when missing."
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of LoRA initialisation, prompt order and noises.")
-    resume: str | None = Field(
+    resume: PathText | None = Field(
         default=None,
         min_length=1,
         description="latest, or the path of a checkpoint, to go on; auto: go on where there is a checkpoint, else "

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from ngrpo_lora.config.section import Section, listed
+from ngrpo_lora.config.words import settled
 
 __all__ = ["TrackerConfig", "TrackerEntries"]
 
@@ -34,7 +35,7 @@ class TrackerConfig(Section, frozen=True):
                 f"must leave {', '.join(taken)} to the run, which names itself by its output_dir; `project` has a key "
                 "of its own"
             )
-        return value
+        return settled(value)
 
 
 def entries(value: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.statistics import Estimate, share_interval
+from ngrpo_lora.records.texts import decoded, parse_json
 from ngrpo_lora.reports.tables import markdown_table
 
 __all__ = ["Votes", "read_votes", "votes_table"]
@@ -39,7 +39,7 @@ def read_votes(paths: Sequence[Path]) -> list[Votes]:
     comparisons = {}
     for path in paths:
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = parse_json(decoded(path.read_bytes(), str(path)))
             if saved["format"] != VOTES_FORMAT:
                 raise ValueError
             comparisons[saved["comparison"]] = path

@@ -22,15 +22,17 @@ import csv
 import difflib
 import io
 import json
+import os
 import re
 import reprlib
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.records.texts import decoded, parse_json
 from ngrpo_lora.world.scenes import TASKS
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ def _rows(source: str) -> tuple[Rows, str]:
         name, _, column = source.removeprefix("hf:").partition("#")
         return _hub_dataset(name), column
     path, column = source, ""
-    if "#" in source and not Path(source).exists():
+    if "#" in source and not os.path.exists(source):
         path, _, column = source.rpartition("#")
     try:
         data = Path(path).read_bytes()
@@ -130,11 +132,9 @@ def _rows(source: str) -> tuple[Rows, str]:
     if suffix == ".parquet":
         return _parquet(data, path), column
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"must be a UTF-8 text file, but byte {error.start} of {path!r} is not UTF-8; save it as UTF-8"
-        ) from None
+        text = decoded(data, path)
+    except ValueError as error:
+        raise ConfigError(f"must be a UTF-8 text file, but {error}; save it as UTF-8") from None
     match suffix:
         case ".jsonl":
             return _json_lines(text, path), column
@@ -149,7 +149,7 @@ def _rows(source: str) -> tuple[Rows, str]:
 
 def _column(row: dict[str, Any], wanted: str, place: str) -> str:
     """The name of the column of prompts: the wanted one, else the first of `COLUMNS` that is there."""
-    if wanted in row:
+    if wanted and wanted in row:  # a header that ends with a separator has a column without a name
         return wanted
     if not wanted:
         by_name = {name.casefold(): name for name in reversed(row)}
@@ -174,18 +174,18 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
 def _json_lines(text: str, path: str) -> Rows:
     for place, line in _lines(text):
         try:
-            yield place, json.loads(line) if line.strip() else line
-        except json.JSONDecodeError as error:
+            yield place, parse_json(line) if line.strip() else line
+        except ValueError as error:
             raise ConfigError(
                 f"must hold a JSON object or string on every line, but {place} of {path!r} is not JSON: "
-                f"{error.msg} at column {error.colno}; correct the line"
+                f"{error}; correct the line"
             ) from None
 
 
 def _json_array(text: str, path: str) -> Rows:
     try:
-        rows = json.loads(text or "[]")
-    except json.JSONDecodeError as error:
+        rows = parse_json(text or "[]")
+    except ValueError as error:
         raise ConfigError(f"must be JSON, but {path!r} is not: {error}; correct it") from None
     if not isinstance(rows, list):
         raise ConfigError(f"must be a JSON array of objects or strings, but {path!r} is not one")
@@ -195,6 +195,7 @@ def _json_array(text: str, path: str) -> Rows:
 def _csv(text: str, path: str, delimiter: str) -> Rows:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        _check_columns([name for name in reader.fieldnames or [] if name.strip()], path)
         for row in reader:
             if None in row:
                 raise ConfigError(
@@ -208,6 +209,13 @@ def _csv(text: str, path: str, delimiter: str) -> Rows:
         ) from None
 
 
+def _check_columns(names: Sequence[str], path: str) -> None:
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ConfigError(
+            f"must have every column once, but {path!r} has {', '.join(map(repr, twice))} twice; rename one of them"
+        )
+
+
 def _parquet(data: bytes, path: str) -> Rows:
     try:
         import pyarrow
@@ -216,10 +224,15 @@ def _parquet(data: bytes, path: str) -> Rows:
         raise ConfigError(_needs("pyarrow", path)) from None
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
-        table = file.read(_plain_columns(file.schema_arrow))
-    except (pyarrow.ArrowException, OSError) as error:
+        _check_columns(file.schema_arrow.names, path)
+        rows = file.read(_plain_columns(file.schema_arrow)).to_pylist()
+    except ConfigError:
+        raise
+    except UnicodeDecodeError:
+        raise ConfigError(f"must hold UTF-8 text, but {path!r} has text that is not; write it anew as UTF-8") from None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ConfigError(f"must be a parquet file, but {path!r} is not: {_first_line(error)}") from None
-    return _table_rows(table)
+    return _numbered(rows)
 
 
 def _hub_dataset(name: str) -> Rows:
@@ -240,13 +253,14 @@ def _hub_dataset(name: str) -> Rows:
             path, options.get("config"), split=options.get("split", "train"), revision=options.get("revision")
         )
         columns = _plain_columns(dataset.features.arrow_schema)
-        table = dataset.select_columns(columns).with_format("arrow")[:]
+        table: Any = dataset.select_columns(columns).with_format("arrow")[:]
+        rows = table.to_pylist()
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(
             f"must be a dataset that can be loaded, but 'hf:{name}' cannot: {_first_line(error)}; correct its name, "
             "split, config or revision, or the connection to the Hub"
         ) from None
-    return _table_rows(table)
+    return _numbered(rows)
 
 
 def _plain_columns(schema: pyarrow.Schema) -> list[str]:
@@ -264,8 +278,8 @@ def _plain_columns(schema: pyarrow.Schema) -> list[str]:
     return [field.name for field in schema if is_plain(field.type)]
 
 
-def _table_rows(table: pyarrow.Table) -> Rows:
-    return ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1))
+def _numbered(rows: list[dict[str, Any]]) -> Rows:
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _hpdv2(source: str) -> Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.records.files import written
+from ngrpo_lora.records.texts import decoded, parse_json
 
 __all__ = ["Picture", "collect", "read_png_text", "save_png"]
 
@@ -87,8 +87,8 @@ def _described(path: Path, folder: dict[str, dict[str, Any]], prompt: str | None
     own, sidecar = metadata.pop("prompt", None), path.with_suffix(".txt")
     if prompt is None and sidecar.is_file():
         try:
-            prompt = sidecar.read_text(encoding="utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            prompt = decoded(sidecar.read_bytes(), sidecar.name).strip()
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{str(sidecar)!r} must be readable UTF-8 text, but it is not: {error}") from None
     if prompt is None:
         prompt = own
@@ -104,10 +104,14 @@ def _folder_metadata(folder: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     if not path.is_file():
         return rows
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        lines = decoded(path.read_bytes(), path.name).splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} must be readable UTF-8 text, but it is not: {error}") from None
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 rows[row.pop("file_name")] = row
                 if not isinstance(row.get("prompt"), str | None):
                     raise ValueError

@@ -44,6 +44,15 @@ def test_small_numbers_and_algorithms_reach_the_configuration():
     assert found == [("neighbor", 1e-7), ("neighbor", 3e-4), ("flow_grpo", 1e-7), ("flow_grpo", 3e-4)]
 
 
+def test_words_sections_in_short_and_every_character_reach_the_configuration():
+    vary = ["rewards=world,jpeg", "model.vae_tiling=yes,no", "output_dir=010,😀", "hub.revision=2024"]
+    found = [setting.config for setting in all_settings(None, [], vary)]
+    assert [config.rewards.train[0].name for config in found] == ["world"] * 4 + ["jpeg"] * 4
+    assert [config.model.vae_tiling for config in found] == [True, True, False, False] * 2
+    assert [config.output_dir for config in found] == ["010", "😀"] * 4
+    assert {config.hub.revision for config in found} == {"2024"}
+
+
 @pytest.mark.parametrize(
     ("vary", "problems"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ngrpo_lora.cli import app
+from ngrpo_lora.cli.app import as_meant, split_arguments
 from ngrpo_lora.config import RunConfig
+from ngrpo_lora.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("nothing_heavy")
 
@@ -48,3 +51,53 @@ def test_an_error_of_ours_keeps_its_traceback(
     monkeypatch.setattr(sys.modules["ngrpo_lora.training.trainer"], "train", lambda *_: 1 / 0)
     result = CliRunner().invoke(app, ["train", "--num-processes", "1", f"output_dir={tmp_path / 'run'}"])
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_the_config_is_the_first_word_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").touch()
+    assert split_arguments(None) == (None, [])
+    assert split_arguments(["demo", "seed=1"]) == ("demo", ["seed=1"])
+    assert split_arguments(["seed=1", "lora.rank=2"]) == (None, ["seed=1", "lora.rank=2"])
+    assert split_arguments(["a=b", "seed=1"]) == ("a=b", ["seed=1"])
+    assert split_arguments(["runs/lr=1e-4/config.yaml"]) == ("runs/lr=1e-4/config.yaml", [])
+    for setting in ("output_dir=runs/a.yaml", "prompts.train.world:train/color=3", "output_dir=" + "x" * 5000):
+        assert split_arguments([setting]) == (None, [setting])
+
+
+def test_a_word_begins_at_home_or_with_a_variable_as_in_a_shell(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    monkeypatch.delenv("GONE", raising=False)
+    for word in ("~/a.png", "$HOME/a.png", "${HOME}/a.png"):
+        assert as_meant(word) == "/home/me/a.png"
+        assert as_meant(f"--output={word}") == "--output=/home/me/a.png"
+    for word in ("output_dir=~/r", "costs $HOME", "$5", "a~", "~ about 5", "--prompt=$5 bill"):
+        assert as_meant(word) == word
+    with pytest.raises(ConfigError, match="set GONE"):
+        as_meant("$GONE/a.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["sample", "--prompt", "caf\udce9"], "ngrpo: words must be UTF-8 text, got 'caf\\udce9'"),
+        (["curves", "$NO_SUCH_VARIABLE/run"], "ngrpo: a path must not name a variable that is not set"),
+        (["curves", "x" * 300], "ngrpo: a path must have names that a file can have, got 'xxx"),
+    ],
+)
+def test_a_word_that_cannot_be_meant_is_refused_in_one_line(words: list[str], problem: str):
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert result.stderr.startswith(problem)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_terminal_of_another_encoding_shows_escapes(encoding: str, tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("ein Käse → 😀\n", encoding="utf-8")
+    command = [sys.executable, "-m", "ngrpo_lora", "prompts", "inspect", "mine.txt"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    kaese = {"cp1252": "Käse", "ascii": r"K\xe4se"}[encoding]
+    assert rf"ein {kaese} \u2192 \U0001f600" in result.stdout.decode(encoding)

@@ -187,6 +187,7 @@ def test_a_bad_reward_is_refused_before_anything_runs(comfy: Comfy, given: dict[
         ({"prompt": "a\nb\nc"}, "prompt must have one line for all images or one line for each of the 2, got 3"),
         ({"prompt": " \n"}, "reward world needs the prompt of every image, got none"),
         ({"metadata": "text"}, "settings must be lines of key=value"),
+        ({"metadata": "tag: no"}, "metadata must say true or false, or put text in quotes, got no"),
         ({"metadata": "a: 1\nb: 2\nc: 3"}, "metadata must have one line"),
         ({"prompt": "no such scene"}, "reward world has no score for 2 of 2 images"),
     ],

@@ -76,6 +76,16 @@ def test_a_repeated_override_is_refused():
         (b"seed: \xff\n", "must be UTF-8"),
         (b"rollout: {group_szie: 3}\n", "did you mean rollout.group_size?"),
         (b"!!python/object/apply:os.system ['true']", "is not valid YAML"),
+        ("seed: 3\n".encode("utf-16"), "must be UTF-8 text, but byte 0 of"),
+        ("seed: 3\n".encode("utf-16-le"), "is NUL, as in UTF-16; save it as UTF-8"),
+        (b"output_dir: a\x07b\n", "it holds the character '\\x07', number 14; leave it out"),
+        (b"seed:\t3\n", "at line 1, column 6; write spaces, not tabs"),
+        (b"seed: 1\n---\nseed: 2\n", "it holds a second document at line 2, column 1; keep one"),
+        (b"? [a, b]\n: 1\n", "a key must be one word, not a list or a mapping at line 1"),
+        (b"- seed\n", "must hold `key: value` lines, got ['seed']"),
+        (b"[" * 5000, "nested more than 50 deep"),
+        (b"seed: 010\n", "seed must be a whole number, got '010'; write 10"),
+        (b"a: &a [*a]\n", "nested more than 50 deep"),
     ],
 )
 def test_a_bad_file_is_refused(content: bytes, part: str, tmp_path: Path):
@@ -97,6 +107,61 @@ def test_a_missing_file_and_an_unknown_preset_say_what_exists(tmp_path: Path):
     assert "is a folder" in message(config=tmp_path)
     assert "did you mean demo?" in message(config="demoo")
     assert "demo, flux" in message(config="demoo")
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xef\xbb\xbfseed: 3\n", b"---\r\nseed: 3\r\n...\r\n", b"seed: &s 3\nevaluation: {seed: *s}\n"]
+)
+def test_a_mark_other_line_ends_and_anchors_are_read(content: bytes, tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    assert load_config(path).seed == 3
+
+
+def test_what_looks_like_another_type_in_a_file_is_text_where_text_is_wanted(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: 2025-02-28\nhub: {revision: 010, commit_message: on}\nmodel: {vae_tiling: yes}\n")
+    config = load_config(path)
+    assert (config.output_dir, config.hub.revision, config.hub.commit_message) == ("2025-02-28", "010", "on")
+    assert config.model.vae_tiling is True
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_a_section_in_short_leaves_its_other_keys_as_they_are(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("hub: {repo: a/b, private: true}\nrewards: {train: world, combine: raw}\n")
+    config = load_config(path, ["hub=c/d", "rewards=jpeg", "rewards.frames=2"])
+    assert (config.hub.repo, config.hub.private) == ("c/d", True)
+    assert (config.rewards.train[0].name, config.rewards.combine, config.rewards.frames) == ("jpeg", "raw", 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["rollout={num_steps: 4}", "rollout.num_steps=5"],
+            "rollout.num_steps is given twice, also in rollout; keep one",
+        ),
+        (
+            ["rollout.num_steps=5", "rollout={num_steps: 4}"],
+            "rollout.num_steps is given twice, also in rollout; keep one",
+        ),
+        (["rewards=jpeg", "rewards.train=world"], "rewards.train is given twice; keep one"),
+        (["algorithm=flow_grpo", "algorithm.name=nft"], "algorithm.name is given twice; keep one"),
+    ],
+)
+def test_overrides_of_which_one_would_undo_another_are_refused(overrides: list[str], problem: str):
+    assert message(*overrides) == problem
+
+
+def test_a_section_as_a_whole_and_its_other_keys_go_together_in_any_order():
+    for overrides in (
+        ["rollout={num_steps: 4}", "rollout.group_size=6"],
+        ["rollout.group_size=6", "rollout={num_steps: 4}"],
+    ):
+        config = load_config(None, overrides)
+        assert (config.rollout.num_steps, config.rollout.group_size) == (4, 6)
 
 
 def test_another_algorithm_has_nothing_of_the_settings_of_the_files_one():

@@ -151,11 +151,11 @@ def test_a_private_run_is_never_pushed_into_a_public_repository(hub: HubServer, 
 
 
 def test_the_command_pushes_with_its_options(hub: HubServer, run: Path):
-    words = ["push", str(run), "--repo", REPO, "--private", "--revision", "v2", "--message", 'a "red" star: mine']
+    words = ["push", str(run), "--repo", REPO, "--private", "--revision", "v2", "--message", 'a "red" star: mine 😀']
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{hub.url}/{REPO}/tree/v2\n"
-    assert hub.repositories[REPO].commits == [("v2", 'a "red" star: mine')]
+    assert hub.repositories[REPO].commits == [("v2", 'a "red" star: mine 😀')]
     assert hub.repositories[REPO].private
 
 

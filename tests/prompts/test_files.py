@@ -107,6 +107,57 @@ def test_a_faulty_line_of_json_is_named(lines: str, message: str):
     assert message in refused("bad.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "\\ud800"}', "half a character, the lone surrogate \\ud800; correct the line"),
+        ('{"prompt": "a", "prompt": "b"}', "key 'prompt' is given twice; correct the line"),
+        ("[" * 100_000, "nested more than 100 deep; correct the line"),
+        ('{"prompt": "a", "n": ' + "9" * 5000 + "}", "digits"),
+    ],
+)
+def test_json_that_no_one_could_use_is_refused(line: str, message: str):
+    Path("bad.jsonl").write_text(line)
+    assert message in refused("bad.jsonl")
+    Path("bad.json").write_text(f"[{line}]")
+    assert message.removesuffix(" the line") in refused("bad.json")
+
+
+def test_text_of_utf_16_without_a_mark_is_refused():
+    Path("wide.txt").write_bytes("a red star\n".encode("utf-16-le"))
+    assert refused("wide.txt") == (
+        "must be a UTF-8 text file, but byte 1 of 'wide.txt' is NUL, as in UTF-16; save it as UTF-8"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_a_column_twice_is_refused(suffix: str):
+    if suffix == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        columns = [pyarrow.array([text]) for text in ("a red star", "x", "a blue heart")]
+        parquet.write_table(pyarrow.table(columns, names=["prompt", "style", "prompt"]), "two.parquet")
+    else:
+        lines = [["prompt", "style", "prompt"], ["a red star", "x", "a blue heart"]]
+        between = {"csv": ",", "tsv": "\t"}[suffix]
+        Path(f"two.{suffix}").write_text("\n".join(between.join(line) for line in lines))
+    problem = f"must have every column once, but 'two.{suffix}' has 'prompt' twice; rename one of them"
+    assert refused(f"two.{suffix}") == problem
+
+
+def test_columns_without_a_name_are_no_prompts():
+    Path("sheet.csv").write_text("prompt,,\na red star,,\n")
+    assert [prompt.text for prompt in read_prompts("sheet.csv").prompts] == ["a red star"]
+
+
+def test_parquet_that_holds_no_utf_8_is_refused():
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"prompt": texts}), "bad.parquet")
+    assert refused("bad.parquet").startswith("must hold UTF-8 text, but 'bad.parquet' has text that is not")
+
+
 def test_every_kind_of_table_gives_the_same_prompts_and_metadata():
     rows = [
         {"id": "1", "Prompt": 'a "red", star', "note": "é"},

@@ -49,3 +49,19 @@ def test_pictures_of_any_mode_are_read_upright(tmp_path: Path):
     assert loaded.pop("turned.jpg").size == (2, 4)
     assert {(image.mode, image.size) for image in loaded.values()} == {("RGB", (4, 2))}
     assert len(loaded) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.txt", "ein Käse".encode("latin-1"), "byte 5 of 'a.txt' is not UTF-8"),
+        ("metadata.jsonl", "ein Käse".encode("latin-1"), "byte 5 of 'metadata.jsonl' is not UTF-8"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "prompt": "\\ud800"}', "must hold lines like .*, but line 1 is"),
+        ("metadata.jsonl", b"[" * 100_000, "must hold lines like .*, but line 1 is"),
+    ],
+)
+def test_a_prompt_that_is_no_text_is_refused(name: str, content: bytes, problem: str, tmp_path: Path):
+    paint(tmp_path / "a.png", 0, 0, 0)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=problem):
+        collect([tmp_path])

@@ -1,0 +1,63 @@
+"""Paths as people write them: `~` is the home folder, `$NAME` and `${NAME}` are variables of the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from ngrpo_lora import registry
+
+__all__ = ["PathText", "SourceText", "expanded", "expanded_source"]
+
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^{}]*)\})", re.ASCII)
+MAX_NAME_BYTES = 255
+
+
+def expanded(path: str) -> str:
+    """The path with `~`, `~user`, `$NAME` and `${NAME}` replaced.
+
+    Where names come from strangers, as in ComfyUI, nothing is: no graph may read the environment.
+
+    Raises:
+        ValueError: a variable that is not set or empty, an unknown user, or a name that no file can have.
+    """
+    if not registry.allow_modules:
+        return path
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if not os.environ.get(name):
+            raise ValueError(
+                f"must not name a variable that is not set, got {path!r}; set {name}, or write out what it stands for"
+            )
+        return os.environ[name]
+
+    # The home folder is itself no text to look for variables in, nor is what they stand for.
+    home = re.match(r"~[^/\\]*", path)
+    start, rest = (home[0], path[home.end() :]) if home else ("", path)
+    found = os.path.expanduser(start)
+    if home and found == start:
+        raise ValueError(f"must not name the home of an unknown user, got {path!r}; a folder here is ./{path}")
+    result = found + VARIABLE.sub(value, rest)
+    if any(len(name.encode(errors="replace")) > MAX_NAME_BYTES for name in re.split(r"[/\\]", result)):
+        raise ValueError(
+            f"must be a path whose names have at most {MAX_NAME_BYTES} bytes, got {path[:40]!r}...; shorten it"
+        )
+    return result
+
+
+def expanded_source(source: str) -> str:
+    """A source of prompts with its file's or folder's path `expanded`; `hf:` before and `#column` after it stay.
+
+    Raises:
+        ValueError: as `expanded`.
+    """
+    kind, path, column = re.fullmatch(r"(hf:)?([^#?]*)(.*)", source, re.DOTALL).groups("")  # type: ignore[union-attr]
+    return f"{kind}{expanded(path)}{column}"
+
+
+PathText = Annotated[str, AfterValidator(expanded)]
+SourceText = Annotated[str, AfterValidator(expanded_source)]
