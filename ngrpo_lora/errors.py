@@ -23,6 +23,9 @@ class SharedError(UserError):
     """An error that every process of a run has; the main process shows it for all."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name where there is no message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    try:
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    except Exception:  # an error of a user's own class, whose text fails as well
+        return type(error).__name__

@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import importlib.util
 import pkgutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,12 +149,19 @@ def resolve_function(reference: str) -> Callable[..., Any]:
     """Import the function behind `package.module:function` or `file.py:function`.
 
     Raises:
-        ConfigError: malformed, no such file or module, no such function (the nearest one is named).
+        ConfigError: malformed, no such file or module, it fails at its import, no such function (the nearest one is
+            named).
     """
     check_function(reference)
     target, function = split_reference(reference)
-    with _naming_what_moved(target):
-        module = _load_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
+
+    from ngrpo_lora.guests.files import failure, import_guest  # which load torch
+
+    try:
+        with _naming_what_moved(target):
+            module = import_guest(target)
+    except ImportError as error:
+        raise failure(target, error) from error
     found = vars(module).get(function)
     if not callable(found):
         public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
@@ -188,24 +194,6 @@ def _source_path(target: str) -> Path | None:
         return Path(target)
     spec = importlib.util.find_spec(target)
     return Path(spec.origin) if spec is not None and spec.origin is not None else None
-
-
-def _load_file(path: Path) -> ModuleType:
-    """Import a file under a name of its own, once per contents, so that pickling and repeated look-ups work."""
-    contents = str(path.resolve()).encode() + path.read_bytes()
-    name = f"ngrpo_user_{path.stem}_{hashlib.sha256(contents).hexdigest()[:8]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
 
 
 def source_digest(reference: str) -> str:

@@ -67,10 +67,12 @@ def test_a_reward_file_of_old_is_refused_with_all_new_places(tmp_path: Path):
         registry.resolve_function(f"{path}:score")
 
 
-def test_an_import_that_fails_for_another_reason_keeps_its_own_error(tmp_path: Path):
+def test_an_import_that_fails_for_another_reason_says_it(tmp_path: Path):
     path = tmp_path / "reward.py"
     path.write_text("import a_package_that_is_not_there\n")
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
+    with pytest.raises(
+        ConfigError, match="reward.py, line 1: ModuleNotFoundError: No module named 'a_package_that_is_no"
+    ):
         registry.resolve_function(f"{path}:score")
 
 

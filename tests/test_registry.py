@@ -106,7 +106,7 @@ def test_a_bad_reference_is_refused(package: ModuleType, reference: str, part: s
 def test_a_file_that_fails_is_tried_again(package: ModuleType, tmp_path: Path):
     path = tmp_path / "broken.py"
     path.write_text("raise RuntimeError('first')\n")
-    with pytest.raises(RuntimeError, match="first"):
+    with pytest.raises(ConfigError, match=r"fails when it is imported \(broken.py, line 1: RuntimeError: first\)"):
         registry.resolve_function("broken.py:score")
     path.write_text("def score():\n    return 1.0\n")
     assert registry.resolve_function("broken.py:score")() == 1.0

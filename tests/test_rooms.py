@@ -18,6 +18,7 @@ ROOMS = [
         "ranks",
         "seeds",
         "moved",
+        "guests",
         "registry",
         "types",
         "devices",

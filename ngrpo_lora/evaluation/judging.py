@@ -26,7 +26,7 @@ from ngrpo_lora.reports import grids
 from ngrpo_lora.reports.tables import markdown_table
 from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.combining import combine
-from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.scoring.scorer import Scorer, load_reward
 from ngrpo_lora.types import Samples
 
 __all__ = ["parameters", "parse_rewards", "score_pictures"]
@@ -74,7 +74,7 @@ def check_rewards(configs: Sequence[RewardConfig], pictures: Sequence[Picture]) 
 def parameters(config: RewardConfig) -> set[str]:
     """Names of the parameters that a reward is called with."""
     if ":" in config.name:
-        function = registry.resolve_function(config.name)
+        function = load_reward(config)
     else:
         module = vars(registry.load(registry.REWARDS, config.name))
         function = module["Reward"].__call__ if "Reward" in module else module["score"]

@@ -352,7 +352,7 @@ class BaseFamily:
         if isinstance(sigma, Tensor):
             sigmas = sigma.to(self.device, torch.float32).expand(batch)
         else:
-            sigmas = torch.full((batch,), sigma, device=self.device)
+            sigmas = torch.full((batch,), sigma, device=self.device, dtype=torch.float32)
         inputs = latents.to(self.dtype)
         velocity = self.forward(inputs, sigmas, text).float()
         if not self.guided:

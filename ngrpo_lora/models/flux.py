@@ -78,7 +78,8 @@ class Family(BaseFamily):
         embeds = text.tensors["prompt_embeds"]
         guidance = None
         if self.transformer.config.guidance_embeds:
-            guidance = torch.full((batch,), float(self.settings["guidance_scale"]), device=self.device)
+            scale = float(self.settings["guidance_scale"])
+            guidance = torch.full((batch,), scale, device=self.device, dtype=torch.float32)
         packed = self.transformer(
             hidden_states=self.pipeline._pack_latents(latents, batch, channels, height, width),
             timestep=sigmas,

@@ -17,11 +17,15 @@ from ngrpo_lora.records.ownership import owner
 
 __all__ = ["check_functions", "check_resumable", "check_run", "check_settings"]
 
-# What a resumed run may change: where it runs, how long, what it reports; nothing that changes its updates.
+# What a resumed run may change: where it runs, how long, what it reports, and what a message advises that ends a run;
+# nothing else that changes its updates.
 MAY_CHANGE = (
     *("output_dir", "resume", "hub.", "tracking", "evaluation.", "trainer.", "rollout.micro_batch_size"),
     *("model.device", "model.swap_blocks", "model.text_encoders", "model.vae_tiling"),
+    *("optimizer.learning_rate", "rewards.max_failed_share"),
 )
+# Of each entry of rewards.train: how it is called and checked, not what it is.
+REWARDS_MAY_CHANGE = ("range", "batch_size", "timeout_s", "concurrency", "cache")
 WITH_EXTRA = ("tensorboard", "wandb", "trackio")  # trackers that an extra of this package installs
 REMOTE = ("hf:", "hpdv2:")  # prompts that a network may be asked for
 
@@ -222,9 +226,21 @@ def _changes(path: Path, config: RunConfig) -> Iterator[str]:
     except ConfigError as error:
         yield from (f"resume: {path}: {problem}" for problem in error.problems)
         return
-    for change in changed_keys(old, config):
+    for change in changed_keys(_with_calls_of(old, config), config):
         if not change.startswith(MAY_CHANGE):
             yield f"a resumed run must keep its settings, but {change}; undo it, or start anew in another output_dir"
+
+
+def _with_calls_of(old: RunConfig, new: RunConfig) -> RunConfig:
+    """The old configuration with the new one's REWARDS_MAY_CHANGE, for rewards that are in both."""
+    known = {reward.key: reward for reward in new.rewards.train}
+    train = tuple(
+        reward.model_copy(update={field: getattr(known[reward.key], field) for field in REWARDS_MAY_CHANGE})
+        if reward.key in known
+        else reward
+        for reward in old.rewards.train
+    )
+    return old.model_copy(update={"rewards": old.rewards.model_copy(update={"train": train})})
 
 
 def _not_writable(output_dir: Path) -> Iterator[str]:

@@ -31,17 +31,24 @@ def draw(
     sigmas: Tensor,
     progress: Callable[[], None] = lambda: None,
     batch_size: int = 1,
+    see: Callable[[Tensor], None] = lambda latents: None,
 ) -> list[Image.Image]:
     """Draw one image (of a video model `num_frames`) per row of `text`, by default each row alone in its batch.
 
     Kernels round differently for different batch sizes, so only a batch of one makes an image a function of weights,
     prompt, seed and settings, to the bit.
+
+    Args:
+        progress: called when a batch is drawn.
+        see: called with the clean latents (B, ...) of each batch.
     """
     images = []
     for start in range(0, len(seeds), batch_size):
         rows = range(start, min(start + batch_size, len(seeds)))
         noise = torch.cat([gaussian_noise((1, *family.latent_shape), seeds[row]) for row in rows])
-        images += family.decode(solve(family, text[[*rows]], noise, solver, sigmas))
+        latents = solve(family, text[[*rows]], noise, solver, sigmas)
+        see(latents)
+        images += family.decode(latents)
         progress()
     return images
 

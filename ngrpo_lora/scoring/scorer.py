@@ -1,6 +1,7 @@
 """Calls rewards: images in, one number per image and reward out, NaN where there is none.
 
-Every reward runs in a thread of its own, so that the trainer draws the next group while this one is judged.
+Every reward runs in a thread of its own, so that the trainer draws the next group while this one is judged. What a
+reward does with its arguments, or to the process, reaches no other one: see `guests`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import inspect
 import logging
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait as wait_for
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal, Protocol
 
@@ -21,7 +24,10 @@ from torch import Tensor
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig
-from ngrpo_lora.errors import UserError
+from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.guests.calls import described, in_thread, shown
+from ngrpo_lora.guests.files import failure, left_at_import
+from ngrpo_lora.guests.house import Guest, kept, thread_kept
 from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.types import Samples
 
@@ -53,13 +59,16 @@ class Scorer:
         It raises UserError where a reward does, or returns other than a score for each image; a reward that fails
         otherwise gives NaN and is logged.
         """
-        pending = {label: in_thread(partial(reward, samples, cache)) for label, reward in self.rewards.items()}
+        calls = {label: partial(reward, samples, cache) for label, reward in self.rewards.items()}
+        # One that may change the whole process waits until nothing is drawn.
+        pending = {label: in_thread(call) for label, call in calls.items() if self.rewards[label].guest.known}
 
         def wait(meanwhile: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+            pending.update({label: in_thread(call) for label, call in calls.items() if label not in pending})
             for future in pending.values():
                 while not wait_for([future], POLL_S).done:
                     meanwhile()
-            return {label: future.result() for label, future in pending.items()}
+            return {label: pending[label].result() for label in calls}
 
         return wait
 
@@ -74,11 +83,13 @@ class BoundReward:
     def __init__(self, config: RewardConfig, device: str):
         self.config, self.label = config, config.key
         self.function = load_reward(config, device)
+        own, is_ours = left_at_import(config.name.rpartition(":")[0]), config.name in registry.names(registry.REWARDS)
+        self.guest = Guest(f"reward {self.label}", own, trusted=is_ours)
         self.form, self.parameters = call_form(config.name, self.function)
         call = self.function if inspect.isroutine(self.function) else type(self.function).__call__
         self.is_async = inspect.iscoroutinefunction(call)
         self.proven = False
-        self.reported: set[type[Exception]] = set()
+        self.reported: set[type[BaseException]] = set()
         self.failures: Counter[str] = Counter()  # of the last call: how many images have no score, by reason
         self.one_at_a_time = threading.Lock()
 
@@ -97,18 +108,15 @@ class BoundReward:
     def score(self, samples: Samples) -> Tensor:
         """Scores (N,) float64 from the reward itself, without the cache; NaN where it failed."""
         parts = list(self.parts(samples))
-        if self.is_async:
-            outcomes = asyncio.run_coroutine_threadsafe(self.gather(samples, parts), event_loop()).result()
-        else:
-            with self.one_at_a_time:
-                outcomes = [self.attempt(partial(self.function, **self.arguments(samples, rows))) for rows in parts]
+        with self.one_at_a_time if not self.is_async else nullcontext(), self.guest.inside():
+            outcomes = self.outcomes(samples, parts)
         scores = torch.full((len(samples),), torch.nan, dtype=torch.float64)
         failures: Counter[str] = Counter()
         for rows, outcome in zip(parts, outcomes, strict=True):
             if isinstance(outcome, UserError):
                 raise outcome
-            if isinstance(outcome, Exception):
-                failures[f"{type(outcome).__name__}: {outcome}"] += len(rows)
+            if isinstance(outcome, BaseException):
+                failures[described(outcome)] += len(rows)
             else:
                 scores[rows] = self.checked(outcome, len(rows))
         self.failures = failures
@@ -116,7 +124,13 @@ class BoundReward:
             log.warning("reward %s failed; %d of %d images are masked: %s", self.label, count, len(samples), reason)
         return scores
 
-    def failed(self, error: Exception) -> Exception:
+    def outcomes(self, samples: Samples, parts: list[list[int]]) -> list[Any]:
+        """What each call returned, or the exception that it raised."""
+        if self.is_async:
+            return asyncio.run_coroutine_threadsafe(self.gather(samples, parts), event_loop()).result()
+        return [self.attempt(partial(self.function, **self.arguments(samples, rows))) for rows in parts]
+
+    def failed(self, error: BaseException) -> BaseException:
         """Log the traceback of the first error of each type, and return the error."""
         if type(error) not in self.reported:
             self.reported.add(type(error))
@@ -132,8 +146,14 @@ class BoundReward:
             yield list(range(start, min(start + size, len(samples))))
 
     def arguments(self, samples: Samples, rows: list[int]) -> dict[str, Any]:
-        """Keyword arguments of the call for these rows, by the names of the reward's parameters."""
+        """Keyword arguments of the call for these rows, by the names of the reward's parameters.
+
+        A reward of the user's gets copies, and may do with them what it likes.
+        """
         part = samples[rows]
+        if not self.guest.trusted:
+            images, metadata = [image.copy() for image in part.images], deepcopy([*part.metadata])
+            part = replace(part, images=images, metadata=metadata)
         given = {"images": part.images, "prompts": part.prompts, "metadata": part.metadata}
         if self.form == "single":
             given = {"image": part.images[0], "prompt": part.prompts[0], "metadata": part.metadata[0]}
@@ -150,39 +170,44 @@ class BoundReward:
             return in_thread(call).result(self.config.timeout_s)
         except TimeoutError as error:
             return TimeoutError(str(error) or f"no answer in {self.config.timeout_s:g} s (its timeout_s)")
-        except Exception as error:
+        except BaseException as error:  # also of exit(); the user's Ctrl-C reaches the main thread alone
             return self.failed(error)
 
     async def gather(self, samples: Samples, parts: list[list[int]]) -> list[Any]:
         """Do what `attempt` does for a coroutine function, at most `concurrency` calls at once."""
         free = asyncio.Semaphore(self.config.concurrency)
 
+        async def outcome(rows: list[int]) -> Any:
+            try:
+                return await self.function(**self.arguments(samples, rows))
+            except (asyncio.CancelledError, TimeoutError):
+                raise
+            except BaseException as error:  # asyncio would end the loop of all rewards with it
+                return self.failed(error)
+
         async def attempt(rows: list[int]) -> Any:
             async with free:
-                answer: Awaitable[Any] = self.function(**self.arguments(samples, rows))
                 try:
-                    return await asyncio.wait_for(answer, self.config.timeout_s)
+                    return await asyncio.wait_for(outcome(rows), self.config.timeout_s)
                 except TimeoutError as error:
                     return TimeoutError(str(error) or f"no answer in {self.config.timeout_s} s (its timeout_s)")
-                except Exception as error:
+                except asyncio.CancelledError as error:  # raised by the reward itself
                     return self.failed(error)
 
-        return await asyncio.gather(*(attempt(rows) for rows in parts))
+        with thread_kept():
+            return await asyncio.gather(*(attempt(rows) for rows in parts))
 
     def checked(self, returned: Any, count: int) -> Tensor:
         """Check what a reward returned, (count,) float64; UserError for another shape.
 
         A score out of range is a UserError before the reward has given any score, and NaN afterwards.
         """
-        try:
-            scores = torch.as_tensor(returned, dtype=torch.float64).detach().cpu()
-        except (TypeError, ValueError, RuntimeError):
-            scores = torch.empty(0, 0)
+        scores = numbers(returned)
         if self.form == "single" and scores.ndim == 0:
             scores = scores[None]
         if scores.shape != (count,):
             wanted = "a number" if self.form == "single" else f"{count} numbers for {count} images"
-            raise UserError(f"reward {self.label} must return {wanted}, got {returned!r:.200}")
+            raise UserError(f"reward {self.label} must return {wanted}, got {shown(returned)}")
         if self.config.range is not None:
             low, high = self.config.range
             outside = (scores < low) | (scores > high)
@@ -226,27 +251,36 @@ def call_form(name: str, function: Callable[..., Any]) -> tuple[Form, list[str]]
     return form, wanted
 
 
-def in_thread(call: Callable[[], Any]) -> Future[Any]:
-    """Run `call` in a daemon thread without gradient; one that hangs does not keep the program alive."""
-    future: Future[Any] = Future()
-    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # a new thread begins with the first
+def numbers(returned: Any) -> Tensor:
+    """What a reward returned as float64, of its own shape; (0, 0) of what holds anything but real numbers."""
+    try:
+        if is_complex(returned):  # whose imaginary part PyTorch would drop
+            raise TypeError
+        return torch.as_tensor(returned, dtype=torch.float64, device="cpu").detach().to_dense()
+    except Exception:  # also an OverflowError, and whatever a class of the user's raises
+        return torch.empty(0, 0)
 
-    def run() -> None:
-        try:
-            with torch.cuda.device(gpu), torch.no_grad():
-                future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    return future
+def is_complex(value: Any) -> bool:
+    """Whether a value is complex, or a list or tuple that holds one which is."""
+    if isinstance(value, list | tuple):
+        return any(map(is_complex, value))
+    return isinstance(value, complex) or "complex" in str(getattr(value, "dtype", ""))
 
 
 @cache
 def event_loop() -> asyncio.AbstractEventLoop:
     """The one loop that all async rewards share, for as long as the program runs."""
     loop = asyncio.new_event_loop()
-    in_thread(loop.run_forever)
+
+    def run() -> None:
+        while not loop.is_closed():
+            try:
+                loop.run_forever()
+            except BaseException:  # of a task that a reward has started and that calls exit
+                log.warning("a task of an async reward raised", exc_info=True)
+
+    in_thread(run)
     return loop
 
 
@@ -256,10 +290,17 @@ def load_reward(config: RewardConfig, device: str = "cpu") -> Callable[..., Any]
     Args:
         device: where a reward that has a network puts it when its own settings say `auto`.
     Raises:
-        ConfigError: no such reward or function; the nearest one is named.
+        ConfigError: no such reward or function; the nearest one is named. Or its file fails at its import.
         UserError: what the reward needs (a package, weights, a server) is missing.
     """
     if ":" in config.name:
-        return registry.resolve_function(config.name)
-    module = registry.load(registry.REWARDS, config.name)
-    return module.Reward(config, device) if hasattr(module, "Reward") else module.score
+        try:
+            return registry.resolve_function(config.name)
+        except ConfigError as error:
+            raise ConfigError(f"reward {config.key} {problem}" for problem in error.problems) from error
+    try:
+        with kept({}) if "." in config.name else nullcontext():
+            module = registry.load(registry.REWARDS, config.name)
+            return module.Reward(config, device) if hasattr(module, "Reward") else module.score
+    except SystemExit as error:
+        raise ConfigError(f"reward {config.key} {failure(config.name, error)}") from error

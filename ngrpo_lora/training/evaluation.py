@@ -18,6 +18,7 @@ from ngrpo_lora.sampling.sampler import draw
 from ngrpo_lora.training.measuring import measure
 from ngrpo_lora.training.metering import Stages
 from ngrpo_lora.training.rewarding import (
+    check_finite,
     mean_of_frames,
     middle_frames,
     samples,
@@ -36,7 +37,7 @@ def evaluate(run: Run) -> Metrics:
 
     Raises:
         UserError: too many scores of the base model failed, or a measure did; of a trained one that is only logged, for
-            it is worth more.
+            it is worth more. Or the weights draw no pictures.
     """
     stages = Stages()
     with stages("evaluation"):
@@ -70,16 +71,26 @@ def held_out_seeds(run: Run) -> list[int]:
 
 
 def draw_held_out(run: Run, own: range) -> list[Image.Image]:
-    """The pictures of this process's held-out prompts, of a video `num_frames` each."""
+    """The pictures of this process's held-out prompts, of a video `num_frames` each.
+
+    Raises:
+        SharedError: too many latents, of all processes, are not finite.
+    """
     drawn = [*own]
     if run.base_is_sharded:  # as many forward passes on every process
         drawn += [own.start] * (max(map(len, run.processes.shares(len(run.held_out)))) - len(own))
-    seeds = held_out_seeds(run)
+    seeds, finite = held_out_seeds(run), [torch.ones(0, dtype=torch.bool)]
+
+    def see(latents: Tensor) -> None:
+        finite.append(latents.flatten(1).isfinite().all(1).cpu())
+
     with run.counter.paused(), lora.swapped(run.family.transformer, run.lora_step.averaged):
         text = run.family.encode([run.held_out[i].text for i in drawn])
         solver, sigmas = run.config.evaluation_solver, run.evaluation_schedule.sigmas
         size = run.config.evaluation.micro_batch_size
-        images = draw(run.family, text, [seeds[i] for i in drawn], solver, sigmas, batch_size=size)
+        images = draw(run.family, text, [seeds[i] for i in drawn], solver, sigmas, batch_size=size, see=see)
+    everywhere = torch.cat(run.processes.gather(torch.cat(finite)[: len(own)]))
+    check_finite(run, everywhere, f"evaluation at iteration {run.iteration}")
     return images[: len(own) * run.family.num_frames]
 
 

@@ -18,6 +18,11 @@ from ngrpo_lora.training.processes import Processes
 MAX_SKIPPED_IN_A_ROW = 10
 
 
+def advice(rate: float) -> str:
+    """What to do about updates that are too large, which a resumed run accepts."""
+    return f"lower optimizer.learning_rate ({rate:g}) and go on with resume=latest, the last checkpoint that is well"
+
+
 class LoraStep:
     """The adapter's live and averaged weights and what moves them; all processes hold the same.
 
@@ -58,6 +63,8 @@ class LoraStep:
         Args:
             finite: whether every loss of this step was finite, on all processes.
             empty: whether no process had a loss; nothing moves then but the average.
+        Raises:
+            SharedError: the adapter's weights are not finite any more.
         Returns:
             The gradient's norm before it was clipped; NaN where the step was skipped, as it was not finite.
         """
@@ -72,6 +79,7 @@ class LoraStep:
         if finite and math.isfinite(norm):
             if not empty:
                 self.scaler.step(self.optimizer)
+                self._check_weights()
             self.taken, self.skipped_in_a_row = self.taken + 1, 0
             self._average()
         else:
@@ -89,9 +97,15 @@ class LoraStep:
         """
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise SharedError(
-                f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite; lower "
-                f"optimizer.learning_rate ({self.config.learning_rate}) and go on with resume=latest"
+                f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite; "
+                f"{advice(self.config.learning_rate)}"
             )
+
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        largest = torch.stack([*torch._foreach_norm([*self.parameters.values()], math.inf)])
+        if not bool(largest.isfinite().all()):
+            raise SharedError(f"the adapter's weights are no longer finite; {advice(self.config.learning_rate)}")
 
     @torch.no_grad()
     def _average(self) -> None:

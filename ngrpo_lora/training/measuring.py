@@ -7,14 +7,17 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from numbers import Real
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ngrpo_lora import registry
 from ngrpo_lora.errors import ConfigError, SharedError, UserError, first_line
+from ngrpo_lora.guests.calls import described, in_thread, shown
+from ngrpo_lora.guests.files import left_at_import
+from ngrpo_lora.guests.house import Guest
 from ngrpo_lora.training.processes import Processes
 from ngrpo_lora.training.rewarding import middle_frames
 from ngrpo_lora.training.run import Run
@@ -90,21 +93,28 @@ def call(
     Raises:
         UserError: it failed, or returned other than finite numbers by name, or a name that means something else.
     """
-    try:
-        with torch.no_grad():
-            returned = function(images, prompts)
-    except Exception as error:
-        log.warning("measure %s raised", reference, exc_info=error)
-        reason = f"{type(error).__name__}: {first_line(error)}"
+
+    def visit() -> object:
+        try:
+            with guest(reference).inside():
+                returned = function([image.copy() for image in images], [*prompts])
+                return dict(returned) if isinstance(returned, Mapping) else returned
+        except BaseException as error:  # also of exit(); the user's Ctrl-C reaches the main thread alone
+            return error
+
+    returned = in_thread(visit).result()
+    if isinstance(returned, BaseException):
+        log.warning("measure %s raised", reference, exc_info=returned)
         raise UserError(
-            f"evaluation.measures: {reference} failed ({reason}); correct it, or take it out of the list"
-        ) from None
+            f"evaluation.measures: {reference} failed ({described(returned)}); correct it, or take it out of the list"
+        )
     metrics = Metrics()
-    for name, value in returned.items() if isinstance(returned, Mapping) else [(None, None)]:
-        if not isinstance(name, str) or not isinstance(value, Real) or not math.isfinite(value):
+    for name, value in returned.items() if isinstance(returned, dict) else [(None, None)]:
+        number = as_float(value)
+        if not isinstance(name, str) or not math.isfinite(number):
             raise UserError(
                 f"evaluation.measures: {reference} must return finite numbers by name, such as {{'hue_bits': 2.5}}, "
-                f"got {returned!r:.200}; leave out what cannot be measured"
+                f"got {shown(returned)}; leave out what cannot be measured"
             )
         key = f"eval/{name}"
         free = re.fullmatch(r"[\w.-]+(?<!_mean)", name) and name != "strict_accuracy" and key not in known
@@ -113,5 +123,19 @@ def call(
                 f"evaluation.measures: {reference} must give names of its own, of letters, digits, _, - and ., that do "
                 f"not end in _mean as those of rewards do, got {name!r}; rename it"
             )
-        metrics[key] = float(value)
+        metrics[key] = number
     return metrics
+
+
+@cache
+def guest(reference: str) -> Guest:
+    """How the function behind `reference` behaves, as far as is known in this process."""
+    return Guest(f"measure {reference}", left_at_import(registry.split_reference(reference)[0]))
+
+
+def as_float(value: object) -> float:
+    """A real number as float; NaN of anything else, and of what is too large for one."""
+    try:
+        return float(value) if isinstance(value, Real) else math.nan
+    except Exception:
+        return math.nan

@@ -13,6 +13,7 @@ from ngrpo_lora.errors import SharedError, UserError
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.scoring.combining import combine, correlations
 from ngrpo_lora.scoring.scorer import Wait
+from ngrpo_lora.training.lora_step import advice
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Samples
 
@@ -45,7 +46,8 @@ def collect(run: Run, rollouts: list[Rollout], pending: list[Wait]) -> RewardBat
     """Scores of all processes' P groups as one batch; a sample whose latents are not finite has none.
 
     Raises:
-        UserError: a reward is none, or failed for more than `rewards.max_failed_share`.
+        UserError: a reward is none, or failed for more than `rewards.max_failed_share`, or so many latents are not
+            finite.
     """
     finite = torch.stack([rollout.final.flatten(1).isfinite().all(1) for rollout in rollouts])  # (P, G)
     scores, problem = {}, None
@@ -55,6 +57,7 @@ def collect(run: Run, rollouts: list[Rollout], pending: list[Wait]) -> RewardBat
         scores = {label: raw.where(finite, torch.nan) for label, raw in own.items()}
     except UserError as error:
         problem = str(error)
+    check_finite(run, torch.cat(run.processes.gather(finite)), f"iteration {run.iteration + 1}")
     problem = run.processes.agree(problem)
     if problem is None:
         shares = run.processes.gather(scores)
@@ -68,6 +71,29 @@ def collect(run: Run, rollouts: list[Rollout], pending: list[Wait]) -> RewardBat
 def mean_of_frames(run: Run, scores: Tensor) -> Tensor:
     """Scores of pictures -> scores of samples, (N * frames,) -> (N,)."""
     return scores.view(-1, scored_frames(run)).mean(1)
+
+
+def check_finite(run: Run, finite: Tensor, when: str) -> None:
+    """End a run whose weights draw no pictures; rewards have no part in this, and are not blamed.
+
+    Args:
+        finite: bool, whether each sample of all processes has finite latents.
+    Raises:
+        SharedError: more than `rewards.max_failed_share` of them have not; the checkpoint that is then written is of
+            the weights that have last drawn pictures.
+    """
+    share = 1 - finite.double().mean().item()
+    if share <= run.config.rewards.max_failed_share and share < 1:
+        return
+    what = f"{when}: the latents of {share:.0%} of the samples are not finite"
+    if run.sound is None:
+        how = "no update made them so" if run.iteration == 0 else "the checkpoint draws none that are"
+        raise SharedError(
+            f"{what}, and {how}; start anew in another output_dir with another model.dtype, lora.init_from or lower "
+            f"optimizer.learning_rate ({run.config.optimizer.learning_rate:g})"
+        )
+    run.kept = run.sound
+    raise SharedError(f"{what}, as updates were too large; {advice(run.config.optimizer.learning_rate)}")
 
 
 def too_many_failed(run: Run, scores: dict[str, Tensor]) -> str | None:

@@ -32,7 +32,8 @@ class Run:
     scorer, watching: rewards that are trained on, and those that evaluations add.
     measures: functions of all pictures of an evaluation, by reference.
     iteration: how many iterations are complete.
-    kept: the state at the start of the iteration under way, where that has several updates.
+    kept: the state at the start of the iteration under way, once that has begun to move the adapter.
+    sound: the last state that is known to draw pictures, of the iteration before; None before the first one.
     evaluation_missing: whether the iteration that is complete has yet to be evaluated.
     saver: writes checkpoints while training goes on.
     best: the best evaluation so far, of the metric that `trainer.keep_best` names.
@@ -55,6 +56,7 @@ class Run:
     counter: EvaluationCounter
     iteration: int = 0
     kept: dict[str, Any] | None = None
+    sound: dict[str, Any] | None = None
     evaluation_missing: bool = True
     saver: Saver = field(default_factory=Saver)
     best: Best = field(default_factory=lambda: Best(None))

@@ -111,6 +111,8 @@ def checkpoint_on_error(run: Run) -> Iterator[None]:
         try:
             if run.kept is not None:
                 restore(run, run.kept)
+                if run.processes.is_main:
+                    checkpoints.drop_after(run.output_dir, run.iteration)
             save(run)
             run.saver.wait()
         except UserError as error:  # a full disk, which may be the first error's reason as well

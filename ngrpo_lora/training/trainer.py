@@ -100,5 +100,5 @@ def iterate(run: Run) -> Metrics:
     run.watchers.after_rewards(prompts[0].text, shown, batch.rewards[run.groups.start].tolist())
     with stages("update"):
         policy = update(run, rollouts, advantages, text)  # Eq. 8 to 10: B anchors, K steps, one or more LoRA steps
-    run.iteration, run.kept = run.iteration + 1, None
+    run.iteration, run.sound, run.kept = run.iteration + 1, run.kept, None
     return describe(run, batch) | policy | run.counter.per_sample(batch.rewards.numel()) | stages.metrics

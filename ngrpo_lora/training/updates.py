@@ -32,8 +32,7 @@ def update(run: Run, rollouts: list[Rollout], advantages: Tensor, text: TextEmbe
     """
     config, step = run.config, run.lora_step
     updates = run.algorithm.updates(advantages, derive_seed(config.seed, "updates", run.iteration), run.iteration)
-    if len(updates) > 1:
-        run.kept = on_cpu(state(run))
+    run.kept = on_cpu(state(run))  # has drawn this iteration's pictures, which what follows has yet to prove
     rate = step.set_rate(run.iteration, config.trainer.num_iterations)
     own_advantages = advantages[run.groups.start : run.groups.stop]
     chunks = [own_chunks(run, transitions) for transitions in updates]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
 from conftest import FinishedRun, MakeConfig
 
+from ngrpo_lora import registry
 from ngrpo_lora.config import dump_config
+from ngrpo_lora.config.description import describe
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.planning.preflight import check_resumable, check_run, check_settings
+from ngrpo_lora.planning.preflight import MAY_CHANGE, check_resumable, check_run, check_settings
 
 
 @pytest.mark.parametrize(
@@ -46,3 +50,32 @@ def test_a_resumed_run_may_change_its_length_and_none_of_its_updates(make_config
         "lora.rank",
         "seed",
     ]
+
+
+def test_a_resumed_run_may_call_its_rewards_otherwise_but_may_not_have_others(make_config: MakeConfig, tmp_path: Path):
+    reward = "{{name: ngrpo_lora.rewards.world:score, weight: {}, range: {}, timeout_s: {}}}"
+    (tmp_path / "config.yaml").write_text(dump_config(make_config(tmp_path, f"rewards={reward.format(1, [0, 1], 9)}")))
+    check_resumable(make_config(tmp_path, f"rewards={reward.format(1, [0, 2], 99)}"))
+    with pytest.raises(ConfigError, match="a resumed run must keep its settings, but rewards.train"):
+        check_resumable(make_config(tmp_path, f"rewards={reward.format(2, [0, 1], 9)}"))
+
+
+def test_what_a_message_advises_before_resume_latest_is_accepted(make_config: MakeConfig, tmp_path: Path):
+    """Every key that stands in a module's texts with the words resume=latest, or in texts of that module."""
+    package = Path(registry.__file__).parent
+    keys = {option.key for option in describe() if not option.is_section}
+    advised: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        if path.name == "preflight.py" or "bench" in path.parts:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        texts = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Return | ast.Raise)]
+        if "resume=latest" in " ".join(texts):
+            advised[path.stem] = {key for key in keys for text in texts if re.search(rf"\b{re.escape(key)}\b", text)}
+    assert advised["lora_step"] == {"optimizer.learning_rate"}
+    assert "rewards.max_failed_share" in advised["rewarding"]
+    anew = {"model.dtype", "lora.init_from"}  # of a run that is started anew
+    refused = {key for found in advised.values() for key in found - anew if not key.startswith(MAY_CHANGE)}
+    assert not refused
+    (tmp_path / "config.yaml").write_text(dump_config(make_config(tmp_path)))
+    check_resumable(make_config(tmp_path, "optimizer.learning_rate=1e-5", "rewards.max_failed_share=0.9"))

@@ -220,6 +220,109 @@ def test_a_first_score_outside_its_range_is_an_error_and_later_ones_are_masked(
     assert "must lie in its range [0, 100], got 150; 3 images are masked" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "returned",
+    [[1j] * 3, np.array([1j] * 3), torch.tensor([1j] * 3), [10**400] * 3, (x for x in [1, 2, 3]), [10**5000] * 3],
+    ids=["complex", "complex array", "complex tensor", "large", "generator", "too large to be shown"],
+)
+def test_what_is_no_real_number_is_refused_on_one_line(returned: object, make_reward: Callable[..., BoundReward]):
+    with pytest.raises(UserError, match="reward mine must return 3 numbers for 3 images, got ") as error:
+        make_reward(lambda images: returned)(SAMPLES[[0, 1, 2]])
+    assert "\n" not in str(error.value)
+
+
+def test_truth_values_and_numbers_of_numpy_are_scores(make_reward: Callable[..., BoundReward]):
+    assert_scores(make_reward(lambda images: [True, np.bool_(False), np.float16(0.5)])(SAMPLES[[0, 1, 2]]), 1, 0, 0.5)
+
+
+# What rewards do to what they are given and to the process ----------------------------------------------------------
+
+
+def test_a_reward_may_do_what_it_likes_with_its_arguments(make_reward: Callable[..., BoundReward]):
+    samples = Samples([image.copy() for image in IMAGES], [*SAMPLES.prompts], [{"n": [i]} for i in range(6)], 3)
+
+    def spoil(images, prompts, metadata):
+        for image, of_image in zip(images, metadata, strict=True):
+            image.paste((9, 9, 9), (0, 0, *image.size))
+            of_image["n"].append(0)
+        images.reverse()
+        prompts.clear()
+        metadata.clear()
+        return [0.0] * 6
+
+    make_reward(spoil)(samples)
+    assert [red(image) for image in samples.images] == [0, 50, 100, 150, 200, 250]
+    assert samples.prompts == SAMPLES.prompts
+    assert samples.metadata == [{"n": [i]} for i in range(6)]
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("timeout_s", [None, 60])
+def test_whatever_a_reward_raises_is_its_failure(
+    kind: type[BaseException],
+    is_async: bool,
+    timeout_s: float | None,
+    make_reward: Callable[..., BoundReward],
+    caplog: pytest.LogCaptureFixture,
+):
+    def broken(image):
+        if red(image) == 50:
+            raise kind
+        return red(image)
+
+    async def asynchronous(image):
+        await asyncio.sleep(0)
+        return broken(image)
+
+    reward = make_reward(asynchronous if is_async else broken, timeout_s=timeout_s)
+    for _ in range(2):  # asyncio's loop has outlived the first
+        assert_scores(reward(SAMPLES), 0, NAN, 100, 150, 200, 250)
+    assert f"1 of 6 images are masked: {kind.__name__}: " in caplog.text
+
+
+def test_a_task_that_calls_exit_does_not_end_the_loop_of_all_async_rewards(make_reward: Callable[..., BoundReward]):
+    async def leave():
+        raise SystemExit
+
+    async def score(image):
+        asyncio.get_running_loop().create_task(leave())
+        await asyncio.sleep(0.01)
+        return red(image)
+
+    assert_scores(make_reward(score, timeout_s=60)(SAMPLES), 0, 50, 100, 150, 200, 250)
+
+
+def test_a_new_reward_of_the_users_waits_until_it_is_waited_for(make_reward: Callable[..., BoundReward]):
+    """Until then pictures may be drawn, which must not see what it changes."""
+    called = threading.Event()
+
+    def wide(images):
+        called.set()
+        torch.set_default_dtype(torch.float64)
+        return [red(i) for i in images]
+
+    scorer = Scorer([RewardConfig(name="world", label="mine")])
+    scorer.rewards["mine"] = make_reward(wide)
+    for _ in range(2):  # it has shown what it does in the first
+        called.clear()
+        wait = scorer.submit(SAMPLES)
+        assert not called.wait(0.2)
+        assert_scores(wait()["mine"], 0, 50, 100, 150, 200, 250)
+        assert torch.get_default_dtype() == torch.float32
+
+
+def test_one_that_changes_nothing_is_called_at_once_from_its_second_time_on(make_reward: Callable[..., BoundReward]):
+    called = threading.Event()
+    scorer = Scorer([RewardConfig(name="world", label="mine")])
+    scorer.rewards["mine"] = make_reward(lambda images: called.set() or [red(i) for i in images])
+    scorer(SAMPLES)
+    called.clear()
+    wait = scorer.submit(SAMPLES)
+    assert called.wait(60)
+    wait()
+
+
 # Failures -----------------------------------------------------------------------------------------------------------
 
 

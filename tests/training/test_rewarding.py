@@ -13,6 +13,7 @@ from conftest import MakeConfig
 from runs import EVERY_STEP, assert_same_run, read_rows, reward_of
 
 from ngrpo_lora.errors import UserError
+from ngrpo_lora.planning.preflight import check_run
 from ngrpo_lora.records import checkpoints
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.setup import prepare
@@ -85,6 +86,78 @@ def test_two_rewards_are_trained_on_and_reported_each(make_config: MakeConfig, t
     assert row["rollout/red_failed_share"] == row["rollout/blue_failed_share"] == 0
 
 
+HOSTILE = """
+import random, sys, os, warnings, logging
+import numpy as np, torch
+import tones
+
+def score(images, prompts, metadata):
+    scores = [tones.red(image) for image in images]
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.use_deterministic_algorithms(True)
+    torch.set_grad_enabled(True)
+    torch.set_default_device("meta")
+    os.chdir("/")
+    os.environ.clear()
+    sys.argv, sys.path[:] = [], []
+    warnings.simplefilter("error")
+    logging.disable(logging.CRITICAL)
+    for image in images:
+        image.paste((0, 0, 0), (0, 0, *image.size))
+    prompts.clear()
+    for one in metadata:
+        one.clear()
+    images.clear()
+    return scores
+
+def blue(images, prompts, metadata):
+    assert all(prompts)
+    return [float(np.asarray(image)[..., 2].mean()) / 255 for image in images]
+
+def measured(images, prompts):
+    assert len(images) == len(prompts) == 2
+    value = tones.red(images[0])
+    images[0].paste((0, 0, 0), (0, 0, *images[0].size))
+    prompts.clear()
+    torch.set_default_dtype(torch.float64)
+    return {"first": value}
+"""
+BENIGN = """
+import numpy as np
+import tones
+
+def score(images):
+    return [tones.red(image) for image in images]
+
+def blue(images):
+    return [float(np.asarray(image)[..., 2].mean()) / 255 for image in images]
+
+def measured(images, prompts):
+    return {"first": tones.red(images[0])}
+"""
+
+
+def test_what_a_reward_does_reaches_neither_the_run_nor_another_reward(make_config: MakeConfig, tmp_path: Path):
+    """Bit for bit: a run with a hostile reward is that with one of equal scores."""
+    red = "import numpy as np\ndef red(image): return float(np.asarray(image)[..., 0].mean()) / 255\n"
+    for name, text in (("hostile", HOSTILE), ("benign", BENIGN)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "tones.py").write_text(red)
+        (folder / "mine.py").write_text(text)
+        rewards = f"rewards=[{folder}/mine.py:score, {folder}/mine.py:blue]"
+        measures = f"evaluation.measures=[{folder}/mine.py:measured]"
+        settings = [rewards, measures, "evaluation.strict=null", "evaluation.every=1", "trainer.num_iterations=2"]
+        complete(prepare(make_config(tmp_path / name / "run", *settings)))
+    runs = [tmp_path / name / "run" for name in ("hostile", "benign")]
+    assert_same_run(*runs)
+    for picture in ("samples/000000.png", "samples/000002.png"):
+        hostile, benign = ((run / picture).read_bytes() for run in runs)
+        assert hostile == benign
+
+
 # What goes wrong ----------------------------------------------------------------------------------------------------
 
 
@@ -134,4 +207,42 @@ def test_a_reward_that_breaks_on_the_way_stops_the_run_where_it_can_go_on(make_c
         complete(run)
     assert checkpoints.load("latest", tmp_path / "run", "cpu")["iteration"] == 1
     complete(prepare(make_config(tmp_path / "run", *settings, "rewards.max_failed_share=0.3", "resume=latest")))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+# Latents that are not finite ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.parametrize("every", [1, 9], ids=["in the evaluation", "in the rollout"])
+def test_weights_that_draw_nothing_are_named_and_the_last_that_did_are_kept(
+    every: int, make_config: MakeConfig, tmp_path: Path
+):
+    """A rate of 1e18 in iteration 2; a resumed run with the first one's rate is one that never had another."""
+    settings = [
+        "trainer.num_iterations=3",
+        f"evaluation.every={every}",
+        "evaluation.strict=null",
+        "trainer.save_every=1",
+    ]
+    complete(prepare(make_config(tmp_path / "whole", *settings)))
+
+    run = prepare(make_config(tmp_path / "run", *settings))
+    set_rate = run.lora_step.set_rate
+
+    def set_too_high(iteration: int, num_iterations: int) -> float:
+        rate = set_rate(iteration, num_iterations)
+        for group in run.lora_step.optimizer.param_groups:
+            group["lr"] = 1e18 if iteration == 1 else rate
+        return rate
+
+    run.lora_step.set_rate = set_too_high  # pyright: ignore
+    when = "evaluation at iteration 2" if every == 1 else "iteration 3"
+    what = rf"{when}: the latents of 100% of the samples are not finite, .* lower optimizer.learning_rate \(0.01\)"
+    with pytest.raises(UserError, match=what):
+        complete(run)
+    assert checkpoints.load("latest", tmp_path / "run", "cpu")["iteration"] == 1
+    config = make_config(tmp_path / "run", *settings, "resume=latest")
+    check_run(config)
+    complete(prepare(config))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
