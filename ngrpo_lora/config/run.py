@@ -168,7 +168,7 @@ class OptimizerConfig(Section, frozen=True):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"] = Field(
         default="adamw", description="Optimizer; the 8-bit ones are bitsandbytes'."
     )
-    learning_rate: float = Field(default=3e-4, gt=0, description="Learning rate after warm-up.")
+    learning_rate: float = Field(default=3e-4, gt=0, le=1e37, description="Learning rate after warm-up.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.999), strict=False, description="Decay rates of the moment estimates."
     )

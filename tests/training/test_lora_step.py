@@ -145,8 +145,8 @@ def test_ten_skipped_updates_in_a_row_end_the_run_with_what_was_made_on_disk(mak
 
 
 def test_weights_that_are_no_longer_finite_end_the_run_by_name():
-    parameter = torch.nn.Parameter(torch.full((3,), 3e38))
-    config = OptimizerConfig(learning_rate=3e38, weight_decay=0)
+    parameter = torch.nn.Parameter(torch.full((3,), 3.4e38))
+    config = OptimizerConfig(learning_rate=1e37, weight_decay=0)
     step = LoraStep(config, {"weight": parameter}, Processes(), torch.float32, torch.device("cpu"))
     step.set_rate(0, 1)
     step.backward(-parameter.sum() * 1e-38)
