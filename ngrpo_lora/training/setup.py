@@ -15,7 +15,7 @@ from ngrpo_lora.adapters.loading import read_fitting
 from ngrpo_lora.algorithms._base import Algorithm
 from ngrpo_lora.config import ModelConfig, RunConfig
 from ngrpo_lora.devices import resolve_device, use_device
-from ngrpo_lora.errors import ConfigError, SharedError
+from ngrpo_lora.errors import ConfigError, SharedError, UserError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._embeddings import EmbeddingCache
 from ngrpo_lora.models._loading import load_family
@@ -64,7 +64,7 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
     looking_on = Watchers([*own, *watchers])
     algorithm = open_algorithm(config)
     # Rewards and measures come first: what they lack should be known before a large model is loaded.
-    scorer, watching, score_cache = open_rewards(config, device)
+    scorer, watching, score_cache = open_rewards(config, device, processes)
     measures = open_measures(config.evaluation.measures, processes)
     prompts, held_out = open_prompts(config)
     model = config.model.model_copy(update={"device": device})  # as this process has it
@@ -136,17 +136,24 @@ def open_algorithm(config: RunConfig) -> Algorithm:
     return algorithm
 
 
-def open_rewards(config: RunConfig, device: str) -> tuple[Scorer, Scorer, ScoreCache | None]:
+def open_rewards(config: RunConfig, device: str, processes: Processes) -> tuple[Scorer, Scorer, ScoreCache | None]:
     """The rewards that are trained on, those that evaluations add, and the cache of scores, where one is asked for.
 
     Raises:
-        UserError: a reward lacks what it needs.
+        SharedError: a reward lacks what it needs, or cannot be imported, on some process.
     """
     trained = config.rewards.train
     known = [reward.key for reward in trained]
     watched = [*config.evaluation.rewards, *strict_reward(config)]
-    scorer = Scorer(trained, device)
-    watching = Scorer([reward for reward in watched if reward.key not in known], device)
+    scorers, problem = [], None
+    try:
+        for chosen in (trained, [reward for reward in watched if reward.key not in known]):
+            scorers.append(Scorer(chosen, device))
+    except UserError as error:
+        problem = str(error)
+    if problem := processes.agree(problem):
+        raise SharedError(problem)
+    scorer, watching = scorers
     caching = any(reward.cache for reward in (*trained, *watched))
     return scorer, watching, ScoreCache(Path(config.output_dir) / "scores.sqlite") if caching else None
 
