@@ -108,7 +108,10 @@ class BoundReward:
     def score(self, samples: Samples) -> Tensor:
         """Scores (N,) float64 from the reward itself, without the cache; NaN where it failed."""
         parts = list(self.parts(samples))
-        with self.one_at_a_time if not self.is_async else nullcontext(), self.guest.inside():
+        # Ours that wait for a server must not keep its rewards out: it may be this process.
+        is_client = self.guest.trusted and (self.is_async or self.config.name == "remote")
+        visit = nullcontext() if is_client else self.guest.inside()
+        with nullcontext() if self.is_async else self.one_at_a_time, visit:
             outcomes = self.outcomes(samples, parts)
         scores = torch.full((len(samples),), torch.nan, dtype=torch.float64)
         failures: Counter[str] = Counter()
