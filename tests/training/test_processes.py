@@ -122,7 +122,7 @@ def test_pictures_of_all_processes_are_measured_together_and_in_order(
 def test_where_there_is_nothing_to_learn_no_process_moves(context: Any, make_config: MakeConfig, tmp_path: Path):
     reward = tmp_path / "flat.py"
     reward.write_text("def score(images):\n    return [0.5] * len(images)\n")
-    settings = [*SEVERAL, f"rewards.train={reward}:score", "optimizer.weight_decay=0.5"]
+    settings = [*SEVERAL, f"rewards={reward}:score", "optimizer.weight_decay=0.5"]
     train(make_config(tmp_path / "one", *settings))
     assert [error for error, _ in run(context, 2, train, make_config(tmp_path / "two", *settings))] == [None] * 2
     assert torch.equal(adapter_weights(tmp_path / "one"), adapter_weights(tmp_path / "two"))
@@ -154,7 +154,7 @@ def test_what_befalls_one_process_ends_all_with_a_message_and_the_run_can_go_on(
 ):
     reward, trouble = tmp_path / "trouble.py", tmp_path / "trouble.txt"
     reward.write_text(TROUBLE.format(does))
-    settings = [*SEVERAL, f"rewards.train={reward}:score", "rewards.max_failed_share=0.1", "trainer.save_every=1"]
+    settings = [*SEVERAL, f"rewards={reward}:score", "rewards.max_failed_share=0.1", "trainer.save_every=1"]
     config = make_config(tmp_path / "run", *settings, f"trainer.strategy={strategy}")
     one = config.model_copy(update={"trainer": config.trainer.model_copy(update={"num_iterations": 1})})
     assert [error for error, _ in run(context, 2, train, one)] == [None, None]
