@@ -25,9 +25,9 @@ def input_files(config: RunConfig) -> dict[str, Path]:
 
 def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
     for key, sources in (("prompts.train", config.prompts.train), ("prompts.held_out", config.prompts.held_out)):
-        if not isinstance(sources, float):
-            for source in [sources] if isinstance(sources, str) else sources:
-                yield f"{key} ({source})", Path(source.partition("#")[0])
+        names = [sources] if isinstance(sources, str) else [*sources] if isinstance(sources, dict) else []
+        for source in names:
+            yield f"{key} ({source})", Path(source.partition("#")[0])
     functions = {f"rewards.train.{index}": reward.name for index, reward in enumerate(config.rewards.train)}
     functions |= {f"evaluation.rewards.{index}": one.name for index, one in enumerate(config.evaluation.rewards)}
     functions |= {f"evaluation.measures.{index}": name for index, name in enumerate(config.evaluation.measures)}
