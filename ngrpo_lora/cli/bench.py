@@ -172,7 +172,7 @@ def paper(
     budget: Annotated[
         float | None,
         typer.Option(
-            help="Forward passes per sample of each run, a trained one counted as three: 2400, or 300 with --quick.",
+            help="Forward passes per sample of each run, a trained one counted as three: 4800, or 300 with --quick.",
             show_default=False,
         ),
     ] = None,
