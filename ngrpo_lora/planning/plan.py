@@ -203,6 +203,8 @@ class Estimate:
         self.adapter = 4 * sum(drawn.lora)
         self.average = self.adapter if config.optimizer.ema_decay else 0
         self.state, self.paged = optimizer_sizes(config.optimizer, drawn.lora)
+        # The state that has drawn the last pictures, and in an update that before it: what an error goes back to.
+        self.last = self.adapter + self.average + self.state + self.paged
         self.encoders = self.itemsize * sum(drawn.blueprint.parameters(name) for name in family.text_encoders)
         self.networks, self.notes = reward_networks(config)
 
@@ -229,6 +231,7 @@ class Estimate:
             "VAE": self.drawn.vae,
             "text encoders": self.encoders if model.text_encoders == "keep" else 0,
             "rewards": resting,
+            "kept state": self.last if self.on_cpu else 0,
         }
         evaluating = always | {"LoRA": self.adapter + live, "text embeddings": self.held_out}
         encoding: Items = {"text encoders": self.encoders, "activations": ENCODING * self.encoders}
@@ -243,7 +246,9 @@ class Estimate:
             "encode": {"rewards": resting} | encoding if model.text_encoders == "cache" else evaluating | encoding,
             "rollout": scored | {"LoRA": live + merged, "activations": forward + self.unpacked + scoring},
             "decode": scored | {"activations": self.decode.peak + scoring},
-            "update": always | {"gradients": self.adapter, "text embeddings": self.texts, "activations": backward},
+            "update": always
+            | {"gradients": self.adapter, "text embeddings": self.texts, "activations": backward}
+            | {"kept state": 2 * self.last if self.on_cpu else 0},
             "evaluation": evaluating | {"rewards": awake, "activations": max(evaluated, scoring)},
             "export": evaluating | {"LoRA": self.adapter * (2 + self.itemsize / 4) + self.average, "activations": one},
         }
@@ -262,6 +267,7 @@ class Estimate:
             "swapped blocks": self.swapped,
             "optimizer": self.paged,
             "rollouts": self.batches.groups * (self.kept + pictures),
+            "kept states": 0 if self.on_cpu else 2 * self.last,
         }
         if self.on_cpu:
             held = max(sum(items.values()) for items in self.gpu().values())

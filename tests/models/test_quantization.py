@@ -145,7 +145,10 @@ def test_an_update_with_a_quantised_base_takes_no_more_than_planned(
     settings += ["rollout.group_size=4", "trainer.micro_batch_size=4", "algorithm.updates_per_rollout=1"]
     config = make_config(tmp_path, *settings)
     items = make_plan(config).gpu["update"]
-    planned = items["activations"] + items["gradients"]  # with the largest weight unpacked, be that at the peak or not
+    kept = items.get("kept state", 0) / 2  # the other half is there before
+    planned = (
+        items["activations"] + items["gradients"] + kept
+    )  # with the largest weight unpacked, be that at the peak or not
     assert 0.8 * planned < update_peak(config) <= planned
 
 

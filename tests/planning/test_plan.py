@@ -53,7 +53,8 @@ def test_an_update_of_the_trainer_takes_what_is_planned(checkpointing: bool, mak
     settings = [f"trainer.gradient_checkpointing={str(checkpointing).lower()}", "trainer.micro_batch_size=4"]
     config = make_config(tmp_path / "run", "model.device=cpu", "algorithm.updates_per_rollout=1", *settings)
     items = make_plan(config).gpu["update"]
-    assert items["activations"] + items["gradients"] == pytest.approx(update_peak(config), rel=0.05)
+    moved = items["activations"] + items["gradients"] + items["kept state"] / 2  # the other half is there before
+    assert moved == pytest.approx(update_peak(config), rel=0.05)
 
 
 def test_flux_needs_what_arithmetic_says():

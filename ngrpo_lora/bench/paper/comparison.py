@@ -111,9 +111,10 @@ def announce(
     plan: Plan, searched: Sequence[Job], main: Sequence[Job], at_once: int, tell: Callable[[str], None]
 ) -> None:
     """Print how many runs there will be, how many of them are complete, and how long one is."""
+    searching = f"{len(searched)}{' or more' if plan.search else ''} runs of the search"
     done = sum(map(outcomes.is_complete, (*searched, *main)))
     tell(
-        f"{len(plan.methods)} methods: {len(searched)} or more runs of the search and {len(main)} of the tables, "
+        f"{len(plan.methods)} methods: {searching} and {len(main)} of the tables, "
         f"{done} of them complete, {at_once} at once, into {plan.output_dir}"
     )
     tell(
