@@ -27,7 +27,7 @@ HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "matplotlib
     [
         (["--help"], 0),
         (["--version"], 0),
-        *(([command, "--help"], 0) for command in ("train", "sample", "compare", "plan", "config")),
+        *(([command, "--help"], 0) for command in ("train", "sample", "compare", "plan", "config", "doctor")),
         *((["bench", command, "--help"], 0) for command in ("overhead", "gradient", "scaling", "paper")),
         (["bench", "paper", "--method", "neighbour"], 2),
         (["bench", "paper", "lora.rank=0"], 2),
