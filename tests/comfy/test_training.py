@@ -211,10 +211,11 @@ def asking(server: Comfy) -> Iterator[list[float]]:
 @pytest.fixture(scope="module")
 def whole(servers: list[Comfy]) -> Result:
     """A run without interruptions, that others are compared with."""
+    started = time.monotonic()
     with asking(servers[-1]) as answers:
         result = succeeded(servers[-1].run(train("whole", LONG)))
     assert len(answers) > 20
-    assert max(answers) < 1.0
+    assert max(answers) < (time.monotonic() - started) / 10  # a part of the run that holds the server up takes longer
     return result
 
 
