@@ -7,7 +7,7 @@ __all__ = ["app"]
 
 for command in (
     *(train.train, sample.sample, adapters.info, adapters.export, adapters.merge),
-    *(evaluate.score, evaluate.compare, evaluate.curves, push.push),
+    *(evaluate.score, evaluate.compare, evaluate.curves, evaluate.report, push.push),
     *(inspect.config, inspect.plan, inspect.presets, inspect.rewards, reward_server.reward_server),
     doctor.doctor,
 ):

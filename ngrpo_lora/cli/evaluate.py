@@ -1,4 +1,4 @@
-"""`ngrpo score`, `compare` and `curves`: is it better?"""
+"""`ngrpo score`, `compare`, `curves` and `report`: is it better?"""
 
 from __future__ import annotations
 
@@ -128,16 +128,44 @@ def curves(
     output: Annotated[Path, typer.Option(help="PNG file for the curves.")] = Path("curves.png"),
 ) -> None:
     """Curves of runs: held-out figures before and after as a Markdown table, and their curves as a picture."""
-    from ngrpo_lora.records.metrics import read_metrics
+    _check_runs(runs)
+
+    from ngrpo_lora.reports.curves import write_comparison
     from ngrpo_lora.reports.tables import comparison_table
+
+    typer.echo(comparison_table(runs))
+    typer.echo(f"\ncurves: {write_comparison(runs, output)}")
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="HTML file; default: report.html in RUN, and of several in this folder.", show_default=False),
+    ] = None,
+) -> None:
+    """Write the report of a run anew, or one page that compares several: curves, pictures, warnings, settings."""
+    _check_runs(runs)
+    path = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    if path.is_dir():
+        raise ConfigError(f"--output must be a file, for example report.html, but {str(path)!r} is a folder")
+    make_folder(path.parent)
+
+    from ngrpo_lora.config import load_config
+    from ngrpo_lora.evaluation.report.page import write_report
+    from ngrpo_lora.evaluation.report.record import Record
+    from ngrpo_lora.records.ownership import owner
+
+    records = [Record.read(run, load_config(run / "config.yaml"), is_running=owner(run) is not None) for run in runs]
+    typer.echo(f"report: {write_report(records, path)}")
+
+
+def _check_runs(runs: list[Path]) -> None:
+    """Refuse folders that are no runs, and runs without a first evaluation."""
+    from ngrpo_lora.records.metrics import read_metrics
 
     for run in runs:
         if not (run / "metrics.jsonl").is_file():
             raise ConfigError(f"RUN must be the output folder of a run, but {str(run)!r} holds no metrics.jsonl")
         if not read_metrics(run / "metrics.jsonl"):
             raise ConfigError(f"RUN must have finished its first evaluation, but {str(run)!r} has no metrics yet")
-
-    from ngrpo_lora.reports.curves import write_comparison
-
-    typer.echo(comparison_table(runs))
-    typer.echo(f"\ncurves: {write_comparison(runs, output)}")

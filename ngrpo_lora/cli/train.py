@@ -120,10 +120,11 @@ def _warn_of_shortage(config: RunConfig, gpus: int) -> None:
 
 
 def _train(config: RunConfig) -> None:
+    from ngrpo_lora.evaluation.report.watching import Reporter
     from ngrpo_lora.hub.watching import HubWatcher
     from ngrpo_lora.training import trainer
 
-    trainer.train(config, HubWatcher())
+    trainer.train(config, Reporter(), HubWatcher())
 
 
 def _problem(check: Callable[[RunConfig], None], config: RunConfig) -> str | None:

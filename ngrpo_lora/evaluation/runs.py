@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.judging import write_csv, write_json
-from ngrpo_lora.evaluation.statistics import Difference, compare_scores
+from ngrpo_lora.evaluation.statistics import Difference, Scores, compare_scores
 from ngrpo_lora.records.metrics import measures, read_metrics
 from ngrpo_lora.reports.tables import markdown_table
 
-__all__ = ["compare_evaluations", "measures_table"]
+__all__ = ["Pairs", "compare_evaluations", "measures_table", "read_pairs"]
 
 
-def compare_evaluations(run: Path, output: Path) -> list[Difference]:
-    """Compare a run's last evaluation with its first, by the scores that it kept; writes a CSV and a JSON file.
+@dataclass(frozen=True)
+class Pairs:
+    """Scores in a run's first and last evaluation; row i of both is the same prompt and seed.
 
-    The JSON file holds the run's measures as well. No model is needed.
+    first, last: the iterations of the two.
+    """
+
+    first: int
+    last: int
+    prompts: list[str]
+    seeds: list[int]
+    before: Scores
+    after: Scores
+
+    def differences(self, name: str) -> list[Difference]:
+        """The last evaluation of the run `name` against the first, one difference a reward."""
+        return compare_scores(f"{name} @ {self.last}", self.after, f"@ {self.first}", self.before, self.prompts)
+
+
+def read_pairs(run: Path) -> Pairs:
+    """Read the first and the last evaluation of a run.
 
     Raises:
         ConfigError: fewer than two evaluations, or none with the same prompts and seeds.
@@ -38,13 +55,25 @@ def compare_evaluations(run: Path, output: Path) -> list[Difference]:
         {label: [math.nan if side[key][label] is None else side[key][label] for key in pairs] for label in labels}
         for side in (first, last)
     )
-    prompts, name = [prompt for prompt, _ in pairs], run.resolve().name
+    prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
+    return Pairs(int(files[0].stem), int(files[-1].stem), prompts, seeds, before, after)
+
+
+def compare_evaluations(run: Path, output: Path) -> list[Difference]:
+    """Compare a run's last evaluation with its first, by the scores that it kept; writes a CSV and a JSON file.
+
+    The JSON file holds the run's measures as well. No model is needed.
+
+    Raises:
+        ConfigError: fewer than two evaluations, or none with the same prompts and seeds.
+    """
+    pairs, name = read_pairs(run), run.resolve().name
     rows = [
-        {"run": name, "prompt": prompt, "seed": seed, "reward": label, "before": before[label][i], "after": x[i]}
-        for label, x in after.items()
-        for i, (prompt, seed) in enumerate(pairs)
+        {"run": name, "prompt": prompt, "seed": seed, "reward": label, "before": pairs.before[label][i], "after": x[i]}
+        for label, x in pairs.after.items()
+        for i, (prompt, seed) in enumerate(zip(pairs.prompts, pairs.seeds, strict=True))
     ]
-    differences = compare_scores(f"{name} @ {int(files[-1].stem)}", after, f"@ {int(files[0].stem)}", before, prompts)
+    differences = pairs.differences(name)
     write_csv(output / f"{name}.csv", rows)
     measured = [{"measure": key, "before": x, "after": y} for key, (x, y) in read_measures(run).items()]
     results = {"run": str(run), "differences": [asdict(d) for d in differences], "measures": measured}

@@ -37,4 +37,5 @@ def trained(nothing_heavy: None, monkeypatch: pytest.MonkeyPatch) -> list[RunCon
 
     replace("training", "trainer", train=lambda config, *watchers: seen.append(config))
     replace("hub", "watching", HubWatcher=object)
+    replace("evaluation.report", "watching", Reporter=object)
     return seen

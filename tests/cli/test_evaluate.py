@@ -1,4 +1,4 @@
-"""`ngrpo score` and `ngrpo compare` from end to end on the embedded model, and what they refuse before one loads."""
+"""`ngrpo score`, `compare`, `curves` and `report` from end to end, and what they refuse before a model loads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from commands import refuse
 from PIL import Image
+from report_runs import write_run
 from typer.testing import CliRunner
 
 from ngrpo_lora.cli import app
 from ngrpo_lora.evaluation import comparison, judging, statistics
+from ngrpo_lora.records.ownership import owned
 from ngrpo_lora.reports.grids import CELL_PX, LINE_PX
 from ngrpo_lora.sampling import sampler
 
@@ -241,7 +243,24 @@ def test_curves_prints_a_table_and_draws_the_curves(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("nothing_heavy")
-def test_curves_needs_runs(tmp_path: Path):
-    assert "holds no metrics.jsonl" in refuse("curves", str(tmp_path))
+@pytest.mark.parametrize("command", ["curves", "report"])
+def test_curves_and_reports_need_runs(command: str, tmp_path: Path):
+    assert "holds no metrics.jsonl" in refuse(command, str(tmp_path))
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/rew')  # killed in the first evaluation's line
-    assert "has no metrics yet" in refuse("curves", str(tmp_path))
+    assert "has no metrics yet" in refuse(command, str(tmp_path))
+
+
+@pytest.mark.usefixtures("nothing_heavy")
+def test_reports_of_one_run_and_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    one, two = (write_run(tmp_path / name).folder for name in ("one", "two"))
+    assert run("report", one) == f"report: {one / 'report.html'}\n"
+    assert "finished, 10 iterations" in (one / "report.html").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert run("report", one, two) == "report: report.html\n"
+    assert '<h1 dir="auto">2 runs</h1>' in (tmp_path / "report.html").read_text(encoding="utf-8")
+    run("report", two, "--output", "new/page.html")
+    assert (tmp_path / "new" / "page.html").is_file()
+    assert "--output must be a file" in refuse("report", one, "--output", two)
+    with owned(two):
+        run("report", two)
+    assert "running, iteration 10 of 10" in (two / "report.html").read_text(encoding="utf-8")

@@ -55,11 +55,14 @@ def ballots(results: dict[str, Any]) -> dict[str, Any]:
     return {"comparison": results["comparison"], "shuffle_seed": shuffle_seed, "ballots": found}
 
 
-def data_uri(path: Path) -> str:
-    """A picture as a `data:` URI in WebP, without loss up to LOSSLESS_PX."""
+def data_uri(path: Path, longest_px: int | None = None) -> str:
+    """A picture as a `data:` URI in WebP, without loss up to LOSSLESS_PX; made smaller where `longest_px` is less."""
     buffer = io.BytesIO()
     with Image.open(path) as image:
-        image.convert("RGB").save(buffer, "WEBP", quality=90, lossless=max(image.size) <= LOSSLESS_PX)
+        shown = image.convert("RGB")
+    if longest_px is not None:
+        shown.thumbnail((longest_px, longest_px))
+    shown.save(buffer, "WEBP", quality=90, lossless=max(shown.size) <= LOSSLESS_PX)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

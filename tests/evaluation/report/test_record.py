@@ -1,0 +1,51 @@
+"""What a run's folder holds, read for its report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import MakeConfig
+from PIL import Image
+
+from ngrpo_lora.evaluation.report.record import GROUP_PX, Record, names, save_group
+
+
+def test_a_record_says_where_its_run_stands(write_run):
+    record = write_run(iterations=4)
+    assert record.state == "stopped after iteration 4 of 10"
+    assert replace(record, is_running=True).state == "running, iteration 4 of 10"
+    assert write_run("whole").state == "finished, 10 iterations"
+    assert record.seconds == pytest.approx(2 * 3.0 + 4 * 3.5)
+
+
+def test_scores_and_pictures_are_those_of_the_first_and_last_evaluation(write_run):
+    record = write_run()
+    assert record.strict == "world_strict"
+    by_reward = {found.reward: found for found in record.differences}
+    assert by_reward["world"].difference.value == pytest.approx(0.5)
+    assert [(shown.seed, shown.after is not None) for shown in record.shown] == [("7", True), ("9", True)]
+    first_only = replace(record, rows=record.rows[:1])
+    assert [shown.after for shown in first_only.shown] == [None, None]  # they are of a run before
+
+
+def test_a_group_is_kept_small_and_read_best_first(write_run, tmp_path: Path):
+    record = write_run()
+    assert [(one.reward, one.path.name) for one in record.group] == [(0.75, "1.png"), (0.5, "2.png"), (0.25, "0.png")]
+    assert replace(record, rows=record.rows[:5]).group == []  # the run has gone back behind it
+    save_group(record.folder, 3, "a", [Image.new("RGB", (2 * GROUP_PX, GROUP_PX))], [float("nan")])
+    (one,) = Record.read(record.folder, record.config, False).group  # the group before is gone
+    assert (one.iteration, one.prompt, Image.open(one.path).size) == (3, "a", (GROUP_PX, GROUP_PX // 2))
+
+
+def test_a_run_without_a_second_evaluation_and_without_pictures_has_none(make_config: MakeConfig, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/reward_mean": 0.5}\n')
+    record = Record.read(tmp_path, make_config(tmp_path), True)
+    assert (record.pairs, record.differences, record.shown, record.group, record.adapter) == (None, [], [], [], None)
+
+
+def test_runs_are_named_by_as_much_of_their_path_as_it_takes():
+    assert names([Path("/a/x"), Path("/a/y")]) == ["x", "y"]
+    assert names([Path("/a/p/0"), Path("/a/q/0")]) == ["p/0", "q/0"]
+    assert names([Path("/a/x"), Path("/a/x")]) == ["x", "x"]
