@@ -337,6 +337,7 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
     show_text("loading", node)
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
+    from ngrpo_lora.evaluation.report.watching import Reporter
     from ngrpo_lora.hub.watching import HubWatcher
     from ngrpo_lora.training.trainer import train
 
@@ -345,7 +346,7 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
     failure: Exception | None = None
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            train(config, View(config, node), HubWatcher())
+            train(config, View(config, node), Reporter(), HubWatcher())
     except comfy.model_management.InterruptProcessingException:
         failure = comfy.model_management.InterruptProcessingException()
     except UserError as error:

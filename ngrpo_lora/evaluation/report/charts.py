@@ -61,7 +61,7 @@ def chart(title: str, label: str, lines: Sequence[Line], note: str = "") -> Html
     keys = [
         f'<li><i class="c{line.color % COLORS}{kind}"></i><bdi>{escaped(line.name)}</bdi></li>'
         for line in names
-        for kind in ["" if line.points else " band"]
+        for kind in [" faint" if line.faint else "" if line.points else " band"]
     ]
     legend = f'<ul class="legend">{"".join(keys)}</ul>' if len(names) > 1 else ""
     below = f'<p class="faint">{escaped(note)}</p>' if note else ""
