@@ -17,6 +17,7 @@ def test_runs_stand_side_by_side_with_what_differs(write_run):
     assert page.count("<polyline") == 3 * 2  # reward, strict accuracy and the watched one, of both
     assert '<td dir="auto">seed</td><td dir="auto">0</td><td dir="auto">3</td>' in page
     assert "output_dir" not in page
+    assert "rollout.num_steps" not in page  # is the same
     assert page.count('alt="before: ') == 2
     assert page.count('alt="one: ') == page.count('alt="two: ') == 2
 
