@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from ngrpo_lora.console import console
+from ngrpo_lora.ranks import launched
 
 __all__ = ["MAX_HOURS", "Asked", "listening"]
 
@@ -82,8 +83,12 @@ def listening(tell: bool, max_hours: float | None = None) -> Iterator[Asked]:
         previous = {one: signal.signal(one, stop) for one in STOPPING.values()}
         if SAVING is not None:
             previous[SAVING] = signal.signal(SAVING, save)
+    failed = True
     try:
         yield asked
+        failed = False
     finally:
         for one, handler in previous.items():
-            signal.signal(one, handler)
+            # A launcher ends all processes when the first one fails, also one that is about to say why it ends.
+            is_ending = failed and one == signal.SIGTERM and launched()
+            signal.signal(one, signal.SIG_IGN if is_ending else handler)
