@@ -12,7 +12,7 @@ from ngrpo_lora import registry
 from ngrpo_lora.config import RunConfig, changed_keys, load_config
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.prompts.sources import read_split
-from ngrpo_lora.records.checkpoints import checkpoints, find, newest_whole, resolve
+from ngrpo_lora.records.checkpoints import checkpoints, find, resolve
 from ngrpo_lora.records.ownership import owner
 
 __all__ = ["check_functions", "check_resumable", "check_run", "check_settings"]
@@ -183,7 +183,7 @@ def _output_dir(config: RunConfig) -> Iterator[str]:
         yield from _new_run(config, output_dir)
         return
     try:
-        if resume == "latest" and newest_whole(output_dir) is None:
+        if resume == "latest" and not checkpoints(output_dir):
             folder = str(output_dir / "checkpoints")
             yield f"resume=latest needs a checkpoint, but {folder!r} holds none; drop resume to start anew"
             return
@@ -209,7 +209,7 @@ def _new_run(config: RunConfig, output_dir: Path) -> Iterator[str]:
         )
         return
     try:
-        changed = [change for change in changed_keys(load_config(path), config) if not change.startswith(MAY_CHANGE)]
+        changed = _other_settings(load_config(path), config)
     except ConfigError as error:
         changed = [*error.problems]
     if changed:
@@ -226,9 +226,13 @@ def _changes(path: Path, config: RunConfig) -> Iterator[str]:
     except ConfigError as error:
         yield from (f"resume: {path}: {problem}" for problem in error.problems)
         return
-    for change in changed_keys(_with_calls_of(old, config), config):
-        if not change.startswith(MAY_CHANGE):
-            yield f"a resumed run must keep its settings, but {change}; undo it, or start anew in another output_dir"
+    for change in _other_settings(_with_calls_of(old, config), config):
+        yield f"a resumed run must keep its settings, but {change}; undo it, or start anew in another output_dir"
+
+
+def _other_settings(old: RunConfig, new: RunConfig) -> list[str]:
+    """Differences that make the new configuration another run, such as `seed: 0 -> 1`."""
+    return [change for change in changed_keys(old, new) if not change.startswith(MAY_CHANGE)]
 
 
 def _with_calls_of(old: RunConfig, new: RunConfig) -> RunConfig:

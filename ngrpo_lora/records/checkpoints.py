@@ -64,7 +64,7 @@ def save(
 
     tree, tensors = trees.split(state)
     final = checkpoint_dir(output_dir, iteration)
-    needed = MARGIN_BYTES + trees.tensor_bytes(tensors)
+    needed = MARGIN_BYTES + sum(tensor.nbytes for tensor in tensors.values())
     with no_room(final, needed), written_folder(final) as partial:
         partial.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS_FILE)

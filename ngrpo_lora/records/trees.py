@@ -7,9 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["join", "split", "tensor_bytes"]
+__all__ = ["join", "memory_of", "split"]
 
 PLAIN = (str, int, float, bool, type(None))
+
+
+def memory_of(tensor: Tensor) -> tuple[Any, ...] | None:
+    """A key that tensors share which are the same memory in the same shape; None of one without elements."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device) if tensor.numel() else None
 
 
 def split(nested: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -26,8 +31,7 @@ def split(nested: Any) -> tuple[Any, dict[str, Tensor]]:
 
     def walk(value: Any, path: tuple[str, ...]) -> Any:
         if isinstance(value, Tensor):
-            identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else path
-            name = names.setdefault(identity, ".".join(path) or "value")
+            name = names.setdefault(memory_of(value) or path, ".".join(path) or "value")
             tensors[name] = value
             return {"tensor": name}
         if isinstance(value, Mapping):
@@ -51,8 +55,3 @@ def join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "dict":
         return {key: join(value, tensors) for key, value in content}
     return [join(value, tensors) for value in content]
-
-
-def tensor_bytes(nested: Any) -> int:
-    """Bytes of all tensors of nested state, each counted once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in split(nested)[1].values())

@@ -16,9 +16,7 @@ from ngrpo_lora.ranks import launched
 
 __all__ = ["MAX_HOURS", "Asked", "listening"]
 
-STOPPING = {
-    name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-}  # Windows has no SIGHUP
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # not Windows
 MAX_HOURS = "trainer.max_hours"
 SAVING = getattr(signal, "SIGUSR1", None)
 
@@ -80,7 +78,7 @@ def listening(tell: bool, max_hours: float | None = None) -> Iterator[Asked]:
 
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        previous = {one: signal.signal(one, stop) for one in STOPPING.values()}
+        previous = {one: signal.signal(one, stop) for one in STOPPING}
         if SAVING is not None:
             previous[SAVING] = signal.signal(SAVING, save)
     failed = True

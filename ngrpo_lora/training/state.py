@@ -15,6 +15,7 @@ from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.errors import SharedError, UserError
 from ngrpo_lora.records import checkpoints
 from ngrpo_lora.records.metrics import read_metrics
+from ngrpo_lora.records.trees import memory_of
 from ngrpo_lora.training.asking import MAX_HOURS
 from ngrpo_lora.training.export import adapter_tensors, describe_adapter
 from ngrpo_lora.training.run import Run
@@ -131,7 +132,7 @@ def on_cpu(nested: Any, copies: dict[Any, Tensor] | None = None) -> Any:
         return type(nested)(on_cpu(value, copies) for value in nested)
     if not isinstance(nested, Tensor):
         return nested
-    identity = (nested.data_ptr(), nested.shape, nested.stride(), nested.dtype, nested.device)
-    if identity not in copies or not nested.numel():
-        copies[identity] = nested.detach().to("cpu", copy=True)
-    return copies[identity]
+    memory = memory_of(nested)
+    if memory is None or memory not in copies:
+        copies[memory] = nested.detach().to("cpu", copy=True)
+    return copies[memory]

@@ -13,6 +13,7 @@ own paper or code gives (`config/algorithms/`), but for these:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ngrpo_lora import registry
@@ -59,7 +60,7 @@ class Method:
         return self.like or self.name
 
 
-def _neighbor(name: str, label: str, solver: str, steps: int, anchors: int, trained: int) -> Method:
+def _neighbor(name: str, label: str, solver: str, steps: int, anchors: int, trained: int, **more: str) -> Method:
     """Neighbor GRPO in one of the three regimes of the paper's Table 3."""
     settings = {
         "algorithm.name": "neighbor",
@@ -70,38 +71,35 @@ def _neighbor(name: str, label: str, solver: str, steps: int, anchors: int, trai
         "algorithm.updates_per_rollout": UPDATES,
         "algorithm.reuse_velocities": "true",  # as the others do
     }
-    return Method(name, label, settings)
+    return Method(name, label, settings | _dotted(more))
+
+
+def _dotted(settings: Mapping[str, str]) -> dict[str, str]:
+    """Settings by dotted key, of keywords in which `__` stands for a dot."""
+    return {key.replace("__", "."): value for key, value in settings.items()}
 
 
 def _stochastic(name: str, label: str, algorithm: str, steps: int, **settings: str) -> Method:
     """A method whose rollouts have stochastic steps."""
     common = {"algorithm.name": algorithm, "rollout.num_steps": str(steps), "algorithm.updates_per_rollout": UPDATES}
-    return Method(name, label, common | {key.replace("__", "."): value for key, value in settings.items()})
+    return Method(name, label, common | _dotted(settings))
 
 
 QUIET = {"algorithm__noise_last_step": "false"}
+ABLATION = {"algorithm__perturbation_strength": "0.5"}
+REFERENCE = {"algorithm__reference_weight": "0.1", "algorithm__reference_distance": "velocity"}
 CPS = QUIET | {"algorithm__step": "cps", "algorithm__eta": "0.8"}
 
 BASELINE = "neighbor-dpmpp-8"
 """The method that the others are compared with in pairs, and whose variants Tables 4 to 7 are about."""
 
-_DPMPP_8 = _neighbor("neighbor-held", "Neighbor GRPO, DPM++ 8, held to the base", "dpmpp_2m", 8, 4, 4)
-HELD = replace(
-    _DPMPP_8,
-    settings=_DPMPP_8.settings
-    | {
-        "algorithm.perturbation_strength": "0.5",
-        "algorithm.reference_weight": "0.1",
-        "algorithm.reference_distance": "velocity",
-    },
-)
-"""Not the paper's: what our demo adds, a wider neighbourhood and a pull to the base, for its share of the budget."""
-
 METHODS = (
     _neighbor("neighbor-ddim-25", "Neighbor GRPO, DDIM 25", "euler", 25, 12, 4),
     _neighbor("neighbor-dpmpp-16", "Neighbor GRPO, DPM++ 16", "dpmpp_2m", 16, 4, 9),
     _neighbor(BASELINE, "Neighbor GRPO, DPM++ 8", "dpmpp_2m", 8, 4, 4),
-    HELD,
+    _neighbor(  # not the paper's: what our demo adds, for its share of the budget
+        "neighbor-held", "Neighbor GRPO, DPM++ 8, held to the base", "dpmpp_2m", 8, 4, 4, **ABLATION, **REFERENCE
+    ),
     _stochastic("flow-grpo", "Flow-GRPO", "flow_grpo", 10, **QUIET),
     replace(
         _stochastic("flow-cps", "Flow-CPS", "flow_grpo", 10, **CPS),
@@ -169,7 +167,7 @@ METHODS = (
 def _variant(name: str, label: str, of: str = BASELINE, **settings: str) -> Method:
     """A method with other settings, and the learning rate and knob that were found for it."""
     method = next(one for one in METHODS if one.name == of)
-    changed = method.settings | {key.replace("__", "."): value for key, value in settings.items()}
+    changed = method.settings | _dotted(settings)
     return replace(method, name=name, label=label, settings=changed, like=of)
 
 
@@ -186,7 +184,6 @@ HACKABLE = (
     _variant("vivid-world", "Neighbor GRPO, vividness + world", **HACKED | {"rewards": f"['{VIVID}', world]"}),
 )
 
-ABLATION = {"algorithm__perturbation_strength": "0.5"}
 CENTRE = _variant("ablation-centre", "", **ABLATION)
 """What Tables 4 to 7 vary: (sigma, B, p) = (0.5, 4, 2), as in the paper."""
 
@@ -209,7 +206,6 @@ POWERS = tuple(
     for power in ("2", "1", "0.8", "0.5")
 )
 
-REFERENCE = {"algorithm__reference_weight": "0.1", "algorithm__reference_distance": "velocity"}
 CHANGES = (
     replace(CENTRE, label="as in Table 4, radius 0.5"),
     _variant("clean", "distance between clean predictions", **ABLATION, algorithm__distance="clean"),
