@@ -5,6 +5,7 @@ line per problem comes out. Nothing here loads a model or touches the output fol
 """
 
 from ngrpo_lora.config.description import Option, describe, describe_reward
+from ngrpo_lora.config.functions import named_functions
 from ngrpo_lora.config.plugins import AlgorithmConfig, ModelRewardConfig, RewardConfig, RewardsConfig, RolloutConfig
 from ngrpo_lora.config.problems import show_value
 from ngrpo_lora.config.reading import (
@@ -56,6 +57,7 @@ __all__ = [
     "dump_config",
     "flatten",
     "load_config",
+    "named_functions",
     "parse_config",
     "parse_reward_entries",
     "parse_settings",

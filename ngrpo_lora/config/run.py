@@ -11,6 +11,7 @@ from ngrpo_lora import registry
 from ngrpo_lora.config.paths import PathText, SourceText
 from ngrpo_lora.config.plugins import (
     AlgorithmConfig,
+    RewardConfig,
     RewardEntries,
     RewardsConfig,
     RolloutConfig,
@@ -365,6 +366,12 @@ class RunConfig(Section, frozen=True):
     def evaluation_steps(self) -> int:
         """The solver steps of evaluations and of everything that is drawn with the adapter."""
         return self.evaluation.num_steps or self.rollout.num_steps
+
+    @property
+    def strict_reward(self) -> RewardConfig | None:
+        """The pass-or-fail reward of evaluations, with the settings of its entry where it has one; None without."""
+        name, given = self.evaluation.strict, (*self.rewards.train, *self.evaluation.rewards)
+        return None if name is None else {one.name: one for one in given}.get(name) or RewardConfig(name=name)
 
     @model_validator(mode="after")
     def _sections_fit(self) -> RunConfig:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ngrpo_lora import registry
-from ngrpo_lora.config import RunConfig, changed_keys, load_config
+from ngrpo_lora.config import RunConfig, changed_keys, load_config, named_functions
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.prompts.sources import read_split
 from ngrpo_lora.records.checkpoints import checkpoints, find, resolve
@@ -93,16 +93,11 @@ def _prompts(config: RunConfig) -> Iterator[str]:
 
 
 def _functions(config: RunConfig) -> Iterator[str]:
-    trained = [(f"rewards.train.{i}.name", reward.name) for i, reward in enumerate(config.rewards.train)]
-    watched = [(f"evaluation.rewards.{i}.name", reward.name) for i, reward in enumerate(config.evaluation.rewards)]
-    strict = [] if config.evaluation.strict is None else [("evaluation.strict", config.evaluation.strict)]
-    measures = [(f"evaluation.measures.{i}", name) for i, name in enumerate(config.evaluation.measures)]
-    for key, name in trained + watched + strict + measures:
-        if ":" in name:
-            try:
-                registry.check_function(name)
-            except ConfigError as error:
-                yield f"{key} {error}"
+    for key, name in named_functions(config).items():
+        try:
+            registry.check_function(name)
+        except ConfigError as error:
+            yield f"{key} {error}"
 
 
 def _model(config: RunConfig) -> Iterator[str]:

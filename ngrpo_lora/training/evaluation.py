@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from ngrpo_lora.adapters import lora
-from ngrpo_lora.config import RewardConfig, RunConfig
 from ngrpo_lora.errors import SharedError, UserError
 from ngrpo_lora.records.metrics import save_scores
 from ngrpo_lora.reports.grids import save_grid, save_shown
@@ -53,16 +52,9 @@ def evaluate(run: Run) -> Metrics:
         metrics = {f"eval/{label}_mean": mean for label, mean in means.items()}
         metrics["eval/reward_mean"] = weighted_mean(run, means)
         metrics |= measure(run, images)
-        if run.config.evaluation.strict is not None:
-            metrics["eval/strict_accuracy"] = means[strict_reward(run.config)[0].key]
+        if (strict := run.config.strict_reward) is not None:
+            metrics["eval/strict_accuracy"] = means[strict.key]
     return metrics | stages.metrics
-
-
-def strict_reward(config: RunConfig) -> list[RewardConfig]:
-    """The pass-or-fail reward of the evaluation, if there is one."""
-    name = config.evaluation.strict
-    given = {reward.name: reward for reward in (*config.rewards.train, *config.evaluation.rewards)}
-    return [] if name is None else [given.get(name, RewardConfig(name=name))]
 
 
 def held_out_seeds(run: Run) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ngrpo_lora import registry
-from ngrpo_lora.config import RunConfig
+from ngrpo_lora.config import RunConfig, named_functions
 from ngrpo_lora.records.files import digest, written
 
 __all__ = ["input_files", "warn_of_changes"]
@@ -28,13 +28,10 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
         names = [sources] if isinstance(sources, str) else [*sources] if isinstance(sources, dict) else []
         for source in names:
             yield f"{key} ({source})", Path(source.partition("#")[0])
-    functions = {f"rewards.train.{index}": reward.name for index, reward in enumerate(config.rewards.train)}
-    functions |= {f"evaluation.rewards.{index}": one.name for index, one in enumerate(config.evaluation.rewards)}
-    functions |= {f"evaluation.measures.{index}": name for index, name in enumerate(config.evaluation.measures)}
-    for key, reference in functions.items():
+    for key, reference in named_functions(config).items():
         target, _ = registry.split_reference(reference)
         if target.endswith(".py"):
-            yield f"{key} ({reference})", Path(target)
+            yield f"{key.removesuffix('.name')} ({reference})", Path(target)
 
 
 def warn_of_changes(config: RunConfig, output_dir: Path, resumed: bool) -> None:

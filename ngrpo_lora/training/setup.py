@@ -27,7 +27,6 @@ from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.best import Best
-from ngrpo_lora.training.evaluation import strict_reward
 from ngrpo_lora.training.lora_step import LoraStep
 from ngrpo_lora.training.measuring import open_measures
 from ngrpo_lora.training.metering import EvaluationCounter
@@ -144,7 +143,7 @@ def open_rewards(config: RunConfig, device: str, processes: Processes) -> tuple[
     """
     trained = config.rewards.train
     known = [reward.key for reward in trained]
-    watched = [*config.evaluation.rewards, *strict_reward(config)]
+    watched = [*config.evaluation.rewards, *([config.strict_reward] if config.strict_reward else [])]
     scorers, problem = [], None
     try:
         for chosen in (trained, [reward for reward in watched if reward.key not in known]):

@@ -14,7 +14,6 @@ from ngrpo_lora.bench.paper.outcomes import Outcome, by_method, change, is_train
 from ngrpo_lora.bench.paper.plan import Plan
 from ngrpo_lora.evaluation.statistics import compare_scores
 from ngrpo_lora.reports.tables import markdown_table
-from ngrpo_lora.training.evaluation import strict_reward
 from ngrpo_lora.training.metering import STAGES
 
 __all__ = ["Column", "Table", "make_tables", "search_table"]
@@ -102,7 +101,7 @@ def columns(outcomes: Iterable[Outcome]) -> list[Column]:
     """Score columns: the verifier's two on trained and on left-out tasks, then all other scores on all prompts."""
     some = next(iter(outcomes))
     labels, prompts = [*some.scores[0]], some.prompts
-    strict = [reward.key for reward in strict_reward(some.job.config)]
+    strict = [reward.key] if (reward := some.job.config.strict_reward) else []
     main = [(some.graded, "reward"), *((label, "strict accuracy") for label in strict)]
     split = not all(map(is_trained, prompts))
     parts = ((True, "trained tasks"), (False, "left-out tasks")) if split else ((None, "all prompts"),)

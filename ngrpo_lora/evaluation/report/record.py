@@ -101,9 +101,7 @@ class Record:
     @property
     def strict(self) -> str | None:
         """The column of the pass-or-fail reward of the evaluations, if there is one."""
-        name = self.config.evaluation.strict  # as `training.evaluation.strict_reward`, which would load the models
-        given = {reward.name: reward for reward in (*self.trained, *self.config.evaluation.rewards)}
-        return name and given.get(name, RewardConfig(name=name)).key
+        return self.config.strict_reward and self.config.strict_reward.key
 
     @property
     def adapter(self) -> Path | None:
