@@ -30,7 +30,8 @@ from PIL import Image
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.config import RewardConfig, RunConfig, load_config, preset_names
 from ngrpo_lora.config.section import DEVICE_PATTERN
-from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.devices import is_out_of_memory
+from ngrpo_lora.errors import ConfigError, OutOfMemory, UserError, first_line
 from ngrpo_lora.planning.preflight import check_resumable, check_run, check_settings
 from ngrpo_lora.prompts.sources import Sources
 from ngrpo_lora.records.checkpoints import checkpoints
@@ -38,6 +39,7 @@ from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.reports.curves import Group, draw_progress, shown_pictures
 from ngrpo_lora.reports.tables import figures
+from ngrpo_lora.training.best import ended_early
 from ngrpo_lora.training.watcher import Watcher
 from ngrpo_lora.types import Metrics
 
@@ -66,7 +68,7 @@ TAKEN = {
 OUT_OF_MEMORY = (
     "Out of memory while training: {reason}\nComfyUI's models had been unloaded before (a model of Load Diffusers "
     "Pipeline had not); what the run held is free again. In overrides, most effective first: "
-    "trainer.gradient_checkpointing=true, trainer.micro_batch_size=1, rollout.micro_batch_size=1, "
+    "trainer.gradient_checkpointing=true, "
     "model.text_encoders=cache, model.vae_tiling=true, model.quantization=int8 or nf4, or model.swap_blocks=20; or a "
     "preset for your memory, such as flux-16gb. All but quantization may change for a run that has begun."
 )
@@ -264,11 +266,12 @@ def iteration_of(checkpoint: Path) -> int:
 
 
 def finished(config: RunConfig) -> bool:
-    """Whether a run has done all its iterations and written its adapter and summary."""
-    folder, wanted = Path(config.output_dir), config.trainer.num_iterations
-    found = checkpoints(folder)
-    complete = (folder / "adapter" / FILE_NAME).is_file() and (folder / "summary.png").is_file()
-    return complete and bool(found) and iteration_of(found[-1]) >= wanted
+    """Whether a run has done all its iterations, or ended early as it should, and written its adapter and summary."""
+    folder, found = Path(config.output_dir), checkpoints(Path(config.output_dir))
+    if not found or not (folder / "adapter" / FILE_NAME).is_file() or not (folder / "summary.png").is_file():
+        return False
+    done = iteration_of(found[-1]) >= config.trainer.num_iterations
+    return done or ended_early(config.trainer, read_metrics(folder / "metrics.jsonl"))
 
 
 class View(Watcher):
@@ -321,12 +324,6 @@ class Warnings(logging.Handler):
         self.last.append(record.getMessage())
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of a GPU or of the system is used up."""
-    lack = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return lack or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-
-
 def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
     """Train with ComfyUI's models unloaded; whatever ends it, nothing of the run stays in memory.
 
@@ -337,6 +334,7 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
     show_text("loading", node)
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
+    from ngrpo_lora.evaluation.report.guard import Guard
     from ngrpo_lora.evaluation.report.watching import Reporter
     from ngrpo_lora.hub.watching import HubWatcher
     from ngrpo_lora.training.trainer import train
@@ -346,15 +344,17 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
     failure: Exception | None = None
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            train(config, View(config, node), Reporter(), HubWatcher())
+            train(config, View(config, node), Guard(), Reporter(), HubWatcher())
     except comfy.model_management.InterruptProcessingException:
         failure = comfy.model_management.InterruptProcessingException()
+    except OutOfMemory as error:
+        failure = UserError(OUT_OF_MEMORY.format(reason=error.reason))
     except UserError as error:
         failure = UserError(str(error))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        failure = UserError(OUT_OF_MEMORY.format(reason=str(error).splitlines()[0] if str(error) else "no reason"))
+        failure = UserError(OUT_OF_MEMORY.format(reason=first_line(error)))
     finally:
         logging.getLogger("ngrpo_lora").removeHandler(warnings)
         torch.set_num_threads(threads)

@@ -13,6 +13,8 @@ from ngrpo_lora.errors import UserError
 
 __all__ = [
     "free_memory",
+    "is_out_of_memory",
+    "release_memory",
     "resolve_device",
     "resolve_dtype",
     "use_device",
@@ -63,6 +65,21 @@ def free_memory() -> int:
         return torch.cuda.mem_get_info(0)[0]
     ask = "import torch; print(min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())))"
     return int(subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a GPU or of the system is used up."""
+    from accelerate.utils.memory import should_reduce_batch_size  # slow to import
+
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, Exception) and should_reduce_batch_size(error))
+
+
+def release_memory() -> None:
+    """Give back to the device what no tensor uses any more, also what only cycles of objects hold."""
+    from accelerate.utils.memory import clear_device_cache  # slow to import
+
+    clear_device_cache(garbage_collection=True)
 
 
 def use_device(device: str) -> None:

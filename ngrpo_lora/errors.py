@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "SharedError", "UserError", "first_line"]
+__all__ = ["ConfigError", "OutOfMemory", "SharedError", "UserError", "first_line"]
 
 
 class UserError(Exception):
@@ -21,6 +21,22 @@ class ConfigError(UserError, ValueError):
 
 class SharedError(UserError):
     """An error that every process of a run has; the main process shows it for all."""
+
+
+class OutOfMemory(UserError):
+    """Memory runs out although as little as possible is computed at once.
+
+    reason: what the device said.
+    """
+
+    def __init__(self, key: str, size: int, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"{key} must fit into memory, but {size} does not ({reason}); most effective first: "
+            f"trainer.gradient_checkpointing=true, model.text_encoders=cache, model.vae_tiling=true, "
+            f"model.swap_blocks=20, or a smaller {key} where it is above 1; these may change with resume=latest, while "
+            "model.quantization=nf4 or a smaller model.height_px is a new run; `ngrpo plan` says what each needs"
+        )
 
 
 def first_line(error: BaseException) -> str:

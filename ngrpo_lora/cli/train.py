@@ -120,11 +120,12 @@ def _warn_of_shortage(config: RunConfig, gpus: int) -> None:
 
 
 def _train(config: RunConfig) -> None:
+    from ngrpo_lora.evaluation.report.guard import Guard
     from ngrpo_lora.evaluation.report.watching import Reporter
     from ngrpo_lora.hub.watching import HubWatcher
     from ngrpo_lora.training import trainer
 
-    trainer.train(config, Reporter(), HubWatcher())
+    trainer.train(config, Guard(), Reporter(), HubWatcher())
 
 
 def _problem(check: Callable[[RunConfig], None], config: RunConfig) -> str | None:

@@ -204,6 +204,12 @@ class TrainerConfig(Section, frozen=True):
         description="Metric of evaluations, such as eval/reward_mean: the checkpoint of its greatest value is "
         "written and stays too; with a minus sign in front, of its lowest; null: none.",
     )
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="End the run when so many evaluations in a row are no better than the best by trainer.keep_best; "
+        "null: never.",
+    )
     max_hours: float | None = Field(
         default=None,
         gt=0,
@@ -226,6 +232,15 @@ class TrainerConfig(Section, frozen=True):
     timeout_s: float = Field(
         default=1800.0, gt=0, description="A process that waits longer for the others ends the run with an error."
     )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> TrainerConfig:
+        if self.early_stopping_patience is not None and self.keep_best is None:
+            raise ValueError(
+                "trainer.keep_best must name a metric of evaluations with trainer.early_stopping_patience="
+                f"{self.early_stopping_patience}, got null; for example trainer.keep_best=eval/reward_mean"
+            )
+        return self
 
 
 class EvaluationConfig(Section, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,6 @@ def measured(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+def series(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, value) of every line that has the metric `key`."""
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]

@@ -71,17 +71,21 @@ def draw_held_out(run: Run, own: range) -> list[Image.Image]:
     drawn = [*own]
     if run.base_is_sharded:  # as many forward passes on every process
         drawn += [own.start] * (max(map(len, run.processes.shares(len(run.held_out)))) - len(own))
-    seeds, finite = held_out_seeds(run), [torch.ones(0, dtype=torch.bool)]
+    seeds, solver, sigmas = held_out_seeds(run), run.config.evaluation_solver, run.evaluation_schedule.sigmas
 
-    def see(latents: Tensor) -> None:
-        finite.append(latents.flatten(1).isfinite().all(1).cpu())
+    def pictures(size: int) -> tuple[list[Image.Image], Tensor]:
+        finite = [torch.ones(0, dtype=torch.bool)]
+
+        def see(latents: Tensor) -> None:
+            finite.append(latents.flatten(1).isfinite().all(1).cpu())
+
+        images = draw(run.family, text, [seeds[i] for i in drawn], solver, sigmas, batch_size=size, see=see)
+        return images, torch.cat(finite)
 
     with run.counter.paused(), lora.swapped(run.family.transformer, run.lora_step.averaged):
         text = run.family.encode([run.held_out[i].text for i in drawn])
-        solver, sigmas = run.config.evaluation_solver, run.evaluation_schedule.sigmas
-        size = run.config.evaluation.micro_batch_size
-        images = draw(run.family, text, [seeds[i] for i in drawn], solver, sigmas, batch_size=size, see=see)
-    everywhere = torch.cat(run.processes.gather(torch.cat(finite)[: len(own)]))
+        images, finite = run.micro_batches.evaluation.fit(pictures)
+    everywhere = torch.cat(run.processes.gather(finite[: len(own)]))
     check_finite(run, everywhere, f"evaluation at iteration {run.iteration}")
     return images[: len(own) * run.family.num_frames]
 

@@ -57,6 +57,10 @@ class LoraStep:
         """Add the gradient of a scalar loss to those that wait for `take`."""
         self.scaler.scale(loss).backward()
 
+    def forget(self) -> None:
+        """Drop the gradients that wait for `take`."""
+        self.optimizer.zero_grad()
+
     def take(self, finite: bool, empty: bool) -> float:
         """Move the adapter by the gradients that wait, and forget them.
 
@@ -86,7 +90,7 @@ class LoraStep:
             norm, self.skipped_in_a_row = math.nan, self.skipped_in_a_row + 1
         if not empty:
             self.scaler.update()
-        self.optimizer.zero_grad()
+        self.forget()
         return norm
 
     def check_progress(self) -> None:

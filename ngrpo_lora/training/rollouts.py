@@ -25,16 +25,18 @@ def prompts_of(run: Run) -> list[Prompt]:
 @torch.no_grad()
 def roll_out(run: Run, text: TextEmbeds) -> Iterator[Rollout]:
     """This process's groups under the old weights, in turn; `rollout.micro_batch_size` samples a forward pass."""
-    rollout = run.config.rollout
-    size = rollout.micro_batch_size or rollout.group_size
-    at_once = max(1, size // rollout.group_size)  # groups that share their forward passes
+    micro_batch = run.micro_batches.rollout
+    at_once = max(1, micro_batch.size // run.config.rollout.group_size)  # groups that share their forward passes
 
     def velocity_fn(latents: Tensor, sigma: float) -> Tensor:
         groups, samples = latents.shape[:2]
         owners = torch.arange(first, first + groups).repeat_interleave(samples)
-        chunks = zip(latents.flatten(0, 1).split(size), owners.split(size), strict=True)
-        parts = [run.family.velocity(x, sigma, text[group.tolist()]) for x, group in chunks]
-        return torch.cat(parts).view(latents.shape)
+
+        def passes(size: int) -> Tensor:
+            chunks = zip(latents.flatten(0, 1).split(size), owners.split(size), strict=True)
+            return torch.cat([run.family.velocity(x, sigma, text[group.tolist()]) for x, group in chunks])
+
+        return micro_batch.fit(passes).view(latents.shape)
 
     seeds = [derive_seed(run.config.seed, "rollout", run.iteration, group) for group in run.groups]
     with rollout_weights(run):
@@ -56,5 +58,6 @@ def rollout_weights(run: Run) -> AbstractContextManager[None]:
 
 def decode(run: Run, rollout: Rollout) -> list[Image.Image]:
     """The images of a rollout's G samples, of a video `num_frames` each; `rollout.micro_batch_size` at a time."""
-    chunks = rollout.final.split(run.config.rollout.micro_batch_size or len(rollout.final))
-    return [image for chunk in chunks for image in run.family.decode(chunk)]
+    return run.micro_batches.rollout.fit(
+        lambda size: [image for chunk in rollout.final.split(size) for image in run.family.decode(chunk)]
+    )

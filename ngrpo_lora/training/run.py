@@ -18,6 +18,7 @@ from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.training.best import Best
 from ngrpo_lora.training.lora_step import LoraStep
 from ngrpo_lora.training.metering import EvaluationCounter
+from ngrpo_lora.training.micro_batches import MicroBatches
 from ngrpo_lora.training.processes import Processes, base_is_sharded
 from ngrpo_lora.training.saving import Saver
 from ngrpo_lora.training.watcher import Start, Watchers
@@ -37,6 +38,7 @@ class Run:
     evaluation_missing: whether the iteration that is complete has yet to be evaluated.
     saver: writes checkpoints while training goes on.
     best: the best evaluation so far, of the metric that `trainer.keep_best` names.
+    micro_batches: how much goes through the networks at once.
     """
 
     config: RunConfig
@@ -60,6 +62,10 @@ class Run:
     evaluation_missing: bool = True
     saver: Saver = field(default_factory=Saver)
     best: Best = field(default_factory=lambda: Best(None))
+    micro_batches: MicroBatches = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.micro_batches = MicroBatches(self.config, self.base_is_sharded)
 
     @property
     def output_dir(self) -> Path:
@@ -84,8 +90,8 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all iterations that the configuration asks for are done."""
-        return self.iteration >= self.config.trainer.num_iterations
+        """Whether all iterations that the configuration asks for are done, or evaluations get no better."""
+        return self.iteration >= self.config.trainer.num_iterations or self.best.is_out_of_patience
 
     @property
     def evaluation_due(self) -> bool:

@@ -88,7 +88,7 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
         score_cache,
         measures,
         counter,
-        best=Best(config.trainer.keep_best),
+        best=Best(config.trainer.keep_best, config.trainer.early_stopping_patience),
     )
     warn(run)
     if config.resume is not None:

@@ -57,6 +57,7 @@ def resume(run: Run, checkpoint: str) -> None:
         checkpoints.drop_after(run.output_dir, run.iteration)
         metrics = run.output_dir / "metrics.jsonl"
         run.best.recall(read_metrics(metrics) if metrics.is_file() else [], run.iteration)
+    run.best = run.processes.broadcast(run.best)
     run.evaluation_missing = run.iteration == 0 or (run.evaluation_due and not is_evaluated(run))
 
 
@@ -91,7 +92,7 @@ def save(run: Run) -> None:
 
 
 def check_complete(run: Run, reason: str | None) -> None:
-    """Tell a run that was asked to stop from one that has reached its end.
+    """Tell a run that was asked to stop from one that has reached its end, early or not.
 
     Args:
         reason: why it was asked to stop; of a signal, the screen has said it.
@@ -101,6 +102,9 @@ def check_complete(run: Run, reason: str | None) -> None:
     if not run.is_complete:
         total, why = run.config.trainer.num_iterations, f" ({reason})" if reason == MAX_HOURS else ""
         raise SharedError(f"stopped after iteration {run.iteration} of {total}{why}; go on with resume=latest")
+    if run.best.is_out_of_patience and run.processes.is_main:
+        where = checkpoints.checkpoint_dir(run.output_dir, run.best.iteration) if run.best.iteration else "none"
+        log.info("ended early, at iteration %d: %s; the best adapter: %s", run.iteration, run.best, where)
 
 
 @contextmanager

@@ -54,11 +54,11 @@ def complete(run: Run) -> Metrics:
             metrics = iterate(run)
             run.watchers.after_update(run.iteration, metrics)
             requests = run.processes.gather((asked.stop, asked.take_save()))
-            stopped = run.is_complete or any(reason for reason, _ in requests)
             better = False
             if run.evaluation_due:
                 metrics |= (evaluation := evaluate(run))
                 better = run.best.note(run.iteration, evaluation)
+            stopped = run.is_complete or any(reason for reason, _ in requests)
             run.watchers.after_step(run.iteration, metrics)
             if stopped or better or run.save_due or any(wanted for _, wanted in requests):
                 save(run)

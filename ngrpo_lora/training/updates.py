@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +19,30 @@ from ngrpo_lora.types import Metrics, Rollout, TextEmbeds, Transition, Velocitie
 
 log = logging.getLogger(__name__)
 
-Chunk = list[Transition]
-"""A micro-batch of transitions; their groups are counted among this process's own."""
+Old = Sequence[Tensor | None] | None
+"""Old velocities, one a transition; None where the weights are still the old ones and the pass itself has them."""
+
+T = TypeVar("T")
+
+
+class Drawn(NamedTuple):
+    """What this iteration has drawn of this process's groups; transitions count their groups among these."""
+
+    rollouts: list[Rollout]
+    advantages: Tensor
+    text: TextEmbeds
+
+
+class Share(NamedTuple):
+    """This process's transitions of an update.
+
+    most: how many the process with the most of them has, where all must make as many passes; else how many these are.
+    total: how many all processes have.
+    """
+
+    own: list[Transition]
+    most: int
+    total: int
 
 
 def update(run: Run, rollouts: list[Rollout], advantages: Tensor, text: TextEmbeds) -> Metrics:
@@ -28,25 +52,20 @@ def update(run: Run, rollouts: list[Rollout], advantages: Tensor, text: TextEmbe
         rollouts, text: of this process's groups.
         advantages: of all groups.
     Raises:
-        UserError: nothing has moved for long, as losses or gradients are not finite.
+        UserError: nothing has moved for long, as losses or gradients are not finite; or memory is not enough.
     """
     config, step = run.config, run.lora_step
     updates = run.algorithm.updates(advantages, derive_seed(config.seed, "updates", run.iteration), run.iteration)
     run.kept = on_cpu(state(run))  # has drawn this iteration's pictures, which what follows has yet to prove
     rate = step.set_rate(run.iteration, config.trainer.num_iterations)
-    own_advantages = advantages[run.groups.start : run.groups.stop]
-    chunks = [own_chunks(run, transitions) for transitions in updates]
+    drawn = Drawn(rollouts, advantages[run.groups.start : run.groups.stop], text)
+    shares = [own_share(run, transitions) for transitions in updates]
     rows, norms = [], []
-    for transitions, own, old in zip(updates, chunks, old_velocities(run, chunks, rollouts, text), strict=True):
-        metrics, finite = [], True
-        for chunk, old_velocity in zip(own, old, strict=True):
-            losses, described = chunk_losses(run, chunk, rollouts, own_advantages, text, old_velocity)
-            finite = finite and bool(losses.isfinite().all())
-            step.backward(losses.sum() / len(transitions))
-            metrics += described
-        everywhere = run.processes.gather((metrics, finite))
-        rows += [row for share, _ in everywhere for row in share]
-        norms.append(step.take(all(well for _, well in everywhere), empty=not transitions))
+    for share, old in zip(shares, old_velocities(run, shares, drawn), strict=True):
+        found = run.micro_batches.update.fit(partial(add_gradients, run, share, drawn, old))
+        everywhere = run.processes.gather(found)
+        rows += [row for described, _ in everywhere for row in described]
+        norms.append(step.take(all(well for _, well in everywhere), empty=not share.total))
         if math.isnan(norms[-1]):
             log.warning("iteration %d: loss or gradient is not finite; update skipped", run.iteration + 1)
     step.check_progress()
@@ -58,64 +77,74 @@ def update(run: Run, rollouts: list[Rollout], advantages: Tensor, text: TextEmbe
     }
 
 
-def own_chunks(run: Run, transitions: list[Transition]) -> list[Chunk]:
-    """An update's transitions of this process's groups, which are counted from 0 here, as micro-batches.
-
-    FSDP needs as many forward passes on every process: what is missing is filled with empty micro-batches.
-    """
-    size = run.config.trainer.micro_batch_size
+def own_share(run: Run, transitions: list[Transition]) -> Share:
+    """An update's transitions of this process's groups, which are counted from 0 here."""
     own = [t._replace(group=t.group - run.groups.start) for t in transitions if t.group in run.groups]
-    chunks = [own[start : start + size] for start in range(0, len(own), size)]
-    if run.base_is_sharded:
-        shares = run.processes.shares(run.config.rollout.prompts_per_iteration)
-        most = max(sum(t.group in groups for t in transitions) for groups in shares)
-        chunks += [[]] * (-(-most // size) - len(chunks))
-    return chunks
+    if not run.base_is_sharded:
+        return Share(own, len(own), len(transitions))
+    groups = run.processes.shares(run.config.rollout.prompts_per_iteration)
+    return Share(own, max(sum(t.group in some for t in transitions) for some in groups), len(transitions))
 
 
-OldVelocities = Sequence[Tensor | None] | None
-"""Of a micro-batch, one a transition; None where the weights are still the old ones and the pass itself has them."""
+def chunks(items: Sequence[T], size: int, most: int) -> list[Sequence[T]]:
+    """Split items into micro-batches; empty ones follow, until there are as many as `most` items make."""
+    return [items[start : start + size] for start in range(0, max(len(items), most), size)]
+
+
+def add_gradients(run: Run, share: Share, drawn: Drawn, old: Old, size: int) -> tuple[list[Metrics], bool]:
+    """Add up the gradients of an update's own transitions, `size` of them a pass.
+
+    Returns:
+        Each transition's metrics, and whether all losses are finite.
+    """
+    run.lora_step.forget()  # what an attempt left for which memory ran out
+    metrics, finite = [], True
+    for index, chunk in enumerate(chunks(share.own, size, share.most)):
+        before = None if old is None else old[index * size :][: len(chunk)]
+        losses, described = chunk_losses(run, chunk, drawn, before)
+        finite = finite and bool(losses.isfinite().all())
+        run.lora_step.backward(losses.sum() / share.total)
+        metrics += described
+    return metrics, finite
 
 
 @torch.no_grad()
-def old_velocities(
-    run: Run, chunks: list[list[Chunk]], rollouts: list[Rollout], text: TextEmbeds
-) -> list[list[OldVelocities]]:
-    """Old velocities of every micro-batch of every update, before anything moves.
+def old_velocities(run: Run, shares: Sequence[Share], drawn: Drawn) -> list[Old]:
+    """Old velocities of every update's own transitions, before anything moves.
 
     The first update starts at the old weights. For later ones they are computed where the algorithm needs them.
     """
 
-    def of(chunk: Chunk) -> OldVelocities:
-        return [*velocities(run, chunk, rollouts, text).cpu()] if run.algorithm.needs_old else [None] * len(chunk)
+    def of(share: Share, size: int) -> list[Tensor]:
+        passes = [velocities(run, chunk, drawn).cpu() for chunk in chunks(share.own, size, share.most)]
+        return [velocity for chunk in passes for velocity in chunk][: len(share.own)]
 
-    first, *later = chunks
-    return [[None] * len(first), *([of(chunk) for chunk in update] for update in later)]
+    needed, fit = run.algorithm.needs_old, run.micro_batches.update.fit
+    later = [fit(partial(of, share)) if needed else [None] * len(share.own) for share in shares[1:]]
+    return [None, *later]
 
 
-def velocities(run: Run, chunk: Chunk, rollouts: list[Rollout], text: TextEmbeds) -> Tensor:
+def velocities(run: Run, chunk: Sequence[Transition], drawn: Drawn) -> Tensor:
     """Velocities (M, C, H, W) at the starts of transitions, in one forward pass; of none, that of any one."""
     chunk = chunk or [Transition(0, 0, 0)]
-    device = run.family.device
+    device, rollouts = run.family.device, drawn.rollouts
     latents = torch.stack([rollouts[t.group].latents[t.step, t.sample] for t in chunk]).to(device)
     sigmas = torch.stack([rollouts[t.group].sigmas[t.step] for t in chunk]).to(device)
-    return run.family.velocity(latents, sigmas, text[[t.group for t in chunk]])
+    return run.family.velocity(latents, sigmas, drawn.text[[t.group for t in chunk]])
 
 
-def chunk_losses(
-    run: Run, chunk: Chunk, rollouts: list[Rollout], advantages: Tensor, text: TextEmbeds, old: OldVelocities
-) -> tuple[Tensor, list[Metrics]]:
+def chunk_losses(run: Run, chunk: Sequence[Transition], drawn: Drawn, old: Old) -> tuple[Tensor, list[Metrics]]:
     """Losses (M,) of a micro-batch, and each transition's metrics."""
     reference: Sequence[Tensor | None] = [None] * len(chunk)
     if run.algorithm.needs_reference:
         with torch.no_grad(), lora.disabled(run.family.transformer):
-            reference = list(velocities(run, chunk, rollouts, text).cpu())
-    current = velocities(run, chunk, rollouts, text).cpu()
+            reference = list(velocities(run, chunk, drawn).cpu())
+    current = velocities(run, chunk, drawn).cpu()
     if not chunk:
         return current.flatten()[:0].sum(0, keepdim=True), []  # no loss, and a backward pass all the same
     before = current.detach() if old is None else old
     terms = [
-        run.algorithm.loss(rollouts[t.group], advantages[t.group], t, Velocities(new, old_one, base))
+        run.algorithm.loss(drawn.rollouts[t.group], drawn.advantages[t.group], t, Velocities(new, old_one, base))
         for t, new, old_one, base in zip(chunk, current, before, reference, strict=True)
     ]
     return torch.stack([loss for loss, _ in terms]), [metrics for _, metrics in terms]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ngrpo_lora.evaluation.report.record import Record
 from ngrpo_lora.records.metrics import series
 
-__all__ = ["FIGURES", "Figure", "recent", "warnings"]
+__all__ = ["FIGURES", "Figure", "Finding", "findings", "recent", "warnings"]
 
 RECENT_SHARE, FEWEST = 0.1, 5  # of the iterations, by which a run is judged
 
@@ -73,27 +74,41 @@ ALL_FLAT = (
 )
 
 
-def warnings(record: Record) -> Iterator[str]:
-    """Give a sentence for every figure of a run that a healthy run would not show."""
-    size = record.config.rollout.group_size
+class Finding(NamedTuple):
+    """What a healthy run would not show: the metric or reward, and a sentence about it."""
+
+    about: str
+    sentence: str
+
+
+def warnings(record: Record) -> list[str]:
+    """A sentence for every figure of a run that a healthy run would not show."""
+    found = *findings(record.rows, record.config.rollout.group_size), *hacking(record)
+    return [finding.sentence for finding in found]
+
+
+def findings(rows: Sequence[Mapping[str, Any]], group_size: int) -> Iterator[Finding]:
+    """Give what the metrics of a run's iterations, one row each, show that those of a healthy run would not."""
     for figure in FIGURES:
-        value = recent(record, figure.key)
+        value = recent(rows, figure.key)
         if figure.key == "rollout/zero_spread_share" and value == 1:
-            yield ALL_FLAT
-        elif value is not None and figure.is_wrong(value, size):
-            yield figure.warning.format(value=value)
-    if skipped := recent(record, "policy/skipped_updates"):
-        yield (
+            yield Finding(figure.key, ALL_FLAT)
+        elif value is not None and figure.is_wrong(value, group_size):
+            yield Finding(figure.key, figure.warning.format(value=value))
+    if skipped := recent(rows, "policy/skipped_updates"):
+        yield Finding(
+            "policy/skipped_updates",
             f"Updates are skipped, {skipped:.3g} an iteration, as losses or gradients are not finite. Lower "
-            "optimizer.learning_rate."
+            "optimizer.learning_rate.",
         )
-    if failed := recent(record, "rollout/failed_share"):
-        yield f"Rewards have no score for {failed:.1%} of the pictures; the log says why."
-    yield from hacking(record)
+    if failed := recent(rows, "rollout/failed_share"):
+        yield Finding(
+            "rollout/failed_share", f"Rewards have no score for {failed:.1%} of the pictures; the log says why."
+        )
 
 
-def hacking(record: Record) -> Iterator[str]:
-    """Give a sentence for every watched reward that gets worse, beyond its interval, while the trained one rises."""
+def hacking(record: Record) -> Iterator[Finding]:
+    """Give every watched reward that gets worse, beyond its interval, while the trained one rises."""
     rewards = [value for _, value in series(record.rows, "eval/reward_mean")]
     if len(rewards) < 2 or rewards[-1] <= rewards[0]:
         return
@@ -102,15 +117,16 @@ def hacking(record: Record) -> Iterator[str]:
     for found in record.differences:
         worse = found.difference.low > 0 if found.reward in lower_is_better else found.difference.high < 0
         if found.reward not in trained and worse:
-            yield (
+            yield Finding(
+                found.reward,
                 f"The trained reward rises while {found.reward} gets worse, by {found.difference.show('+.3f')}: the "
                 "run may be pleasing its reward at the cost of what that does not see. Look at the pictures; train "
-                "less long, or on both."
+                "less long, or on both.",
             )
 
 
-def recent(record: Record, key: str) -> float | None:
+def recent(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """Mean of a metric over the last iterations, a tenth of them and at least five; None without any."""
-    values = [value for _, value in series(record.rows, key)]
+    values = [value for _, value in series(rows, key)]
     last = values[-max(FEWEST, math.ceil(RECENT_SHARE * len(values))) :]
     return sum(last) / len(last) if last else None

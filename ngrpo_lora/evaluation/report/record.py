@@ -19,6 +19,7 @@ from ngrpo_lora.evaluation.statistics import Difference
 from ngrpo_lora.records.files import written_folder
 from ngrpo_lora.records.metrics import read_metrics, series
 from ngrpo_lora.records.pictures import read_png_text, save_png
+from ngrpo_lora.training.best import ended_early
 
 __all__ = ["Candidate", "Record", "Shown", "names", "save_group"]
 
@@ -70,11 +71,10 @@ class Record:
         total = self.config.trainer.num_iterations
         if self.is_running:
             return f"running, iteration {self.iteration} of {total}"
-        return (
-            f"finished, {total} iterations"
-            if self.iteration >= total
-            else f"stopped after iteration {self.iteration} of {total}"
-        )
+        if self.iteration >= total:
+            return f"finished, {total} iterations"
+        how = "finished early" if ended_early(self.config.trainer, self.rows) else "stopped"
+        return f"{how} after iteration {self.iteration} of {total}"
 
     @property
     def seconds(self) -> float:

@@ -222,7 +222,7 @@ def cost(record: Record) -> Html:
     if evaluations := spent["evaluation"]:
         one = math.fsum(evaluations) / len(evaluations)
         texts.append(f"An evaluation takes {one:.1f} s and comes every {record.config.evaluation.every} iterations.")
-    old, theta = (health.recent(record, f"nfe/{part}_per_sample") for part in ("old", "theta"))
+    old, theta = (health.recent(record.rows, f"nfe/{part}_per_sample") for part in ("old", "theta"))
     if old is not None and theta is not None:
         texts.append(f"Function evaluations of a sample: {old:.2f} without gradients and {theta:.2f} with them.")
     return section("Time", paragraph(" ".join(texts)), table(head, rows))

@@ -8,7 +8,7 @@ from ngrpo_lora.evaluation.report.health import recent, warnings
 
 
 def test_a_healthy_run_has_no_warning(write_run):
-    assert [*warnings(write_run())] == []
+    assert warnings(write_run()) == []
 
 
 @pytest.mark.parametrize(
@@ -31,12 +31,12 @@ def test_what_leaves_the_healthy_range_is_told_with_its_value(write_run, metric:
 def test_a_watched_reward_that_falls_beyond_its_interval_is_told(write_run):
     (told,) = warnings(write_run(watched=-2.0))
     assert "world_manifold gets worse, by -2.000 [-2.000, -2.000]" in told
-    assert [*warnings(write_run("rising", watched=2.0))] == []
+    assert warnings(write_run("rising", watched=2.0)) == []
 
 
 def test_the_last_tenth_counts_and_at_least_five(write_run):
     record = write_run()
     for row, value in zip(record.rows[1:], range(10), strict=True):
         row["policy/clip_fraction"] = value
-    assert recent(record, "policy/clip_fraction") == (5 + 6 + 7 + 8 + 9) / 5
-    assert recent(record, "memory/update_gib") is None
+    assert recent(record.rows, "policy/clip_fraction") == (5 + 6 + 7 + 8 + 9) / 5
+    assert recent(record.rows, "memory/update_gib") is None

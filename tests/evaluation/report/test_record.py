@@ -9,6 +9,7 @@ import pytest
 from conftest import MakeConfig
 from PIL import Image
 
+from ngrpo_lora.config import TrainerConfig
 from ngrpo_lora.evaluation.report.record import GROUP_PX, Record, names, save_group
 
 
@@ -17,6 +18,9 @@ def test_a_record_says_where_its_run_stands(write_run):
     assert record.state == "stopped after iteration 4 of 10"
     assert replace(record, is_running=True).state == "running, iteration 4 of 10"
     assert write_run("whole").state == "finished, 10 iterations"
+    patience = TrainerConfig(num_iterations=20, keep_best="-eval/reward_mean", early_stopping_patience=1)
+    early = replace(record, config=record.config.model_copy(update={"trainer": patience}))
+    assert early.state == "finished early after iteration 4 of 20"
     assert record.seconds == pytest.approx(2 * 3.0 + 4 * 3.5)
 
 
