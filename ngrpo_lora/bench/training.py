@@ -82,6 +82,7 @@ def measure(name: str, config: RunConfig, iterations: int) -> Timing:
     with tempfile.TemporaryDirectory() as folder:
         evaluation = config.evaluation.model_copy(update={"num_prompts": 1})
         run = prepare(config.model_copy(update={"output_dir": folder, "evaluation": evaluation, "resume": None}))
+        run.micro_batches.fix()
         iterate(run)
         rows = [iterate(run) for _ in range(iterations)]
         seconds = {stage: statistics.median(row[f"time/{stage}_s"] for row in rows) for stage in STAGES}

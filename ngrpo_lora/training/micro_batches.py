@@ -66,3 +66,8 @@ class MicroBatches:
         self.rollout = MicroBatch("rollout.micro_batch_size", rollout.micro_batch_size or rollout.group_size, are_fixed)
         self.update = MicroBatch("trainer.micro_batch_size", config.trainer.micro_batch_size, are_fixed)
         self.evaluation = MicroBatch("evaluation.micro_batch_size", config.evaluation.micro_batch_size, are_fixed)
+
+    def fix(self) -> None:
+        """Let memory that runs out end the run from here on, as a measure of these very sizes wants it."""
+        for batch in (self.rollout, self.update, self.evaluation):
+            batch.is_fixed = True

@@ -10,7 +10,7 @@ from conftest import MakeConfig
 
 from ngrpo_lora.bench import training
 from ngrpo_lora.config import RunConfig
-from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.errors import ConfigError, OutOfMemory
 
 
 @pytest.fixture
@@ -48,6 +48,20 @@ def test_a_variant_is_timed_stage_by_stage_and_leaves_nothing(config: RunConfig)
     assert 0 < timing.seconds["forwards"] < timing.seconds["rollout"]
     assert timing.total_s == pytest.approx(sum(timing.seconds[stage] for stage in training.STAGES))
     assert not Path(config.output_dir).exists()
+
+
+def test_a_variant_whose_micro_batch_is_too_large_is_not_timed_with_a_smaller_one(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+):
+    from ngrpo_lora.models._base import BaseFamily
+
+    def lacking(*args: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(BaseFamily, "velocity", lacking)
+    size = config.rollout.micro_batch_size or config.rollout.group_size
+    with pytest.raises(OutOfMemory, match=f"rollout.micro_batch_size must fit into memory, but {size} does not"):
+        training.measure("as configured", config, 1)
 
 
 def test_a_variant_that_cannot_run_is_a_line_of_the_table(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
