@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,40 @@ def score(images, prompts, metadata):
     if trouble.exists() and os.environ.get("RANK") == "1":
         {}
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+"""
+
+# What a reward's file does where the command was told by STOPPED_IN, such as "update 3 0.2": it has the command sent
+# SIGTERM in its third update, which then takes 0.2 s longer, so that the signal arrives in it.
+STOPPING = """
+import os, signal, time
+from ngrpo_lora.records import checkpoints
+from ngrpo_lora.training import trainer
+
+PLACES = {
+    "rollout": (trainer, "decode"),
+    "reward": (trainer, "collect"),
+    "update": (trainer, "update"),
+    "save": (checkpoints, "save"),
+    "evaluation": (trainer, "evaluate"),
+    "export": (trainer, "export"),
+}
+
+def stop_in(stage, number, delay_s):
+    owner, name = PLACES[stage]
+    original, left = getattr(owner, name), int(number)
+
+    def stopping(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getppid() if "RANK" in os.environ else os.getpid(), signal.SIGTERM)
+            time.sleep(float(delay_s))
+        return original(*args, **kwargs)
+
+    setattr(owner, name, stopping)
+
+if os.environ.get("STOPPED_IN") and os.environ.get("RANK", "0") == "0":
+    stop_in(*os.environ["STOPPED_IN"].split())
 """
 
 
@@ -196,3 +234,34 @@ def poison(run: Run, chosen: Callable[[int], bool]) -> None:
 def reward_of(folder: Path, body: str) -> str:
     (folder / "reward.py").write_text(f"def score(images, prompts, metadata):\n    return {body}\n")
     return f"rewards={folder / 'reward.py'}:score"
+
+
+# As processes that are ended from outside ---------------------------------------------------------------------------
+
+
+def start_training(
+    words: Sequence[object], *python: str, processes: int = 1, asked: str = ""
+) -> subprocess.Popen[bytes]:
+    """`ngrpo train` of these words, as a process; `asked` is what STOPPING reads."""
+    command = [sys.executable, *(python or ("-m", "ngrpo_lora")), "train", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STOPPED_IN": asked}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([*command, "--num-processes", str(processes)], env=environment, **quiet)
+
+
+def seconds(run: Path) -> float:
+    """How long the run took that nobody ended."""
+    return float((run / "seconds.txt").read_text())
+
+
+def moments(kind: str, default: int, every: int) -> list[object]:
+    """Seeds of random moments of a kind, the first `default` of them for the default suite."""
+    marks = [() if seed < default else (pytest.mark.slow,) for seed in range(every)]
+    return [pytest.param(f"{kind} {seed}", marks=mark) for seed, mark in enumerate(marks)]
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,39 @@
+"""A run that SIGTERM ends at any moment loses the iteration under way at most, and goes on with the same command."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from runs import assert_nearly_same_run, assert_same_run, moments, read_rows, seconds, start_training
+
+from ngrpo_lora.records.checkpoints import checkpoints, number
+
+# How many of the twenty moments are in each stage, and in which of its calls at most: a run whose last iteration is
+# complete when it is asked to stop is finished.
+STAGES = {"rollout": (4, 5), "reward": (3, 5), "update": (3, 5), "save": (3, 2), "evaluation": (2, 2), "export": (1, 1)}
+MOMENTS = [
+    *moments("start-up", 0, 4),
+    *(moment for stage, (count, _) in STAGES.items() for moment in moments(stage, int(stage == "update"), count)),
+]
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_ended_by_sigterm_goes_on(moment: str, processes: int, short_run: Path, alone: Path, tmp_path: Path):
+    words = [short_run, f"output_dir={tmp_path}", "resume=auto"]
+    stage, chance = moment.split()[0], random.Random(f"{moment} of {processes}")
+    asked = f"{stage} {chance.randint(1, STAGES[stage][1])} {chance.uniform(0, 0.5)}" if stage in STAGES else ""
+    process = start_training(words, processes=processes, asked=asked)
+    if not asked:
+        time.sleep(chance.uniform(0, seconds(alone) / 2))
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(300) != 0
+    if (tmp_path / "metrics.jsonl").is_file() and (rows := read_rows(tmp_path)):
+        saved = max(map(number, checkpoints(tmp_path)), default=0)
+        assert saved >= rows[-1]["step"]
+    assert start_training(words, processes=processes).wait(300) == 0
+    (assert_same_run if processes == 1 else assert_nearly_same_run)(tmp_path, alone)
