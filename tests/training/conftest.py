@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REDNESS, MakeConfig
-from runs import ONE_UPDATE, STOPPING, one_update, start_training
+from runs import ONE_UPDATE, STOPPING, ended, one_update, start_training
 
 from ngrpo_lora.config import dump_config
 
@@ -32,6 +32,6 @@ def short_run(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory)
 def alone(short_run: Path) -> Path:
     """The run that nobody ended, and how long it took."""
     folder, started = short_run.parent / "alone", time.monotonic()
-    assert start_training([short_run, f"output_dir={folder}"]).wait(300) == 0
+    assert ended(start_training([short_run, f"output_dir={folder}"])) == 0
     (folder / "seconds.txt").write_text(str(time.monotonic() - started))
     return folder

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from runs import assert_same_run, moments, seconds, start_training, wait_for
+from runs import assert_same_run, ended, moments, seconds, start_training, wait_for
 
 # The command, which is killed when it has made sure for the nth time that something is on the disk.
 KILLED_IN_A_SAVE = """
@@ -33,7 +33,7 @@ app()
 
 def go_on_and_compare(words: Sequence[object], run: Path, alone: Path) -> None:
     """Start the same command again: a run that had ended before it was killed has nothing left to do."""
-    assert start_training(words).wait(300) == 0
+    assert ended(start_training(words)) == 0
     assert not [path for path in run.rglob(".*.partial")]
     assert_same_run(run, alone)
 
@@ -65,5 +65,5 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on(moment: str, short_run
 def test_a_run_killed_inside_a_save_goes_on(moment: str, short_run: Path, alone: Path, tmp_path: Path):
     words = [short_run, f"output_dir={tmp_path}", "resume=auto"]
     process = start_training(words, "-c", KILLED_IN_A_SAVE, str(random.Random(moment).randint(1, 40)))
-    assert process.wait(300) == -signal.SIGKILL
+    assert ended(process) == -signal.SIGKILL
     go_on_and_compare(words, tmp_path, alone)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import assert_nearly_same_run, assert_same_run, moments, read_rows, seconds, start_training
+from runs import assert_nearly_same_run, assert_same_run, ended, moments, read_rows, seconds, start_training
 
 from ngrpo_lora.records.checkpoints import checkpoints, number
 
@@ -31,9 +31,9 @@ def test_a_run_ended_by_sigterm_goes_on(moment: str, processes: int, short_run: 
     if not asked:
         time.sleep(chance.uniform(0, seconds(alone) / 2))
         process.send_signal(signal.SIGTERM)
-    assert process.wait(300) != 0
+    assert ended(process) != 0
     if (tmp_path / "metrics.jsonl").is_file() and (rows := read_rows(tmp_path)):
         saved = max(map(number, checkpoints(tmp_path)), default=0)
         assert saved >= rows[-1]["step"]
-    assert start_training(words, processes=processes).wait(300) == 0
+    assert ended(start_training(words, processes=processes)) == 0
     (assert_same_run if processes == 1 else assert_nearly_same_run)(tmp_path, alone)
