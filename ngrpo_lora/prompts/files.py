@@ -9,7 +9,7 @@
 
 The column is `prompt`, `caption` or `text`, in any case, else the one after a `#`: `mine.csv#Title`,
 `hf:owner/name?split=test#Title`. The others are the prompt's metadata, as far as JSON can hold them and where they are
-not null; those of CSV are text. Blank rows are skipped.
+not null; those of CSV are text. Blank rows are skipped, and what cannot be seen at a prompt's ends is no part of it.
 
 HPDv2 (arXiv 2306.09341, Apache-2.0): the 103,700 training prompts are those of `train.json` (116 MB) in the Hub's
 `ymhao/HPDv2`; the 4 x 800 test prompts are the benchmark files of `zhwang/HPDv2`, where the `hpsv2` package has them
@@ -28,6 +28,7 @@ import reprlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,6 +51,8 @@ HPDV2_TRAIN = ("ymhao/HPDv2", "bb0f2563e451e11c3f376b2ba93615db00e042e1")
 HPDV2_TEST = ("zhwang/HPDv2", "b9517430f34b1080d4f741118d2a440155a165cd")
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 HPDV2_SOURCES = ("hpdv2:train", "hpdv2:test", *(f"hpdv2:test/{style}" for style in HPDV2_STYLES))
+
+INVISIBLE = "\ufeff\u200b\u2060"  # byte order marks of files that were joined, and spaces without width
 
 Rows = Iterable[tuple[str, Any]]  # where a row stands, and the row: text, or cells by column
 
@@ -93,18 +96,27 @@ def read_prompts(source: str, deduplicate: bool = True) -> PromptTable:
             name = _column(row, column, f"{place} of {source!r}")
             text = row[name]
             metadata = {key: value for key, value in row.items() if key != name and value is not None}
-        if text is None or (isinstance(text, str) and not text.strip()):
-            num_blank += 1
-        elif isinstance(text, str):
-            prompts.append(Prompt(text.strip(), metadata))
-        else:
+        if text is not None and not isinstance(text, str):
             raise ConfigError(f"must hold prompts as text, but {place} of {source!r} holds {reprlib.repr(text)}")
+        if text := _visible(text or ""):
+            prompts.append(Prompt(text, metadata))
+        else:
+            num_blank += 1
+        if "\0" in text:
+            raise ConfigError(f"must hold text, but {place} of {source!r} holds a NUL character; leave it out")
     if not prompts:
         raise ConfigError(f"must hold at least one prompt, but {source!r} is empty")
     kept = list({prompt_key(prompt.text): prompt for prompt in reversed(prompts)}.values())[::-1]
     if not deduplicate or len(kept) == len(prompts):
         return PromptTable(prompts, num_blank)
     return PromptTable(kept, num_blank, len(prompts) - len(kept))
+
+
+def _visible(text: str) -> str:
+    """A text without spaces and invisible characters at its ends."""
+    while (shorter := text.strip().strip(INVISIBLE)) != text:
+        text = shorter
+    return text
 
 
 def _rows(source: str) -> tuple[Rows, str]:
@@ -117,6 +129,10 @@ def _rows(source: str) -> tuple[Rows, str]:
     path, column = source, ""
     if "#" in source and not os.path.exists(source):
         path, _, column = source.rpartition("#")
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ConfigError(
+            f"must be a file, which is read more than once, but {path!r} is a pipe or a device; save it to a file first"
+        )
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -152,10 +168,15 @@ def _column(row: dict[str, Any], wanted: str, place: str) -> str:
     if wanted and wanted in row:  # a header that ends with a separator has a column without a name
         return wanted
     if not wanted:
-        by_name = {name.casefold(): name for name in reversed(row)}
-        for name in COLUMNS:
-            if name in by_name:
-                return by_name[name]
+        for known in COLUMNS:
+            found = [name for name in row if name.strip().casefold() == known]
+            if len(found) > 1:
+                raise ConfigError(
+                    f"must have one column {known}, but {place} has {' and '.join(map(repr, found))}; name the one of "
+                    f"the prompts after the source, with #{found[0].strip()}"
+                )
+            if found:
+                return found[0]
         raise ConfigError(
             f"must have a column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}, but {place} has "
             f"{', '.join(row) or 'none'}; name another one after the source, with #COLUMN"
@@ -193,19 +214,22 @@ def _json_array(text: str, path: str) -> Rows:
 
 
 def _csv(text: str, path: str, delimiter: str) -> Rows:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader, last = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 0
     try:
-        _check_columns([name for name in reader.fieldnames or [] if name.strip()], path)
+        header = next((row for row in reader if row), [])
+        _check_columns([name for name in header if name.strip()], path)
         for row in reader:
-            if None in row:
+            last = reader.line_num
+            if len(row) > len(header):
                 raise ConfigError(
-                    f"must have as many cells in a row as in its header, but line {reader.line_num} of {path!r} has "
-                    "more; put a cell that holds the separator in quotes"
+                    f"must have as many cells in a row as in its header, but line {last} of {path!r} has more; "
+                    "put a cell that holds the separator in quotes"
                 )
-            yield f"line {reader.line_num}", row
+            if row:
+                yield f"line {last}", dict(zip_longest(header, row))
     except csv.Error as error:
         raise ConfigError(
-            f"must be a table, but {path!r} is faulty after line {reader.line_num}: {error}; check its quotes"
+            f"must be a table, but {path!r} is faulty after line {last}: {error}; check its quotes"
         ) from None
 
 
@@ -272,8 +296,9 @@ def _plain_columns(schema: pyarrow.Schema) -> list[str]:
             return all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
         if types.is_dictionary(kind):
             return is_plain(kind.value_type)
-        checks = (types.is_string, types.is_large_string, types.is_boolean, types.is_integer, types.is_floating)
-        return any(check(kind) for check in (*checks, types.is_null))
+        texts = (types.is_string, types.is_large_string, types.is_string_view)
+        others = (types.is_boolean, types.is_integer, types.is_floating, types.is_null)
+        return any(check(kind) for check in (*texts, *others))
 
     return [field.name for field in schema if is_plain(field.type)]
 

@@ -186,8 +186,6 @@ def test_the_column_is_the_first_known_one_or_the_one_that_the_source_names():
     assert refused("t.csv#titel") == (
         "must have the column 'titel', but line 2 of 't.csv#titel' has text, Caption, Titel; did you mean #Titel?"
     )
-    Path("v.csv").write_text("Prompt,prompt\nfirst,second\n")
-    assert texts("v.csv") == ["first"]
     Path("u.csv").write_text("id,Titel\n1,a\n")
     assert refused("u.csv") == (
         "must have a column prompt, caption or text, but line 2 of 'u.csv' has id, Titel; "
@@ -197,6 +195,53 @@ def test_the_column_is_the_first_known_one_or_the_one_that_the_source_names():
     assert texts("a#b.txt") == ["of a file whose name has a hash"]
     Path("t.txt").write_text("a")
     assert refused("t.txt#text") == "must name a column only of a table, but 't.txt' is a text file; drop #text"
+
+
+@pytest.mark.parametrize(("suffix", "between"), [("csv", ","), ("tsv", "\t"), ("jsonl", ""), ("parquet", "")])
+def test_columns_that_differ_in_case_or_spaces_alone_are_told_apart_by_the_user(suffix: str, between: str):
+    name, row = f"v.{suffix}", {"Prompt": "first", "prompt ": "second"}
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), name)
+    else:
+        Path(name).write_text(
+            json.dumps(row) if suffix == "jsonl" else f"Prompt{between}prompt \nfirst{between}second\n"
+        )
+    place = {"jsonl": "line 1", "parquet": "row 1"}.get(suffix, "line 2")
+    assert refused(name) == (
+        f"must have one column prompt, but {place} of {name!r} has 'Prompt' and 'prompt '; name the one of the prompts "
+        "after the source, with #Prompt"
+    )
+    assert read_prompts(f"{name}#Prompt").prompts == [Prompt("first", {"prompt ": "second"})]
+
+
+def test_a_header_may_have_spaces_and_blank_lines_before_it():
+    Path("t.csv").write_text("\n\nid, Caption\n1,a star\n\n2,a heart\n")
+    assert texts("t.csv") == ["a star", "a heart"]
+
+
+def test_what_cannot_be_seen_is_no_part_of_a_prompt_and_no_prompt():
+    Path("joined.txt").write_text("a star\n \u200b\n\ufeffa heart\u200b \na\u200bb\n")
+    table = read_prompts("joined.txt")
+    assert [prompt.text for prompt in table.prompts] == ["a star", "a heart", "a\u200bb"]
+    assert table.num_blank == 1
+
+
+def test_a_nul_character_is_refused():
+    Path("nul.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a\\u0000b"}\n')
+    assert refused("nul.jsonl") == "must hold text, but line 2 of 'nul.jsonl' holds a NUL character; leave it out"
+
+
+def test_a_pipe_is_refused_and_not_waited_for():
+    os.mkfifo("pipe.txt")
+    assert refused("pipe.txt") == (
+        "must be a file, which is read more than once, but 'pipe.txt' is a pipe or a device; save it to a file first"
+    )
+
+
+def test_text_as_polars_writes_it_is_text():
+    table = pyarrow.table({"prompt": pyarrow.array(["a star"], pyarrow.string_view())})
+    pyarrow.parquet.write_table(table, "t.parquet")
+    assert texts("t.parquet") == ["a star"]
 
 
 @pytest.mark.parametrize(
