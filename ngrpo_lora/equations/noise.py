@@ -13,7 +13,9 @@ from ngrpo_lora.seeds import derive_seed
 
 def gaussian_noise(shape: Sequence[int], seed: int) -> Tensor:
     """Standard normal float32 noise drawn on the CPU with a generator of its own, as diffusers and ComfyUI do."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    # Said and not left to torch's defaults, which a reward may change for the whole process while this is drawn.
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def neighbor_noise(base: Tensor, deltas: Tensor, perturbation_strength: float) -> Tensor:

@@ -87,6 +87,18 @@ def test_gaussian_noise_neither_reads_nor_moves_the_global_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_gaussian_noise_does_not_depend_on_torchs_defaults():
+    expected = gaussian_noise((64,), 5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = gaussian_noise((64,), 5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_gaussian_noise_of_two_seeds_is_independent():
     pair = torch.stack([gaussian_noise((SIZE,), seed) for seed in (derive_seed("delta", 0), derive_seed("delta", 1))])
     assert abs(torch.corrcoef(pair)[0, 1].item()) < FIVE_SIGMA
