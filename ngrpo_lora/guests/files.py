@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from ngrpo_lora.errors import ConfigError, first_line
+from ngrpo_lora.guests.door import watched
 from ngrpo_lora.guests.house import Changes, kept
 
 __all__ = ["failure", "import_guest", "left_at_import"]
@@ -46,7 +47,7 @@ def import_guest(target: str) -> ModuleType:
         ConfigError: it fails, or calls exit; the message begins with a verb, as `names the file 'x.py', ...`.
         ImportError: one of its own imports fails.
     """
-    with kept({}) as changes, _as_a_library(target):
+    with watched(), kept({}) as changes, _as_a_library(target):
         is_new = not target.endswith(".py") or _module_name(Path(target)) not in sys.modules
         module = _load_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
     if is_new and (changes or _key(target) not in _left):
@@ -191,7 +192,7 @@ class _Import:
     """What `import` does in a guest's file: a neighbour comes before what is installed, but not before Python's own."""
 
     def __init__(self, package: str):
-        self.package = package
+        self.package, self.importlib = package, _Importlib(self)
 
     def __call__(
         self,
@@ -202,15 +203,17 @@ class _Import:
         level: int = 0,
     ) -> ModuleType:
         top = name.partition(".")[0]
-        if level or not self._is_beside(top):
-            return builtins.__import__(name, globals, locals, fromlist or (), level)
+        if level or not self.is_beside(top):
+            found = builtins.__import__(name, globals, locals, fromlist or (), level)
+            return self.importlib if found is importlib else found
         own_name = f"{self.package}.{name}"
         if fromlist:
             return builtins.__import__(own_name, globals, locals, fromlist, 0)
         importlib.import_module(own_name)
         return sys.modules[f"{self.package}.{top}"]
 
-    def _is_beside(self, top: str) -> bool:
+    def is_beside(self, top: str) -> bool:
+        """Whether a top-level name means a neighbour."""
         if top in sys.stdlib_module_names or top == "ngrpo_lora":
             return False
         if f"{self.package}.{top}" in sys.modules:
@@ -220,3 +223,19 @@ class _Import:
             return False
         # A folder without __init__.py is a module where nothing else has its name.
         return spec.origin is not None or (top not in sys.modules and importlib.util.find_spec(top) is None)
+
+
+class _Importlib(ModuleType):
+    """Python's importlib as a guest's file has it: its `import_module` finds neighbours too."""
+
+    def __init__(self, imports: _Import):
+        super().__init__(importlib.__name__, importlib.__doc__)
+        self._imports = imports
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib, name)
+
+    def import_module(self, name: str, package: str | None = None) -> ModuleType:
+        """Import a module by its name, a neighbour before what is installed."""
+        beside = not name.startswith(".") and self._imports.is_beside(name.partition(".")[0])
+        return importlib.import_module(f"{self._imports.package}.{name}" if beside else name, package)

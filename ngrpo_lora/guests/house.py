@@ -10,10 +10,14 @@ The random states of Python, NumPy and PyTorch are not looked at: a run draws fr
 
 from __future__ import annotations
 
+import builtins
+import gc
+import json
 import locale
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -24,6 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from ngrpo_lora.guests.door import watched
 
 __all__ = ["Changes", "Guest", "kept", "thread_kept"]
 
@@ -49,6 +55,14 @@ def _determinism() -> tuple[bool, bool]:
 
 def _set_determinism(value: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(value[0], warn_only=value[1])
+
+
+def _anomaly() -> tuple[bool, bool]:
+    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+
+def _set_anomaly(value: tuple[bool, bool]) -> None:
+    torch.autograd.set_detect_anomaly(*value)
 
 
 def _cudnn() -> tuple[bool, bool, bool]:
@@ -143,6 +157,41 @@ def _set_device(value: torch.device) -> None:
     torch.set_default_device(None if value.type == "cpu" else value)
 
 
+PYTHONS = [
+    (module, name)
+    for module in (builtins, json, os)
+    for name, one in vars(module).items()
+    if callable(one) and name not in ("_exit", "abort")  # which the door changes
+]
+
+
+def _functions() -> list[Any]:
+    return [getattr(module, name, None) for module, name in PYTHONS]
+
+
+def _set_functions(value: list[Any]) -> None:
+    for (module, name), one in zip(PYTHONS, value, strict=True):
+        setattr(module, name, one)
+
+
+def _hooks() -> tuple[Any, ...]:
+    return sys.excepthook, threading.excepthook, warnings.showwarning
+
+
+def _set_hooks(value: tuple[Any, ...]) -> None:
+    sys.excepthook, threading.excepthook, warnings.showwarning = value
+
+
+def _mask() -> int:
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
+
+
+def _set_collection(value: bool) -> None:
+    (gc.enable if value else gc.disable)()
+
+
 def _set_rounding(value: Any) -> None:
     np.seterr(**value)
 
@@ -153,6 +202,7 @@ SHARED = {
     "torch's number of threads": Setting(torch.get_num_threads, torch.set_num_threads),
     "torch's deterministic algorithms": Setting(_determinism, _set_determinism),
     "torch's matmul precision": Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "torch's anomaly detection": Setting(_anomaly, _set_anomaly),
     "torch.backends.cudnn": Setting(_cudnn, _set_cudnn),
     "the working folder": Setting(_folder, _set_folder),
 }
@@ -160,6 +210,8 @@ SHARED = {
 OWN = SHARED | {
     "os.environ": Setting(lambda: dict(os.environ), _set_environment),
     "sys.path": Setting(lambda: [*sys.path], _set_path),
+    "Python's recursion limit": Setting(sys.getrecursionlimit, sys.setrecursionlimit),
+    "the timeout of sockets": Setting(socket.getdefaulttimeout, socket.setdefaulttimeout),
 }
 # What belongs to a thread; threads that are a guest's alone end with it.
 THREAD = {
@@ -176,6 +228,10 @@ ALL = (
         "the filters of warnings": Setting(lambda: [*warnings.filters], _set_filters),
         "logging": Setting(_logging, _set_logging),
         "signal handlers": Setting(_signals, _set_signals),
+        "functions of builtins, json or os": Setting(_functions, _set_functions),
+        "the hooks of errors and warnings": Setting(_hooks, _set_hooks),
+        "the permissions of new files": Setting(_mask, os.umask),
+        "the collection of garbage": Setting(gc.isenabled, _set_collection),
         "the locale": Setting(lambda: locale.setlocale(locale.LC_ALL), _set_locale),
     }
 )
@@ -240,7 +296,7 @@ class Guest:
             return
         token = _INSIDE.set(True)
         try:
-            with HOUSE.together(self) if self.known else HOUSE.alone(self):
+            with watched(), HOUSE.together(self) if self.known else HOUSE.alone(self):
                 yield
         finally:
             _INSIDE.reset(token)

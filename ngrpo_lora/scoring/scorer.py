@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -259,6 +260,8 @@ def numbers(returned: Any) -> Tensor:
     try:
         if is_complex(returned):  # whose imaginary part PyTorch would drop
             raise TypeError
+        if isinstance(returned, np.ma.MaskedArray):  # of which PyTorch would take what is behind the mask
+            returned = returned.astype(float).filled(np.nan)
         return torch.as_tensor(returned, dtype=torch.float64, device="cpu").detach().to_dense()
     except Exception:  # also an OverflowError, and whatever a class of the user's raises
         return torch.empty(0, 0)

@@ -42,6 +42,10 @@ def write(tmp_path: Path) -> Write:
         "from kit import inner\ndef score(): return inner.light()",
         "from kit.inner import light\ndef score(): return light()",
         "import loose.one\ndef score(): return loose.one.light()",
+        "import importlib\ndef score(): return importlib.import_module('tools').light()",
+        "from importlib import import_module\nkit = import_module('kit.inner')\ndef score(): return kit.light()",
+        "import importlib.util as u, importlib\nassert u.find_spec('os')\n"
+        "def score(): return importlib.import_module('tools').light()",
     ],
 )
 def test_files_in_two_folders_have_neighbours_of_their_own(text: str, write: Write):
@@ -65,6 +69,16 @@ def test_files_of_one_folder_share_a_neighbour(write: Write):
 def test_a_neighbour_does_not_stand_in_for_pythons_own(write: Write):
     write("json.py", "dumps = None")
     assert resolve_function(write("mine.py", "import json\ndef score(): return json.dumps([1])"))() == "[1]"
+
+
+def test_import_module_finds_what_is_no_neighbour_as_ever(write: Write):
+    text = """
+import importlib, os
+def score():
+    found = importlib.import_module("os.path"), importlib.import_module(".path", "os")
+    return found == (os.path, os.path) and importlib.reload is not None
+"""
+    assert resolve_function(write("mine.py", text))()
 
 
 def test_what_an_import_changes_is_put_back_and_kept_for_its_calls(write: Write):
@@ -114,6 +128,7 @@ def score(): return 1
         ("import worse", r"worse.py, line 1: KeyError: 'x'\)"),
         ("raise KeyboardInterrupt", r"mine.py, line 1: KeyboardInterrupt"),
         ("raise GeneratorExit", r"mine.py, line 1: GeneratorExit"),
+        ("import os\nos._exit(0)", r"ends the program when it is imported \(mine.py, line 2\); put .*__main__"),
         ("import sys\nsys.exit()", r"ends the program when it is imported \(mine.py, line 2\); put .*__main__"),
     ],
 )

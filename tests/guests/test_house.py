@@ -56,6 +56,45 @@ def test_what_it_changes_is_put_back_worn_again_and_told_once(
     assert caplog.text.count("reward mine changes torch's default dtype, the working folder, os.environ for") == 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "torch.autograd.set_detect_anomaly(True)",
+        "builtins.print = None",
+        "json.dumps = lambda value: 'x'",
+        "os.replace = print",
+        "sys.setrecursionlimit(200)",
+        "sys.excepthook = print",
+        "warnings.showwarning = print",
+        "threading.excepthook = print",
+        "socket.setdefaulttimeout(3)",
+        "os.umask(0o777)",
+        "gc.disable()",
+        "torch.inference_mode().__enter__()",
+    ],
+)
+def test_whatever_a_guest_changes_is_put_back(change: str):
+    import builtins
+    import gc
+    import json
+    import socket
+    import sys
+    import warnings
+
+    def now() -> list[object]:
+        of_python = [builtins.print, json.dumps, os.replace, sys.getrecursionlimit(), gc.isenabled()]
+        hooks = [sys.excepthook, warnings.showwarning, threading.excepthook, socket.getdefaulttimeout()]
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return [*of_python, *hooks, mask, torch.is_anomaly_enabled(), torch.is_inference_mode_enabled()]
+
+    modules = {m.__name__: m for m in (builtins, gc, json, os, socket, sys, threading, torch, warnings)}
+    before, guest = now(), Guest("mine")
+    visit(guest, lambda: exec(change, modules))
+    assert now() == before
+    assert guest.known is ("inference" in change)  # which ends with its thread
+
+
 def test_what_it_had_at_its_import_is_there_when_it_is_called():
     guest = Guest("mine", {"torch's default dtype": torch.float64, "sys.argv": ["x"]})
     assert visit(guest, torch.get_default_dtype) == torch.float64

@@ -186,8 +186,9 @@ def test_a_reward_that_is_not_async_is_never_called_twice_at_once():
         torch.tensor([1, 2.5, NAN]),
         torch.tensor([1, 2.5, NAN], requires_grad=True),
         [torch.tensor(1.0), np.float64(2.5), NAN],
+        np.ma.array([1, 2.5, 9], mask=[False, False, True]),
     ],
-    ids=["list", "tuple", "array", "tensor", "tensor_with_gradient", "mixed"],
+    ids=["list", "tuple", "array", "tensor", "tensor_with_gradient", "mixed", "masked"],
 )
 def test_numbers_of_any_kind_become_float64(returned: object, make_reward: Callable[..., BoundReward]):
     scores = make_reward(lambda images: returned)(SAMPLES[[0, 1, 2]])
