@@ -16,14 +16,21 @@ def overhead(
     arguments: RunArguments = None,
     iterations: Annotated[int, typer.Option(min=1, help="Timed iterations of each variant.")] = 5,
 ) -> None:
-    """What each speed setting is worth here: a configuration as it is, and with each of them the other way."""
+    """What each speed setting is worth here, and what it costs that a run can be left alone.
+
+    First a configuration as it is, and with each setting the other way. Then, each as a share of an iteration:
+    checkpoints after every one, records, trackers, the report, the lock, and what keeps rewards to themselves.
+    """
     from ngrpo_lora.config import load_config
 
     config = load_config(*split_arguments(arguments))
 
+    from ngrpo_lora.bench.keeping import keeping_table
     from ngrpo_lora.bench.training import overhead_table
 
     overhead_table(config, iterations, typer.echo)
+    typer.echo("")
+    keeping_table(config, iterations, typer.echo)
 
 
 def gpu(
