@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_transformers import make, output, pipeline_of
 from torch import Tensor
 
-from ngrpo_lora.adapters.names import NAMES
+from ngrpo_lora.adapters.layers import NAMES
 from ngrpo_lora.adapters.reading import Layer, read_metadata
 from ngrpo_lora.adapters.writing import peft_metadata, save_tensors, state_dict
 

@@ -1,18 +1,27 @@
-"""Names of a model's layers in diffusers, and in the original code that kohya's trainers and ComfyUI follow.
+"""What a key of a LoRA file stands for: a layer under diffusers' name, and which of its parts.
 
-An original layer may be several of diffusers' side by side (queries, keys and values as one `qkv`); they are listed in
-the order of its rows. Sources: diffusers' `loaders/lora_conversion_utils.py`, and which keys ComfyUI asks for
-(`comfy/lora.py`): for every model `diffusion_model.` or `lora_unet_` and the original name, for FLUX.1, FLUX.2, SD3,
-Qwen-Image and Z-Image also `transformer.` and diffusers' name. For Wan it knows only the former; Sana it does not run.
+`layers.py` has the layers of each family, `namings.py` who reads which names. Sources: diffusers'
+`loaders/lora_conversion_utils.py`, and which keys ComfyUI asks for (`comfy/lora.py`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
-__all__ = ["FORMATS", "KOHYA_PREFIX", "NAMES", "NATIVE_FORMATS", "diffusers_names", "guess_family", "original_rows"]
+from ngrpo_lora.adapters.layers import ALIASES, EXCHANGED, NAMES, Names
+
+__all__ = [
+    "FORMATS",
+    "KOHYA_PREFIX",
+    "diffusers_names",
+    "guess_family",
+    "is_exchanged",
+    "needs_original_names",
+    "original_rows",
+    "split_key",
+]
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "flux": ("diffusers", "comfyui", "kohya"),
@@ -25,152 +34,19 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 """The formats that each family's readers understand. ComfyUI reads SD3 in kohya's names, diffusers does not."""
 
-NATIVE_FORMATS = ("wan",)
-"""Families for which ComfyUI has no map of diffusers' names."""
-
 KOHYA_PREFIX = "lora_unet_"
-PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
+FLAT_PREFIXES = (KOHYA_PREFIX, "lora_transformer_", "lycoris_")
+PREFIXES = r"(?:(?:base_model|model|module|pipe|dit|diffusion_model|transformer)\.)*"
 
-Names = dict[str, tuple[str, ...]]
-"""Each original layer, with `{}` for the number of its block, and the diffusers layers that it consists of."""
+UNMAPPED = {"flux2_klein": r"time_guidance_embed\..*|\w+_stream_modulation\w*\.linear", "wan": ".*"}
+"""By family, the layers whose diffusers name ComfyUI does not know; it knows every original name."""
 
-
-def _blocks(original: str, diffusers: str, layers: Mapping[str, str]) -> Names:
-    return {
-        f"{original}{name}": tuple(f"{diffusers}{part}" for part in parts.split()) for name, parts in layers.items()
-    }
-
-
-def _same(blocks: str, layers: str) -> Names:
-    """Names of layers that are called the same in diffusers and in the original code."""
-    return {f"{blocks}{name}": (f"{blocks}{name}",) for name in layers.split()}
-
-
-_FLUX_ATTENTION = {
-    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
-    "img_attn.proj": "attn.to_out.0",
-    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
-    "txt_attn.proj": "attn.to_add_out",
-}
-_SD3_BLOCK = {
-    "x_block.attn.qkv": "attn.to_q attn.to_k attn.to_v",
-    "x_block.attn.proj": "attn.to_out.0",
-    "x_block.attn2.qkv": "attn2.to_q attn2.to_k attn2.to_v",
-    "x_block.attn2.proj": "attn2.to_out.0",
-    "x_block.mlp.fc1": "ff.net.0.proj",
-    "x_block.mlp.fc2": "ff.net.2",
-    "x_block.adaLN_modulation.1": "norm1.linear",
-    "context_block.attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
-    "context_block.attn.proj": "attn.to_add_out",
-    "context_block.mlp.fc1": "ff_context.net.0.proj",
-    "context_block.mlp.fc2": "ff_context.net.2",
-    "context_block.adaLN_modulation.1": "norm1_context.linear",
-}
-_Z_IMAGE_BLOCK = {
-    "attention.qkv": "attention.to_q attention.to_k attention.to_v",
-    "attention.out": "attention.to_out.0",
-    **{name: name for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0")},
-}
-_JOINT = "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_add_out"
-
-NAMES: dict[str, Names] = {  # by family
-    "flux": {
-        **_blocks(
-            "double_blocks.{}.",
-            "transformer_blocks.{}.",
-            _FLUX_ATTENTION
-            | {
-                "img_mlp.0": "ff.net.0.proj",
-                "img_mlp.2": "ff.net.2",
-                "img_mod.lin": "norm1.linear",
-                "txt_mlp.0": "ff_context.net.0.proj",
-                "txt_mlp.2": "ff_context.net.2",
-                "txt_mod.lin": "norm1_context.linear",
-            },
-        ),
-        **_blocks(
-            "single_blocks.{}.",
-            "single_transformer_blocks.{}.",
-            {
-                "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
-                "linear2": "proj_out",
-                "modulation.lin": "norm.linear",
-            },
-        ),
-        **_blocks(
-            "",
-            "",
-            {
-                "img_in": "x_embedder",
-                "txt_in": "context_embedder",
-                "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-                "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-                "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-                "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-                "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-                "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-                "final_layer.linear": "proj_out",
-            },
-        ),
-    },
-    "flux2_klein": {
-        **_blocks(
-            "double_blocks.{}.",
-            "transformer_blocks.{}.",
-            _FLUX_ATTENTION
-            | {
-                "img_mlp.0": "ff.linear_in",
-                "img_mlp.2": "ff.linear_out",
-                "txt_mlp.0": "ff_context.linear_in",
-                "txt_mlp.2": "ff_context.linear_out",
-            },
-        ),
-        **_blocks(
-            "single_blocks.{}.",
-            "single_transformer_blocks.{}.attn.",
-            {"linear1": "to_qkv_mlp_proj", "linear2": "to_out"},
-        ),
-        **_blocks("", "", {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}),
-    },
-    "qwen_image": {
-        **_same("transformer_blocks.{}.", f"{_JOINT} img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj"),
-        **_same("transformer_blocks.{}.", "txt_mlp.net.2 img_mod.1 txt_mod.1"),
-        **_same("", "img_in txt_in proj_out norm_out.linear"),
-    },
-    "sana": {
-        **_same("transformer_blocks.{}.attn1.", "to_q to_k to_v to_out.0"),
-        **_same("transformer_blocks.{}.attn2.", "to_q to_k to_v to_out.0"),
-        **_same("transformer_blocks.{}.ff.", "conv_inverted conv_depth conv_point"),
-    },
-    "sd3": _blocks("joint_blocks.{}.", "transformer_blocks.{}.", _SD3_BLOCK)
-    | _blocks("", "", {"context_embedder": "context_embedder", "final_layer.linear": "proj_out"}),
-    "wan": {
-        **_blocks("blocks.{}.self_attn.", "blocks.{}.attn1.", {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}),
-        **_blocks(
-            "blocks.{}.cross_attn.", "blocks.{}.attn2.", {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
-        ),
-        **_blocks("blocks.{}.cross_attn.", "blocks.{}.attn2.", {"k_img": "add_k_proj", "v_img": "add_v_proj"}),
-        **_blocks("blocks.{}.ffn.", "blocks.{}.ffn.", {"0": "net.0.proj", "2": "net.2"}),
-        **_blocks(
-            "",
-            "condition_embedder.",
-            {
-                "text_embedding.0": "text_embedder.linear_1",
-                "text_embedding.2": "text_embedder.linear_2",
-                "time_embedding.0": "time_embedder.linear_1",
-                "time_embedding.2": "time_embedder.linear_2",
-                "time_projection.1": "time_proj",
-            },
-        ),
-        **_blocks("", "", {"head.head": "proj_out"}),
-    },
-    "z_image": {
-        **_blocks("layers.{}.", "layers.{}.", _Z_IMAGE_BLOCK),
-        **_blocks("noise_refiner.{}.", "noise_refiner.{}.", _Z_IMAGE_BLOCK),
-        **_blocks("context_refiner.{}.", "context_refiner.{}.", _Z_IMAGE_BLOCK),
-        **_same("", "cap_embedder.1 t_embedder.mlp.0 t_embedder.mlp.2"),
-    },
-}
+KEYS = (
+    r"(?P<layer>.+)\.lora_(?P<side>A|B)(?:(?:\.(?P<adapter>[^.]+))?\.weight)?",  # PEFT's
+    r"(?P<layer>.+)\.lora(?:_|\.|_linear_layer\.)(?P<side>down|up)\.weight",  # kohya's, and diffusers' of old
+    r"(?P<layer>.+_lora\d?)\.(?P<side>down|up)\.weight",  # XLabs'
+    r"(?P<layer>.+)\.(?P<side>alpha)",
+)
 
 SIZES: dict[str, tuple[tuple[int, int], ...]] = {
     "flux": ((3072, 19),),
@@ -192,6 +68,18 @@ HEADERS = (
 """Patterns of `modelspec.architecture` and `ss_base_model_version` with their family; the first that fits counts."""
 
 
+def split_key(key: str) -> tuple[str, str, str] | None:
+    """A file's key as (name of the layer, `down`, `up` or `alpha`, PEFT's name of the adapter, which may be empty).
+
+    None: it is no key of a plain LoRA.
+    """
+    for form in KEYS:
+        if found := re.fullmatch(form, key):
+            side = {"A": "down", "B": "up"}.get(found["side"], found["side"])
+            return found["layer"], side, found.groupdict().get("adapter") or ""
+    return None
+
+
 def diffusers_names(name: str, family: str | None) -> tuple[str, ...]:
     """The diffusers layers that a file's key stands for, such as `lora_unet_double_blocks_3_img_attn_qkv`.
 
@@ -199,13 +87,23 @@ def diffusers_names(name: str, family: str | None) -> tuple[str, ...]:
     for a name with underscores that is unknown.
     """
     original, diffusers = _tables(family)
-    for prefix in (KOHYA_PREFIX, "lora_transformer_"):
-        if name.startswith(prefix):
-            flat = name.removeprefix(prefix)
-            return _look_up(flat, original, flat=True) or _look_up(flat, diffusers, flat=True)
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return _look_up(name, original) or (name,)
+    bare, flat = _without_prefix(name)
+    found = _look_up(bare, original, flat) or (_look_up(bare, diffusers, flat) if flat else (bare,))
+    if found in ((), (bare,)) and (part := re.fullmatch(r"(.+)[._](\d)", bare)):  # one part of a fused layer
+        parts = _look_up(part[1], original, flat)
+        return parts[int(part[2]) :][:1] if len(parts) > 1 else found
+    return found
+
+
+def is_exchanged(name: str, family: str | None) -> bool:
+    """Whether a file's key stands for a layer with a shift and a scale, which diffusers has the other way round."""
+    bare, flat = _without_prefix(name)
+    return bool(_look_up(bare, {form: (form,) for form in EXCHANGED.get(family or "", ())}, flat))
+
+
+def needs_original_names(family: str, layers: Iterable[str]) -> bool:
+    """Whether ComfyUI knows some of these diffusers layers by their original names alone."""
+    return family in UNMAPPED and any(re.fullmatch(UNMAPPED[family], layer) for layer in layers)
 
 
 def original_rows(layer: str, family: str) -> tuple[str, int, int, int] | None:
@@ -272,7 +170,16 @@ def _by_size(families: list[str], names: Mapping[str, tuple[int, ...]]) -> list[
 def _tables(family: str | None) -> tuple[Names, Names]:
     """A family's layers by original and by diffusers' names; both tables are empty for an unknown family."""
     original = NAMES.get(family or "", {})
-    return original, {part: (part,) for parts in original.values() for part in parts}
+    diffusers: Names = {part: (part,) for parts in original.values() for part in parts}
+    return original | ALIASES.get(family or "", {}), diffusers
+
+
+def _without_prefix(name: str) -> tuple[str, bool]:
+    """A file's name of a layer without what trainers put before it, and whether it has underscores in place of dots."""
+    for prefix in FLAT_PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix).lstrip("_"), True
+    return re.sub(f"^{PREFIXES}", "", name.replace("_orig_mod.", "")), False
 
 
 def _look_up(name: str, table: Names, flat: bool = False) -> tuple[str, ...]:

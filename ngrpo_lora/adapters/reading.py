@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ngrpo_lora.adapters.finding import STANDARD_NAMES, find_adapter, refuse_pickle
-from ngrpo_lora.adapters.names import KOHYA_PREFIX, diffusers_names, guess_family, row_shares
+from ngrpo_lora.adapters.names import KOHYA_PREFIX, diffusers_names, guess_family, is_exchanged, row_shares, split_key
 from ngrpo_lora.errors import UserError
 
 __all__ = ["AdapterFile", "Layer", "check_fits", "examples", "read_adapter_file", "read_metadata", "warn_of_alpha"]
@@ -30,17 +30,6 @@ log = logging.getLogger(__name__)
 AlphaSource = Literal["tensors", "header", "adapter_config.json", "kohya header", "unsaid"]
 
 
-PARTS = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".alpha": "alpha",
-}
 OTHER_METHODS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", ".lokr_": "LoKr", ".hada_": "LoHa"}
 TEXT_ENCODERS = r"(?:base_model\.model\.)?(lora_te\d*|text_encoder(?:_\d)?)[._](.+)"
 
@@ -69,6 +58,12 @@ class Layer:
     def delta(self) -> Tensor:
         """The change of the layer's weight in float32: (out, in), of a convolution (out, in * k * k)."""
         return self.folded.flatten(1) @ self.down.float().flatten(1)
+
+    def exchanged(self) -> Layer:
+        """The same with the halves of its rows exchanged, where they are a shift and a scale of `in` rows each."""
+        if len(self.up) != 2 * self.down.shape[1]:
+            return self
+        return Layer(self.down, self.up.roll(len(self.up) // 2, 0), self.scale)
 
     def norm(self) -> float:
         """Frobenius norm of the weight's change, from two (r, r) products."""
@@ -134,10 +129,11 @@ def read_adapter_file(
     pairs = _pairs(path, tensors)
     widths = {name: (pair["up"].shape[0], pair["down"].shape[1]) for name, pair in pairs.items()}
     guess = guess_family(widths, metadata)
-    source, scales = _scales(path, metadata, pairs, guess if family is None else family)
+    known = guess if family is None else family
+    source, scales = _scales(path, metadata, pairs, known)
     layers: dict[str, Layer] = {}
     for name, pair in pairs.items():
-        names = diffusers_names(name, guess if family is None else family)
+        names = diffusers_names(name, known)
         if not names:
             what = "that no model known here has" if family is None else f"that {family} does not have"
             raise _refused(path, f"it adapts a layer {what}, {name!r}")
@@ -147,7 +143,7 @@ def read_adapter_file(
         for part, part_layer in zip(names, _split(path, name, layer, names), strict=True):
             if part in layers:
                 raise _refused(path, f"it adapts {part!r} twice")
-            layers[part] = part_layer
+            layers[part] = part_layer.exchanged() if is_exchanged(name, known) else part_layer
     first = next(iter(tensors))
     prefix = next((p for p in (KOHYA_PREFIX, "lora_transformer_") if first.startswith(p)), first.partition(".")[0])
     return AdapterFile(path, metadata, layers, guess, prefix, source, texts)
@@ -181,13 +177,14 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     if other := {method for key in tensors for mark, method in OTHER_METHODS.items() if mark in key}:
         raise _refused(path, f"it is a {', '.join(sorted(other))}, not a plain pair of matrices a layer")
     pairs: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        suffix = next((suffix for suffix in PARTS if key.endswith(suffix)), None)
-        if suffix is None:
-            unknown.append(key)
-        else:
-            pairs.setdefault(key.removesuffix(suffix), {})[PARTS[suffix]] = tensor
+    unknown = [key for key in tensors if split_key(key) is None]
+    split = [(found, tensor) for key, tensor in tensors.items() if (found := split_key(key))]
+    if len(adapters := sorted({adapter for (_, _, adapter), _ in split if adapter})) > 1:
+        raise _refused(path, f"it holds {len(adapters)} adapters ({examples(adapters)}); save one of them alone")
+    for (name, part, _), tensor in split:
+        if part in pairs.setdefault(name, {}):
+            raise _refused(path, f"it has the {part} matrix of {name!r} twice, under two names")
+        pairs[name][part] = tensor
     if not pairs:
         raise _refused(path, f"none of its keys is one of a LoRA ({examples(unknown)})")
     if unknown:
@@ -287,7 +284,7 @@ def _sides(module: nn.Module) -> tuple[int, ...] | None:
     base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
     if isinstance(base, nn.Linear):
         return (base.out_features, base.in_features)
-    if isinstance(base, nn.Conv2d):
+    if isinstance(base, nn.Conv2d | nn.Conv3d):
         return (base.out_channels, base.in_channels // base.groups, *base.kernel_size)
     return None
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from safetensors import safe_open
 
 from ngrpo_lora.adapters.finding import find_adapter
-from ngrpo_lora.adapters.names import FORMATS, KOHYA_PREFIX, NATIVE_FORMATS
+from ngrpo_lora.adapters.names import FORMATS, KOHYA_PREFIX, needs_original_names
 from ngrpo_lora.adapters.reading import AdapterFile, read_adapter_file, read_metadata
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.records.files import digest
@@ -121,7 +121,9 @@ def readers(file: AdapterFile) -> list[str]:
     formats, native = FORMATS[file.family], file.prefix == "diffusion_model"
     flat, plain = file.prefix == KOHYA_PREFIX, file.prefix == "transformer"
     by_diffusers = plain or (flat and "kohya" in formats) or (native and file.family in CONVERTED_BY_DIFFUSERS)
-    by_comfyui = "comfyui" in formats and (flat or native or (plain and file.family not in NATIVE_FORMATS))
+    by_comfyui = "comfyui" in formats and (
+        flat or native or (plain and not needs_original_names(file.family, file.layers))
+    )
     return ["diffusers"] * by_diffusers + ["comfyui"] * by_comfyui
 
 

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ngrpo_lora.adapters.names import FORMATS, KOHYA_PREFIX, NAMES, NATIVE_FORMATS, row_shares
+from ngrpo_lora.adapters.layers import NAMES
+from ngrpo_lora.adapters.names import FORMATS, KOHYA_PREFIX, is_exchanged, needs_original_names, row_shares
 from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.records.files import written
@@ -56,7 +57,7 @@ def convert(file: AdapterFile, form: Format) -> tuple[dict[str, Tensor], dict[st
     metadata = {key: value for key, value in file.metadata.items() if key != "lora_adapter_metadata"}
     rank = Counter(layer.rank for layer in file.layers.values()).most_common(1)[0][0]
     metadata |= {"format": "pt", "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
-    if form == "diffusers" or (form == "comfyui" and family not in NATIVE_FORMATS):
+    if form == "diffusers" or (form == "comfyui" and not needs_original_names(family, file.layers)):
         return state_dict(file.layers), metadata | {"lora_adapter_metadata": peft_metadata(file.layers)}
     originals = _originals(file, family)
     if form == "comfyui":
@@ -91,7 +92,8 @@ def _originals(file: AdapterFile, family: str) -> dict[str, Layer]:
             parts = [part.format(number) for part in forms]
             layers = [left.pop(part, None) for part in parts]
             if any(layers):
-                originals[form.format(number)] = _fuse(layers, row_shares(parts))
+                name, fused = form.format(number), _fuse(layers, row_shares(parts))
+                originals[name] = fused.exchanged() if is_exchanged(name, family) else fused
     if left:
         raise UserError(
             f"adapter {str(file.path)!r} adapts layers that have no name in this format ({examples(left)}); "
