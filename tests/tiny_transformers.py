@@ -109,6 +109,27 @@ MAKERS: dict[str, Callable[[], Any]] = {
 }
 
 
+OPTIONAL: dict[str, dict[str, Any]] = {
+    "flux": {"guidance_embeds": True},
+    "flux2_klein": {"guidance_embeds": True},
+    "wan": {"image_dim": 16, "added_kv_proj_dim": 24},
+    "z_image": {"siglip_feat_dim": 16},
+}
+
+
+def complete(family: str) -> Any:
+    """The transformer with every layer that some model of the family has."""
+    plain = MAKERS[family]()
+    config = {key: value for key, value in plain.config.items() if key != "_use_default_values"}
+    return type(plain).from_config(config | OPTIONAL.get(family, {})).eval().requires_grad_(False)
+
+
+def adaptable(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights that a LoRA can adapt, by their layers' names."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {name: (*m.weight.shape,) for name, m in transformer.named_modules() if isinstance(m, kinds)}
+
+
 def make(family: str) -> Any:
     """The transformer, every weight random."""
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["ALIASES", "EXCHANGED", "NAMES", "Names"]
+__all__ = ["ALIASES", "EXCHANGED", "NAMES", "XLABS", "Names"]
 
 Names = dict[str, tuple[str, ...]]
 """Each original layer, with `{}` for the number of its block, and the diffusers layers that it consists of."""
@@ -109,8 +109,9 @@ _WAN_CONDITIONS = {
 _Z_IMAGE_BLOCK = {
     "attention.qkv": "attention.to_q attention.to_k attention.to_v",
     "attention.out": "attention.to_out.0",
-    **{name: name for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0")},
+    **{name: name for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")},
 }
+_Z_IMAGE_MODULATED = _Z_IMAGE_BLOCK | {"adaLN_modulation.0": "adaLN_modulation.0"}
 _Z_IMAGE_ENDS = {
     "x_embedder": "all_x_embedder.2-1",
     "final_layer.linear": "all_final_layer.2-1.linear",
@@ -166,8 +167,8 @@ NAMES: dict[str, Names] = {  # by family
         **_blocks("", "", {"patch_embedding": "patch_embedding", "head.head": "proj_out"}),
     },
     "z_image": {
-        **_blocks("layers.{}.", "layers.{}.", _Z_IMAGE_BLOCK),
-        **_blocks("noise_refiner.{}.", "noise_refiner.{}.", _Z_IMAGE_BLOCK),
+        **_blocks("layers.{}.", "layers.{}.", _Z_IMAGE_MODULATED),
+        **_blocks("noise_refiner.{}.", "noise_refiner.{}.", _Z_IMAGE_MODULATED),
         **_blocks("context_refiner.{}.", "context_refiner.{}.", _Z_IMAGE_BLOCK),
         **_blocks("siglip_refiner.{}.", "siglip_refiner.{}.", _Z_IMAGE_BLOCK),
         **_same("", "cap_embedder.1 siglip_embedder.1 t_embedder.mlp.0 t_embedder.mlp.2"),
@@ -185,28 +186,27 @@ EXCHANGED: dict[str, tuple[str, ...]] = {
 Of SD3's context blocks only the last is such a layer; the others have six parts, in the same order in both.
 """
 
+XLABS: Names = {
+    **_blocks(
+        "double_blocks.{}.processor.",
+        "transformer_blocks.{}.attn.",
+        {
+            "qkv_lora1": "to_q to_k to_v",
+            "proj_lora1": "to_out.0",
+            "qkv_lora2": "add_q_proj add_k_proj add_v_proj",
+            "proj_lora2": "to_add_out",
+        },
+    ),
+    **_blocks(
+        "single_blocks.{}.processor.",
+        "single_transformer_blocks.{}.",
+        {"qkv_lora": "attn.to_q attn.to_k attn.to_v", "proj_lora": "proj_out"},
+    ),
+}
+"""XLabs' names of FLUX.1's layers; in single blocks its queries, keys and values are without the feed-forward layer."""
+
 ALIASES: dict[str, Names] = {
-    "flux": {
-        **_blocks(
-            "double_blocks.{}.processor.",
-            "transformer_blocks.{}.attn.",
-            {
-                "qkv_lora1": "to_q to_k to_v",
-                "proj_lora1": "to_out.0",
-                "qkv_lora2": "add_q_proj add_k_proj add_v_proj",
-                "proj_lora2": "to_add_out",
-            },
-        ),
-        **_blocks(
-            "single_blocks.{}.",
-            "single_transformer_blocks.{}.",
-            {
-                "processor.qkv_lora": "attn.to_q attn.to_k attn.to_v",
-                "processor.proj_lora": "proj_out",
-                "linear1_qkv": "attn.to_q attn.to_k attn.to_v",
-            },
-        ),
-    },
+    "flux": XLABS | {"single_blocks.{}.linear1_qkv": XLABS["single_blocks.{}.processor.qkv_lora"]},
     "flux2_klein": _blocks(
         "sformer_blocks.{}.",
         "transformer_blocks.{}.",

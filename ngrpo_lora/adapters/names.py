@@ -13,8 +13,10 @@ from functools import cache
 from ngrpo_lora.adapters.layers import ALIASES, EXCHANGED, NAMES, Names
 
 __all__ = [
+    "BLOCK_NUMBER",
     "FORMATS",
     "KOHYA_PREFIX",
+    "UNMAPPED",
     "diffusers_names",
     "guess_family",
     "is_exchanged",
@@ -38,8 +40,14 @@ KOHYA_PREFIX = "lora_unet_"
 FLAT_PREFIXES = (KOHYA_PREFIX, "lora_transformer_", "lycoris_")
 PREFIXES = r"(?:(?:base_model|model|module|pipe|dit|diffusion_model|transformer)\.)*"
 
-UNMAPPED = {"flux2_klein": r"time_guidance_embed\..*|\w+_stream_modulation\w*\.linear", "wan": ".*"}
+UNMAPPED = {
+    "flux2_klein": r"time_guidance_embed\..*|\w+_stream_modulation\w*\.linear",
+    "wan": ".*",
+    "z_image": "siglip_.*",
+}
 """By family, the layers whose diffusers name ComfyUI does not know; it knows every original name."""
+
+BLOCK_NUMBER = r"(?<=blocks[._])\d+|(?<=layers[._])\d+|(?<=refiner[._])\d+"
 
 KEYS = (
     r"(?P<layer>.+)\.lora_(?P<side>A|B)(?:(?:\.(?P<adapter>[^.]+))?\.weight)?",  # PEFT's
@@ -184,7 +192,7 @@ def _without_prefix(name: str) -> tuple[str, bool]:
 
 def _look_up(name: str, table: Names, flat: bool = False) -> tuple[str, ...]:
     """The layers that a name stands for in a table; `flat` names have underscores in place of dots."""
-    numbers = re.findall(r"(?<=blocks[._])\d+|(?<=layers[._])\d+|(?<=refiner[._])\d+", name)
+    numbers = re.findall(BLOCK_NUMBER, name)
     number = numbers[0] if numbers else ""
     for form, layers in table.items():
         if (form.replace(".", "_") if flat else form).replace("{}", number, 1) == name:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ngrpo_lora.adapters.finding import STANDARD_NAMES, find_adapter, refuse_pickle
-from ngrpo_lora.adapters.names import KOHYA_PREFIX, diffusers_names, guess_family, is_exchanged, row_shares, split_key
+from ngrpo_lora.adapters.names import diffusers_names, guess_family, is_exchanged, row_shares, split_key
+from ngrpo_lora.adapters.namings import naming_of
 from ngrpo_lora.errors import UserError
 
 __all__ = ["AdapterFile", "Layer", "check_fits", "examples", "read_adapter_file", "read_metadata", "warn_of_alpha"]
@@ -82,8 +83,8 @@ class AdapterFile:
     """LoRA pairs by diffusers' names of the transformer's layers."""
     family: str | None
     """Family of the model that the file fits, by the names and sizes of its layers; None where that is not clear."""
-    prefix: str
-    """Prefix of the file's keys, such as `transformer` or `lora_unet_`."""
+    naming: str
+    """How the file calls layers, a name of `namings.NAMINGS`; empty where it is none of them."""
     alpha: AlphaSource
     """Where the file states alpha; `unsaid` counts as equal to the rank."""
     texts: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -125,7 +126,7 @@ def read_adapter_file(
         shown = ", ".join(f"{len(layers)} layers of {encoder}" for encoder, layers in texts.items())
         raise _refused(path, f"it adapts text encoders too ({shown}), which are left as they are here")
     if texts and not tensors:
-        return AdapterFile(path, metadata, {}, None, next(iter(texts)), "unsaid", texts)
+        return AdapterFile(path, metadata, {}, None, "", "unsaid", texts)
     pairs = _pairs(path, tensors)
     widths = {name: (pair["up"].shape[0], pair["down"].shape[1]) for name, pair in pairs.items()}
     guess = guess_family(widths, metadata)
@@ -144,9 +145,7 @@ def read_adapter_file(
             if part in layers:
                 raise _refused(path, f"it adapts {part!r} twice")
             layers[part] = part_layer.exchanged() if is_exchanged(name, known) else part_layer
-    first = next(iter(tensors))
-    prefix = next((p for p in (KOHYA_PREFIX, "lora_transformer_") if first.startswith(p)), first.partition(".")[0])
-    return AdapterFile(path, metadata, layers, guess, prefix, source, texts)
+    return AdapterFile(path, metadata, layers, guess, naming_of(tensors, known), source, texts)
 
 
 def _refused(path: Path, why: str) -> UserError:

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from safetensors import safe_open
 
+from ngrpo_lora.adapters import namings
 from ngrpo_lora.adapters.finding import find_adapter
-from ngrpo_lora.adapters.names import FORMATS, KOHYA_PREFIX, needs_original_names
+from ngrpo_lora.adapters.names import FORMATS, KOHYA_PREFIX
 from ngrpo_lora.adapters.reading import AdapterFile, read_adapter_file, read_metadata
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.records.files import digest
@@ -28,7 +29,6 @@ UNET_KEYS = r"(down|up|input|output|mid|middle)_block"
 FEED_FORWARD = (
     r"(\.|^)(ff|ff_context|ffn|feed_forward|img_mlp|txt_mlp|proj_mlp)(\.|$)|^single_transformer_blocks.*proj_out$"
 )
-CONVERTED_BY_DIFFUSERS = ("flux2_klein", "qwen_image", "wan", "z_image")  # from ComfyUI's names
 ALPHA_ADVICE = {
     "header": "diffusers applies it, ComfyUI does not",
     "adapter_config.json": "PEFT applies it, diffusers and ComfyUI do not",
@@ -107,6 +107,7 @@ def trainer(metadata: Mapping[str, str], keys: list[str]) -> str:
         KOHYA_PREFIX: "kohya's sd-scripts or musubi-tuner",
         "lora_te": "kohya's sd-scripts",
         "lora_transformer_": "OneTrainer",
+        "lycoris_": "LyCORIS or SimpleTuner",
         "base_model.model.": "PEFT",
         "diffusion_model.": "a trainer with ComfyUI's names (ai-toolkit, diffusion-pipe)",
         "transformer.": "diffusers",
@@ -116,15 +117,7 @@ def trainer(metadata: Mapping[str, str], keys: list[str]) -> str:
 
 def readers(file: AdapterFile) -> list[str]:
     """Which of diffusers and ComfyUI understand all of the file's layer names."""
-    if file.family is None:
-        return []
-    formats, native = FORMATS[file.family], file.prefix == "diffusion_model"
-    flat, plain = file.prefix == KOHYA_PREFIX, file.prefix == "transformer"
-    by_diffusers = plain or (flat and "kohya" in formats) or (native and file.family in CONVERTED_BY_DIFFUSERS)
-    by_comfyui = "comfyui" in formats and (
-        flat or native or (plain and not needs_original_names(file.family, file.layers))
-    )
-    return ["diffusers"] * by_diffusers + ["comfyui"] * by_comfyui
+    return [] if file.family is None else namings.readers(file.naming, file.family, file.layers)
 
 
 def alpha(file: AdapterFile) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Writes LoRA layers in the format that is asked for, with alpha folded in.
 
-Formats (`names.py` has the names): `diffusers` is `transformer.<diffusers layer>.lora_A/.lora_B`; `comfyui` the same
-where ComfyUI maps these names, else `diffusion_model.<original layer>`; `kohya` is
+Formats (`layers.py` has the names): `diffusers` is `transformer.<diffusers layer>.lora_A/.lora_B`; `comfyui` the same
+where ComfyUI maps all these names, else `diffusion_model.<original layer>`; `kohya` is
 `lora_unet_<original_layer>.lora_down/.lora_up/.alpha`, its fused layers block diagonal. Alpha is folded in because
 ComfyUI reads none from the header, and diffusers none from kohya's.
 """
@@ -9,6 +9,7 @@ ComfyUI reads none from the header, and diffusers none from kohya's.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from ngrpo_lora.adapters.layers import NAMES
 from ngrpo_lora.adapters.names import FORMATS, KOHYA_PREFIX, is_exchanged, needs_original_names, row_shares
+from ngrpo_lora.adapters.namings import left_out
 from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.records.files import written
 
 __all__ = ["Format", "convert", "save_tensors", "state_dict"]
 
+log = logging.getLogger(__name__)
 
 Format = Literal["diffusers", "comfyui", "kohya"]
 
@@ -64,6 +67,9 @@ def convert(file: AdapterFile, form: Format) -> tuple[dict[str, Tensor], dict[st
         folded = {f"diffusion_model.{name}": layer for name, layer in originals.items()}
         return {key.removeprefix("transformer."): tensor for key, tensor in state_dict(folded).items()}, metadata
     _check_kohya(file, family, originals)
+    if missing := left_out("diffusers", "kohya", family, file.layers):
+        what = "of kohya's names diffusers leaves out %s; ComfyUI and kohya's own tools read them"
+        log.warning(what, examples(missing))
     tensors = {}
     for name, layer in originals.items():
         flat = KOHYA_PREFIX + name.replace(".", "_")
@@ -130,7 +136,12 @@ def _check_kohya(file: AdapterFile, family: str, originals: Mapping[str, Layer])
                     "give --format comfyui"
                 )
     if family == "wan":
-        blocks = {name.split(".")[1] for name in originals if name.startswith("blocks.")}
+        if outside := [name for name in originals if not name.startswith("blocks.")]:
+            raise UserError(
+                f"--format kohya has names that diffusers reads for Wan's blocks alone, but {str(file.path)!r} adapts "
+                f"{examples(outside)} too; give --format comfyui"
+            )
+        blocks = {name.split(".")[1] for name in originals}
         layers = [form for form in NAMES["wan"] if form.startswith("blocks.") and not form.endswith("_img")]
         expected = {form.format(block) for form in layers for block in blocks}
         if missing := sorted(expected - originals.keys()):

@@ -6,7 +6,7 @@ from ngrpo_lora.cli.app import app, group
 __all__ = ["app"]
 
 for command in (
-    *(train.train, sample.sample, adapters.info, adapters.export, adapters.merge),
+    *(train.train, sample.sample, adapters.info, adapters.formats, adapters.export, adapters.merge),
     *(evaluate.score, evaluate.compare, evaluate.curves, evaluate.report, push.push),
     *(inspect.config, inspect.plan, inspect.presets, inspect.rewards, reward_server.reward_server),
     doctor.doctor,

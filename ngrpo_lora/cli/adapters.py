@@ -1,10 +1,10 @@
-"""`ngrpo info`, `export` and `merge`: LoRA files."""
+"""`ngrpo info`, `formats`, `export` and `merge`: LoRA files."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,6 +38,52 @@ def info(
             table.add_row(Text(name, style="bold"), Text(value))
         print_table(table)
         typer.echo()
+
+
+def formats(as_json: Annotated[bool, typer.Option("--json", help="As a JSON list, one entry a cell.")] = False) -> None:
+    """Say how trainers name the layers in LoRA files, and who reads and writes which names, for every model family."""
+    from ngrpo_lora.adapters.layers import NAMES
+    from ngrpo_lora.adapters.namings import cells
+
+    said = [*cells()]
+    if as_json:
+        typer.echo(json.dumps(said, indent=1))
+        return
+
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("naming", "key", *NAMES, "written by", box=None, pad_edge=False)
+    for naming in dict.fromkeys(cell["naming"] for cell in said):
+        row = {cell["family"]: cell for cell in said if cell["naming"] == naming}
+        one = next(iter(row.values()))
+        marks = [_marks(row[family]) if family in row else "" for family in NAMES]
+        table.add_row(*map(Text, (naming, one["key"], *marks, one["trainers"])))
+    print_table(table)
+    typer.echo(
+        "\n{diffusers}, {original}: the layer's name there, {diffusers_}, {original_}: with underscores for dots,"
+    )
+    typer.echo("{part}: the original name and, where it is several of diffusers' layers, the number of one.")
+    typer.echo(
+        "R: read here. W: written by `ngrpo export`. D: read by diffusers, d: but for the layers below. C, c: ComfyUI."
+    )
+    lacking: dict[tuple[str, str, str], list[str]] = {}
+    for cell in said:
+        for reader, missing in cell["readers"].items():
+            if missing:
+                lacking.setdefault((cell["family"], reader, ", ".join(missing)), []).append(cell["naming"])
+    lacks = Table("family", "reader", "leaves out", "of files named as", box=None, pad_edge=False)
+    for (family, reader, missing), names in lacking.items():
+        lacks.add_row(*map(Text, (family, reader, missing, ", ".join(names))))
+    typer.echo()
+    print_table(lacks)
+
+
+def _marks(cell: dict[str, Any]) -> str:
+    """Who reads and writes one family's layers in one naming, as letters."""
+    letters = {"diffusers": "D", "comfyui": "C"}
+    known = [letters[reader].lower() if missing else letters[reader] for reader, missing in cell["readers"].items()]
+    return "".join(["R", *["W"] * (cell["written"] is not None), *known])
 
 
 def export(

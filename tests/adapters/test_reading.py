@@ -62,6 +62,7 @@ def test_kohyas_flux_is_read_as_diffusers_reads_it(tmp_path: Path):
         "base_model.model.{}.lora_{}.weight",
         "{}.lora_{}.weight",
         "{}.lora_{}.default.weight",
+        "base_model.model.{}.lora_{}.my_adapter.weight",
     ],
 )
 @pytest.mark.parametrize("family", ["sd3", "z_image"])
@@ -167,6 +168,11 @@ GOOD = {f"{LAYER}.lora_A.weight": torch.ones(2, 32), f"{LAYER}.lora_B.weight": t
         ({"transformer.x.lora_A.weight": torch.ones(2, 2)}, "only one of the two matrices is there for transformer.x"),
         ({f"{LAYER}.lora_A.weight": torch.ones(3, 32)}, r"do not fit each other: \(3, 32\) and \(32, 2\)"),
         ({"lora_unet_nothing.lora_down.weight": torch.ones(2, 2)}, "only one of the two"),
+        ({f"{LAYER}.lora_down.weight": torch.ones(2, 32)}, "has the down matrix of .* twice, under two names"),
+        (
+            {f"{LAYER}.lora_A.{name}.weight": torch.ones(2, 32) for name in ("day", "night")},
+            r"it holds 2 adapters \(day, night\); save one of them alone",
+        ),
     ],
 )
 def test_what_is_not_wholly_a_lora_is_refused_with_examples(changes: dict[str, Tensor], message: str, tmp_path: Path):

@@ -50,6 +50,15 @@ def test_info_tells_what_is_of_other_trainers_and_what_is_of_no_use_here(tmp_pat
     assert "none of its keys is one of a LoRA (weight)" in refuse("info", tmp_path / "no.safetensors")
 
 
+def test_info_names_the_readers_that_take_every_layer(tmp_path: Path):
+    pair = {"lora_down": torch.ones(2, 32), "lora_up": torch.ones(32, 2)}
+    layers = ("double_blocks_0_img_attn_proj", "single_blocks_0_modulation_lin", "img_in")  # diffusers loses the last
+    for count, readers in ((2, ["diffusers", "comfyui"]), (3, ["comfyui"])):
+        tensors = {f"lora_unet_{name}.{part}.weight": one for name in layers[:count] for part, one in pair.items()}
+        save_file(tensors, tmp_path / "x.safetensors", {"ss_base_model_version": "flux1"})
+        assert describe(tmp_path / "x.safetensors")["readers"] == readers
+
+
 TEXT_LAYERS = {  # as kohya's sd-scripts, diffusers, older diffusers and PEFT write them
     "lora_te1": (
         "CLIP",
