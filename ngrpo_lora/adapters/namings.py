@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from ngrpo_lora.adapters.layers import NAMES, XLABS, Names
-from ngrpo_lora.adapters.names import BLOCK_NUMBER, FORMATS, UNMAPPED, split_key
+from ngrpo_lora.adapters.names import BLOCK_NUMBER, FORMATS, UNMAPPED
 
 __all__ = ["NAMINGS", "READERS", "Naming", "cells", "left_out", "naming_of", "readers"]
 
@@ -65,6 +65,8 @@ NAMINGS = (
     Naming("LyCORIS", "lycoris_{diffusers_}.lora_down.weight", "LyCORIS, SimpleTuner"),
     Naming("XLabs", "{original}.down.weight", "XLabs", ("flux",)),
 )
+
+DOWN = r"(\.lora_A(\.[^.]+)?|\.lora_down|_lora\d?\.down)\.weight$"  # ends of a down matrix's key in these namings
 
 NO_BLOCK = r"(?!(single_transformer_|transformer_)?blocks\.).*"
 SIGLIP = UNMAPPED["z_image"]
@@ -136,9 +138,9 @@ def readers(naming: str, family: str, layers: Iterable[str]) -> list[str]:
 
 def naming_of(keys: Iterable[str], family: str | None) -> str:
     """The naming that has all of a file's keys, or an empty text where none does, as in mixed files."""
-    if family is None:
+    downs = [key for key in keys if re.search(DOWN, key)]
+    if family is None or not downs:
         return ""
-    downs = [key for key in keys if (found := split_key(key)) and found[1] == "down"]
     found = {re.sub(r"(?<=\.lora_A\.)[^.]+(?=\.weight$)", "default", re.sub(BLOCK_NUMBER, "{}", key)) for key in downs}
     for naming in NAMINGS:
         if family in naming.families:

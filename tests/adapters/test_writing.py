@@ -11,7 +11,7 @@ from lora_files import effect, flux1_layers, loaded_output, merged_output, relat
 from tiny_transformers import MAKERS, make, output, random_layers
 
 from ngrpo_lora.adapters.names import FORMATS
-from ngrpo_lora.adapters.reading import AdapterFile, Layer, read_adapter_file
+from ngrpo_lora.adapters.reading import Layer, read_adapter_file
 from ngrpo_lora.adapters.writing import Format, convert, save_tensors, state_dict
 from ngrpo_lora.errors import UserError
 
@@ -105,21 +105,18 @@ def test_kohyas_format_needs_the_width_that_diffusers_expects(tmp_path: Path):
 
 
 def test_kohyas_format_says_which_layers_diffusers_would_leave_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    layers = {
-        name: Layer(torch.ones(1, 32), torch.ones(32, 1)) for name in ("x_embedder", "transformer_blocks.0.ff.net.2")
-    }
-    convert(AdapterFile(tmp_path, {}, layers, "flux", "", "header"), "kohya")
+    layers = {"transformer_blocks.0.ff.net.2": Layer(torch.ones(1, 128), torch.ones(32, 1))}
+    convert(read_adapter_file(write(tmp_path / "blocks.safetensors", layers, "flux")), "kohya")
+    assert not caplog.records
+    layers["x_embedder"] = Layer(torch.ones(1, 16), torch.ones(32, 1))
+    convert(read_adapter_file(write(tmp_path / "more.safetensors", layers, "flux")), "kohya")
     (record,) = caplog.records
     assert "of kohya's names diffusers leaves out x_embedder; ComfyUI" in record.getMessage()
-    caplog.clear()
-    layers.pop("x_embedder")
-    convert(AdapterFile(tmp_path, {}, layers, "flux", "", "header"), "kohya")
-    assert not caplog.records
 
 
 def test_of_wan_kohyas_format_has_blocks_alone(tmp_path: Path):
     layers = random_layers("wan", make("wan")) | {"proj_out": Layer(torch.ones(1, 24), torch.ones(16, 1))}
-    file = AdapterFile(tmp_path, {}, layers, "wan", "", "header")
+    file = read_adapter_file(write(tmp_path / "x.safetensors", layers, "wan"))
     with pytest.raises(UserError, match=r"for Wan's blocks alone, but .* adapts head.head too; give --format comfyui"):
         convert(file, "kohya")
     assert "diffusion_model.head.head.lora_A.weight" in convert(file, "comfyui")[0]
