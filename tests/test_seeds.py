@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from ngrpo_lora.seeds import derive_seed
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.seeds import consecutive_seeds, derive_seed
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
@@ -26,3 +27,11 @@ def test_no_label_runs_into_the_next_and_a_seed_has_63_bits():
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= derive_seed(label) < 2**63 for label in range(100))
     assert max(derive_seed(label) for label in range(100)) > 2**62
+
+
+def test_seeds_that_follow_one_another_end_where_generators_do():
+    assert list(consecutive_seeds(7, 2)) == [7, 8]
+    assert list(consecutive_seeds(2**64 - 2, 2)) == [2**64 - 2, 2**64 - 1]
+    for first, count in ((2**64, 1), (2**64 - 1, 2), (-1, 1), (10**30, 1)):
+        with pytest.raises(ConfigError, match=f"--seed must be from 0 to {2**64 - count}, for .*, got {first}$"):
+            consecutive_seeds(first, count)

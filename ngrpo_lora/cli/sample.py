@@ -11,6 +11,7 @@ import typer
 
 from ngrpo_lora.cli.app import make_folder
 from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.seeds import consecutive_seeds
 
 if TYPE_CHECKING:
     from ngrpo_lora.sampling.recipes import Drawing
@@ -103,7 +104,7 @@ def sample(
     options = {"steps": steps, "shift": shift, "guidance": guidance, "solver": solver, "height": height, "width": width}
     info = settings.with_settings(info, options)
     columns = recipes.columns_of(adapters, grid, base_too)
-    seeds = range(seed or 0, (seed or 0) + num_images)
+    seeds = consecutive_seeds(seed or 0, num_images)
     save_drawings(recipes.draw_columns(info, columns, texts, seeds), len(columns), output, grid)
 
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator
 
 from ngrpo_lora import registry
 
-__all__ = ["PathText", "SourceText", "expanded", "expanded_source"]
+__all__ = ["FolderText", "PathText", "SourceText", "expanded", "expanded_source"]
 
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^{}]*)\})", re.ASCII)
 MAX_NAME_BYTES = 255
@@ -58,6 +58,16 @@ def expanded_source(source: str) -> str:
     kind, path, column = re.fullmatch(r"(hf:)?([^#?]*)(.*)", source, re.DOTALL).groups("")  # type: ignore[union-attr]
     return f"{kind}{expanded(path)}{column}"
 
+
+def from_anywhere(path: str) -> str:
+    """The path of a folder that is there as it is from any other folder; all else, such as a Hub id, as it is."""
+    if registry.allow_modules and path != "embedded" and os.path.isdir(path):
+        return os.path.abspath(path)
+    return path
+
+
+FolderText = Annotated[str, AfterValidator(expanded), AfterValidator(from_anywhere)]
+"""A folder, or a name of something else: written down absolute, so that `owner/name` is one of the Hub's alone."""
 
 PathText = Annotated[str, AfterValidator(expanded)]
 SourceText = Annotated[str, AfterValidator(expanded_source)]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from ngrpo_lora import registry
-from ngrpo_lora.config.paths import PathText, SourceText
+from ngrpo_lora.config.paths import FolderText, PathText, SourceText
 from ngrpo_lora.config.plugins import (
     AlgorithmConfig,
     RewardConfig,
@@ -41,7 +41,7 @@ class ModelConfig(Section, frozen=True):
     family: str = Field(
         default="auto", description="Model family: a file in ngrpo_lora/models; auto: by the pipeline's class."
     )
-    path: PathText = Field(
+    path: FolderText = Field(
         default="embedded", min_length=1, description="embedded, a local diffusers folder, or a Hub model id."
     )
     revision: str | None = Field(default=None, description="Hub branch, tag or commit; null: the default branch.")

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
 
-from ngrpo_lora.seeds import derive_seed
+from ngrpo_lora.seeds import SEEDS, derive_seed
 
 
 def gaussian_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """Standard normal float32 noise drawn on the CPU with a generator of its own, as diffusers and ComfyUI do."""
-    generator = torch.Generator("cpu").manual_seed(seed)
+    """Standard normal float32 noise drawn on the CPU with a generator of its own, as diffusers and ComfyUI do.
+
+    Args:
+        seed: any whole number, NumPy's too, that a generator takes.
+    Raises:
+        ValueError: it is beyond them.
+    """
+    number = index(seed)
+    if not -SEEDS // 2 <= number < SEEDS:
+        raise ValueError(f"seed must be from -2**63 to 2**64 - 1, got {seed}")
+    generator = torch.Generator("cpu").manual_seed(number)
     # Said and not left to torch's defaults, which a reward may change for the whole process while this is drawn.
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
 

@@ -26,6 +26,7 @@ from ngrpo_lora.records.metrics import finite
 from ngrpo_lora.records.pictures import Picture, read_png_text, save_png
 from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.seeds import consecutive_seeds
 
 if TYPE_CHECKING:
     from ngrpo_lora.adapters.header import AdapterInfo
@@ -72,7 +73,7 @@ def compare_adapters(
         The difference of every candidate from the baseline by every reward.
     """
     scorer = Scorer(configs, device)  # what a reward lacks should be known before a large model is loaded
-    seeds = list(range(seed, seed + len(prompts) * num_seeds))
+    seeds = consecutive_seeds(seed, len(prompts) * num_seeds)
     everyone = [baseline, *candidates]
     pictures: dict[str, list[Picture]] = {}
     for one in reversed(everyone):  # adapters first: one that does not fit should be known before hours of drawing

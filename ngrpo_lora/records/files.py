@@ -21,7 +21,12 @@ def written(path: Path) -> Iterator[Path]:
 
     A file that was there before stays as it is until then; what takes its place is on the disk, whatever happens to
     the machine.
+
+    Raises:
+        IsADirectoryError: `path` is a folder.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -148,7 +148,9 @@ def test_like_refuses_what_it_cannot_draw_again(adapter: Path, tmp_path: Path):
         (["--adapter", "half.safetensors"], "is no readable safetensors file"),
         (["--adapter", "pickle.pt"], "is a pickle file"),
         (["--adapter", "two"], "holds a.safetensors and b.safetensors; give the file"),
-        (["--adapter", "wan.safetensors"], "by its layers it is one of wan; give the model it was trained on"),
+        (["--adapter", "wan.safetensors"], "by its layers it is one of wan"),
+        (["--seed", 2**64], "--seed must be from 0 to 18446744073709551615, for 1 seeds from there on, got 1844674407"),
+        (["--seed", 2**64 - 1, "--num-images", 2], "--seed must be from 0 to 18446744073709551614, for 2 seeds"),
     ],
 )
 def test_bad_input_is_one_message(

@@ -9,7 +9,7 @@ from refusing import message
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import load_config
-from ngrpo_lora.config.paths import expanded, expanded_source
+from ngrpo_lora.config.paths import expanded, expanded_source, from_anywhere
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,17 @@ def test_functions_and_networks_are_at_home_too():
     }
     assert (config.evaluation.measures, config.evaluation.strict) == (("/home/me/m.py:f",), "/home/me/s.py:f")
     assert config.prompts.train == {"/home/me/a.txt": 2}
+
+
+def test_a_model_in_a_folder_is_the_same_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "embedded").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_config(None, ["model.path=owner/name"]).model.path == str(tmp_path / "owner" / "name")
+    assert load_config(None, ["model.path=owner/other"]).model.path == "owner/other"
+    assert load_config(None, ["model.path=embedded"]).model.path == "embedded"
+    monkeypatch.setattr(registry, "allow_modules", False)
+    assert from_anywhere("owner/name") == "owner/name"
 
 
 def test_a_configuration_is_at_home_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

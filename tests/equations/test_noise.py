@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,19 @@ def test_gaussian_noise_is_pinned():
         gaussian_noise((2, 2), 0), torch.tensor([[1.5409961, -0.2934289], [-2.1787894, 0.5684313]]), rtol=0, atol=1e-6
     )
     assert gaussian_noise((3,), 0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63, 2**64 - 1, -(2**63)])
+def test_every_seed_that_a_generator_takes_may_be_numpys(seed: int):
+    expected = torch.randn(3, generator=torch.Generator().manual_seed(seed))
+    number = np.uint64(seed) if seed >= 2**63 else np.int64(seed)
+    assert torch.equal(gaussian_noise((3,), number), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**30])
+def test_a_seed_beyond_generators_is_an_error(seed: int):
+    with pytest.raises(ValueError, match=rf"seed must be from -2\*\*63 to 2\*\*64 - 1, got {seed}"):
+        gaussian_noise((3,), seed)
 
 
 def test_gaussian_noise_neither_reads_nor_moves_the_global_generator():

@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ngrpo_lora import registry
-from ngrpo_lora.config import RunConfig, load_config
+from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.config import ModelConfig, RunConfig, load_config
 from ngrpo_lora.evaluation.statistics import compare_scores
 from ngrpo_lora.hub.card import LICENSES, base_license, cell, diffusers_usage, read_pushed, write_card
 from ngrpo_lora.hub.pipeline_file import has_pipeline
@@ -196,6 +197,17 @@ def test_a_base_in_a_folder_is_named_without_its_place(tmp_path: Path):
     assert "base_model" not in card.data.to_dict()
     assert "secret" not in card.content
     assert "    'path/to/my-flux', custom_pipeline='owner/my_lora', trust_remote_code=True, dtype=torch.bf" in card.text
+
+
+def test_a_relative_base_is_no_repository_wherever_it_is_pushed_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "models" / "flux-finetune").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = make_config(path="models/flux-finetune")
+    folder = make_folder(tmp_path, config, ["a"])
+    monkeypatch.chdir(tmp_path / "models")
+    assert read_pushed(folder / FILE_NAME).hub_id is None
+    assert "base_model" not in make_card(folder, config, []).data.to_dict()
+    assert ModelConfig(path="models/other").path == "models/other"  # of the Hub
 
 
 def test_every_preset_has_a_licence_for_its_base():

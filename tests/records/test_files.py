@@ -30,6 +30,14 @@ def test_a_file_takes_its_place_when_it_is_whole_and_not_before(tmp_path: Path):
     assert [*path.parent.iterdir()] == [path]
 
 
+def test_a_folder_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "..", str(tmp_path)):
+        with pytest.raises(IsADirectoryError), written(Path(place)):
+            pass
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_file_that_was_not_finished_leaves_the_one_before_and_nothing_else(tmp_path: Path):
     path = tmp_path / "file.txt"
     path.write_text("one")
