@@ -21,7 +21,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ngrpo_lora.adapters.names import original_rows
-from ngrpo_lora.adapters.reading import AdapterFile, examples, read_adapter_file, read_metadata
+from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples, log_warnings, read_adapter_file, read_metadata
 from ngrpo_lora.adapters.report import describe, lines
 from ngrpo_lora.adapters.writing import state_dict
 from ngrpo_lora.errors import ConfigError, UserError
@@ -118,9 +118,37 @@ def read_fitting(model: ModelPatcher, path: Path, alpha: str = ALPHA[0]) -> Fitt
             layers = {name: replace(layer, scale=1.0) for name, layer in layers.items()}
         weights = model.model.state_dict()
         targets = places(model, weights, file, family)
-        patches = comfy.lora.load_lora(state_dict(layers), targets, log_missing=False)
-    assert len(patches) == len(layers), "two layers share a place, or ComfyUI does not read diffusers' names"
+        log_warnings(file)
+        patches = comfy.lora.load_lora(engine_tensors(layers), targets, log_missing=False)
+        assert len(patches) == len(layers), "two layers share a place, or ComfyUI does not read diffusers' names"
+        patches |= bias_patches(layers, targets, weights)
     return FittingAdapter(file, family, patches)
+
+
+def engine_tensors(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """Layers' matrices under the keys that ComfyUI's own engine reads, which has DoRA's scales as columns."""
+    tensors = state_dict({name: replace(layer, bias=None, magnitude=None) for name, layer in layers.items()})
+    scales = {f"transformer.{name}.dora_scale": layer.magnitude for name, layer in layers.items()}
+    return tensors | {key: scale[:, None] for key, scale in scales.items() if scale is not None}
+
+
+def bias_patches(layers: Mapping[str, Layer], targets: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Patches:
+    """Changes of biases as ComfyUI's patches, in part of a bias where the MODEL fuses layers.
+
+    Raises:
+        UserError: the MODEL has no such bias.
+    """
+    patches: Patches = {}
+    for name, layer in layers.items():
+        if (change := layer.folded_bias) is None:
+            continue
+        target = targets[f"transformer.{name}"]
+        weight, *rows = (target,) if isinstance(target, str) else target
+        key = f"{weight.removesuffix('.weight')}.bias"
+        if key not in weights:
+            raise UserError(f"an adapter that changes the bias of {name!r} needs one there, and this MODEL has none")
+        patches[(key, *rows[:1]) if rows else key] = ("diff", (change,))
+    return patches
 
 
 def places(model: ModelPatcher, weights: Mapping[str, Tensor], file: AdapterFile, family: str) -> dict[str, Any]:
@@ -138,15 +166,15 @@ def places(model: ModelPatcher, weights: Mapping[str, Tensor], file: AdapterFile
         shape = list(weights[key].shape) if key in weights else []
         if rows is not None:
             shape[0] = rows[2]
-        if shape != [len(layer.up), *layer.down.shape[1:]]:
+        if shape != [*layer.sides]:
             misfits.append(name)
         found[f"transformer.{name}"] = target
     if misfits:
+        named = f" of another size{named_base(file)}" if family in file.families else named_base(file)
         raise UserError(
             f"adapter {file.path.name!r} is no LoRA of this MODEL, a {type(model.model).__name__} ({family}): "
             f"{len(misfits)} of its {len(file.layers)} layers are not there or have another size "
-            f"({examples(misfits)}); by its layers it is one of {file.family or 'an unknown model'}"
-            f"{named_base(file)}; give the model that it was trained on"
+            f"({examples(misfits)}); by its layers it is one of {file.fits}{named}"
         )
     return found
 
@@ -204,6 +232,8 @@ class Scheduled:
         for target, patch in self.adapter.patches.items():
             key, rows, function = (*((target,) if isinstance(target, str) else target), None, None)[:3]
             module = comfy.utils.get_attr(model.model, key.removesuffix(".weight"))
+            if key.endswith(".bias"):
+                raise UserError(f"a schedule is for weights, but the adapter changes {key!r} too; leave it empty")
             if not isinstance(module, comfy.ops.CastWeightBiasOp):
                 raise UserError(
                     f"a schedule needs layers of ComfyUI's own, but {key!r} is of a {type(module).__name__}"
@@ -269,7 +299,7 @@ class ScheduledPatch:
 
 def report(name: str, path: Path, model: ModelPatcher, recommendation: Recommendation) -> str:
     """Report what `ngrpo info` says of a file, and the settings with which it is drawn here."""
-    rows = dict(lines(describe(path))) | {"file": name}
+    rows = dict(lines(describe(path, family_of(model)))) | {"file": name}
     rows.pop("draw")
     info = recommendation.info
     rows["settings"] = f"{rows['settings']} ({recommendation.source})" if "settings" in rows else recommendation.source

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import math
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from huggingface_hub import hf_hub_download, model_info
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 log = logging.get_logger(__name__)
@@ -37,6 +39,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 REMEDY = "`ngrpo export FILE --format diffusers` writes what it does"
 OTHER = "load the base that it was trained on"
 SOLVER_ORDER = {"euler": 1, "dpmpp_2m": 2}
+TEXTS = r"(base_model\.model\.)?(lora_(prior_)?te\d*_|(lora_)?text_encoders?[._]|clip_[lgh]\.|t5xxl\.|bundle_emb\.)"
 WHERE = ("weight_name", "subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only")
 
 StockPipeline: Any = object  # in whose place the next base of the class comes
@@ -196,6 +199,7 @@ class NeighborGRPOMixin(StockPipeline):
             header, keys = read_header(source)
             what, settings = f"adapter {str(source)!r}", read_settings(source, header)
         check_said(what, keys, header)
+        source = self._without_texts(what, source, keys, header)
         self._check_fits(what, source)
         name = adapter_name or get_adapter_name(self.transformer)
         super().load_lora_weights(source, adapter_name=name, hotswap=hotswap, **options)
@@ -212,6 +216,19 @@ class NeighborGRPOMixin(StockPipeline):
         check_strengths(lora_scale)
         super().fuse_lora(*args, lora_scale=lora_scale, **options)
 
+    def _without_texts(self, what: str, source: Any, keys: Sequence[str], header: dict[str, str]) -> Any:
+        """Leave out, with a warning, tensors of text encoders that the stock pipeline does not adapt: T5's, say."""
+        own = tuple(f"{part}." for part in self._lora_loadable_modules)
+        own += ("lora_te_", "lora_te1_") if "text_encoder" in self._lora_loadable_modules else ()
+        left = [key for key in keys if re.match(TEXTS, key) and not key.startswith(own)]
+        if not left:
+            return source
+        log.warning(f"{what} adapts text encoders too, which are left out here: {len(left)} tensors, as {left[0]}")
+        if "lora_adapter_metadata" in header:  # beside which diffusers reads no keys but those of its own modules
+            return source
+        tensors = source if isinstance(source, dict) else load_file(source)
+        return {key: tensor for key, tensor in tensors.items() if key not in left}
+
     def _check_fits(self, what: str, source: Path | dict[str, Tensor]) -> None:
         """Raise ValueError unless every tensor of a LoRA takes effect: diffusers leaves out what a model lacks."""
         try:
@@ -223,12 +240,13 @@ class NeighborGRPOMixin(StockPipeline):
         modules = {f"transformer.{name}": module for name, module in self.transformer.named_modules()}
         mine = {key: re.split(r"\.lo(?:ra|kr)_", key) for key in tensors if key.startswith("transformer.")}
         encoders = tuple(f"{part}." for part in self._lora_loadable_modules if part != "transformer")
-        lost = [key for key in tensors if key not in mine and not key.startswith(encoders)]
+        lost = [key for key in tensors if key not in mine and not key.startswith(encoders) and not re.match(TEXTS, key)]
         lost += [key for key, parts in mine.items() if len(parts) != 2 or parts[0] not in modules]
         if lost:
             part = "no layer of this model" if len(lost) == len(tensors) else "this model in part"
             left = f"{len(lost)} of its {len(tensors)} tensors have no place ({', '.join(lost[:3])})"
-            raise ValueError(f"{what} fits {part}: {left}; {OTHER}")
+            at_home = all(key.rpartition(".")[0] in modules for key in lost)  # its layers are here: diff, say, or LoHa
+            raise ValueError(f"{what} fits {part}: {left}; {REMEDY if at_home else OTHER}")
         for key, (name, side) in mine.items():
             own = {"A.weight": "in_features", "B.weight": "out_features"}.get(side, "")
             width, wanted = tensors[key].shape[side[0] == "A"], getattr(modules[name], own, None)
@@ -322,12 +340,30 @@ def take_generators(call: dict[str, Any], count: int) -> list[torch.Generator | 
     return as_many(generator, count) if isinstance(generator, list) else [generator] * count
 
 
-def seeded_generators(seeds: int | Sequence[int], prompts: int) -> list[torch.Generator | None]:
-    """Make a generator for each prompt and seed, prompt-major, on the CPU; ValueError for no seed."""
-    seeds = [seeds] if isinstance(seeds, int) else seeds
-    if not seeds:
+def as_seeds(seeds: int | Sequence[int]) -> list[int]:
+    """Return one seed or many as a list, whether they are Python's numbers, NumPy's or a tensor's.
+
+    Raises:
+        ValueError: there is none, or one is no whole number that a generator takes.
+    """
+    try:
+        try:
+            numbers = [operator.index(seeds)]  # pyright: ignore[reportArgumentType]  # of many it is an error
+        except TypeError:
+            numbers = [operator.index(seed) for seed in seeds]  # pyright: ignore[reportGeneralTypeIssues]
+    except TypeError:
+        raise ValueError(f"seeds must be whole numbers, got {seeds!r}") from None
+    if not numbers:
         raise ValueError("seeds must hold one seed at least, got none")
-    return [torch.Generator().manual_seed(seed) for _ in range(prompts) for seed in seeds]
+    if wrong := [number for number in numbers if not -(2**63) <= number < 2**64]:
+        raise ValueError(f"seeds must be from -2**63 to 2**64 - 1, got {wrong[0]}")
+    return numbers
+
+
+def seeded_generators(seeds: int | Sequence[int], prompts: int) -> list[torch.Generator | None]:
+    """Make a generator for each prompt and seed, prompt-major, on the CPU; ValueError as `as_seeds`."""
+    numbers = as_seeds(seeds)
+    return [torch.Generator().manual_seed(seed) for _ in range(prompts) for seed in numbers]
 
 
 def image_starts(
@@ -378,20 +414,18 @@ def seeded_noises(
     """The noise of each seed, or the noises of the G neighbours around it (Eq. 7), float32 from the CPU.
 
     Raises:
-        ValueError: no seed, fewer than one neighbour, or a radius outside (0, 1].
+        ValueError: as `as_seeds`, fewer than one neighbour, or a radius outside (0, 1].
     """
-    seeds = [seeds] if isinstance(seeds, int) else seeds
-    if not seeds:
-        raise ValueError("seeds must hold one seed at least, got none")
+    numbers = as_seeds(seeds)
     if neighbors is None:
-        return [gaussian_noise(shape, seed) for seed in seeds]
+        return [gaussian_noise(shape, seed) for seed in numbers]
     if neighbors < 1 or perturbation_strength is None or not 0 < perturbation_strength <= 1:
         raise ValueError(
             "neighbors must be at least 1 and perturbation_strength in (0, 1], "
             f"got {neighbors} and {perturbation_strength}"
         )
     noises = []
-    for seed in seeds:
+    for seed in numbers:
         base = math.sqrt(1 - perturbation_strength**2) * gaussian_noise(shape, derive_seed(seed, "base"))
         deltas = (gaussian_noise(shape, derive_seed(seed, "delta", i)) for i in range(neighbors))
         noises += [base + perturbation_strength * delta for delta in deltas]
@@ -485,7 +519,7 @@ def read_header(path: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def check_said(what: str, keys: Sequence[str], header: dict[str, str]) -> None:
-    """Raise ValueError for what diffusers would leave out in silence: DoRA's scales, alpha in kohya's header alone.
+    """Raise ValueError for what diffusers would leave out in silence, DoRA's scales, and for alpha that is said twice.
 
     Args:
         keys: of the file's tensors, as they are there.
@@ -493,14 +527,9 @@ def check_said(what: str, keys: Sequence[str], header: dict[str, str]) -> None:
     """
     in_header, beside = "lora_adapter_metadata" in header, any(key.endswith(".alpha") for key in keys)
     if any("dora_scale" in key for key in keys):
-        raise ValueError(f"{what} is a DoRA, which diffusers draws without its scales; give a plain LoRA")
+        raise ValueError(f"{what} is a DoRA in words that diffusers does not read, and draws without; {REMEDY}")
     if in_header and beside:
         raise ValueError(f"{what} says its alpha twice, in its header and beside its matrices; {REMEDY}")
-    alpha, rank = (header.get(f"ss_network_{name}", "") for name in ("alpha", "dim"))
-    if not (in_header or beside) and all(re.fullmatch(r"\d+(\.\d+)?", text) for text in (alpha, rank)):
-        if float(alpha) != float(rank):
-            said = f"alpha {alpha} and rank {rank}"
-            raise ValueError(f"{what} says {said} in its header alone, where diffusers does not look; {REMEDY}")
 
 
 def read_settings(path: Path, header: dict[str, str]) -> Settings | None:

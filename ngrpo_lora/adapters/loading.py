@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from ngrpo_lora.adapters import lora
-from ngrpo_lora.adapters.reading import AdapterFile, check_fits, read_adapter_file, warn_of_alpha
+from ngrpo_lora.adapters.reading import AdapterFile, check_fits, log_warnings, read_adapter_file
 from ngrpo_lora.adapters.writing import state_dict
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.models._base import BaseFamily
@@ -18,9 +18,10 @@ def read_fitting(family: BaseFamily, path: str | Path) -> AdapterFile:
     Raises:
         UserError: the file holds no LoRA, or one of another model.
     """
-    file = read_adapter_file(path, type(family).__module__.rpartition(".")[2])
-    check_fits(file, family.transformer)
-    warn_of_alpha(file)
+    name = type(family).__module__.rpartition(".")[2]
+    file = read_adapter_file(path, name)
+    check_fits(file, family.transformer, name)
+    log_warnings(file)
     return file
 
 

@@ -53,8 +53,14 @@ def start_from(transformer: nn.Module, file: AdapterFile, left_out: Sequence[str
     Args:
         left_out: layers that are not adapted. Those within a block have no effect, so the file may hold them.
     Raises:
-        UserError: the file adapts other layers of this model, or has a higher rank.
+        UserError: the file adapts other layers of this model, has a higher rank, or more than matrices.
     """
+    if more := [name for name, layer in file.layers.items() if layer.bias is not None or layer.magnitude is not None]:
+        what = "biases" if file.layers[more[0]].magnitude is None else "the scales of a DoRA"
+        raise UserError(
+            f"lora.init_from {str(file.path)!r} has {what} beside its matrices ({examples(more)}), which are not "
+            "trained here; give a plain LoRA"
+        )
     own: dict[str, Any] = {name: m for name, m in transformer.named_modules() if isinstance(m, LoraLayer)}
     layers = {name: layer for name, layer in file.layers.items() if "." not in name or name not in left_out}
     if more := [name for name in layers if name not in own]:

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples, read_adapter_file
-from ngrpo_lora.adapters.report import header_value
+from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples, log_warnings, read_adapter_file
+from ngrpo_lora.adapters.report import header_value, reward_weights
 from ngrpo_lora.adapters.writing import peft_metadata, state_dict
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.records.files import digest, written_folder
@@ -40,16 +40,19 @@ class Merged:
         return state_dict(self.layers)
 
 
-def merge(sources: Sequence[tuple[str, float]], rank: int | None = None) -> Merged:
+def merge(sources: Sequence[tuple[str, float]], rank: int | None = None, family: str | None = None) -> Merged:
     """The weighted sum of adapters: their ranks concatenated, or the best approximation of a lower rank (SVD).
 
     Args:
         sources: files, each with its weight.
         rank: the highest rank of a layer; None keeps the sum of all ranks, which is exact.
+        family: family of the model that they are of; None: found out from the files.
     Raises:
-        UserError: a file that cannot be read, or adapters of different models.
+        UserError: a file that cannot be read or is a DoRA, adapters of different models, or a sum that overflows.
     """
-    files = [read_adapter_file(path) for path, _ in sources]
+    files = [read_adapter_file(path, family) for path, _ in sources]
+    for file in files:
+        log_warnings(file)
     _check_alike(files)
     layers: dict[str, Layer] = {}
     for name in dict.fromkeys(name for file in files for name in file.layers):
@@ -57,7 +60,14 @@ def merge(sources: Sequence[tuple[str, float]], rank: int | None = None) -> Merg
             (file.layers[name], weight) for file, (_, weight) in zip(files, sources, strict=True) if name in file.layers
         ]
         down = torch.cat([layer.down.float() for layer, _ in pairs])
-        layers[name] = Layer(down, torch.cat([layer.folded * weight for layer, weight in pairs], 1))
+        biases = [bias * weight for layer, weight in pairs if (bias := layer.folded_bias) is not None]
+        up = torch.cat([layer.folded * weight for layer, weight in pairs], 1)
+        layers[name] = Layer(down, up, bias=sum(biases[1:], biases[0]) if biases else None)
+        if not (layers[name].is_finite() and layers[name].norm() <= torch.finfo(torch.float32).max):
+            shown = " + ".join(
+                f"{weight:g} x {str(file.path)!r}" for file, (_, weight) in zip(files, sources, strict=True)
+            )
+            raise UserError(f"the sum {shown} is too large for float32, in {name!r}; give smaller weights")
     error = 0.0
     if rank is not None:
         reduced = {name: _reduce(layer, rank) for name, layer in layers.items()}
@@ -68,16 +78,22 @@ def merge(sources: Sequence[tuple[str, float]], rank: int | None = None) -> Merg
 
 
 def _check_alike(files: Sequence[AdapterFile]) -> None:
-    """Raise UserError for adapters of different models."""
+    """Raise UserError for adapters of different models, and for those that are no sums."""
     first = files[0]
-    for file in files[1:]:
-        if file.family != first.family:
+    for file in files:
+        if any(layer.magnitude is not None for layer in file.layers.values()):
             raise UserError(
-                f"adapters must be of one model to be merged, but {str(first.path)!r} is of "
-                f"{first.family or 'unknown'} and {str(file.path)!r} of {file.family or 'unknown'}"
+                f"adapter {str(file.path)!r} is a DoRA, which scales the base's own weights anew, so that no sum of "
+                "matrices is the same; merge plain LoRAs"
+            )
+    for file in files[1:]:
+        if not set(file.families) & set(first.families) and (file.families or first.families):
+            raise UserError(
+                f"adapters must be of one model to be merged, but {str(first.path)!r} is of {first.fits} and "
+                f"{str(file.path)!r} of {file.fits}"
             )
         for name in [name for name in first.layers if name in file.layers]:
-            mine, other = ((len(layer.up), *layer.down.shape[1:]) for layer in (first.layers[name], file.layers[name]))
+            mine, other = first.layers[name].sides, file.layers[name].sides
             if mine != other:
                 raise UserError(
                     f"adapters must be of one model to be merged, but {name!r} is {mine} in {str(first.path)!r} and "
@@ -95,7 +111,7 @@ def _reduce(layer: Layer, rank: int) -> tuple[Layer, float]:
     root = s[:rank].sqrt()
     up = (up_q @ u[:, :rank] * root).float().view(len(layer.up), -1, *layer.up.shape[2:])
     down = (root[:, None] * v[:rank] @ down_q.T).float().view(-1, *layer.down.shape[1:])
-    return Layer(down, up), s[rank:].square().sum().item()
+    return Layer(down, up, bias=layer.bias), s[rank:].square().sum().item()
 
 
 def _metadata(files: Sequence[AdapterFile], weights: Sequence[float], layers: Mapping[str, Layer]) -> dict[str, str]:
@@ -120,8 +136,8 @@ def _metadata(files: Sequence[AdapterFile], weights: Sequence[float], layers: Ma
 
 def _source(file: AdapterFile) -> dict[str, Any]:
     """The rewards that one of our own adapters was trained on; empty for others."""
-    rewards = header_value(file.metadata, "ngrpo", {}).get("rewards", [])
-    return {"rewards": [reward.get("label") or reward["name"] for reward in rewards]} if rewards else {}
+    labels = reward_weights(header_value(file.metadata, "ngrpo", {}))
+    return {"rewards": [*labels]} if labels else {}
 
 
 def merge_into_base(merged: Merged, base: str, output: Path) -> None:
@@ -150,14 +166,34 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
             shutil.copytree(source, folder, ignore=lambda place, names: [n for n in names if Path(place, n) in shards])
             for shard in shards:
                 weights = load_file(shard)
-                for name in merged.layers.keys() & {key.removesuffix(".weight") for key in weights}:
-                    weight = weights[f"{name}.weight"]
-                    delta = merged.layers[name].delta().view(weight.shape)
-                    weights[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+                for key in weights:
+                    if (change := _change(merged, key)) is not None:
+                        weights[key] = _added(weights[key], change, key)
                 metadata = {"format": "pt", "ngrpo_merged": merged.metadata["ngrpo_merged"]}
                 save_file(weights, folder / "transformer" / shard.name, metadata)
     except OSError as error:
         raise UserError(f"--output {str(output)!r} cannot be written: {error}") from None
+
+
+def _change(merged: Merged, key: str) -> torch.Tensor | None:
+    """What adapters add to a base's tensor, a weight or a bias; None where it stays as it is."""
+    name, _, kind = key.rpartition(".")
+    layer = merged.layers.get(name)
+    if layer is None:
+        return None
+    return {"weight": layer.delta, "bias": lambda: layer.folded_bias}.get(kind, lambda: None)()
+
+
+def _added(weight: torch.Tensor, change: torch.Tensor, key: str) -> torch.Tensor:
+    """A weight with its change, in its own number type.
+
+    Raises:
+        UserError: that type has no such numbers.
+    """
+    total = (weight.float() + change.view(weight.shape)).to(weight.dtype)
+    if not total.isfinite().all():
+        raise UserError(f"the sum with the base is too large for {weight.dtype}, in {key!r}; give smaller weights")
+    return total
 
 
 def _check_base(merged: Merged, base: str, shards: Sequence[Path]) -> None:
@@ -173,9 +209,15 @@ def _check_base(merged: Merged, base: str, shards: Sequence[Path]) -> None:
             f"--base {base!r} is not the adapters' model: {len(missing)} of their {len(merged.layers)} layers are not "
             f"there ({examples(missing)})"
         )
+    if biases := [
+        name for name, layer in merged.layers.items() if layer.bias is not None and f"{name}.bias" not in shapes
+    ]:
+        raise UserError(
+            f"--base {base!r} has no biases in {len(biases)} layers where the adapters change them ({examples(biases)})"
+        )
     for name, layer in merged.layers.items():
         shape, dtype = shapes[name]
-        if shape != [len(layer.up), *layer.down.shape[1:]]:
+        if shape != [*layer.sides]:
             raise UserError(f"--base {base!r} is not the adapters' model: {name!r} has the shape {shape} there")
         if dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 from ngrpo_lora.adapters.layers import ALIASES, EXCHANGED, NAMES, Names
@@ -18,11 +18,10 @@ __all__ = [
     "KOHYA_PREFIX",
     "UNMAPPED",
     "diffusers_names",
-    "guess_family",
     "is_exchanged",
+    "is_known",
     "needs_original_names",
     "original_rows",
-    "split_key",
 ]
 
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -48,44 +47,6 @@ UNMAPPED = {
 """By family, the layers whose diffusers name ComfyUI does not know; it knows every original name."""
 
 BLOCK_NUMBER = r"(?<=blocks[._])\d+|(?<=layers[._])\d+|(?<=refiner[._])\d+"
-
-KEYS = (
-    r"(?P<layer>.+)\.lora_(?P<side>A|B)(?:(?:\.(?P<adapter>[^.]+))?\.weight)?",  # PEFT's
-    r"(?P<layer>.+)\.lora(?:_|\.|_linear_layer\.)(?P<side>down|up)\.weight",  # kohya's, and diffusers' of old
-    r"(?P<layer>.+_lora\d?)\.(?P<side>down|up)\.weight",  # XLabs'
-    r"(?P<layer>.+)\.(?P<side>alpha)",
-)
-
-SIZES: dict[str, tuple[tuple[int, int], ...]] = {
-    "flux": ((3072, 19),),
-    "flux2_klein": ((3072, 5), (4096, 8)),
-    "qwen_image": ((3072, 60),),
-    "sd3": ((1536, 24), (2432, 38)),
-}
-"""(width, number of joint blocks) of the published models, for families that name their attention layers alike."""
-
-HEADERS = (
-    (r"flux[._-]?2", "flux2_klein"),
-    (r"flux", "flux"),
-    (r"qwen", "qwen_image"),
-    (r"z[_-]?image|lumina", "z_image"),
-    (r"wan", "wan"),
-    (r"sana", "sana"),
-    (r"stable-diffusion-v?3|^sd_?3|^3(\.5)?-|3-5-", "sd3"),
-)
-"""Patterns of `modelspec.architecture` and `ss_base_model_version` with their family; the first that fits counts."""
-
-
-def split_key(key: str) -> tuple[str, str, str] | None:
-    """A file's key as (name of the layer, `down`, `up` or `alpha`, PEFT's name of the adapter, which may be empty).
-
-    None: it is no key of a plain LoRA.
-    """
-    for form in KEYS:
-        if found := re.fullmatch(form, key):
-            side = {"A": "down", "B": "up"}.get(found["side"], found["side"])
-            return found["layer"], side, found.groupdict().get("adapter") or ""
-    return None
 
 
 def diffusers_names(name: str, family: str | None) -> tuple[str, ...]:
@@ -134,44 +95,11 @@ def row_shares(parts: Sequence[str]) -> list[int]:
     return [4 if part.endswith("proj_mlp") else 1 for part in parts]
 
 
-def guess_family(names: Mapping[str, tuple[int, ...]], header: Mapping[str, str]) -> str | None:
-    """The family whose layers a file adapts, None where it is not clear.
-
-    Layer names decide; where they fit several families, the header does, and after it the sizes.
-
-    Args:
-        names: the file's names for layers, with the widths of each.
-        header: metadata of the file.
-    """
-    known = {family: sum(_is_known(name, family) for name in names) for family in NAMES}
-    most = max(known.values())
-    found = [family for family, count in known.items() if count == most > 0]
-    if len(found) > 1:
-        said = [header.get(key, "").lower() for key in ("modelspec.architecture", "ss_base_model_version")]
-        named = next((family for text in said for form, family in HEADERS if re.search(form, text)), None)
-        found = [named] if named in found else _by_size(found, names)
-    return found[0] if len(found) == 1 else None
-
-
-def _is_known(name: str, family: str) -> bool:
-    """Whether a family has all the diffusers layers that a file's key stands for."""
+def is_known(name: str, family: str) -> bool:
+    """Whether a family's table has all the diffusers layers that a file's key stands for."""
     diffusers = _tables(family)[1]
     layers = diffusers_names(name, family)
     return bool(layers) and all(_look_up(layer, diffusers) for layer in layers)
-
-
-def _by_size(families: list[str], names: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The family of the smallest published model with such a width and so many joint blocks; all where none fits."""
-    joint = {name: shape for name, shape in names.items() if re.search(r"(double|transformer|joint)_blocks", name)}
-    last = max((int(number) for name in joint for number in re.findall(r"\d+", name)[:1]), default=-1)
-    widths = {side for shape in joint.values() for side in shape}
-    fits = [
-        (depth, family)
-        for family in families
-        for width, depth in SIZES.get(family, ())
-        if width in widths and last < depth
-    ]
-    return [min(fits)[1]] if fits else families
 
 
 @cache

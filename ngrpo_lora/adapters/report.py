@@ -15,7 +15,7 @@ from safetensors import safe_open
 from ngrpo_lora.adapters import namings
 from ngrpo_lora.adapters.finding import find_adapter
 from ngrpo_lora.adapters.names import FORMATS, KOHYA_PREFIX
-from ngrpo_lora.adapters.reading import AdapterFile, read_adapter_file, read_metadata
+from ngrpo_lora.adapters.reading import AdapterFile, examples, read_adapter_file, read_metadata
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.records.files import digest
 
@@ -32,14 +32,15 @@ FEED_FORWARD = (
 ALPHA_ADVICE = {
     "header": "diffusers applies it, ComfyUI does not",
     "adapter_config.json": "PEFT applies it, diffusers and ComfyUI do not",
-    "kohya header": "neither diffusers nor ComfyUI reads it there",
     "tensors": "ComfyUI applies it; diffusers does for kohya's names, and for others only of FLUX.1",
 }
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path, family: str | None = None) -> dict[str, Any]:
     """Everything that is known about a LoRA file, as JSON values; unknown fields are left out.
 
+    Args:
+        family: family of the model that it is of; None: found out from the file.
     Raises:
         UserError: no such file, a damaged one, a pickle, or no LoRA at all.
     """
@@ -55,25 +56,28 @@ def describe(path: str | Path) -> dict[str, Any]:
     if any(re.search(UNET_KEYS, key) for key in keys):
         return said | {"unusable": "it adapts a U-Net (Stable Diffusion 1, 2 or XL), which is no flow model"}
     try:
-        file = read_adapter_file(path, text_encoders="counted")
+        file = read_adapter_file(path, family, texts_alone=True)
     except UserError as error:
         if not any(re.search(LORA_KEYS, key) for key in keys):
             raise
         return said | {"unusable": str(error)}
     if file.texts:
         said["text_encoders"] = {name: text_encoder(layers) for name, layers in file.texts.items()}
-        said["unusable"] = "it adapts text encoders, which are left as they are here"
     if not file.layers:
-        return said
-    said |= {"family": file.family, "readers": readers(file), "alpha": alpha(file)}
+        return said | {"unusable": "it adapts text encoders alone, which are left as they are here"}
+    said |= {"family": file.family, "families": [*file.families], "method": method(file)}
+    said |= {
+        "readers": readers(file),
+        "alpha": alpha(file),
+        "left_out": [*file.others],
+    }
     ranks = Counter(layer.rank for layer in file.layers.values())
     kinds = Counter(map(kind, file.layers))
     norm = math.sqrt(sum(layer.norm() ** 2 for layer in file.layers.values()))
     said |= {"ranks": {str(rank): count for rank, count in ranks.most_common()}, "layers": dict(kinds), "norm": norm}
     own, merged = header_value(metadata, "ngrpo", {}), header_value(metadata, "ngrpo_merged", [])
     model = "" if own else " --model MODEL"
-    if "unusable" not in said:
-        said["draw"] = f'ngrpo sample --adapter {shown}{model} --prompt "..."'
+    said["draw"] = f'ngrpo sample --adapter {shown}{model} --prompt "..."'
     return said | _training(own, merged)
 
 
@@ -125,10 +129,21 @@ def alpha(file: AdapterFile) -> dict[str, Any]:
     scales = sorted({layer.scale for layer in file.layers.values()})
     said: dict[str, Any] = {"scales": scales, "source": file.alpha, "folded": scales == [1.0]}
     if file.alpha == "unsaid":
-        return said | {"advice": "taken to be the rank; where its trainer had another, the strength is alpha / rank"}
+        said["advice"] = "taken to be the rank; where its trainer had another, the strength is alpha / rank"
+        dim, own = (file.metadata.get(f"ss_network_{key}") for key in ("dim", "alpha"))
+        if own is not None and own != dim:
+            said["advice"] = f"taken to be folded in: kohya's header names {own} of {dim}, which no reader heeds"
+        return said
     if scales != [1.0]:
         said["advice"] = f"{ALPHA_ADVICE[file.alpha]}; `ngrpo export` folds it in"
     return said
+
+
+def method(file: AdapterFile) -> str:
+    """How a file changes weights: LoRA (LoKr, LoHa and others are the same once they are read) or DoRA, with biases."""
+    layers = file.layers.values()
+    name = "DoRA" if any(layer.magnitude is not None for layer in layers) else "LoRA"
+    return f"{name} with biases" if any(layer.bias is not None for layer in layers) else name
 
 
 def kind(layer: str) -> str:
@@ -142,21 +157,40 @@ def _base(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The base model that a file's header names, as `base`; empty where it names none."""
     own = header_value(metadata, "ngrpo", {})
     named = [metadata.get(key) for key in ("modelspec.architecture", "ss_base_model_version")]
-    base = own.get("model", {}).get("path") or next(filter(None, named), None)
-    return {} if base is None else {"base": base}
+    base = mapping(own, "model").get("path") or next(filter(None, named), None)
+    return {} if base is None else {"base": str(base)}
 
 
-def _training(own: dict[str, Any], merged: list[dict[str, Any]]) -> dict[str, Any]:
+def mapping(own: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A field of a header's JSON that should be a mapping, or an empty one where it is anything else."""
+    value = own.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Those of the values that are numbers."""
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+
+def reward_weights(own: Mapping[str, Any]) -> dict[str, float]:
+    """The rewards that one of our own adapters was trained on, with their weights; empty for others."""
+    rewards = own.get("rewards")
+    known = [reward for reward in rewards if isinstance(reward, dict)] if isinstance(rewards, list) else []
+    return numbers({str(reward.get("label") or reward.get("name")): reward.get("weight") for reward in known})
+
+
+def _training(own: dict[str, Any], merged: list[Any]) -> dict[str, Any]:
     """How one of our own files was trained and should be drawn, and what was merged into it."""
-    said: dict[str, Any] = {"merged": merged} if merged else {}
-    if "model" in own and "rollout" in own:
-        model, rollout = own["model"], own["rollout"]
+    parts = [part for part in merged if isinstance(part, dict) and numbers(part).keys() >= {"weight"}]
+    said: dict[str, Any] = {"merged": parts} if parts else {}
+    model, rollout = mapping(own, "model"), mapping(own, "rollout")
+    if model and rollout:
         said["settings"] = {key: rollout.get(key) for key in ("num_steps", "shift", "solver")} | {
             key: model.get(key) for key in ("guidance_scale", "width_px", "height_px", "num_frames")
         }
-    if "rewards" in own:
-        said["rewards"] = {reward.get("label") or reward["name"]: reward["weight"] for reward in own["rewards"]}
-    if held_out := own.get("held_out"):
+    if rewards := reward_weights(own):
+        said["rewards"] = rewards
+    if held_out := mapping(own, "held_out"):
         said["held_out"] = held_out
     return said
 
@@ -174,8 +208,11 @@ def lines(said: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "base" in said:
         rows.append(("base", said["base"]))
     for name, part in said.get("text_encoders", {}).items():
+        ranks = ", ".join(part["ranks"])
+        rows.append((f"text encoder {name}", f"{part['kind']}; {part['layers']} layers of rank {ranks}; left out"))
+    if others := said.get("left_out"):
         rows.append(
-            (f"text encoder {name}", f"{part['kind']}; {part['layers']} layers of rank {', '.join(part['ranks'])}")
+            ("left out", f"changes of {len(others)} norms or lone biases, as by diffusers ({examples(others)})")
         )
     last = ("cannot be used", said["unusable"]) if "unusable" in said else ("draw", said["draw"])
     if "layers" not in said:
@@ -184,11 +221,15 @@ def lines(said: Mapping[str, Any]) -> list[tuple[str, str]]:
     strengths = ", ".join(f"{scale:g}" for scale in said["alpha"]["scales"])
     folded = "folded in" if said["alpha"]["folded"] else f"alpha / rank {strengths}, from {said['alpha']['source']}"
     rows += [
-        ("family", said["family"] or "unknown"),
+        (
+            "family",
+            said["family"] or (f"{' or '.join(said['families'])}; --family decides" if said["families"] else "unknown"),
+        ),
         ("its names are read by", read_by(said["family"], said["readers"])),
         ("rank", ", ".join(f"{rank} ({count} layers)" for rank, count in said["ranks"].items())),
         ("alpha", "; ".join([folded] * (said["alpha"]["source"] != "unsaid") + [said["alpha"].get("advice", "")])),
         ("dtype", said["dtype"]),
+        ("method", said["method"]),
         ("layers", layers),
         ("effect", f"{said['norm']:.4g} (Frobenius norm)"),
     ]
@@ -201,10 +242,9 @@ def lines(said: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
             rows.append((key, ", ".join(values)))
     if "held_out" in said:
-        before, after = said["held_out"]["before"], said["held_out"]["after"]
-        both = [name for name in before if before[name] is not None and after.get(name) is not None]
-        changes = (f"{name} {before[name]:.3f} → {after[name]:.3f}" for name in both)
-        rows.append((f"held-out, {said['held_out']['iteration']} iterations", ", ".join(changes)))
+        before, after = (numbers(mapping(said["held_out"], time)) for time in ("before", "after"))
+        changes = (f"{name} {before[name]:.3f} → {after[name]:.3f}" for name in before if name in after)
+        rows.append((f"held-out, {said['held_out'].get('iteration', '?')} iterations", ", ".join(changes)))
     for part in said.get("merged", []):
-        rows.append(("merged", f"{part['weight']:g} x {part['file']} ({part['sha256'][:12]})"))
+        rows.append(("merged", f"{part['weight']:g} x {part.get('file')} ({str(part.get('sha256'))[:12]})"))
     return [(name, value.strip("; ")) for name, value in [*rows, last]]

@@ -11,6 +11,13 @@ import typer
 from ngrpo_lora.cli.app import print_table
 from ngrpo_lora.errors import ConfigError
 
+Family = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FAMILY", help="The model's family, such as flux, for a file that fits several.", show_default=False
+    ),
+]
+
 
 def info(
     files: Annotated[
@@ -20,11 +27,14 @@ def info(
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
+    family: Family = None,
 ) -> None:
     """Say what LoRA files are and want: trainer, base, ranks, alpha, layers, effect, and how to draw with them."""
+    from ngrpo_lora.adapters.families import check_family
     from ngrpo_lora.adapters.report import describe, lines
 
-    said = [describe(file) for file in files]
+    check_family(family)
+    said = [describe(file, family) for file in files]
     if as_json:
         typer.echo(json.dumps(said, indent=1))
         return
@@ -97,16 +107,20 @@ def export(
             help="The file to write; default: NAME-FORMAT.safetensors beside the adapter, of the Hub's ones here."
         ),
     ] = None,
+    family: Family = None,
 ) -> None:
     """Write an adapter in another format, with its alpha folded in."""
     if form not in ("diffusers", "comfyui", "kohya"):
         raise ConfigError(f"--format must be diffusers, comfyui or kohya, got {form!r}")
 
+    from ngrpo_lora.adapters.families import check_family
     from ngrpo_lora.adapters.finding import adapter_label, find_adapter
-    from ngrpo_lora.adapters.reading import read_adapter_file
+    from ngrpo_lora.adapters.reading import log_warnings, read_adapter_file
     from ngrpo_lora.adapters.writing import convert, save_tensors
 
-    file = read_adapter_file(find_adapter(source, "FILE"))
+    check_family(family)
+    file = read_adapter_file(find_adapter(source, "FILE"), family)
+    log_warnings(file)
     beside = file.path.with_stem(f"{file.path.stem}-{form}")
     target = output or (beside if Path(source).exists() else Path(f"{adapter_label(file.path)}-{form}.safetensors"))
     save_tensors(target, *convert(file, form))
@@ -127,14 +141,17 @@ def merge(
         int | None, typer.Option(min=1, help="Reduce to this rank, by SVD; default: the sum of ranks, which is exact.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Merge into this model: embedded, or a diffusers folder.")] = None,
+    family: Family = None,
 ) -> None:
     """Add up adapters into one, or into the weights of a base model."""
+    from ngrpo_lora.adapters.families import check_family
     from ngrpo_lora.adapters.finding import parse_weighted
     from ngrpo_lora.adapters.merging import merge as merge_adapters
     from ngrpo_lora.adapters.merging import merge_into_base
     from ngrpo_lora.adapters.writing import save_tensors
 
-    merged = merge_adapters([parse_weighted(text) for text in adapters], rank)
+    check_family(family)
+    merged = merge_adapters([parse_weighted(text) for text in adapters], rank, family)
     if base is None:
         save_tensors(output, merged.tensors(), merged.metadata)
     else:

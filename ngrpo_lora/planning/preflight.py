@@ -127,9 +127,14 @@ def _init_from(config: RunConfig) -> Iterator[str]:
         return
 
     from ngrpo_lora.adapters.reading import read_adapter_file
+    from ngrpo_lora.models._index import family_of
 
     try:
-        layers = read_adapter_file(config.lora.init_from).layers
+        family = family_of(config.model)
+    except UserError:  # which is told by another check
+        family = None
+    try:
+        layers = read_adapter_file(config.lora.init_from, family).layers
     except UserError as error:
         yield f"lora.init_from: {error}"
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,16 @@ def test_a_file_of_higher_rank_says_which_rank_is_needed(tmp_path: Path):
         UserError, match=r"lora.rank must be at least 2, that of lora.init_from .*x.safetensors', got 1"
     ):
         lora.start_from(injected_into("sd3", rank=1), file, [])
+
+
+@pytest.mark.parametrize(("part", "what"), [("bias", "biases"), ("magnitude", "the scales of a DoRA")])
+def test_what_a_run_does_not_train_is_an_error(part: str, what: str, tmp_path: Path):
+    layers = {
+        name: replace(x, **{part: torch.ones(len(x.up))}) for name, x in random_layers("sd3", make("sd3")).items()
+    }
+    file = read_adapter_file(write(tmp_path / "x.safetensors", layers, "sd3"))
+    with pytest.raises(UserError, match=rf"lora.init_from .*x.safetensors' has {what} beside its matrices \(transf"):
+        lora.start_from(injected_into("sd3", rank=2), file, [])
 
 
 def test_layers_that_a_run_does_not_train_are_an_error_unless_nothing_follows_from_them(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,26 @@ def test_a_base_in_several_files_is_merged_file_by_file(embedded_adapter: str, t
         assert relative_error(merged[f"{name}.weight"], expected) <= 1e-7
 
 
+def test_biases_are_summed_and_added_to_the_base_s(embedded_adapter: str, tmp_path: Path):
+    layers = read_adapter_file(embedded_adapter).layers
+    biases = {name: torch.randn(len(layer.up)) for name, layer in layers.items()}
+    own = {name: replace(layer, bias=biases[name]) for name, layer in layers.items()}
+    path = tmp_path / "biased.safetensors"
+    save_tensors(path, state_dict(own), {"ss_base_model_version": "flux1"})
+    run(f"{path}:0.5", f"{path}:0.25", embedded_adapter, "--output", tmp_path / "sum.safetensors")
+    merged = read_adapter_file(tmp_path / "sum.safetensors").layers
+    for name, bias in biases.items():
+        torch.testing.assert_close(merged[name].folded_bias, 0.75 * bias)
+    run(path, "--base", "embedded", "--output", tmp_path / "base")
+    before, after = (
+        load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        for folder in (EMBEDDED, tmp_path / "base")
+    )
+    name, bias = next(iter(biases.items()))
+    expected = before[f"{name}.bias"].float() + bias
+    torch.testing.assert_close(after[f"{name}.bias"].float(), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_what_cannot_be_merged_is_refused_in_one_line(embedded_adapter: str, tmp_path: Path):
     sd3, wan = (write(tmp_path / f"{family}.safetensors", family, 1) for family in ("sd3", "wan"))
     layers = {name: Layer(x.down.repeat(1, 2), x.up) for name, x in read_adapter_file(sd3).layers.items()}
@@ -147,13 +168,25 @@ def test_what_cannot_be_merged_is_refused_in_one_line(embedded_adapter: str, tmp
     assert "sd3.safetensors' is of sd3 and " in refuse(sd3, wan, *out)
     assert "is (32, 32) in" in refuse(sd3, tmp_path / "wide.safetensors", *out)
     assert "must be finite, got inf" in refuse(f"{sd3}:inf", *out)
+    assert "is too large for float32, in 'transformer_blocks.0.attn.add_k_proj'" in refuse(f"{sd3}:1e39", *out)
+    assert "is too large for float32" in refuse(f"{sd3}:1e38", f"{sd3}:3e38", *out)  # of finite matrices
+    for place in (".", "..", tmp_path):
+        message = refuse(sd3, "--output", place)
+        assert f"--output '{place}' cannot be written: [Errno 21] Is a directory: '{place}'" in message
+    dora = {name: replace(x, magnitude=torch.ones(len(x.up))) for name, x in read_adapter_file(sd3).layers.items()}
+    save_tensors(tmp_path / "dora.safetensors", state_dict(dora), {"ss_base_model_version": "sd3"})
+    assert "is a DoRA, which scales the base's own weights anew" in refuse(tmp_path / "dora.safetensors", *out)
     folder = ("--output", tmp_path / "folder")
     assert "layers are not there (blocks.0.attn1.to_k" in refuse(wan, "--base", "embedded", *folder)
     assert "holds no transformer/*.safetensors" in refuse(wan, "--base", "owner/name", *folder)
     assert "must be a new folder" in refuse(embedded_adapter, "--base", "embedded", "--output", tmp_path)
     shutil.copytree(EMBEDDED, tmp_path / "int8")
     weights = tmp_path / "int8" / "transformer" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, weights.with_name("half"))
     save_file({name: w.to(torch.int8) for name, w in load_file(weights).items()}, weights)
     assert "must not be quantised, but" in refuse(embedded_adapter, "--base", tmp_path / "int8", *folder)
+    save_file({name: w.to(torch.float16) for name, w in load_file(weights.with_name("half")).items()}, weights)
+    message = refuse(f"{embedded_adapter}:1e10", "--base", tmp_path / "int8", *folder)
+    assert "the sum with the base is too large for torch.float16, in " in message
     assert not (tmp_path / "folder").exists()
     assert not (tmp_path / "out.safetensors").exists()

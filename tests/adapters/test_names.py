@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny_transformers import MAKERS, make, random_layers
 
 from ngrpo_lora.adapters.layers import NAMES
-from ngrpo_lora.adapters.names import diffusers_names, is_exchanged, split_key
+from ngrpo_lora.adapters.names import diffusers_names, is_exchanged
 from ngrpo_lora.adapters.reading import Layer, read_adapter_file
 
 
@@ -46,27 +46,6 @@ def test_attention_alone_is_told_apart_by_width_and_number_of_blocks(
 
 
 # Keys
-
-
-@pytest.mark.parametrize(
-    ("key", "parts"),
-    [
-        ("transformer.x_embedder.lora_A.weight", ("transformer.x_embedder", "down", "")),
-        ("x.lora_B.default.weight", ("x", "up", "default")),
-        ("x.lora_A.my_adapter.weight", ("x", "down", "my_adapter")),
-        ("x.lora_B", ("x", "up", "")),
-        ("lora_unet_x.lora_down.weight", ("lora_unet_x", "down", "")),
-        ("x.lora.up.weight", ("x", "up", "")),
-        ("x.lora_linear_layer.down.weight", ("x", "down", "")),
-        ("single_blocks.0.processor.qkv_lora.up.weight", ("single_blocks.0.processor.qkv_lora", "up", "")),
-        ("x.alpha", ("x", "alpha", "")),
-        ("x.weight", None),
-        ("x.lora_A.bias", None),
-        ("x.up.weight", None),
-    ],
-)
-def test_a_key_is_a_layer_and_a_matrix_and_perhaps_an_adapters_name(key: str, parts: tuple[str, str, str] | None):
-    assert split_key(key) == parts
 
 
 @pytest.mark.parametrize(

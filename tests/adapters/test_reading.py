@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tiny_transformers import make, output, random_layers
 from torch import Tensor
 
-from ngrpo_lora.adapters.reading import AdapterFile, Layer, check_fits, read_adapter_file, warn_of_alpha
+from ngrpo_lora.adapters.reading import AdapterFile, Layer, check_fits, log_warnings, read_adapter_file
 from ngrpo_lora.adapters.writing import state_dict
 from ngrpo_lora.errors import UserError
 
@@ -129,21 +129,31 @@ def test_a_folder_that_peft_saved_is_read(tmp_path: Path):
     assert relative_error(merged_output("sd3", file.layers), expected) <= 1e-5
 
 
-def test_kohyas_header_alone_is_folded_and_a_file_without_a_word_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("family", ["flux", "flux2_klein", "qwen_image", "sd3", "wan", "z_image"])
+@pytest.mark.parametrize("form", ["transformer.{}.lora_{}.weight", "diffusion_model.{}.lora_{}.weight"])
+def test_kohyas_header_alone_is_no_alpha_as_in_diffusers_and_a_file_without_a_word_is_warned_of(
+    family: str, form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    layers = random_layers("sd3", make("sd3"))
-    tensors = renamed(layers, "transformer.{}.lora_{}.weight")
-    save_file(tensors, tmp_path / "said.safetensors", {"ss_network_dim": "16", "ss_network_alpha": "4.0"})
-    save_file(tensors, tmp_path / "unsaid.safetensors")
-    said, unsaid = (read_adapter_file(tmp_path / name) for name in ("said.safetensors", "unsaid.safetensors"))
-    assert {layer.scale for layer in said.layers.values()} == {0.25}
-    assert {layer.scale for layer in unsaid.layers.values()} == {1.0}
-    for file in (said, unsaid):
-        warn_of_alpha(file)
+    """Converters from kohya's names fold alpha in and leave the header."""
+    layers = random_layers(family, make(family))
+    own = {"ss_network_dim": "16", "ss_network_alpha": "1.0", "ss_network_module": "networks.lora"}
+    path = tmp_path / "x.safetensors"
+    save_file(renamed(layers, form), path, header(family) | own)
+    file = read_adapter_file(path)
+    same_layers(file.layers, layers)
+    if form.startswith("transformer"):
+        assert relative_error(loaded_output(family, state_dict(file.layers)), loaded_output(family, path)) <= 1e-6
+    log_warnings(file)
     assert [record.getMessage() for record in caplog.records] == [
-        f"adapter {tmp_path / 'unsaid.safetensors'} does not say its alpha; it is taken to be the rank"
+        f"adapter {path} does not say its alpha; it is taken to be the rank"
     ]
+
+
+def test_a_file_that_changes_nothing_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "x.safetensors"
+    save_file({key: tensor * 0 for key, tensor in GOOD.items()}, path)
+    log_warnings(read_adapter_file(path))
+    assert f"adapter {path} changes nothing: every product of its matrices is zero" in caplog.text
 
 
 def test_the_norm_is_frobenius_of_what_is_added(tmp_path: Path):
@@ -161,14 +171,19 @@ GOOD = {f"{LAYER}.lora_A.weight": torch.ones(2, 32), f"{LAYER}.lora_B.weight": t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({f"{LAYER}.dora_scale": torch.ones(1)}, "it is a DoRA, not a plain pair of matrices"),
-        ({f"{LAYER}.lokr_w1": torch.ones(1)}, "it is a LoKr"),
-        ({"lora_te_text_model_0.lora_down.weight": torch.ones(1)}, "adapts text encoders too"),
-        ({"x.diff_b": torch.ones(1)}, r"1 of its 3 keys are not of a LoRA \(x.diff_b\)"),
-        ({"transformer.x.lora_A.weight": torch.ones(2, 2)}, "only one of the two matrices is there for transformer.x"),
+        ({f"{LAYER}.dora_scale": torch.ones(1)}, "to_q' is a DoRA over inputs"),
+        ({f"{LAYER}.oft_blocks": torch.ones(1)}, "it is of OFT, whose changes are no sums"),
+        ({f"{LAYER}.lora_A.second.weight": torch.ones(2, 32)}, "it has '.*lora_A.*weight' twice, under two names"),
+        (
+            {"x.lora_A.a.weight": torch.ones(2, 2), "x.lora_B.b.weight": torch.ones(2, 2)},
+            r"it holds 2 adapters \(a, b\); save one of them alone",
+        ),
+        ({"x.nothing": torch.ones(1)}, r"1 of its 3 keys are not of a LoRA \(x.nothing\)"),
+        ({"transformer.x.lora_A.weight": torch.ones(2, 2)}, "'transformer.x' has only one of its two matrices"),
         ({f"{LAYER}.lora_A.weight": torch.ones(3, 32)}, r"do not fit each other: \(3, 32\) and \(32, 2\)"),
-        ({"lora_unet_nothing.lora_down.weight": torch.ones(2, 2)}, "only one of the two"),
-        ({f"{LAYER}.lora_down.weight": torch.ones(2, 32)}, "has the down matrix of .* twice, under two names"),
+        ({"lora_unet_nothing.lora_down.weight": torch.ones(2, 2)}, "only one of its two"),
+        ({f"{LAYER}.lora_A.weight": torch.ones(2, 32) * 1j}, "has numbers of the type complex64"),
+        ({f"{LAYER}.lora_down.weight": torch.ones(2, 32)}, "it has '.*' twice, under two names"),
         (
             {f"{LAYER}.lora_A.{name}.weight": torch.ones(2, 32) for name in ("day", "night")},
             r"it holds 2 adapters \(day, night\); save one of them alone",
@@ -237,10 +252,28 @@ def test_an_adapter_of_another_model_names_layers_and_the_family_that_it_fits(tm
     with pytest.raises(UserError, match=r"no LoRA of this model: 20 of its 20 layers are not there \(blocks.0.attn1.t"):
         check_fits(wan, make("sd3"))
     assert wan.family == "wan"
-    own = random_layers("sd3", make("sd3"))
+
+
+def test_a_layer_of_another_size_or_that_is_not_there_is_said_without_advice_that_was_followed(tmp_path: Path):
+    """The model is given; the message says what the file is of, as far as that can be known."""
+    own, transformer = random_layers("sd3", make("sd3")), make("sd3")
     name = "transformer_blocks.1.attn.to_k"
-    wide = own | {name: Layer(torch.ones(2, 48), torch.ones(32, 2))}
-    file = AdapterFile(tmp_path, {}, wide, "sd3", "transformer", "header")
-    with pytest.raises(UserError, match=rf"'{name}' is 32 x 48 there and 32 x 32 here; by its layers it is one of sd3"):
-        check_fits(file, make("sd3"))
-    check_fits(AdapterFile(tmp_path, {}, own, "sd3", "transformer", "header"), make("sd3"))
+
+    def message(layers: dict[str, Layer], families: tuple[str, ...]) -> str:
+        with pytest.raises(UserError) as refused:
+            check_fits(AdapterFile(tmp_path, {}, layers, families, "transformer", "header"), transformer, "sd3")
+        return str(refused.value)
+
+    wide = {name: Layer(torch.ones(2, 48), torch.ones(32, 2))}
+    assert f"'{name}' is 32 x 48 there and 32 x 32 here, while its other {len(own) - 1} layers" in message(
+        own | wide, ("sd3",)
+    )
+    assert message(wide, ("sd3",)).endswith("by its layers it is of a sd3 of another size")
+    assert message(wide, ("flux", "wan")).endswith("it is one of flux or wan; give a model of that family")
+    assert message(wide, ()).endswith("it is one of a model that is unknown here")
+    more = {"nowhere.to_k": wide[name]}
+    assert message(more, ("sd3",)).endswith("by its layers it is of a variant of this model that has them")
+    assert f"1 of its {len(own) + 1} layers are not there (nowhere.to_k), while its other {len(own)} layers" in message(
+        own | more, ("sd3",)
+    )
+    check_fits(AdapterFile(tmp_path, {}, own, ("sd3",), "transformer", "header"), transformer)

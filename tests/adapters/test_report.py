@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import refuse, run
+from pictures import pixels
 from safetensors.torch import load_file, save_file
 from tiny_transformers import make, random_layers
 
@@ -27,9 +29,9 @@ def test_info_says_what_an_alpha_that_is_not_folded_does_to_whom(adapter: Path, 
         save_file(tensors, tmp_path / f"{name}.safetensors", header)
         said[name] = describe(tmp_path / f"{name}.safetensors")["alpha"]
     assert said["none"]["advice"].startswith("taken to be the rank")
-    assert (said["diffusers"]["scales"], said["kohya"]["scales"]) == ([2.0], [0.25])
+    assert (said["diffusers"]["scales"], said["kohya"]["scales"]) == ([2.0], [1.0])
     assert said["diffusers"]["advice"].startswith("diffusers applies it, ComfyUI does not")
-    assert said["kohya"]["advice"].startswith("neither diffusers nor ComfyUI reads it there")
+    assert said["kohya"]["advice"] == "taken to be folded in: kohya's header names 1 of 4, which no reader heeds"
     assert "alpha / rank 2, from header" in "\n".join(run("info", tmp_path / "diffusers.safetensors"))
 
 
@@ -77,6 +79,22 @@ TEXT_LAYERS = {  # as kohya's sd-scripts, diffusers, older diffusers and PEFT wr
         ("down.weight", "up.weight"),
     ),
     "text_encoder_3": ("unknown", "base_model.model.text_encoder_3.layers.{}.q.", ("lora_A.weight", "lora_B.weight")),
+    "text_encoders.clip_l": (
+        "CLIP",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.{}.self_attn.q_proj.",
+        ("lora_down.weight", "lora_up.weight"),
+    ),
+    "text_encoders.t5xxl": (
+        "T5",
+        "text_encoders.t5xxl.transformer.encoder.block.{}.layer.0.SelfAttention.q.",
+        ("lora_A.weight", "lora_B.weight"),
+    ),
+    "lycoris_te1": (
+        "CLIP",
+        "lycoris_te1_text_model_encoder_layers_{}_self_attn_q_proj.",
+        ("lora_down.weight", "lora_up.weight"),
+    ),
+    "bundle_emb": ("unknown", "bundle_emb.word{}.", ("lora_down.weight", "lora_up.weight")),
 }
 
 
@@ -89,8 +107,18 @@ def text_layers(names: list[str], rank: int, count: int) -> dict[str, torch.Tens
     return tensors
 
 
-@pytest.mark.parametrize("names", [["lora_te1", "lora_te3"], ["text_encoder", "text_encoder_2", "text_encoder_3"]])
-def test_info_counts_layers_of_text_encoders_which_nothing_else_takes(names: list[str], adapter: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["lora_te1", "lora_te3"],
+        ["text_encoder", "text_encoder_2", "text_encoder_3"],
+        ["text_encoders.clip_l", "text_encoders.t5xxl"],
+        ["bundle_emb", "lycoris_te1"],
+    ],
+)
+def test_layers_of_text_encoders_are_counted_and_left_out_with_a_warning(
+    names: list[str], adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     path = tmp_path / "both.safetensors"
     tensors, metadata = load_file(adapter), read_metadata(adapter)
     save_file(tensors | text_layers(names, 3, 5), path, metadata)
@@ -99,24 +127,60 @@ def test_info_counts_layers_of_text_encoders_which_nothing_else_takes(names: lis
     assert said["text_encoders"] == found
     for key in ("family", "ranks", "layers", "norm", "alpha", "readers", "settings"):
         assert said[key] == own[key]
-    assert "draw" not in said
+    assert said["draw"].startswith("ngrpo sample")
     shown = "\n".join(" ".join(line.split()) for line in run("info", path))
     for name in names:
-        assert f"text encoder {name} {TEXT_LAYERS[name][0]}; 5 layers of rank 3" in shown
+        assert f"text encoder {name} {TEXT_LAYERS[name][0]}; 5 layers of rank 3; left out" in shown
     assert "rank 4 (27 layers)" in shown
-    assert "cannot be used it adapts text encoders, which are left as they are here" in shown
-    output = tmp_path / "x.safetensors"
-    for words in (
-        ["sample", "-p", "a star", "--adapter", path, "--output", tmp_path],
-        ["merge", path, "--output", output],
-        ["export", path, "--format", "comfyui", "--output", output],
-    ):
-        layers = ", ".join(f"5 layers of {name}" for name in sorted(names))
-        assert f"it adapts text encoders too ({layers}), which are left as they are here" in refuse(*words)
-    assert not output.exists()
+    layers = ", ".join(f"5 layers of {name}" for name in sorted(names))
+    alike = {}
+    for source in (path, adapter):
+        output = tmp_path / source.stem
+        for words in (
+            ["sample", "-p", "a star", "--steps", 2, "--adapter", source, "--output", output],
+            ["merge", source, "--output", output / "merged.safetensors"],
+            ["export", source, "--format", "comfyui", "--output", output / "x.safetensors"],
+        ):
+            caplog.clear()
+            run(*words)
+            assert (f"adapts {layers} too, which are left out here" in caplog.text) == (source == path)
+        (picture,) = output.glob("*.png")
+        alike[source] = pixels(picture), load_file(output / "merged.safetensors"), load_file(output / "x.safetensors")
+    (drawn, *files), (expected, *own_files) = alike.values()
+    assert np.array_equal(drawn, expected)
+    for file, own_file in zip(files, own_files, strict=True):
+        assert file.keys() == own_file.keys()
+        assert all(torch.equal(file[key], own_file[key]) for key in file)
     alone = tmp_path / "alone.safetensors"
     save_file(text_layers(names, 3, 5), alone)
     said = describe(alone)
     assert said["text_encoders"] == found
     assert not {"layers", "family", "draw"} & said.keys()
     assert "cannot be used" in "\n".join(run("info", alone))
+    message = refuse("export", alone, "--format", "diffusers", "--output", tmp_path / "none.safetensors")
+    assert f"it adapts {layers} and nothing of the transformer" in message
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"ngrpo_merged": '["x"]'},
+        {"ngrpo_merged": '[{"weight": "x"}, {"weight": 1}]'},
+        {"ngrpo_merged": "5"},
+        {"ngrpo": '{"rewards": ["a", {"weight": null}, {"name": 3, "weight": 2}]}'},
+        {"ngrpo": '{"rewards": 5, "held_out": 5}'},
+        {"ngrpo": '{"held_out": {"before": {"a": "b", "c": 1}, "after": {"c": 2}}}'},
+        {"ngrpo": '{"held_out": {"before": 3}}'},
+        {"ngrpo": '{"model": "x", "rollout": 1}'},
+        {"ngrpo": '{"model": {"path": 3}, "rollout": {"num_steps": [1]}}'},
+        {"ngrpo": "[]", "software": "[1]"},
+        {"software": '{"name": 5}', "modelspec.architecture": ""},
+    ],
+)
+def test_a_header_of_another_form_under_our_keys_is_left_out(header: dict[str, str], adapter: Path, tmp_path: Path):
+    """Edited by hand, or by another program."""
+    path = tmp_path / "x.safetensors"
+    save_file(load_file(adapter), path, header)
+    assert "27 layers" in "\n".join(run("info", path))
+    json.loads("\n".join(run("info", "--json", path)))
+    run("merge", path, path, "--output", tmp_path / "merged.safetensors", "--family", "flux")

@@ -760,6 +760,7 @@ def test_of_an_image_the_last_steps_are_taken_at_the_exact_noise_levels(case: Ca
         ({"image": 1, "neighbors": 2}, "neighbors and latents are for pictures from noise"),
         ({"image": 1, "seeds": None, "latents": torch.ones(1)}, "neighbors and latents are for pictures from noise"),
         ({"image": 1, "seeds": []}, "seeds must hold one seed at least"),
+        ({"image": 1, "seeds": 2**64}, r"seeds must be from -2\*\*63 to 2\*\*64 - 1, got 18446744073709551616"),
     ],
 )
 def test_images_that_cannot_be_started_from_are_errors(call: dict[str, Any], message: str, flux: Case):
@@ -785,12 +786,57 @@ def test_images_that_cannot_be_started_from_are_errors(call: dict[str, Any], mes
         ({"prompt": []}, "prompt must be one value or as many as there are prompts"),
         ({"prompt": PROMPTS, "negative_prompt": ["a"] * 3}, "negative_prompt must be one value or .* 2, got 3"),
         ({"seeds": []}, "seeds must hold one seed at least"),
+        ({"seeds": np.zeros(0, int)}, "seeds must hold one seed at least"),
+        ({"seeds": [1, 2**64]}, r"seeds must be from -2\*\*63 to 2\*\*64 - 1, got 18446744073709551616"),
+        (
+            {"seeds": -(2**63) - 1, "neighbors": 2},
+            r"seeds must be from -2\*\*63 to 2\*\*64 - 1, got -9223372036854775809",
+        ),
+        ({"seeds": 1.5}, "seeds must be whole numbers, got 1.5"),
+        ({"seeds": np.array([0.5])}, "seeds must be whole numbers"),
+        ({"seeds": "12"}, "seeds must be whole numbers, got '12'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_errors(call: dict[str, Any], message: str, flux: Case):
     with pytest.raises(ValueError, match=message):
         latents_of(flux.ours, **call)
     assert type(flux.ours.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize(
+    ("seeds", "numbers"),
+    [
+        (np.int64(7), [7]),
+        (np.uint64(2**64 - 1), [2**64 - 1]),
+        (np.arange(2), [0, 1]),
+        (torch.tensor([3, 4]), [3, 4]),
+        (range(2), [0, 1]),
+        ((np.int32(1), 2), [1, 2]),
+        (-1, [-1]),
+    ],
+)
+def test_seeds_may_be_whole_numbers_of_any_library(seeds: Any, numbers: list[int], flux: Case):
+    assert sys.modules[type(flux.ours).__mro__[1].__module__].as_seeds(seeds) == numbers
+
+
+@pytest.mark.parametrize("form", ["lora_te3_encoder_block_0_layer_0_SelfAttention_q", "text_encoder_2.encoder.block.0"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_of_text_encoders_that_diffusers_does_not_adapt_are_left_out_with_a_warning(
+    name: str, form: str, get_case: Callable[[str], Case], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    case = get_case(name)
+    if name == "sd3" and form.startswith("text_encoder_2"):
+        pytest.skip("SD3's second text encoder is one that diffusers adapts")
+    sides = ("down.weight", "up.weight") if form.startswith("lora_te") else ("A.weight", "B.weight")
+    texts = {f"{form}.lora_{side}": torch.ones(2, 2) for side in sides}
+    save_file(load_file(case.adapter) | texts, tmp_path / "x.safetensors", {"format": "pt"})
+    try:
+        case.ours.load_lora_weights(tmp_path / "x.safetensors", adapter_name="x")
+        expected = case.ours.get_list_adapters()["transformer"]
+    finally:
+        case.ours.delete_adapters("x")
+    assert "x" in expected
+    assert f"adapts text encoders too, which are left out here: 2 tensors, as {form}" in caplog.text
 
 
 def test_an_unknown_argument_is_an_error(flux: Case):
@@ -840,14 +886,13 @@ LAYER = {
     [
         ("other", "fits no layer of this model: 2 of its 2 tensors have no place .unet.down.to_q.lora_[AB].weight"),
         ("part", r"fits this model in part: 2 of its \d+ tensors have no place \(transformer.nowhere.lora_A.weight"),
-        ("half", r"fits this model in part: 1 of its \d+ tensors have no place \(transformer.*att.*to_q.diff_b\)"),
+        (
+            "half",
+            r"fits this model in part: 1 of its \d+ tensors have no place \(transfor.*to_q.diff_b\); `ngrpo exp",
+        ),
         ("size", r"is of another model: transformer.*to_q has in_features 1\d* there, \d+ here; load the base"),
         ("nan", "has weights that are not finite, in transformer.*lora_B.weight"),
-        ("dora", "is a DoRA, which diffusers draws without its scales"),
-        (
-            "kohya header",
-            r"says alpha 8.0 and rank 4 in its header alone, where diffusers does not look; `ngrpo export",
-        ),
+        ("dora", "is a DoRA in words that diffusers does not read, and draws without; `ngrpo export"),
         ("alpha twice", r"says its alpha twice, in its header and beside its matrices; `ngrpo export"),
     ],
 )
@@ -869,9 +914,6 @@ def test_a_lora_that_would_not_wholly_take_effect_is_an_error_and_leaves_nothing
         tensors[f"{layer}.lora_B.weight"][0, 0] = torch.nan
     elif damage == "dora":
         tensors[f"{layer}.dora_scale"] = torch.ones(4)
-    elif damage == "kohya header":
-        del metadata["lora_adapter_metadata"]
-        metadata |= {"ss_network_dim": "4", "ss_network_alpha": "8.0"}
     elif damage == "alpha twice":
         tensors[f"{layer}.alpha"] = torch.tensor(8.0)
     save_file(tensors, tmp_path / "x.safetensors", metadata)
@@ -879,7 +921,7 @@ def test_a_lora_that_would_not_wholly_take_effect_is_an_error_and_leaves_nothing
     with pytest.raises(ValueError, match=message):
         case.ours.load_lora_weights(tmp_path / "x.safetensors", adapter_name="x")
     assert case.ours.get_list_adapters() == before
-    if damage not in ("kohya header", "alpha twice"):
+    if damage != "alpha twice":
         with pytest.raises(ValueError, match=message.replace("adapter", "the adapter")):
             case.ours.load_lora_weights(tensors, adapter_name="x")
 
