@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,9 +107,7 @@ class RewardConfig(Section, frozen=True):
 
     name: str = Field(description="A file in ngrpo_lora/rewards, package.module:function, or file.py:function.")
     weight: float = Field(default=1.0, description="Weight in the sum; negative minimises the reward.")
-    label: str | None = Field(
-        default=None, pattern=r"^[\w.-]+$", description="Name in metrics and reports; null: the reward's own."
-    )
+    label: str | None = Field(default=None, description="Name in metrics and reports; null: the reward's own.")
     clip: Bounds | None = Field(
         default=None, strict=False, description="Scores are held within [low, high] before they are added up."
     )
@@ -125,6 +124,13 @@ class RewardConfig(Section, frozen=True):
     )
 
     _name = field_validator("name")(check_reward_name)
+
+    @field_validator("label")
+    @classmethod
+    def _of_letters(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w.-]+", value):
+            raise ValueError(f"must be of letters, digits, _, - and ., got {value!r}; leave out all others")
+        return value
 
     @field_validator("weight")
     @classmethod

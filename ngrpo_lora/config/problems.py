@@ -31,8 +31,13 @@ def problems_in_words(error: ValidationError, data: Mapping[str, Any]) -> list[s
         if detail["type"] == "extra_forbidden":
             key = ".".join(parts)
             known = [] if _in_tracker(parts) else [*options]
-            near = _other_algorithm(key) or _nearest_key(key, [*known, *_entry_keys(parts, data)])
-            lines[key] = [(f"unknown key {key}{near}", None)]
+            near = (
+                _in_section(key, options)
+                or _other_algorithm(key)
+                or _nearest_key(key, [*known, *_entry_keys(parts, data)])
+            )
+            shown = key if key.isprintable() and key == key.strip() else repr(key)
+            lines[key] = [(f"unknown key {shown}{near}", None)]
             continue
         # Drop what pydantic appends for the branches of a union: they are no keys.
         while parts and not parts[-1].isdigit() and ".".join(parts) not in options and not _in_entry(parts):
@@ -57,6 +62,12 @@ def _written(rule: str, value: Any) -> str:
     """How to write the number that a text was meant as; empty where no number is wanted, or it is unclear which."""
     number = number_meant(value) if "number" in rule and isinstance(value, str) else None
     return f"; write {number}" if number else ""
+
+
+def _in_section(key: str, known: Mapping[str, Any]) -> str:
+    """A hint after a key that is right but for its dots, as `key=value` has them and YAML does not."""
+    section, _, name = key.rpartition(".")
+    return f" with dots, which only key=value has; in YAML write {section}: {{{name}: ...}}" if key in known else ""
 
 
 def _other_algorithm(key: str) -> str:

@@ -160,7 +160,8 @@ def _find(config: str | Path | None) -> Path:
     if os.path.isfile(path):
         return path
     if path.suffix in (".yaml", ".yml") or len(path.parts) != 1:
-        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        other = "is a pipe or a device, and no file" if os.path.exists(path) else "does not exist"
+        what = "is a folder" if os.path.isdir(path) else other
         raise ConfigError(f"config file {str(config)!r} {what}; give a YAML file or a preset: {_presets()}")
     if str(config) not in preset_names():
         hint = registry.nearest(str(config), preset_names())

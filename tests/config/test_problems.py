@@ -40,7 +40,14 @@ from refusing import message
         ("rewards=[world, world]", ["rewards.train must name each reward once", "world"]),
         ("rewards={name: world, weight: 0}", ["rewards.train.0.weight must not be 0"]),
         ("rewards={name: world, clip: [1, 0]}", ["rewards.train.0.clip must be [low, high] with low below high"]),
-        ("rewards={name: world, label: a b}", ["rewards.train.0.label must be"]),
+        (
+            "rewards={name: world, label: a/b}",
+            ["rewards.train.0.label must be of letters, digits, _, - and ., got 'a/b'; leave out all others"],
+        ),
+        (
+            "optimizer.learning_rate =1",
+            ["unknown key 'optimizer.learning_rate '; did you mean optimizer.learning_rate?"],
+        ),
         ("rewards=[world, {name: a.py:score, label: world}]", ["must name each reward once, got world twice"]),
         ("rewards={name: ocr, exct: true}", ["unknown key rewards.train.0.exct; did you mean rewards.train.0.exact?"]),
         ("rewards={name: world, revision: x}", ["unknown key rewards.train.0.revision; did you mean model.revision?"]),

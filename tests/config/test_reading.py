@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,12 @@ def test_a_repeated_override_is_refused():
         (b"[" * 5000, "nested more than 50 deep"),
         (b"seed: 010\n", "seed must be a whole number, got '010'; write 10"),
         (b"a: &a [*a]\n", "nested more than 50 deep"),
+        (b"trainer.num_iterations: 3\n", "which only key=value has; in YAML write trainer: {num_iterations: ...}"),
+        ("seed\u00a0: 3\n".encode(), r"unknown key 'seed\xa0'; did you mean seed?"),
+        ("seed\uff1a 3\n".encode(), "must hold `key: value` lines"),
+        (b"trainer: {max_hours: 1:30}\n", "trainer.max_hours must be a number, got '1:30'"),
+        (b"seed: 1,5\n", "seed must be a whole number, got '1,5'"),
+        ("seed: \uff11\n".encode(), "seed must be a whole number, got '\uff11'"),
     ],
 )
 def test_a_bad_file_is_refused(content: bytes, part: str, tmp_path: Path):
@@ -94,6 +101,11 @@ def test_a_bad_file_is_refused(content: bytes, part: str, tmp_path: Path):
     text = message(config=path)
     assert part in text
     assert len(text.splitlines()) == 1
+
+
+def test_a_pipe_is_no_config_and_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "run.yaml")
+    assert "is a pipe or a device, and no file; give a YAML file" in message(config=tmp_path / "run.yaml")
 
 
 def test_an_empty_file_has_the_defaults(tmp_path: Path):
