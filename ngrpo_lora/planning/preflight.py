@@ -178,6 +178,9 @@ def _output_dir(config: RunConfig) -> Iterator[str]:
     if used := owner(output_dir):
         yield used
         return
+    if wrong := [*_other_kinds(output_dir)]:
+        yield from wrong
+        return
     resume = resolve(config.resume, output_dir)
     if resume is None:
         yield from _new_run(config, output_dir)
@@ -195,6 +198,17 @@ def _output_dir(config: RunConfig) -> Iterator[str]:
         yield f"output_dir must be the resumed run's ({str(run_dir)!r}) or a new one, got {config.output_dir!r}"
     if (run_dir / "config.yaml").is_file():
         yield from _changes(run_dir / "config.yaml", config)
+
+
+def _other_kinds(output_dir: Path) -> Iterator[str]:
+    """Files in place of a run's folders, and folders in place of its files, which it would find out when it saves."""
+    for name in ("adapter", "checkpoints", "evaluations", "samples"):
+        path = output_dir / name
+        if path.exists() and not path.is_dir():
+            yield f"output_dir must have a folder {name!r}, or nothing of that name, but {str(path)!r} is none; move it"
+    for name in ("config.yaml", "inputs.json", "metrics.jsonl", "report.html", "summary.png"):
+        if (path := output_dir / name).is_dir():
+            yield f"output_dir must have a file {name!r}, or nothing of that name, but {str(path)!r} is none; move it"
 
 
 def _new_run(config: RunConfig, output_dir: Path) -> Iterator[str]:

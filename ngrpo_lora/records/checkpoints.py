@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,8 +75,16 @@ def save(
         (partial / STATE_FILE).write_text(json.dumps(content | {"sha256": own_digest(content)}), encoding="utf-8")
     for old in checkpoints(output_dir)[:-keep]:
         if number(old) not in kept:
-            shutil.rmtree(old)
+            _remove(old)
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, or the link to one elsewhere; what cannot be removed stays, as no run should end of it."""
+    try:
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+    except OSError as error:  # such as a file that another machine holds open
+        log.warning("checkpoint %s could not be removed: %s", folder, error)
 
 
 def own_digest(content: dict[str, Any]) -> str:
@@ -84,10 +93,10 @@ def own_digest(content: dict[str, Any]) -> str:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Folders of a run's checkpoints, oldest first; one that was not written to its end is none."""
+    """Folders of a run's checkpoints, oldest first; one that was not written to its end is none, nor is a copy."""
     folder = output_dir / "checkpoints"
     found = {path.parent for name in (STATE_FILE, FORMER_FILE) for path in folder.glob(f"iteration-*/{name}")}
-    return sorted(found, key=number)
+    return sorted((one for one in found if re.fullmatch("iteration-[0-9]+", one.name)), key=number)
 
 
 def number(folder: Path) -> int:
@@ -215,7 +224,7 @@ def drop_after(output_dir: Path, iteration: int) -> None:
         names = ", ".join(folder.name for folder in later)
         log.info("going on after iteration %d; dropped, as they came later: %s", iteration, names)
     for folder in (*later, *(output_dir / "checkpoints").glob(".*.partial")):
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
     for path in (*(output_dir / "evaluations").glob("*.jsonl"), *(output_dir / "samples").glob("*.png")):
         if path.stem.isdigit() and int(path.stem) > iteration:
             path.unlink()

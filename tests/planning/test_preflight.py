@@ -32,6 +32,20 @@ def test_what_is_wrong_with_a_start_is_said_before_a_model_loads(
         check_run(config)
 
 
+def test_files_in_place_of_a_runs_folders_and_folders_in_place_of_its_files_are_named(
+    make_config: MakeConfig, tmp_path: Path
+):
+    (tmp_path / "checkpoints").write_text("")
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError) as error:
+        check_run(make_config(tmp_path))
+    wrong = {"a folder 'checkpoints'": "checkpoints", "a file 'metrics.jsonl'": "metrics.jsonl"}
+    assert error.value.problems == [
+        f"output_dir must have {what}, or nothing of that name, but '{tmp_path / name}' is none; move it"
+        for what, name in wrong.items()
+    ]
+
+
 def test_settings_alone_are_checked_without_a_trace(make_config: MakeConfig, tmp_path: Path):
     check_settings(make_config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,3 +162,40 @@ def test_going_back_drops_what_came_later(tmp_path: Path):
         "evaluations": ["000002.jsonl", "000004.jsonl"],
         "samples": ["000002.png", "000004.png", "first.png"],
     }
+
+
+def test_copies_and_other_folders_are_no_checkpoints(tmp_path: Path):
+    whole = checkpoints.save(tmp_path, 2, {"iteration": 2}, keep=3)
+    for name in ("iteration-000009-backup", "iteration-000009 (copy)", "iteration-", "iteration-latest", "iteration-٣"):
+        shutil.copytree(whole, whole.with_name(name))
+    assert checkpoints.checkpoints(tmp_path) == [whole]
+    assert checkpoints.load("latest", tmp_path, "cpu")["iteration"] == 2
+    checkpoints.drop_after(tmp_path, 1)
+    assert (whole.with_name("iteration-000009-backup") / checkpoints.STATE_FILE).is_file()
+    assert checkpoints.load(str(whole.with_name("iteration-000009-backup")), tmp_path, "cpu")["iteration"] == 2
+
+
+def test_a_checkpoint_that_is_a_link_goes_and_what_it_leads_to_stays(tmp_path: Path):
+    old = checkpoints.save(tmp_path / "elsewhere", 1, {"iteration": 1}, keep=1)
+    link = checkpoints.checkpoint_dir(tmp_path, 1)
+    link.parent.mkdir()
+    link.symlink_to(old)
+    assert checkpoints.load("latest", tmp_path, "cpu")["iteration"] == 1
+    checkpoints.save(tmp_path, 2, {"iteration": 2}, keep=1)
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["iteration-000002"]
+    assert (old / checkpoints.STATE_FILE).is_file()
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    old = checkpoints.save(tmp_path, 1, {"iteration": 1}, keep=1)
+
+    def busy(path: Path, **_: object) -> None:
+        raise OSError(39, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.shutil, "rmtree", lambda path, **how: how or busy(path))
+        checkpoints.save(tmp_path, 2, {"iteration": 2}, keep=1)
+    assert f"checkpoint {old} could not be removed: [Errno 39] Directory not empty" in caplog.text
+    assert checkpoints.load("latest", tmp_path, "cpu")["iteration"] == 2
