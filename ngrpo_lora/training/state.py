@@ -75,14 +75,14 @@ def save(run: Run) -> None:
     All processes hold the same state; the main one writes. `run.saver` tells when it is on disk.
     """
     if run.processes.is_main:
-        copied, folder, config = on_cpu(state(run)), run.output_dir, run.config
-        tensors = adapter_tensors(run.family, copied["averaged"], config)
-        header = describe_adapter(sorted(tensors), run.family, config)
+        copied, folder, config, family = on_cpu(state(run)), run.output_dir, run.config, run.family
         best = copy(run.best)
         kept = best.kept
 
         def write(iteration: int = run.iteration) -> None:
             keep = config.trainer.keep_checkpoints
+            tensors = adapter_tensors(family, copied["averaged"], config)
+            header = describe_adapter(sorted(tensors), family, config)
             checkpoints.save(
                 folder, iteration, copied, keep, lambda path: save_file(tensors, path / FILE_NAME, header), kept
             )
