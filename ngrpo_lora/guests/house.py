@@ -188,6 +188,10 @@ def _mask() -> int:
     return mask
 
 
+def _set_mask(value: int) -> None:
+    os.umask(value)
+
+
 def _set_collection(value: bool) -> None:
     (gc.enable if value else gc.disable)()
 
@@ -230,7 +234,7 @@ ALL = (
         "signal handlers": Setting(_signals, _set_signals),
         "functions of builtins, json or os": Setting(_functions, _set_functions),
         "the hooks of errors and warnings": Setting(_hooks, _set_hooks),
-        "the permissions of new files": Setting(_mask, os.umask),
+        "the permissions of new files": Setting(_mask, _set_mask),
         "the collection of garbage": Setting(gc.isenabled, _set_collection),
         "the locale": Setting(lambda: locale.setlocale(locale.LC_ALL), _set_locale),
     }

@@ -261,7 +261,7 @@ def numbers(returned: Any) -> Tensor:
         if is_complex(returned):  # whose imaginary part PyTorch would drop
             raise TypeError
         if isinstance(returned, np.ma.MaskedArray):  # of which PyTorch would take what is behind the mask
-            returned = returned.astype(float).filled(np.nan)
+            returned = np.ma.filled(returned.astype(float), np.nan)
         return torch.as_tensor(returned, dtype=torch.float64, device="cpu").detach().to_dense()
     except Exception:  # also an OverflowError, and whatever a class of the user's raises
         return torch.empty(0, 0)

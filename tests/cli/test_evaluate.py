@@ -264,3 +264,15 @@ def test_reports_of_one_run_and_of_several(tmp_path: Path, monkeypatch: pytest.M
     with owned(two):
         run("report", two)
     assert "running, iteration 10 of 10" in (two / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("nothing_heavy")
+def test_the_report_of_a_run_that_was_killed_says_that_it_has_stopped(tmp_path: Path):
+    folder = write_run(tmp_path / "run", iterations=4).folder
+    (folder / "report.html").write_text("running, iteration 4 of 10")
+    (folder / ".lock").touch()  # both stay where a process is killed, and the system has released the lock
+    (folder / ".owner.json").write_text('{"process": 1, "machine": "a", "since": "2025-01-01 00:00:00"}')
+    run("report", folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "stopped after iteration 4 of 10" in page
+    assert "running, iteration" not in page

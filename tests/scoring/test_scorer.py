@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -280,6 +281,25 @@ def test_whatever_a_reward_raises_is_its_failure(
     for _ in range(2):  # asyncio's loop has outlived the first
         assert_scores(reward(SAMPLES), 0, NAN, 100, 150, 200, 250)
     assert f"1 of 6 images are masked: {kind.__name__}: " in caplog.text
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("timeout_s", [None, 60])
+def test_a_reward_that_would_end_the_process_at_once_fails_in_words(
+    is_async: bool, timeout_s: float | None, make_reward: Callable[..., BoundReward], caplog: pytest.LogCaptureFixture
+):
+    def leaving(image):
+        if red(image) == 50:
+            os._exit(3)
+        return red(image)
+
+    async def asynchronous(image):
+        return leaving(image)
+
+    reward = make_reward(asynchronous if is_async else leaving, timeout_s=timeout_s)
+    for _ in range(2):
+        assert_scores(reward(SAMPLES), 0, NAN, 100, 150, 200, 250)
+    assert "1 of 6 images are masked: SystemExit: it called exit(3), and must return scores" in caplog.text
 
 
 def test_a_task_that_calls_exit_does_not_end_the_loop_of_all_async_rewards(make_reward: Callable[..., BoundReward]):

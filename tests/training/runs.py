@@ -245,8 +245,8 @@ def start_training(
     """`ngrpo train` of these words, as a process; `asked` is what STOPPING reads."""
     command = [sys.executable, *(python or ("-m", "ngrpo_lora")), "train", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "STOPPED_IN": asked}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([*command, "--num-processes", str(processes)], env=environment, **quiet)
+    command += ["--num-processes", str(processes)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def ended(process: subprocess.Popen[bytes]) -> int:
