@@ -77,7 +77,6 @@ QWEN_AND_Z = {"qwen_image": "", "z_image": SIGLIP}
 READERS: dict[str, dict[str, dict[str, str]]] = {
     "diffusers": {
         "diffusers": dict.fromkeys(NAMES, "") | {"sana": r".*\.conv_depth"},
-        "diffusers down": {"flux": ""},
         "PEFT": {"flux2_klein": NO_BLOCK},
         "PEFT named": {"qwen_image": "", "z_image": ""},
         "ComfyUI": {
