@@ -56,7 +56,9 @@ def test_info_names_the_readers_that_take_every_layer(tmp_path: Path):
     pair = {"lora_down": torch.ones(2, 32), "lora_up": torch.ones(32, 2)}
     layers = ("double_blocks_0_img_attn_proj", "single_blocks_0_modulation_lin", "img_in")  # diffusers loses the last
     for count, readers in ((2, ["diffusers", "comfyui"]), (3, ["comfyui"])):
-        tensors = {f"lora_unet_{name}.{part}.weight": one for name in layers[:count] for part, one in pair.items()}
+        tensors = {
+            f"lora_unet_{name}.{part}.weight": one.clone() for name in layers[:count] for part, one in pair.items()
+        }
         save_file(tensors, tmp_path / "x.safetensors", {"ss_base_model_version": "flux1"})
         assert describe(tmp_path / "x.safetensors")["readers"] == readers
 
