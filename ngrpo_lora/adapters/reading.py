@@ -121,20 +121,20 @@ def read_adapter_file(path: str | Path, family: str | None = None, texts_alone: 
     fitting = told_apart(known, shapes, metadata, config)
     if any("alpha" in parts for parts in groups.values()):
         source, config = "tensors", {}
-    layers: Layers = {}
-    for i, one in enumerate((family,) if family else fitting or (None,)):
+    readings = []
+    for one in (family,) if family else fitting or known or (None,):
         first_names = {name: (*diffusers_names(name, one), name)[0] for name in groups}
         scales = {name: _scale(path, parts, config, first_names[name]) for name, parts in groups.items()}
-        read = _named(path, {name: changes.scaled(made[name], groups[name], scales[name]) for name in groups}, one)
-        if i > 0 and _differ(layers, read):
-            raise UserError(
-                f"adapter {str(path)!r} fits {' and '.join(fitting)} by its layers, which are others in each; give "
-                "--family, or the model"
-            )
-        layers = read
+        scaled = {name: changes.scaled(made[name], groups[name], scales[name]) for name in groups}
+        readings.append(_named(path, scaled, one))
+    if any(_differ(readings[0], other) for other in readings[1:]):
+        fits = " and ".join(fitting or known)
+        raise UserError(
+            f"adapter {str(path)!r} fits {fits} by its layers, which are others in each; give --family, or the model"
+        )
     families = (family,) if family in known else fitting
     naming = naming_of(tensors, families[0] if len(families) == 1 else family)
-    return AdapterFile(path, metadata, layers, families, naming, source, texts, others)
+    return AdapterFile(path, metadata, readings[0], families, naming, source, texts, others)
 
 
 def _refused(path: Path, why: str) -> UserError:
@@ -192,10 +192,9 @@ def _groups(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[s
 
 def _made(path: Path, name: str, parts: Parts) -> Layer:
     try:
-        layer = changes.made_layer(parts)
+        return changes.made_layer(parts)
     except ValueError as error:
         raise _refused(path, f"{name!r} {error}") from None
-    return layer
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str]) -> tuple[AlphaSource, dict[str, Any]]:

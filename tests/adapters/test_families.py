@@ -136,10 +136,15 @@ def test_a_file_that_fits_several_families_is_said_to_and_the_user_decides(tmp_p
     assert "is of flux or flux2_klein or qwen_image and" in refuse("merge", path, wan, "--output", out)
 
 
-def test_a_foreign_model_by_its_header_is_not_converted_unless_the_user_says_so(tmp_path: Path):
-    sides = {"single_transformer_blocks.0.attn.to_q": (3072, 3072)}
-    path = save(tmp_path / "x.safetensors", sides, header={"modelspec.architecture": "chroma/lora"})
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("single_transformer_blocks.0.attn.to_q", "transformer.{}"), ("single_blocks_0_linear2", "lora_unet_{}")],
+)
+def test_a_foreign_model_by_its_header_is_not_converted_unless_the_user_says_so(name: str, form: str, tmp_path: Path):
+    sides = {name: (3072, 5 * 3072 if form.startswith("lora_unet") else 3072)}
+    path = save(tmp_path / "x.safetensors", sides, form, {"modelspec.architecture": "chroma/lora"})
     out = tmp_path / "out.safetensors"
+    assert describe(path)["family"] is None
     assert "is of a model that is unknown here" in refuse("export", path, "--format", "kohya", "--output", out)
     run("export", path, "--format", "comfyui", "--family", "flux", "--output", out)
     assert out.exists()
