@@ -56,7 +56,7 @@ def one(key: str, parts: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]],
         up = up / 2
     if swapped and sum(rows) == 2 * columns[0]:
         up = torch.cat([*up.chunk(2)][::-1])
-    return tensors, {part: Layer(down, ups) for part, ups in zip(parts, up.split(rows), strict=True)}
+    return tensors, {part: Layer(down.clone(), ups) for part, ups in zip(parts, up.split(rows), strict=True)}
 
 
 def file_of(found: list[Key], path: Path) -> Path:
