@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -43,8 +44,8 @@ class Best:
             known = ", ".join(key for key in metrics if key.startswith("eval/"))
             raise UserError(f"trainer.keep_best must be a metric of evaluations ({known}), got {self.metric!r}")
         value = metrics[self.metric]
-        known = value is not None and value == value
-        better = known and (self.value is None or (value < self.value if self.lower else value > self.value))
+        value = math.nan if value is None else value
+        better = value == value and (self.value is None or (value < self.value if self.lower else value > self.value))
         if better:
             self.iteration, self.value, self.waited = iteration, value, 0
         else:
