@@ -97,7 +97,7 @@ def provenance(plan: Plan, command: Sequence[str], at_once: int) -> dict[str, An
         "versions": {name: version(name) for name in ("torch", "diffusers")}
         | {"ngrpo-lora": code_version(), "python": platform.python_version()},
         "machine": {
-            "system": platform.platform(),
+            "system": f"{platform.system()} {platform.machine()}",
             "processor": processor(),
             "cores": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if plan.common["model.device"] == "cuda" else None,
