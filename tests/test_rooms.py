@@ -67,6 +67,7 @@ TESTED_IN = {
     "config.algorithms.mix_flash": "algorithms/test_mix_flash.py",
     "config.algorithms.neighbor": "algorithms/test_neighbor.py",
     "config.algorithms.nft": "algorithms/test_nft.py",
+    "config.hub": "hub/test_pushing.py",
     "config.rewards.aesthetic": "rewards/test_clip_rewards.py",
     "config.rewards.clip_score": "rewards/test_clip_rewards.py",
     "config.rewards.geneval": "rewards/test_geneval.py",

@@ -13,10 +13,11 @@ import yaml
 from pydantic import ValidationError
 
 from ngrpo_lora import registry
+from ngrpo_lora.config.hub import hub_section
 from ngrpo_lora.config.paths import expanded
 from ngrpo_lora.config.plugins import DEFAULT_ALGORITHM, RewardConfig, reward_section
 from ngrpo_lora.config.problems import problems_in_words, show_value
-from ngrpo_lora.config.run import RunConfig, hub_section
+from ngrpo_lora.config.run import RunConfig
 from ngrpo_lora.config.words import read_value, read_yaml
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.records.texts import decoded
