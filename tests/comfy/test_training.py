@@ -165,7 +165,7 @@ def succeeded(result: Result) -> Result:
 
 def wait_for(phase: str, base: Path) -> None:
     """Until a run is at `phase`, as in `update 1`, and a little longer."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not (base / "phase").exists() or (base / "phase").read_text() != phase:
         assert time.monotonic() < deadline
         time.sleep(0.01)

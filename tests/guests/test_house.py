@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
+import gc
+import json
 import os
+import socket
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,31 +63,24 @@ def test_what_it_changes_is_put_back_worn_again_and_told_once(
     assert caplog.text.count("reward mine changes torch's default dtype, the working folder, os.environ for") == 1
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "torch.autograd.set_detect_anomaly(True)",
-        "builtins.print = None",
-        "json.dumps = lambda value: 'x'",
-        "os.replace = print",
-        "sys.setrecursionlimit(200)",
-        "sys.excepthook = print",
-        "warnings.showwarning = print",
-        "threading.excepthook = print",
-        "socket.setdefaulttimeout(3)",
-        "os.umask(0o777)",
-        "gc.disable()",
-        "torch.inference_mode().__enter__()",
-    ],
-)
-def test_whatever_a_guest_changes_is_put_back(change: str):
-    import builtins
-    import gc
-    import json
-    import socket
-    import sys
-    import warnings
+CHANGES: dict[str, Callable[[], object]] = {
+    "anomaly detection": partial(torch.autograd.set_detect_anomaly, True),
+    "a function of builtins": partial(setattr, builtins, "print", None),
+    "a function of json": partial(setattr, json, "dumps", str),
+    "a function of os": partial(setattr, os, "replace", print),
+    "recursion limit": partial(sys.setrecursionlimit, 200),
+    "hook of errors": partial(setattr, sys, "excepthook", print),
+    "hook of warnings": partial(setattr, warnings, "showwarning", print),
+    "hook of threads": partial(setattr, threading, "excepthook", print),
+    "timeout of sockets": partial(socket.setdefaulttimeout, 3),
+    "permissions": partial(os.umask, 0o777),
+    "garbage": gc.disable,
+    "inference mode": lambda: torch.inference_mode().__enter__(),
+}
 
+
+@pytest.mark.parametrize("name", [*CHANGES])
+def test_whatever_a_guest_changes_is_put_back(name: str):
     def now() -> list[object]:
         of_python = [builtins.print, json.dumps, os.replace, sys.getrecursionlimit(), gc.isenabled()]
         hooks = [sys.excepthook, warnings.showwarning, threading.excepthook, socket.getdefaulttimeout()]
@@ -88,11 +88,10 @@ def test_whatever_a_guest_changes_is_put_back(change: str):
         os.umask(mask)
         return [*of_python, *hooks, mask, torch.is_anomaly_enabled(), torch.is_inference_mode_enabled()]
 
-    modules = {m.__name__: m for m in (builtins, gc, json, os, socket, sys, threading, torch, warnings)}
     before, guest = now(), Guest("mine")
-    visit(guest, lambda: exec(change, modules))
+    visit(guest, CHANGES[name])
     assert now() == before
-    assert guest.known is ("inference" in change)  # which ends with its thread
+    assert guest.known is (name == "inference mode")  # which ends with its thread
 
 
 def test_what_it_had_at_its_import_is_there_when_it_is_called():
