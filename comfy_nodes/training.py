@@ -68,9 +68,9 @@ TAKEN = {
 OUT_OF_MEMORY = (
     "Out of memory while training: {reason}\nComfyUI's models had been unloaded before (a model of Load Diffusers "
     "Pipeline had not); what the run held is free again. In overrides, most effective first: "
-    "trainer.gradient_checkpointing=true, "
-    "model.text_encoders=cache, model.vae_tiling=true, model.quantization=int8 or nf4, or model.swap_blocks=20; or a "
-    "preset for your memory, such as flux-16gb. All but quantization may change for a run that has begun."
+    "trainer.gradient_checkpointing=true, model.text_encoders=cache, model.vae_tiling=true, model.quantization=int8 or "
+    "nf4, or model.swap_blocks=20; or a preset for your memory, such as flux-16gb. All but quantization may change for "
+    "a run that has begun."
 )
 
 

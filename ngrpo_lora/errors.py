@@ -33,7 +33,7 @@ class OutOfMemory(UserError):
         self.reason = reason
         super().__init__(
             f"{key} must fit into memory, but {size} does not ({reason}); most effective first: "
-            f"trainer.gradient_checkpointing=true, model.text_encoders=cache, model.vae_tiling=true, "
+            "trainer.gradient_checkpointing=true, model.text_encoders=cache, model.vae_tiling=true, "
             f"model.swap_blocks=20, or a smaller {key} where it is above 1; these may change with resume=latest, while "
             "model.quantization=nf4 or a smaller model.height_px is a new run; `ngrpo plan` says what each needs"
         )

@@ -20,6 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from ngrpo_lora.config import RunConfig, parse_config, parse_reward_entries
+from ngrpo_lora.evaluation.report.guard import Guard
 from ngrpo_lora.evaluation.report.watching import Reporter
 from ngrpo_lora.records.ownership import owned
 from ngrpo_lora.scoring.scorer import Scorer
@@ -30,7 +31,7 @@ from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.state import save
 from ngrpo_lora.training.tracking import Tracking
 from ngrpo_lora.training.trainer import iterate, tell_of_saves
-from ngrpo_lora.training.watcher import Watchers
+from ngrpo_lora.training.watcher import Watcher, Watchers
 from ngrpo_lora.types import Metrics, Samples
 
 __all__ = ["Keeping", "keeping_table", "measure_keeping", "nothing"]
@@ -98,7 +99,7 @@ def measure_keeping(config: RunConfig, iterations: int) -> Keeping:
         kept = everything_on(config, Path(folder) / "run")
         run = prepare(kept)
         recorder = Recorder()
-        names = {"metrics.jsonl": recorder, "report.html": Reporter()}
+        names: dict[str, Watcher] = {"metrics.jsonl": recorder, "warnings": Guard(), "report.html": Reporter()}
         if kept.tracking:
             names["TensorBoard"] = Tracking(recorder)
         run.watchers = Watchers(names.values())
@@ -132,7 +133,7 @@ def everything_on(config: RunConfig, output_dir: Path) -> RunConfig:
     return parse_config(data)
 
 
-def keep_iteration(run: Run, names: dict[str, Recorder | Reporter | Tracking], clocks: Clocks) -> None:
+def keep_iteration(run: Run, names: dict[str, Watcher], clocks: Clocks) -> None:
     """One iteration and all that the trainer does after it."""
     metrics = iterate(run)
     for name, watcher in names.items():
@@ -144,9 +145,7 @@ def keep_iteration(run: Run, names: dict[str, Recorder | Reporter | Tracking], c
         tell_of_saves(run, last=False)
 
 
-def tell_watchers(
-    names: dict[str, Recorder | Reporter | Tracking], iteration: int, evaluation: Metrics, clocks: Clocks
-) -> None:
+def tell_watchers(names: dict[str, Watcher], iteration: int, evaluation: Metrics, clocks: Clocks) -> None:
     """What the trainer does after an evaluation."""
     for name, watcher in names.items():
         with clocks(name):

@@ -20,7 +20,7 @@ import torch
 
 from ngrpo_lora.adapters import lora
 from ngrpo_lora.config import RunConfig, parse_config
-from ngrpo_lora.devices import resolve_device, resolve_dtype, without_cudnn_attention
+from ngrpo_lora.devices import release_memory, resolve_device, resolve_dtype, without_cudnn_attention
 from ngrpo_lora.errors import ConfigError, UserError, first_line
 from ngrpo_lora.models._blueprint import blank_text, random_family
 from ngrpo_lora.training.metering import STAGES
@@ -88,10 +88,9 @@ def measure(name: str, config: RunConfig, iterations: int) -> Timing:
         seconds = {stage: statistics.median(row[f"time/{stage}_s"] for row in rows) for stage in STAGES}
         seconds["forwards"] = forwards_alone(run)
     del run
-    gc.collect()
+    release_memory()
     if not torch.cuda.is_available():
         return Timing(name, seconds, None)
-    torch.cuda.empty_cache()
     return Timing(name, seconds, max(row[f"memory/{stage}_gib"] for row in rows for stage in STAGES))
 
 

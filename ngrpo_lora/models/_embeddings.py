@@ -5,7 +5,6 @@ This is `model.text_encoders: cache`: one safetensors file a prompt, named by th
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.devices import resolve_device, resolve_dtype
+from ngrpo_lora.devices import release_memory, resolve_device, resolve_dtype
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.records.files import written
 from ngrpo_lora.types import TextEmbeds
@@ -51,9 +50,7 @@ class EmbeddingCache:
                 with written(self.file(prompt)) as partial:
                     save_file(tensors, partial)
         family.release_encoders()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> TextEmbeds:
         """The conditioning of prompts from disk, as `BaseFamily.encode` gives it.

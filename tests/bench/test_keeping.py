@@ -27,7 +27,13 @@ def test_parts_are_a_share_of_an_iteration_and_add_up(config: RunConfig, monkeyp
     monkeypatch.setattr(keeping, "MAX_PROMPTS", 1)
     measured = keeping.measure_keeping(config, 2)
     assert list(measured.parts_s) == [
-        *("metrics.jsonl", "report.html", "TensorBoard", "checkpoint", "rewards as guests", "lock of the folder")
+        "metrics.jsonl",
+        "warnings",
+        "report.html",
+        "TensorBoard",
+        "checkpoint",
+        "rewards as guests",
+        "lock of the folder",
     ]
     assert all(0 < seconds < 10 for seconds in measured.parts_s.values())
     assert min(measured.bare_s, measured.kept_s) > 0
