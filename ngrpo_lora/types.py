@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -52,6 +53,11 @@ class Rollout:
     latents: Tensor
     sigmas: Tensor
     final: Tensor
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """(G,) bool: the samples whose latents are finite to the end; the others have failed."""
+        return self.final.flatten(1).isfinite().all(1)
 
     def to(self, device: torch.device | str) -> Self:
         """This rollout with all its tensors on another device."""
@@ -110,10 +116,16 @@ class Velocities(NamedTuple):
     reference: Tensor | None = None
 
 
+def beside(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor on another one's device, without waiting for what that device is about."""
+    return tensor.to(other.device, non_blocking=True)
+
+
 Metrics = dict[str, float]
 
 
-def mean_metrics(rows: Sequence[Metrics], names: Sequence[str]) -> Metrics:
-    """Average by name, but take the maximum of what is called `max_...`; NaN where there are no rows."""
-    columns = {name: torch.tensor([row[name] for row in rows] or [torch.nan], dtype=torch.float64) for name in names}
-    return {name: (c.max() if "max_" in name else c.mean()).item() for name, c in columns.items()}
+def mean_metrics(rows: Tensor, names: Sequence[str]) -> Metrics:
+    """Average (N, names) by name, but take the maximum of what is called `max_...`; NaN where there are no rows."""
+    rows = rows if len(rows) else torch.full((1, len(names)), torch.nan)
+    columns = zip(names, rows.double().unbind(1), strict=True)
+    return {name: (c.max() if "max_" in name else c.mean()).item() for name, c in columns}

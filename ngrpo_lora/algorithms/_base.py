@@ -7,7 +7,7 @@ iteration to the next, so that a resumed run goes on bit for bit: what depends o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import VelocityFn
-from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
+from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities
 
 
 class Algorithm(Protocol):
@@ -59,6 +59,10 @@ class Algorithm(Protocol):
 
     def loss(
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
-    ) -> tuple[Tensor, Metrics]:
-        """Loss of one transition (a scalar to be minimised) and its `policy/...` metrics."""
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss of one transition (a scalar to be minimised) and its `policy/...` metrics, on the velocities' device.
+
+        The rollout is in system memory, where it has all the room it needs; `types.beside` brings over what this
+        transition is about. Nothing here should wait for the device (`item`, a mask as an index).
+        """
         ...

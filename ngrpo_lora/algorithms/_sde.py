@@ -14,7 +14,7 @@ A method says which steps are stochastic, in what form, and how the rest is solv
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -30,7 +30,7 @@ from ngrpo_lora.equations.noise import group_noises
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import VelocityFn, euler
 from ngrpo_lora.equations.surrogate import clipped_objective
-from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
+from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities, beside
 
 Settings = TypeVar("Settings", bound=SdeConfig)
 
@@ -135,24 +135,24 @@ class SdeAlgorithm(ABC, Generic[Settings]):
 
     def loss(
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
-    ) -> tuple[Tensor, Metrics]:
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Minus the clipped objective of one step of one sample, and what it strays from the base model."""
         assert isinstance(rollout, SdeRollout)
         _, sample, index = transition
-        one = slice(sample, sample + 1)
-        kept = rollout.velocities[index, one]  # (1, C, H, W)
-        step = self.step(rollout.latents[index, one], kept, rollout.sigmas, index)
-        noise = (rollout.latents[index + 1, one] - step.mean) / step.std
+        one, current = slice(sample, sample + 1), velocities.current
+        kept = beside(rollout.velocities[index, one], current)  # (1, C, H, W)
+        step = self.step(beside(rollout.latents[index, one], current), kept, rollout.sigmas, index)
+        noise = (beside(rollout.latents[index + 1, one], current) - step.mean) / step.std
         old = kept if velocities.old is None else velocities.old[None]
-        displacement = step.velocity_coefficient * (velocities.current[None] - old)
+        displacement = step.velocity_coefficient * (current[None] - old)
         log_ratio = self.log_ratio(noise, displacement, step.std)  # (1,)
-        objective, held = clipped_objective(log_ratio, advantages[one], self.config.clip_range)
+        objective, held = clipped_objective(log_ratio, beside(advantages[one], current), self.config.clip_range)
         loss = -objective * self.loss_weight(rollout.sigmas, index)
         if velocities.reference is not None:
-            drift = step.velocity_coefficient * (velocities.current - velocities.reference)
+            drift = step.velocity_coefficient * (current - velocities.reference)
             loss = loss + self.config.reference_weight * self.divergence(drift, step.std, rollout.sigmas, index)
         values = (held.double().mean(), log_ratio.detach().abs().max())
-        return loss, dict(zip(self.metric_names, (value.item() for value in values), strict=True))
+        return loss, dict(zip(self.metric_names, values, strict=True))
 
     def log_ratio(self, noise: Tensor, displacement: Tensor, std: float) -> Tensor:
         """The log-ratio of one step, (1, C, H, W) -> (1,)."""

@@ -7,6 +7,8 @@ It is rejection sampling, as in RAFT (arXiv 2304.06767), for flow matching: no p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from ngrpo_lora.equations.advantages import reward_spread
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import shifted
 from ngrpo_lora.seeds import derive_seed
-from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
+from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities, beside
 
 
 class Algorithm(ForwardAlgorithm[Config]):
@@ -49,10 +51,12 @@ class Algorithm(ForwardAlgorithm[Config]):
 
     def loss(
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
-    ) -> tuple[Tensor, Metrics]:
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The flow-matching loss of one sample at one noise level."""
         _, sample, level = transition
         sigma = rollout.sigmas[level].item()
-        error = clean_error(rollout.latents[level, sample], velocities.current, sigma, rollout.final[sample]) / sigma
+        current = velocities.current
+        latents, clean = beside(rollout.latents[level, sample], current), beside(rollout.final[sample], current)
+        error = clean_error(latents, current, sigma, clean) / sigma
         loss = error.square().mean()
-        return self.pulled(loss, velocities), {name: loss.item() for name in self.metric_names}
+        return self.pulled(loss, velocities), {name: loss.detach() for name in self.metric_names}

@@ -13,7 +13,7 @@ updates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ngrpo_lora.equations import sde
 from ngrpo_lora.equations.noise import group_noises
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import VelocityFn
-from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
+from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities
 
 MIN_SPREAD = 1e-6
 """Nodes of one depth whose worth differs by no more are alike: sums of rewards round."""
@@ -115,6 +115,6 @@ class Algorithm(SdeAlgorithm[Config]):
 
     def loss(
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
-    ) -> tuple[Tensor, Metrics]:
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Minus the clipped objective of one edge."""
         return super().loss(rollout, advantages.view(-1, self.group_size)[transition.step], transition, velocities)

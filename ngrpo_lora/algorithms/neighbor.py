@@ -15,8 +15,8 @@ Departures from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,20 +27,21 @@ from ngrpo_lora.equations.advantages import batch_deviation, group_advantages
 from ngrpo_lora.equations.noise import gaussian_noise, neighbor_noise
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import SOLVERS, VelocityFn
-from ngrpo_lora.equations.surrogate import auto_temperature, clipped_objective, leaping_log_ratio, leaping_logits
+from ngrpo_lora.equations.surrogate import clipped_objective, leap, mean_squared_distance
 from ngrpo_lora.seeds import derive_seed
-from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
+from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities, beside
 
 
 @dataclass(frozen=True)
 class NeighborRollout(Rollout):
-    """A rollout with the velocities at the starts of its W steps, velocities: (W, G, C, H, W) float32."""
+    """A rollout with what its W steps are trained by.
+
+    velocities: (W, G, C, H, W) float32 at their starts; (0, ...) where they are computed again.
+    temperatures: (W,) float64, the mean squared distance between two candidates of each; (0,) where it is given.
+    """
 
     velocities: Tensor
-
-    def clean(self, step: int) -> Tensor:
-        """The predictions of the clean image at a step, (G, C, H, W)."""
-        return self.latents[step] - self.sigmas[step].item() * self.velocities[step]
+    temperatures: Tensor
 
 
 class Algorithm:
@@ -78,10 +79,24 @@ class Algorithm:
 
         steps = self.solve(recorded, noise, sigmas)
         latents, final = torch.stack(steps[: window + 1], 1), steps[-1]  # (P, W + 1, G, C, H, W), (P, G, C, H, W)
-        if not self.keeps_velocities:
-            return [Rollout(group, sigmas, end) for group, end in zip(latents, final, strict=True)]
-        kept = torch.stack(velocities, 1)  # (P, W, G, C, H, W)
-        return [NeighborRollout(group, sigmas, end, own) for group, end, own in zip(latents, final, kept, strict=True)]
+        kept = torch.stack(velocities, 1) if velocities else latents[:, :0]  # (P, W or 0, G, C, H, W)
+        return [
+            self.with_temperatures(NeighborRollout(group, sigmas, end, own, sigmas[:0].double()))
+            for group, end, own in zip(latents, final, kept, strict=True)
+        ]
+
+    def with_temperatures(self, rollout: NeighborRollout) -> NeighborRollout:
+        """The rollout with the temperature of each of its steps, where they are `auto`."""
+        if self.config.temperature != "auto":
+            return rollout
+        found = [mean_squared_distance(self.candidates(rollout, step)) for step in range(self.window)]
+        return replace(rollout, temperatures=torch.stack(found))
+
+    def candidates(self, rollout: NeighborRollout, step: int) -> Tensor:
+        """What the anchor of a step is compared with, (G, C, H, W): latents after it, or clean predictions at it."""
+        if self.config.distance == "clean":
+            return rollout.latents[step] - rollout.sigmas[step].item() * rollout.velocities[step]
+        return rollout.latents[step + 1]
 
     def neighborhood(self, latent_shape: tuple[int, ...], seed: int) -> Tensor:
         """The initial noises of one group, (G, C, H, W)."""
@@ -116,7 +131,7 @@ class Algorithm:
                 updates[position % len(updates)].append(transitions[index])
         return updates
 
-    def drift(self, velocity: Tensor, scale: Tensor, tau: float) -> Tensor:
+    def drift(self, velocity: Tensor, scale: float, tau: Tensor | float) -> Tensor:
         """The squared distance to the base model that a difference (C, H, W) of velocities makes."""
         if self.config.reference_distance == "velocity":
             return velocity.double().square().mean()
@@ -124,35 +139,30 @@ class Algorithm:
 
     def loss(
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
-    ) -> tuple[Tensor, Metrics]:
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Minus the clipped objective of one anchor at one step (Eq. 8 to 10)."""
+        assert isinstance(rollout, NeighborRollout)
         config, (_, anchor, step) = self.config, transition
-        old = velocities.old
+        current, old, sigmas = velocities.current, velocities.old, rollout.sigmas
         if old is None:  # of a later update
-            assert isinstance(rollout, NeighborRollout)
-            old = rollout.velocities[step, anchor]
-        if config.distance == "clean":
-            assert isinstance(rollout, NeighborRollout)
-            scale = -rollout.sigmas[step]  # x_theta = latents - sigma * v
-            candidates = rollout.clean(step)  # (G, C, H, W)
-        else:
-            scale = rollout.sigmas[step + 1] - rollout.sigmas[step]  # x_theta = latents + dt * v
-            candidates = rollout.latents[step + 1]
-        index = anchor
-        if not (finite := candidates.flatten(1).isfinite().all(1)).all():  # what is not has failed: no advantage
-            index = int(finite[:anchor].sum())  # of the anchor among the others
-            candidates, advantages = candidates[finite], advantages[finite]
-        anchor_old = rollout.latents[step, anchor] + scale * old  # (C, H, W)
-        displacement = scale * (velocities.current - old)
+            old = beside(rollout.velocities[step, anchor], current)
+        # x_theta = latents - sigma * v is the clean prediction, latents + dt * v the latents after the step
+        scale = (-sigmas[step] if config.distance == "clean" else sigmas[step + 1] - sigmas[step]).item()
+        candidates, index, finite = self.candidates(rollout, step), anchor, rollout.finite
+        if not finite.all():  # what is not has failed: no advantage
+            candidates, advantages, index = candidates[finite], advantages[finite], int(finite[:anchor].sum())
+        candidates, advantages = beside(candidates, current), beside(advantages, current)
+        anchor_old = beside(rollout.latents[step, anchor], current) + scale * old  # (C, H, W)
+        displacement = scale * (current - old)
         if config.old_anchor == "rollout":
             displacement = displacement + (anchor_old - candidates[index])
             anchor_old = candidates[index]
-        tau = auto_temperature(candidates) if config.temperature == "auto" else config.temperature
-        log_ratio = leaping_log_ratio(candidates, anchor_old, displacement, tau)  # (G,)
+        automatic = config.temperature == "auto"
+        tau = beside(rollout.temperatures[step], current) if automatic else float(config.temperature)
+        log_ratio, log_old = leap(candidates, anchor_old, displacement, tau)  # (G,)
         objective, held = clipped_objective(log_ratio, advantages, config.clip_range)
         loss = -objective
         if velocities.reference is not None:
-            loss = loss + config.reference_weight * self.drift(velocities.current - velocities.reference, scale, tau)
-        policy = torch.softmax(leaping_logits(candidates, anchor_old, tau), 0)
-        values = (held.double().mean(), log_ratio.detach().abs().max(), torch.special.entr(policy).sum())
-        return loss, dict(zip(self.metric_names, (value.item() for value in values), strict=True))
+            loss = loss + config.reference_weight * self.drift(current - velocities.reference, scale, tau)
+        values = (held.double().mean(), log_ratio.detach().abs().max(), torch.special.entr(log_old.exp()).sum())
+        return loss, dict(zip(self.metric_names, values, strict=True))

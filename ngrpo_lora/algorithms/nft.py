@@ -10,6 +10,8 @@ advantage is left out, and not reconstructed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from ngrpo_lora.algorithms._dealing import deal, with_advantage
@@ -17,7 +19,7 @@ from ngrpo_lora.algorithms._forward import ForwardAlgorithm, clean_error
 from ngrpo_lora.config.algorithms.nft import Config
 from ngrpo_lora.equations.advantages import globally_scaled_advantages
 from ngrpo_lora.equations.schedule import Schedule
-from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
+from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities, beside
 
 MIN_SCALE = 1e-5
 
@@ -50,21 +52,20 @@ class Algorithm(ForwardAlgorithm[Config]):
 
     def loss(
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
-    ) -> tuple[Tensor, Metrics]:
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of one sample at one noise level."""
         assert velocities.old is not None  # needs_old
         config, (_, sample, level) = self.config, transition
-        goodness = (advantages[sample] / config.max_advantage + 1) / 2  # r
-        moved = config.mixture * (velocities.current - velocities.old)
-        latents, sigma = rollout.latents[level, sample], rollout.sigmas[level].item()
-        positive, negative = (
-            clean_error(latents, velocity, sigma, rollout.final[sample])
-            for velocity in (velocities.old + moved, velocities.old - moved)
-        )
+        current, old = velocities.current, velocities.old
+        goodness = (advantages[sample].item() / config.max_advantage + 1) / 2  # r
+        moved = config.mixture * (current - old)
+        latents, sigma = beside(rollout.latents[level, sample], current), rollout.sigmas[level].item()
+        clean = beside(rollout.final[sample], current)
+        positive, negative = (clean_error(latents, velocity, sigma, clean) for velocity in (old + moved, old - moved))
         loss = goodness * self_scaled(positive) + (1 - goodness) * self_scaled(negative)
         loss = self.pulled(loss * config.max_advantage / config.mixture, velocities)
         values = (positive.detach().square().mean(), negative.detach().square().mean())
-        return loss, dict(zip(self.metric_names, (value.item() for value in values), strict=True))
+        return loss, dict(zip(self.metric_names, values, strict=True))
 
 
 def self_scaled(error: Tensor) -> Tensor:

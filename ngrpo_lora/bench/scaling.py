@@ -149,7 +149,7 @@ class HeldAlgorithm:
 
     def loss(
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
-    ) -> tuple[Tensor, Metrics]:
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of the measured algorithm on a rollout's transitions."""
         return self.algorithm.loss(rollout, advantages, transition, velocities)
 

@@ -8,19 +8,38 @@ anchor, taken from velocities, and is accumulated in float64.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def leaping_logits(candidates: Tensor, anchor: Tensor, temperature: float) -> Tensor:
+class Leap(NamedTuple):
+    """What a displaced anchor changes, both (G,) float64.
+
+    log_ratio: `log pi_theta(i) - log pi_old(i)`, differentiable in the displacement.
+    log_old: `log pi_old(i)`.
+    """
+
+    log_ratio: Tensor
+    log_old: Tensor
+
+
+def leaping_logits(candidates: Tensor, anchor: Tensor, temperature: float | Tensor) -> Tensor:
     """`-||x_i - x_anchor||^2 / tau` (Eq. 8 before the softmax): (G, ...), (...) -> (G,) float64."""
     offsets = (candidates - anchor).flatten(1)
     return offsets.square().sum(1, dtype=torch.float64) / -temperature
 
 
-def leaping_log_ratio(candidates: Tensor, anchor_old: Tensor, displacement: Tensor, temperature: float) -> Tensor:
-    """Exact `log pi_theta(i) - log pi_old(i)` of the surrogate leaping policy (Eq. 8, 10).
+def leaping_log_ratio(
+    candidates: Tensor, anchor_old: Tensor, displacement: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """Exact `log pi_theta(i) - log pi_old(i)` of the surrogate leaping policy (Eq. 8, 10): `leap`'s first result."""
+    return leap(candidates, anchor_old, displacement, temperature).log_ratio
+
+
+def leap(candidates: Tensor, anchor_old: Tensor, displacement: Tensor, temperature: float | Tensor) -> Leap:
+    """The surrogate leaping policy (Eq. 8, 10) and its exact change, from one walk over the candidates.
 
     With `d_i = x_i - x_old`, the new logit is the old one plus `(2 <u, d_i> - ||u||^2) / tau`; the last term is
     common to all candidates and leaves the softmax. The normaliser's change is taken against the most probable
@@ -32,28 +51,39 @@ def leaping_log_ratio(candidates: Tensor, anchor_old: Tensor, displacement: Tens
         anchor_old: (...) the anchor's transition under the old weights, x_old.
         displacement: (...) `u = x_theta - x_old = (sigma_next - sigma) * (v_theta - v_old)`, from velocities:
             the difference of two latents has already lost it.
-        temperature: tau > 0.
-    Returns:
-        (G,) float64, differentiable in `displacement`.
+        temperature: tau > 0; a tensor () is taken as it is, so that nothing waits for its device.
     Raises:
         ValueError: shapes that do not agree, or a temperature that is not positive and finite.
     """
     if candidates.ndim < 2 or not candidates.shape[1:] == anchor_old.shape == displacement.shape:
         shapes = [tuple(x.shape) for x in (candidates, anchor_old, displacement)]
         raise ValueError(f"candidates must be (G, ...) of anchor_old's and displacement's shape (...), got {shapes}")
-    if not 0 < temperature < math.inf:
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     offsets = (candidates - anchor_old).flatten(1)  # (G, D)
     delta = (offsets * displacement.flatten()).sum(1, dtype=torch.float64) * (2 / temperature)  # (G,)
-    old = torch.log_softmax(leaping_logits(candidates, anchor_old, temperature), 0)  # (G,)
+    logits = offsets.square().sum(1, dtype=torch.float64) / -temperature
+    old = torch.log_softmax(logits, 0)  # (G,)
     relative = delta - delta[old.argmax()]
     growth = torch.logsumexp(old + relative, 0) - torch.logsumexp(old, 0)  # the latter is 0 but for rounding
-    return relative - growth
+    return Leap(relative - growth, old)
 
 
 def auto_temperature(candidates: Tensor) -> float:
     """The mean squared distance between two candidates: (G, ...) -> tau, so that logits are of order 1."""
-    return 2 * candidates.flatten(1).double().var(0).sum().item()
+    return mean_squared_distance(candidates).item()
+
+
+def mean_squared_distance(candidates: Tensor) -> Tensor:
+    """The same as a tensor () float64 on the candidates' device, which is not waited for.
+
+    Candidates that are not finite have no part in it.
+    """
+    rows = candidates.flatten(1).double()  # (G, D)
+    finite = rows.isfinite().all(1, keepdim=True)
+    count, rows = finite.sum(), rows.where(finite, 0.0)
+    offsets = (rows - rows.sum(0) / count).where(finite, 0.0)
+    return 2 * offsets.square().sum() / (count - 1)
 
 
 def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:

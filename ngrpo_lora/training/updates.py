@@ -15,9 +15,11 @@ from ngrpo_lora.adapters import lora
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.state import on_cpu, state
-from ngrpo_lora.types import Metrics, Rollout, TextEmbeds, Transition, Velocities, mean_metrics
+from ngrpo_lora.types import Metrics, Rollout, TextEmbeds, Transition, Velocities, beside, mean_metrics
 
 log = logging.getLogger(__name__)
+
+DOUBLE = torch.float64
 
 Old = Sequence[Tensor | None] | None
 """Old velocities, one a transition; None where the weights are still the old ones and the pass itself has them."""
@@ -60,17 +62,17 @@ def update(run: Run, rollouts: list[Rollout], advantages: Tensor, text: TextEmbe
     rate = step.set_rate(run.iteration, config.trainer.num_iterations)
     drawn = Drawn(rollouts, advantages[run.groups.start : run.groups.stop], text)
     shares = [own_share(run, transitions) for transitions in updates]
-    rows, norms = [], []
+    rows, norms = [torch.empty(0, len(run.algorithm.metric_names), dtype=torch.float64)], []
     for share, old in zip(shares, old_velocities(run, shares, drawn), strict=True):
         found = run.micro_batches.update.fit(partial(add_gradients, run, share, drawn, old))
         everywhere = run.processes.gather(found)
-        rows += [row for described, _ in everywhere for row in described]
+        rows += [described for described, _ in everywhere]
         norms.append(step.take(all(well for _, well in everywhere), empty=not share.total))
         if math.isnan(norms[-1]):
             log.warning("iteration %d: loss or gradient is not finite; update skipped", run.iteration + 1)
     step.check_progress()
     taken = [norm for norm in norms if not math.isnan(norm)]
-    return mean_metrics(rows, run.algorithm.metric_names) | {
+    return mean_metrics(torch.cat(rows), run.algorithm.metric_names) | {
         "lora/grad_norm": sum(taken) / len(taken) if taken else math.nan,
         "lora/learning_rate": rate,
         "policy/skipped_updates": float(len(norms) - len(taken)),
@@ -91,21 +93,21 @@ def chunks(items: Sequence[T], size: int, most: int) -> list[Sequence[T]]:
     return [items[start : start + size] for start in range(0, max(len(items), most), size)]
 
 
-def add_gradients(run: Run, share: Share, drawn: Drawn, old: Old, size: int) -> tuple[list[Metrics], bool]:
-    """Add up the gradients of an update's own transitions, `size` of them a pass.
+def add_gradients(run: Run, share: Share, drawn: Drawn, old: Old, size: int) -> tuple[Tensor, bool]:
+    """Add up the gradients of an update's own transitions, `size` of them a pass; the device is waited for at the end.
 
     Returns:
-        Each transition's metrics, and whether all losses are finite.
+        Each transition's metrics, (M, names) float64 on the CPU, and whether all losses are finite.
     """
     run.lora_step.forget()  # what an attempt left for which memory ran out
-    metrics, finite = [], True
+    found = [torch.zeros(0, 1 + len(run.algorithm.metric_names), dtype=DOUBLE)]
     for index, chunk in enumerate(chunks(share.own, size, share.most)):
         before = None if old is None else old[index * size :][: len(chunk)]
-        losses, described = chunk_losses(run, chunk, drawn, before)
-        finite = finite and bool(losses.isfinite().all())
-        run.lora_step.backward(losses.sum() / share.total)
-        metrics += described
-    return metrics, finite
+        total, rows = chunk_losses(run, chunk, drawn, before)
+        run.lora_step.backward(total / share.total)
+        found.append(rows)
+    losses, metrics = torch.cat([rows.cpu() for rows in found]).tensor_split([1], 1)
+    return metrics, bool(losses.isfinite().all())
 
 
 @torch.no_grad()
@@ -128,23 +130,31 @@ def velocities(run: Run, chunk: Sequence[Transition], drawn: Drawn) -> Tensor:
     """Velocities (M, C, H, W) at the starts of transitions, in one forward pass; of none, that of any one."""
     chunk = chunk or [Transition(0, 0, 0)]
     device, rollouts = run.family.device, drawn.rollouts
-    latents = torch.stack([rollouts[t.group].latents[t.step, t.sample] for t in chunk]).to(device)
-    sigmas = torch.stack([rollouts[t.group].sigmas[t.step] for t in chunk]).to(device)
+    latents = torch.stack([rollouts[t.group].latents[t.step, t.sample] for t in chunk]).to(device, non_blocking=True)
+    sigmas = torch.stack([rollouts[t.group].sigmas[t.step] for t in chunk]).to(device, non_blocking=True)
     return run.family.velocity(latents, sigmas, drawn.text[[t.group for t in chunk]])
 
 
-def chunk_losses(run: Run, chunk: Sequence[Transition], drawn: Drawn, old: Old) -> tuple[Tensor, list[Metrics]]:
-    """Losses (M,) of a micro-batch, and each transition's metrics."""
+def chunk_losses(run: Run, chunk: Sequence[Transition], drawn: Drawn, old: Old) -> tuple[Tensor, Tensor]:
+    """The sum of a micro-batch's losses, and each one with its metrics, (M, 1 + names) float64, on the device."""
     reference: Sequence[Tensor | None] = [None] * len(chunk)
     if run.algorithm.needs_reference:
         with torch.no_grad(), lora.disabled(run.family.transformer):
-            reference = list(velocities(run, chunk, drawn).cpu())
-    current = velocities(run, chunk, drawn).cpu()
-    if not chunk:
-        return current.flatten()[:0].sum(0, keepdim=True), []  # no loss, and a backward pass all the same
-    before = current.detach() if old is None else old
+            reference = list(exact(velocities(run, chunk, drawn)))
+    current = exact(velocities(run, chunk, drawn))
+    names = run.algorithm.metric_names
+    if not chunk:  # no loss, and a backward pass all the same
+        return current.flatten()[:0].sum(), current.new_zeros(0, 1 + len(names), dtype=DOUBLE)
+    before = current.detach() if old is None else [None if one is None else beside(one, current) for one in old]
     terms = [
         run.algorithm.loss(drawn.rollouts[t.group], drawn.advantages[t.group], t, Velocities(new, old_one, base))
         for t, new, old_one, base in zip(chunk, current, before, reference, strict=True)
     ]
-    return torch.stack([loss for loss, _ in terms]), [metrics for _, metrics in terms]
+    values = [value for loss, found in terms for value in (loss.detach(), *(found[name] for name in names))]
+    rows = torch.stack([torch.as_tensor(value, dtype=DOUBLE, device=current.device) for value in values])
+    return torch.stack([loss for loss, _ in terms]).sum(), rows.view(len(chunk), -1)
+
+
+def exact(velocities: Tensor) -> Tensor:
+    """Velocities where sums in float64 can be had: on their own device, but for Apple's GPUs."""
+    return velocities.cpu() if velocities.device.type == "mps" else velocities

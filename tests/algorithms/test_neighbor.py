@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ def velocity_fn(latents: Tensor, sigma: float) -> Tensor:
     return torch.sin(2 * latents) + sigma * latents
 
 
-def roll_out(algorithm: Algorithm, seed: int = 0) -> Rollout:
-    return algorithm.rollout(velocity_fn, schedule(algorithm.num_steps), SHAPE, [seed], 0)[0]
+def roll_out(algorithm: Algorithm, seed: int = 0) -> NeighborRollout:
+    rollout = algorithm.rollout(velocity_fn, schedule(algorithm.num_steps), SHAPE, [seed], 0)[0]
+    assert isinstance(rollout, NeighborRollout)
+    return rollout
 
 
 def old_velocity(rollout: Rollout, transition: Transition) -> Tensor:
@@ -256,7 +259,8 @@ def test_the_literal_reading_agrees_with_one_step_where_the_rollout_is_one_step(
     if solver == "euler":
         assert found["rollout"]["policy/max_abs_log_ratio"] < 1e-4
         assert found["rollout"]["policy/clip_fraction"] == 0
-        assert found["rollout"]["policy/entropy"] == pytest.approx(found["one_step"]["policy/entropy"], abs=1e-4)
+        entropies = [found[old_anchor]["policy/entropy"].item() for old_anchor in found]
+        assert entropies[1] == pytest.approx(entropies[0], abs=1e-4)
     else:
         assert found["rollout"]["policy/max_abs_log_ratio"] > 0.01
         assert found["rollout"]["policy/clip_fraction"] > 0
@@ -324,6 +328,15 @@ def test_a_reference_term_of_velocities_is_the_same_at_every_step():
         loss.backward()
         assert current.grad is not None
         torch.testing.assert_close(current.grad, torch.full(SHAPE, 2 * 0.25 * 0.2 / current.numel()), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("distance", ["latent", "clean"])
+def test_every_step_has_the_temperature_of_its_own_candidates(distance: str):
+    rollout = roll_out(make(distance=distance))
+    for step, found in enumerate(rollout.temperatures.tolist()):
+        clean = rollout.latents[step] - rollout.sigmas[step] * rollout.velocities[step] if distance == "clean" else None
+        candidates = rollout.latents[step + 1] if clean is None else clean
+        assert found == pytest.approx(torch.pdist(candidates.flatten(1).double()).square().mean().item(), rel=1e-5)
 
 
 def test_auto_temperature_is_that_of_the_steps_own_candidates():
@@ -419,9 +432,10 @@ def test_a_candidate_whose_latents_are_not_finite_takes_no_part():
     old = old_velocity(rollout, transition)
     velocities = Velocities(old + 0.1, old)
     advantages = torch.tensor([0.0, 1.0, -1.0, 0.5, -0.5, 0.3]).double()
-    rollout.latents[:, 0] = torch.nan
+    rollout.latents[:, 0] = rollout.final[0] = torch.nan
+    rollout = algorithm.with_temperatures(rollout)
     broken = algorithm.loss(rollout, advantages, transition, velocities)
-    without = Rollout(rollout.latents[:, 1:], rollout.sigmas, rollout.final[1:])
+    without = replace(rollout, latents=rollout.latents[:, 1:], final=rollout.final[1:])
     alone = algorithm.loss(without, advantages[1:], Transition(0, 2, 2), velocities)
     assert math.isfinite(broken[0].item())
     assert broken[0].item() == alone[0].item()
@@ -440,7 +454,6 @@ def test_a_later_update_may_take_its_old_velocities_from_the_rollout(distance: s
     assert beside.needs_old
     rollout, transition = roll_out(algorithm), Transition(0, 2, 3)
     old = old_velocity(rollout, transition)
-    assert isinstance(rollout, NeighborRollout)
     assert torch.equal(rollout.velocities[3, 2], old)
     current, advantages = old + 0.1 * gaussian_noise(SHAPE, seed=1), advantages_of(rollout)
     reused = algorithm.loss(rollout, advantages, transition, Velocities(current, None))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_lora import auto_temperature, clipped_objective, leaping_log_ratio, leaping_logits, neighbor_noise
+from ngrpo_lora.equations.surrogate import leap, mean_squared_distance
 
 GROUP, DIMS = 6, 262_144  # 16 channels of 128 x 128: 1024 px
 
@@ -67,17 +68,21 @@ def displacement_for(candidates: Tensor, anchor: Tensor, temperature: float, lar
 # The log ratio ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("largest", [1e-4, 3e-3, 1.0, 30.0])
 @pytest.mark.parametrize("temperature", [1.0, "auto"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_log_ratio_agrees_with_float64_at_262144_dimensions(geometry: str, temperature: float | str, largest: float):
+def test_log_ratio_agrees_with_float64_at_262144_dimensions(
+    geometry: str, temperature: float | str, largest: float, device: str
+):
     candidates, anchor = GEOMETRIES[geometry]
     tau = auto_temperature(candidates) if temperature == "auto" else float(temperature)
     displacement = displacement_for(candidates, anchor, tau, largest)
     expected = reference_log_ratio(candidates, anchor, displacement, tau)
     assert expected.abs().max().item() == pytest.approx(largest, rel=0.2)
-    found = leaping_log_ratio(candidates, anchor, displacement, tau)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    there = (x.to(device) for x in (candidates, anchor, displacement))
+    found = leaping_log_ratio(*there, tau if temperature != "auto" else mean_squared_distance(candidates.to(device)))
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_every_distance_5e4_and_a_true_log_ratio_of_1e_4_is_what_float32_distances_cannot_see():
@@ -126,8 +131,9 @@ def test_an_anchor_that_stays_has_a_log_ratio_of_exactly_0(geometry: str, temper
 
 def test_the_new_policy_sums_to_1():
     candidates, anchor = torch.randn(GROUP, 3, 4), torch.randn(3, 4)
-    log_ratio = leaping_log_ratio(candidates, anchor, 0.3 * torch.randn(3, 4), 5.0)
+    log_ratio, log_old = leap(candidates, anchor, 0.3 * torch.randn(3, 4), 5.0)
     policy = torch.softmax(leaping_logits(candidates, anchor, 5.0), 0)
+    torch.testing.assert_close(log_old.exp(), policy)
     assert (policy * log_ratio.exp()).sum().item() == pytest.approx(1, abs=1e-12)
 
 
@@ -242,6 +248,8 @@ def test_auto_temperature_is_the_mean_squared_distance_of_all_pairs():
     candidates = 3 + torch.randn(7, 4, 5)
     distances = [(a - b).double().square().sum().item() for a, b in combinations(candidates, 2)]
     assert auto_temperature(candidates) == pytest.approx(sum(distances) / len(distances), rel=1e-6)
+    broken = torch.cat([torch.full((1, 4, 5), torch.nan), candidates])
+    assert auto_temperature(broken) == auto_temperature(candidates)
 
 
 def test_auto_temperature_keeps_logits_of_order_1_at_262144_dimensions():
