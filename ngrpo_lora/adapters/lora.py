@@ -92,13 +92,17 @@ def remove(transformer: Any, name: str) -> None:
 
 
 @contextlib.contextmanager
-def disabled(transformer: Any) -> Iterator[None]:
+def disabled(transformer: nn.Module) -> Iterator[None]:
     """Switch the adapter off within the context, so that the model is exactly the base."""
-    transformer.disable_adapters()
+    # diffusers' own `disable_adapters` walks through every module, four times as long.
+    layers: list[Any] = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        transformer.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 @contextlib.contextmanager

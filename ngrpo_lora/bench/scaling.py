@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,15 +30,12 @@ from typing import Any
 
 import torch
 from scipy import stats
-from torch import Tensor
 
 from ngrpo_lora.adapters.header import code_version
-from ngrpo_lora.algorithms._base import Algorithm
+from ngrpo_lora.bench.held import HeldAlgorithm
 from ngrpo_lora.bench.rows import Countdown, machine
 from ngrpo_lora.config import RunConfig, dump_config, parse_config
 from ngrpo_lora.console import console
-from ngrpo_lora.equations.schedule import Schedule
-from ngrpo_lora.equations.solvers import VelocityFn
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.evaluation.judging import write_json
 from ngrpo_lora.planning.preflight import check_settings
@@ -50,9 +46,9 @@ from ngrpo_lora.training.metering import STAGES
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.setup import open_algorithm, prepare
 from ngrpo_lora.training.trainer import iterate
-from ngrpo_lora.types import Metrics, RewardBatch, Rollout, Transition, Velocities
+from ngrpo_lora.types import Metrics, RewardBatch
 
-__all__ = ["Case", "Fit", "HeldAlgorithm", "Sweep", "fit", "measure", "plan", "scaling_table"]
+__all__ = ["Case", "Fit", "Sweep", "fit", "measure", "plan", "scaling_table"]
 
 # The first of these counts whose values the configuration allows; some algorithms take powers of two alone.
 FACTORS = ((0.5, 1.0, 1.5, 2.0), (1.0, 1.5, 2.0, 3.0), (0.5, 1.0, 2.0, 4.0), (0.5, 1.0, 2.0), (1.0, 2.0, 4.0))
@@ -112,46 +108,6 @@ class Sweep:
     def fits(self) -> dict[str, Fit]:
         """The fits of every stage and of the whole iteration."""
         return {stage: fit(self.x, seconds) for stage, seconds in self.seconds.items()}
-
-
-class HeldAlgorithm:
-    """An algorithm that trains so many transitions an iteration, whatever the pictures are worth."""
-
-    def __init__(self, algorithm: Algorithm, transitions: int | None = None):
-        """Put it around an algorithm; None trains all transitions."""
-        self.algorithm, self.transitions = algorithm, transitions
-        self.needs_reference, self.needs_old = algorithm.needs_reference, algorithm.needs_old
-        self.metric_names = algorithm.metric_names
-
-    def rollout(
-        self,
-        velocity_fn: VelocityFn,
-        schedule: Schedule,
-        latent_shape: tuple[int, ...],
-        seeds: Sequence[int],
-        iteration: int,
-        device: torch.device | str = "cpu",
-    ) -> list[Rollout]:
-        """Draw a rollout as the measured algorithm does."""
-        return self.algorithm.rollout(velocity_fn, schedule, latent_shape, seeds, iteration, device)
-
-    def advantages(self, batch: RewardBatch) -> Tensor:
-        """Advantages of rewards from -1 to 1, evenly spaced in every group, so that none is without."""
-        even = torch.linspace(-1, 1, batch.rewards.shape[1], dtype=batch.rewards.dtype).expand_as(batch.rewards)
-        return self.algorithm.advantages(replace(batch, rewards=even, valid=torch.ones_like(batch.valid)))
-
-    def updates(self, advantages: Tensor, seed: int, iteration: int) -> list[list[Transition]]:
-        """The first transitions of every update: they take turns until the number is reached."""
-        updates = self.algorithm.updates(advantages, seed, iteration)
-        turns = sorted((turn, place) for place, update in enumerate(updates) for turn in range(len(update)))
-        counts = Counter(place for _, place in turns[: self.transitions])
-        return [update[: counts[place]] for place, update in enumerate(updates)]
-
-    def loss(
-        self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of the measured algorithm on a rollout's transitions."""
-        return self.algorithm.loss(rollout, advantages, transition, velocities)
 
 
 def available(config: RunConfig) -> int:

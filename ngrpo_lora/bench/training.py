@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ngrpo_lora.adapters import lora
+from ngrpo_lora.bench.bare import chunk_sizes
 from ngrpo_lora.config import RunConfig, parse_config
 from ngrpo_lora.devices import release_memory, resolve_device, resolve_dtype, without_cudnn_attention
 from ngrpo_lora.errors import ConfigError, UserError, first_line
@@ -113,11 +114,6 @@ def forwards_alone(run: Run) -> float:
     with run.counter.paused(), rollout_weights(run):
         passes()
         return timed(passes)
-
-
-def chunk_sizes(total: int, size: int) -> list[int]:
-    """Sizes of the pieces of `total` items: `size` each, the last one smaller."""
-    return [min(size, total - start) for start in range(0, total, size)]
 
 
 def timed(function: Callable[[], object]) -> float:

@@ -16,18 +16,22 @@ def overhead(
     arguments: RunArguments = None,
     iterations: Annotated[int, typer.Option(min=1, help="Timed iterations of each variant.")] = 5,
 ) -> None:
-    """What each speed setting is worth here, and what it costs that a run can be left alone.
+    """What an iteration costs beyond its model, what each speed setting is worth, and what it costs to be left alone.
 
-    First a configuration as it is, and with each setting the other way. Then, each as a share of an iteration:
+    First an iteration, in turn with the same forward and backward passes, decodings, rewards and optimizer steps and
+    nothing around them. Then the configuration with each setting the other way. Then, each as a share of an iteration:
     checkpoints after every one, records, trackers, the report, the lock, and what keeps rewards to themselves.
     """
     from ngrpo_lora.config import load_config
 
     config = load_config(*split_arguments(arguments))
 
+    from ngrpo_lora.bench.bare import bare_table
     from ngrpo_lora.bench.keeping import keeping_table
     from ngrpo_lora.bench.training import overhead_table
 
+    bare_table(config, iterations, typer.echo)
+    typer.echo("")
     overhead_table(config, iterations, typer.echo)
     typer.echo("")
     keeping_table(config, iterations, typer.echo)

@@ -25,6 +25,7 @@ from ngrpo_lora.equations.solvers import flow_sigmas
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._offload import swap_blocks
 from ngrpo_lora.models._quantization import check_quantization, keep_inputs_whole, pipeline_quantization
+from ngrpo_lora.models._recent import RecentPrompts
 from ngrpo_lora.types import TextEmbeds
 
 Parts = Literal["all", "text", "image"]
@@ -116,6 +117,7 @@ class BaseFamily:
         """
         self.config = config
         self.negative: TextEmbeds | None = None  # of guidance by two passes, encoded with the first prompts
+        self.recent = RecentPrompts()
         guidance = self.default_guidance if config.guidance_scale is None else config.guidance_scale
         self.settings: dict[str, float | int] = {
             "guidance_scale": guidance,
@@ -316,11 +318,17 @@ class BaseFamily:
             if self.guided and self.negative is None:
                 self.negative = self.cache.encode([self.config.negative_prompt], self.device)
             return self.cache.encode(prompts, self.device)
-        with self.awake():
-            if self.guided and self.negative is None:
-                self.negative = TextEmbeds.join([self.encode_alone(self.config.negative_prompt)])
-            alone = {prompt: self.encode_alone(prompt) for prompt in dict.fromkeys(prompts)}
-        return TextEmbeds.join([alone[prompt] for prompt in prompts])
+        if self.guided and self.negative is None:
+            self.negative = self.encode_each([self.config.negative_prompt])
+        return self.encode_each(prompts)
+
+    def encode_each(self, prompts: Sequence[str]) -> TextEmbeds:
+        """Encode the prompts that were not met lately, and put all together."""
+        alone = self.recent.of(prompts)
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in alone]:
+            with self.awake():
+                alone |= {prompt: self.recent.keep(prompt, self.encode_alone(prompt)) for prompt in new}
+        return TextEmbeds.join([alone[prompt] for prompt in prompts]).to(self.device)
 
     @contextmanager
     def awake(self) -> Iterator[None]:

@@ -53,10 +53,6 @@ class EmbeddingCache:
         release_memory()
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> TextEmbeds:
-        """The conditioning of prompts from disk, as `BaseFamily.encode` gives it.
-
-        What decides shapes (`lengths`) stays on the CPU.
-        """
+        """The conditioning of prompts from disk, as `BaseFamily.encode` gives it."""
         alone = {prompt: load_file(self.file(prompt)) for prompt in dict.fromkeys(prompts)}
-        text = TextEmbeds.join([alone[prompt] for prompt in prompts])
-        return TextEmbeds({k: v if k == "lengths" else v.to(device) for k, v in text.tensors.items()})
+        return TextEmbeds.join([alone[prompt] for prompt in prompts]).to(device)

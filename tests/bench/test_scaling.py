@@ -13,7 +13,8 @@ from conftest import MakeConfig
 
 from ngrpo_lora import registry
 from ngrpo_lora.bench import scaling
-from ngrpo_lora.bench.scaling import Case, HeldAlgorithm, Sweep, fit
+from ngrpo_lora.bench.held import HeldAlgorithm
+from ngrpo_lora.bench.scaling import Case, Sweep, fit
 from ngrpo_lora.config import RunConfig, changed_keys, load_config
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.training.setup import open_algorithm
