@@ -19,7 +19,10 @@ from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities
 
 
 class Algorithm(Protocol):
-    """The contract of an algorithm: its rollout, advantages, transitions and loss; shapes as in `ngrpo_lora.types`."""
+    """The contract of an algorithm: its rollout, advantages, transitions and loss; shapes as in `ngrpo_lora.types`.
+
+    One that also has `losses`, with the arguments and results of the function below, is asked for a whole micro-batch.
+    """
 
     needs_reference: bool
     """Whether `loss` reads the base model's velocity, which costs one more forward pass a transition."""
@@ -66,3 +69,32 @@ class Algorithm(Protocol):
         transition is about. Nothing here should wait for the device (`item`, a mask as an index).
         """
         ...
+
+
+def losses(
+    algorithm: Algorithm,
+    rollouts: Sequence[Rollout],
+    advantages: Tensor,
+    transitions: Sequence[Transition],
+    velocities: Velocities,
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Losses (M,) of M transitions, at least one, and their metrics by name, each (M,): at once, or one by one.
+
+    Args:
+        rollouts, advantages: of P groups, among which transitions count theirs.
+        velocities: (M, C, H, W), those of all transitions.
+    """
+    if (together := getattr(algorithm, "losses", None)) is not None:
+        return together(rollouts, advantages, transitions, velocities)
+    alone = [
+        algorithm.loss(
+            rollouts[t.group], advantages[t.group], t, Velocities(*(v if v is None else v[i] for v in velocities))
+        )
+        for i, t in enumerate(transitions)
+    ]
+    on = velocities.current
+    names = algorithm.metric_names
+    metrics = {
+        name: torch.stack([torch.as_tensor(found[name], device=on.device) for _, found in alone]) for name in names
+    }
+    return torch.stack([loss for loss, _ in alone]), metrics

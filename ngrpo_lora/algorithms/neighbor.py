@@ -15,7 +15,7 @@ Departures from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +30,9 @@ from ngrpo_lora.equations.solvers import SOLVERS, VelocityFn
 from ngrpo_lora.equations.surrogate import clipped_objective, leap, mean_squared_distance
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities, beside
+
+MAX_VALUES = 2**22
+"""Candidates' values of the transitions that are compared at once: of a 64 px picture many, of a large one's one."""
 
 
 @dataclass(frozen=True)
@@ -131,38 +134,79 @@ class Algorithm:
                 updates[position % len(updates)].append(transitions[index])
         return updates
 
-    def drift(self, velocity: Tensor, scale: float, tau: Tensor | float) -> Tensor:
-        """The squared distance to the base model that a difference (C, H, W) of velocities makes."""
-        if self.config.reference_distance == "velocity":
-            return velocity.double().square().mean()
-        return (scale * velocity).square().sum(dtype=torch.float64) / tau
-
     def loss(
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Minus the clipped objective of one anchor at one step (Eq. 8 to 10)."""
-        assert isinstance(rollout, NeighborRollout)
-        config, (_, anchor, step) = self.config, transition
-        current, old, sigmas = velocities.current, velocities.old, rollout.sigmas
+        alone = Velocities(*(v if v is None else v[None] for v in velocities))
+        losses, metrics = self.losses([rollout], advantages[None], [transition._replace(group=0)], alone)
+        return losses[0], {name: values[0] for name, values in metrics.items()}
+
+    def losses(
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: Tensor,
+        transitions: Sequence[Transition],
+        velocities: Velocities,
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The same of M transitions at once, as many at a time as make no difference to memory: see `_base.losses`."""
+        at_once = max(1, MAX_VALUES // (self.group_size * velocities.current[0].numel()))
+        found = []
+        for start in range(0, len(transitions), at_once):
+            some = slice(start, start + at_once)
+            own = Velocities(*(v if v is None else v[some] for v in velocities))
+            found.append(self.micro_batch(rollouts, advantages, transitions[some], own))
+        columns = [torch.cat(column) for column in zip(*found, strict=True)]
+        return columns[0], dict(zip(self.metric_names, columns[1:], strict=True))
+
+    def micro_batch(
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: Tensor,
+        transitions: Sequence[Transition],
+        velocities: Velocities,
+    ) -> tuple[Tensor, ...]:
+        """Losses (M,) and the values of each metric, (M,)."""
+        config, current, old = self.config, velocities.current, velocities.old
+
+        def gather(part: Callable[[NeighborRollout, Transition], Tensor]) -> Tensor:
+            """A part of each transition's rollout, beside the velocities: (M, ...)."""
+            owned = ((rollouts[t.group], t) for t in transitions)
+            return beside(torch.stack([part(r, t) for r, t in owned if isinstance(r, NeighborRollout)]), current)
+
+        scales = gather(lambda r, t: self.scale(r, t.step)).view(-1, *[1] * (current.ndim - 1))  # (M, 1, 1, 1)
         if old is None:  # of a later update
-            old = beside(rollout.velocities[step, anchor], current)
-        # x_theta = latents - sigma * v is the clean prediction, latents + dt * v the latents after the step
-        scale = (-sigmas[step] if config.distance == "clean" else sigmas[step + 1] - sigmas[step]).item()
-        candidates, index, finite = self.candidates(rollout, step), anchor, rollout.finite
-        if not finite.all():  # what is not has failed: no advantage
-            candidates, advantages, index = candidates[finite], advantages[finite], int(finite[:anchor].sum())
-        candidates, advantages = beside(candidates, current), beside(advantages, current)
-        anchor_old = beside(rollout.latents[step, anchor], current) + scale * old  # (C, H, W)
-        displacement = scale * (current - old)
+            old = gather(lambda r, t: r.velocities[t.step, t.sample])
+        anchors = gather(lambda r, t: r.latents[t.step, t.sample]) + scales * old  # (M, C, H, W)
+        candidates = gather(lambda r, t: self.candidates(r, t.step))  # (M, G, C, H, W)
+        present = None
+        if not all(rollouts[t.group].finite.all() for t in transitions):  # what is not has failed: no advantage
+            present = gather(lambda r, t: r.finite)  # (M, G)
+            candidates = candidates.where(present.view(*present.shape, *[1] * (current.ndim - 1)), anchors[:, None])
+        displacements = scales * (current - old)
         if config.old_anchor == "rollout":
-            displacement = displacement + (anchor_old - candidates[index])
-            anchor_old = candidates[index]
+            points = candidates[range(len(transitions)), [t.sample for t in transitions]]
+            displacements, anchors = displacements + (anchors - points), points
         automatic = config.temperature == "auto"
-        tau = beside(rollout.temperatures[step], current) if automatic else float(config.temperature)
-        log_ratio, log_old = leap(candidates, anchor_old, displacement, tau)  # (G,)
-        objective, held = clipped_objective(log_ratio, advantages, config.clip_range)
-        loss = -objective
+        tau = gather(lambda r, t: r.temperatures[t.step]).view(-1, 1) if automatic else float(config.temperature)
+        log_ratio, log_old = leap(candidates, anchors, displacements, tau, present)  # (M, G)
+        objective, held = clipped_objective(log_ratio, gather(lambda r, t: advantages[t.group]), config.clip_range)
+        losses = -objective
         if velocities.reference is not None:
-            loss = loss + config.reference_weight * self.drift(current - velocities.reference, scale, tau)
-        values = (held.double().mean(), log_ratio.detach().abs().max(), torch.special.entr(log_old.exp()).sum())
-        return loss, dict(zip(self.metric_names, values, strict=True))
+            losses = losses + config.reference_weight * self.drift(current - velocities.reference, scales, tau)
+        if present is None:
+            present = torch.ones_like(held)
+        clipped = (held & present).sum(1) / present.sum(1)
+        largest = log_ratio.detach().where(present, 0.0).abs().amax(1)
+        return losses, clipped, largest, torch.special.entr(log_old.exp()).sum(1)
+
+    def scale(self, rollout: Rollout, step: int) -> Tensor:
+        """What turns a velocity into a clean prediction, `latents - sigma * v`, or into a step, `latents + dt * v`."""
+        sigmas = rollout.sigmas
+        return -sigmas[step] if self.config.distance == "clean" else sigmas[step + 1] - sigmas[step]
+
+    def drift(self, strayed: Tensor, scales: Tensor, tau: Tensor | float) -> Tensor:
+        """The squared distance to the base model that differences of velocities (M, C, H, W) make, (M,)."""
+        if self.config.reference_distance == "velocity":
+            return strayed.flatten(1).double().square().mean(1)
+        return ((scales * strayed).flatten(1).square().sum(1, dtype=torch.float64)[:, None] / tau)[:, 0]

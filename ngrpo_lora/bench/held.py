@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ngrpo_lora.algorithms._base import Algorithm
+from ngrpo_lora.algorithms._base import Algorithm, losses
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import VelocityFn
 from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities
@@ -55,3 +55,13 @@ class HeldAlgorithm:
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of the measured algorithm on a rollout's transitions."""
         return self.algorithm.loss(rollout, advantages, transition, velocities)
+
+    def losses(
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: Tensor,
+        transitions: Sequence[Transition],
+        velocities: Velocities,
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The losses of the measured algorithm on a micro-batch, at once where it can."""
+        return losses(self.algorithm, rollouts, advantages, transitions, velocities)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Leap(NamedTuple):
-    """What a displaced anchor changes, both (G,) float64.
+    """What displaced anchors change, both (M, G) float64.
 
     log_ratio: `log pi_theta(i) - log pi_old(i)`, differentiable in the displacement.
     log_old: `log pi_old(i)`.
@@ -25,47 +25,63 @@ class Leap(NamedTuple):
     log_old: Tensor
 
 
-def leaping_logits(candidates: Tensor, anchor: Tensor, temperature: float | Tensor) -> Tensor:
+def leaping_logits(candidates: Tensor, anchor: Tensor, temperature: float) -> Tensor:
     """`-||x_i - x_anchor||^2 / tau` (Eq. 8 before the softmax): (G, ...), (...) -> (G,) float64."""
     offsets = (candidates - anchor).flatten(1)
     return offsets.square().sum(1, dtype=torch.float64) / -temperature
 
 
-def leaping_log_ratio(
-    candidates: Tensor, anchor_old: Tensor, displacement: Tensor, temperature: float | Tensor
-) -> Tensor:
-    """Exact `log pi_theta(i) - log pi_old(i)` of the surrogate leaping policy (Eq. 8, 10): `leap`'s first result."""
-    return leap(candidates, anchor_old, displacement, temperature).log_ratio
-
-
-def leap(candidates: Tensor, anchor_old: Tensor, displacement: Tensor, temperature: float | Tensor) -> Leap:
-    """The surrogate leaping policy (Eq. 8, 10) and its exact change, from one walk over the candidates.
-
-    With `d_i = x_i - x_old`, the new logit is the old one plus `(2 <u, d_i> - ||u||^2) / tau`; the last term is
-    common to all candidates and leaves the softmax. The normaliser's change is taken against the most probable
-    candidate a, `delta_a + logsumexp_k(log p_k + delta_k - delta_a)`, which is stable for a saturated policy too.
-    At u = 0 the ratio is exactly 0.
+def leaping_log_ratio(candidates: Tensor, anchor_old: Tensor, displacement: Tensor, temperature: float) -> Tensor:
+    """Exact `log pi_theta(i) - log pi_old(i)` of the surrogate leaping policy (Eq. 8, 10), of one anchor: see `leap`.
 
     Args:
         candidates: (G, ...) the group at the transition's end.
         anchor_old: (...) the anchor's transition under the old weights, x_old.
         displacement: (...) `u = x_theta - x_old = (sigma_next - sigma) * (v_theta - v_old)`, from velocities:
             the difference of two latents has already lost it.
-        temperature: tau > 0; a tensor () is taken as it is, so that nothing waits for its device.
+        temperature: tau > 0.
+    Returns:
+        (G,) float64, differentiable in `displacement`.
     Raises:
         ValueError: shapes that do not agree, or a temperature that is not positive and finite.
     """
     if candidates.ndim < 2 or not candidates.shape[1:] == anchor_old.shape == displacement.shape:
         shapes = [tuple(x.shape) for x in (candidates, anchor_old, displacement)]
         raise ValueError(f"candidates must be (G, ...) of anchor_old's and displacement's shape (...), got {shapes}")
-    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    offsets = (candidates - anchor_old).flatten(1)  # (G, D)
-    delta = (offsets * displacement.flatten()).sum(1, dtype=torch.float64) * (2 / temperature)  # (G,)
-    logits = offsets.square().sum(1, dtype=torch.float64) / -temperature
-    old = torch.log_softmax(logits, 0)  # (G,)
-    relative = delta - delta[old.argmax()]
-    growth = torch.logsumexp(old + relative, 0) - torch.logsumexp(old, 0)  # the latter is 0 but for rounding
+    return leap(candidates[None], anchor_old[None], displacement[None], temperature).log_ratio[0]
+
+
+def leap(
+    candidates: Tensor,
+    anchors_old: Tensor,
+    displacements: Tensor,
+    temperatures: Tensor | float,
+    present: Tensor | None = None,
+) -> Leap:
+    """The surrogate leaping policy (Eq. 8, 10) of M anchors and its exact change, from one walk over the candidates.
+
+    With `d_i = x_i - x_old`, the new logit is the old one plus `(2 <u, d_i> - ||u||^2) / tau`; the last term is
+    common to all candidates and leaves the softmax. The normaliser's change is taken against the most probable
+    candidate a, `delta_a + logsumexp_k(log p_k + delta_k - delta_a)`, which is stable for a saturated policy too.
+    At u = 0 the ratio is exactly 0. No device is waited for.
+
+    Args:
+        candidates: (M, G, ...), each anchor's group.
+        anchors_old, displacements: (M, ...), x_old and u.
+        temperatures: tau > 0, one of all, or (M, 1).
+        present: (M, G) bool, the candidates that there are; others have the probability 0, and any finite values.
+    """
+    offsets = (candidates - anchors_old[:, None]).flatten(2)  # (M, G, D)
+    delta = (offsets * displacements.flatten(1)[:, None]).sum(2, dtype=torch.float64) * (2 / temperatures)  # (M, G)
+    logits = offsets.square().sum(2, dtype=torch.float64) / -temperatures
+    if present is not None:
+        logits, delta = logits.where(present, -torch.inf), delta.where(present, 0.0)
+    old = torch.log_softmax(logits, 1)
+    relative = delta - delta.gather(1, old.argmax(1, keepdim=True))
+    # The latter is 0 but for rounding.
+    growth = torch.logsumexp(old + relative, 1, keepdim=True) - torch.logsumexp(old, 1, keepdim=True)
     return Leap(relative - growth, old)
 
 
@@ -92,10 +108,10 @@ def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
     A log-ratio beyond 80 counts as 80 and gives no gradient: an infinite ratio would make that of all others NaN.
 
     Args:
-        log_ratio, advantages: (G,).
+        log_ratio, advantages: (..., G).
     Returns:
-        The objective, to be maximised, and (G,) bool: the terms that the clip holds back (no gradient).
+        The objective, to be maximised, (...), and (..., G) bool: the terms that the clip holds back (no gradient).
     """
     ratio = log_ratio.clamp(max=80).exp()
     free, held = advantages * ratio, advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.minimum(free, held).sum(), held < free
+    return torch.minimum(free, held).sum(-1), held < free

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_lora.adapters import lora
+from ngrpo_lora.algorithms._base import losses
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.state import on_cpu, state
@@ -137,22 +138,24 @@ def velocities(run: Run, chunk: Sequence[Transition], drawn: Drawn) -> Tensor:
 
 def chunk_losses(run: Run, chunk: Sequence[Transition], drawn: Drawn, old: Old) -> tuple[Tensor, Tensor]:
     """The sum of a micro-batch's losses, and each one with its metrics, (M, 1 + names) float64, on the device."""
-    reference: Sequence[Tensor | None] = [None] * len(chunk)
+    reference = None
     if run.algorithm.needs_reference:
         with torch.no_grad(), lora.disabled(run.family.transformer):
-            reference = list(exact(velocities(run, chunk, drawn)))
+            reference = exact(velocities(run, chunk, drawn))
     current = exact(velocities(run, chunk, drawn))
     names = run.algorithm.metric_names
     if not chunk:  # no loss, and a backward pass all the same
         return current.flatten()[:0].sum(), current.new_zeros(0, 1 + len(names), dtype=DOUBLE)
-    before = current.detach() if old is None else [None if one is None else beside(one, current) for one in old]
-    terms = [
-        run.algorithm.loss(drawn.rollouts[t.group], drawn.advantages[t.group], t, Velocities(new, old_one, base))
-        for t, new, old_one, base in zip(chunk, current, before, reference, strict=True)
-    ]
-    values = [value for loss, found in terms for value in (loss.detach(), *(found[name] for name in names))]
-    rows = torch.stack([torch.as_tensor(value, dtype=DOUBLE, device=current.device) for value in values])
-    return torch.stack([loss for loss, _ in terms]).sum(), rows.view(len(chunk), -1)
+    known = Velocities(current, current.detach() if old is None else stacked(old, current), reference)
+    found, metrics = losses(run.algorithm, drawn.rollouts, drawn.advantages, chunk, known)
+    columns = [found.detach(), *(metrics[name] for name in names)]
+    return found.sum(), torch.stack([column.double() for column in columns], 1)
+
+
+def stacked(old: Sequence[Tensor | None], current: Tensor) -> Tensor | None:
+    """Old velocities as one tensor beside the current ones; None where the algorithm keeps its own."""
+    given = [velocity for velocity in old if velocity is not None]
+    return beside(torch.stack(given), current) if given else None
 
 
 def exact(velocities: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ def test_log_ratio_agrees_with_float64_at_262144_dimensions(
     displacement = displacement_for(candidates, anchor, tau, largest)
     expected = reference_log_ratio(candidates, anchor, displacement, tau)
     assert expected.abs().max().item() == pytest.approx(largest, rel=0.2)
-    there = (x.to(device) for x in (candidates, anchor, displacement))
-    found = leaping_log_ratio(*there, tau if temperature != "auto" else mean_squared_distance(candidates.to(device)))
+    there = [x.to(device)[None] for x in (candidates, anchor, displacement)]
+    found = leap(*there, tau if temperature != "auto" else mean_squared_distance(there[0][0])).log_ratio[0]
     torch.testing.assert_close(found.cpu(), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -131,7 +131,8 @@ def test_an_anchor_that_stays_has_a_log_ratio_of_exactly_0(geometry: str, temper
 
 def test_the_new_policy_sums_to_1():
     candidates, anchor = torch.randn(GROUP, 3, 4), torch.randn(3, 4)
-    log_ratio, log_old = leap(candidates, anchor, 0.3 * torch.randn(3, 4), 5.0)
+    one = (x[None] for x in (candidates, anchor, 0.3 * torch.randn(3, 4)))
+    log_ratio, log_old = (values[0] for values in leap(*one, 5.0))
     policy = torch.softmax(leaping_logits(candidates, anchor, 5.0), 0)
     torch.testing.assert_close(log_old.exp(), policy)
     assert (policy * log_ratio.exp()).sum().item() == pytest.approx(1, abs=1e-12)
