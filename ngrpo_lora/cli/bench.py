@@ -187,6 +187,14 @@ def paper(
             show_default=False,
         ),
     ] = None,
+    tuned_by: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="results.json or tuning.json of an earlier comparison: its methods are not searched again.",
+            show_default=False,
+        ),
+    ] = None,
     output_dir: Annotated[Path, typer.Option(help="Where all runs and results go.")] = Path("runs/paper"),
     device: Device = "auto",
     at_once: Annotated[
@@ -206,8 +214,8 @@ def paper(
         raise ConfigError(f"--at-once must be at least 1, got {at_once}; 1 makes one run after the other")
     profile = "quick" if quick else "full" if full else "default"
     asked = (output_dir, profile, budget, seeds, tuple(table or ()), tuple(method or ()), tuple(settings or ()))
-    make_plan(*asked)  # what is wrong is said before torch is loaded
-    plan = make_plan(*asked, found := asked_device(device))
+    make_plan(*asked, tuned_by=tuned_by)  # what is wrong is said before torch is loaded
+    plan = make_plan(*asked, found := asked_device(device), tuned_by)
 
     from ngrpo_lora.bench.paper.comparison import compare
     from ngrpo_lora.bench.paper.running import places

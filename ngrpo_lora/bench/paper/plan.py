@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ngrpo_lora.bench.paper import methods
+from ngrpo_lora.bench.paper.given import Given, read_given
 from ngrpo_lora.bench.paper.methods import LEARNING_RATES, TABLES, WATCHED, Method
 from ngrpo_lora.config import RunConfig, parse_config, parse_settings
 from ngrpo_lora.errors import ConfigError
@@ -101,6 +102,8 @@ class Plan:
     """Methods of Table 1 that are compared, with their variants in the other tables."""
     common: Mapping[str, str]
     """Settings of all methods, by dotted key."""
+    given: Given = field(default_factory=dict)
+    """What an earlier comparison has found; its methods are not searched."""
 
     @property
     def equal_iterations(self) -> int:
@@ -161,12 +164,14 @@ def make_plan(
     names: tuple[str, ...] = (),
     settings: tuple[str, ...] = (),
     device: str = "cpu",
+    tuned_by: Path | None = None,
 ) -> Plan:
     """A checked plan; what is None or empty is the profile's.
 
     Args:
         names: methods of Table 1; none are all.
         settings: `key=value` laid over what all methods have in common.
+        tuned_by: `results.json` or `tuning.json` of an earlier comparison, whose winners are taken.
     Raises:
         ConfigError: an unknown method or table, a number out of its range, or settings that do not fit a method.
     """
@@ -184,7 +189,8 @@ def make_plan(
         raise ConfigError(f"a setting must look like key=value, got {bad[0]!r}; for example evaluation.num_prompts=96")
     common = COMMON | {"evaluation.num_prompts": str(chosen.prompts), "model.device": device}
     common |= {key: value for key, _, value in (text.partition("=") for text in settings)}
-    plan = Plan(output_dir, budget or chosen.budget, chosen.search, seeds or chosen.seeds, wanted, known, common)
+    given = {} if tuned_by is None else read_given(tuned_by)
+    plan = Plan(output_dir, budget or chosen.budget, chosen.search, seeds or chosen.seeds, wanted, known, common, given)
     check_free(plan, [text.partition("=")[0] for text in settings])
     check(plan)
     return plan

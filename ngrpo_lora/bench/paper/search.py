@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ngrpo_lora.bench.paper.given import point_of
 from ngrpo_lora.bench.paper.methods import LEARNING_RATES, Method
 from ngrpo_lora.bench.paper.outcomes import read, scene_of
 from ngrpo_lora.bench.paper.plan import Job, Length, Plan, Tuned, points, search_job
@@ -60,6 +61,8 @@ def jobs(plan: Plan, length: Length, failed: Collection[str] = ()) -> list[Job]:
     """
     wanted = []
     for method in plan.searched if plan.search else ():
+        if method.name in plan.given:
+            continue
         possible = {point: search_job(plan, method, point, length) for point in points(method)}
         found = validated([*possible.values()]).get(method.name, {})
         found |= {point: NONE for point, job in possible.items() if job.name in failed}
@@ -90,11 +93,11 @@ def _greatest(points: Sequence[Point], rewards: Found) -> Point | None:
 
 
 def tuned(plan: Plan, jobs: Sequence[Job]) -> dict[str, Point]:
-    """Each searched method's winner, or its untuned values where there is no search or none of its runs succeeded.
+    """Each searched method's winner, here or in an earlier comparison, or its untuned values where it has none.
 
     Where runs of the tables have begun, their method's winner stays what it was, whatever the search has found since.
     """
-    found, known = validated(jobs), kept(plan)
+    found, known = validated(jobs), {name: point_of(entry) for name, entry in plan.given.items()} | kept(plan)
     return {m.name: known.get(m.name) or choose(m, found.get(m.name, {})) or m.untuned for m in plan.searched}
 
 
@@ -125,11 +128,14 @@ def entries_of(plan: Plan) -> list[dict[str, Any]]:
 def write(plan: Plan, jobs: Sequence[Job], winners: Tuned) -> list[dict[str, Any]]:
     """Write `tuning.json`: per method the winner and every point tried, with its reward.
 
-    Methods of which the plan knows nothing stay in the file. Returns the entries of the others.
+    A method that was searched in an earlier comparison has the entry of that one. Methods of which the plan knows
+    nothing stay in the file. Returns the entries of the others.
     """
     found = validated(jobs)
     entries: list[dict[str, Any]] = [
-        {
+        {**plan.given[method.name]}
+        if method.name in plan.given
+        else {
             "method": method.name,
             "label": method.label,
             "searched": bool(found.get(method.name)),

@@ -123,3 +123,50 @@ def test_without_a_search_a_methods_own_values_are_used(tmp_path: Path):
     winners = search.tuned(plan, [])
     assert winners == {"flow-grpo": METHOD.untuned}
     assert search_table(search.write(plan, [], winners)).rows[0][3] == "not searched"
+
+
+# Of an earlier comparison --------------------------------------------------------------------------------------------
+
+
+def entry(method: str, knob: str, rate: str = "3e-3", value: str = "1e-3") -> dict[str, object]:
+    """What a comparison that has searched writes of a method."""
+    point = {"optimizer.learning_rate": rate, knob: value, "validation_reward": 0.7, "half_interval": 0.1}
+    return {"method": method, "label": method, "searched": True, "points": [point], "optimizer.learning_rate": rate} | {
+        knob: value
+    }
+
+
+@pytest.mark.parametrize("form", ["tuning.json", "results.json"])
+def test_what_an_earlier_comparison_has_found_is_taken_and_not_searched_again(form: str, tmp_path: Path):
+    found = [entry("neighbor-dpmpp-8", "algorithm.clip_range")]
+    file = tmp_path / form
+    file.write_text(json.dumps(found if form == "tuning.json" else {"tuning": found, "tables": []}))
+    plan = small_plan(tmp_path / "paper", profile="default", tuned_by=file)
+    assert {job.method for job in search.jobs(plan, cost_of_8)} == {"flow-grpo"}
+    winners = search.tuned(plan, search.jobs(plan, cost_of_8))
+    assert winners == {"neighbor-dpmpp-8": ("3e-3", "1e-3"), "flow-grpo": METHOD.untuned}
+    plan.output_dir.mkdir()
+    own, other = search.write(plan, search.jobs(plan, cost_of_8), winners)
+    assert own == found[0]
+    assert not other["searched"]
+    rows = [row for row in search_table([own]).rows]
+    assert rows == [("neighbor-dpmpp-8", "3e-3", "clip_range 1e-3", "0.700 ± 0.100", "yes")]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "--tuned-by must be a file"),
+        ("{", "--tuned-by must be JSON"),
+        ("[]", "no search of any of neighbor-ddim-25, "),
+        ('{"tables": []}', "no search of any of"),
+        ('[{"method": "nft"}, 3]', "no search of any of"),
+        (json.dumps([entry("nft", "algorithm.clip_range")]), "no search of any of"),  # its knob is another
+        (json.dumps([entry("neighbor-dpmpp-8", "algorithm.clip_range") | {"searched": False}]), "no search of any of"),
+    ],
+)
+def test_a_file_that_holds_no_search_is_refused(text: str | None, problem: str, tmp_path: Path):
+    if text is not None:
+        (tmp_path / "tuning.json").write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        small_plan(tmp_path / "paper", tuned_by=tmp_path / "tuning.json")
