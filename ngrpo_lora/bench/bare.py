@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from ngrpo_lora.bench.held import HeldAlgorithm
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.devices import without_cudnn_attention
+from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.training.metering import STAGES
 from ngrpo_lora.training.rewarding import samples
 from ngrpo_lora.training.rollouts import prompts_of, rollout_weights
@@ -74,11 +75,11 @@ def measure_bare(config: RunConfig, iterations: int) -> Bare:
         run.micro_batches.fix()
         run.algorithm = HeldAlgorithm(run.algorithm)  # trains all groups, whatever their rewards are
         for _ in range(1 + iterations):
-            prompts = [prompt.text for prompt in prompts_of(run)]
-            known = run.family.recent.of(prompts)
+            prompts = prompts_of(run)
+            known = run.family.recent.of(prompt.text for prompt in prompts)
             ours.append(whole_iteration(run))
             with run.counter.paused():
-                bare.append(bare_iteration(run, [prompt for prompt in {*prompts} if prompt not in known]))
+                bare.append(bare_iteration(run, prompts, {prompt.text for prompt in prompts} - {*known}))
     return Bare(medians(ours[1:]), medians(bare[1:]))
 
 
@@ -104,16 +105,16 @@ def whole_iteration(run: Run) -> dict[str, Seconds]:
 
 
 @without_cudnn_attention()
-def bare_iteration(run: Run, new: Sequence[str]) -> dict[str, Seconds]:
+def bare_iteration(run: Run, prompts: Sequence[Prompt], new: Collection[str]) -> dict[str, Seconds]:
     """The time of the calls of one iteration, and of nothing else.
 
     Args:
-        new: the prompts that the iteration had to encode.
+        prompts: of the iteration's groups. new: those that it had to encode.
     """
     rollout, family, optimizer = run.config.rollout, run.family, run.lora_step.optimizer
     group, size = rollout.group_size, rollout.micro_batch_size or rollout.group_size
     count, at_once = len(run.groups) * group, max(1, size // group) * group
-    prompts, images = prompts_of(run), list[list[Image.Image]]()
+    images = list[list[Image.Image]]()
     text = family.encode([prompts[0].text])
     latents = torch.randn(max(size, run.config.trainer.micro_batch_size), *family.latent_shape, device=family.device)
     updates = transitions(run)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ngrpo_lora import auto_temperature, flow_sigmas, gaussian_noise, group_advantages, leaping_log_ratio
 from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.algorithms import neighbor
+from ngrpo_lora.algorithms._base import losses
 from ngrpo_lora.algorithms.neighbor import Algorithm, Config, NeighborRollout
 from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.equations.schedule import Schedule
@@ -442,6 +444,64 @@ def test_a_candidate_whose_latents_are_not_finite_takes_no_part():
     assert {k: v.item() for k, v in broken[1].items()} == pytest.approx({k: v.item() for k, v in alone[1].items()})
     updates = algorithm.updates(torch.stack([advantages] * 50), seed=0, iteration=0)
     assert {t.sample for update in updates for t in update} == {1, 2, 3, 4, 5}
+
+
+# A micro-batch -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [10**9, 1])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"distance": "clean"}, {"old_anchor": "rollout", "temperature": 2.0}, {"reference_weight": 0.5}]
+    + [{"reference_weight": 0.5, "reference_distance": "velocity"}, {"reuse_velocities": True}],
+)
+def test_transitions_at_once_are_those_one_by_one(
+    settings: dict[str, Any], at_once: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Of several groups and steps, one of them with a candidate that failed."""
+    algorithm = make(clip_range=0.05, **settings)
+    rollouts = [roll_out(algorithm, seed) for seed in range(3)]
+    advantages = torch.stack([*map(advantages_of, rollouts)])
+    rollouts[1].latents[:, 0] = rollouts[1].final[0] = torch.nan
+    rollouts[1], advantages[1, 0] = algorithm.with_temperatures(rollouts[1]), 0.0
+    transitions = [
+        Transition(0, 1, 3),
+        Transition(1, 2, 0),
+        Transition(2, 5, 4),
+        Transition(1, 4, 2),
+        Transition(0, 1, 0),
+    ]
+    old = torch.stack([old_velocity(rollouts[t.group], t) for t in transitions])
+    current = (old + 0.05 * gaussian_noise(old.shape, seed=1)).requires_grad_()
+    given = None if "reuse_velocities" in settings else old
+    reference = old + 0.1 if "reference_weight" in settings else None
+    monkeypatch.setattr(neighbor, "MAX_VALUES", at_once)
+    found, metrics = algorithm.losses(rollouts, advantages, transitions, Velocities(current, given, reference))
+    (gradient,) = torch.autograd.grad(found.sum(), current)
+    for i, t in enumerate(transitions):
+        own = Velocities(*(None if v is None else v[i].detach() for v in (current, given, reference)))
+        own.current.requires_grad_()
+        loss, values = algorithm.loss(rollouts[t.group], advantages[t.group], t, own)
+        torch.testing.assert_close(found[i], loss, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close({k: v[i] for k, v in metrics.items()}, dict(values), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(gradient[i], torch.autograd.grad(loss, own.current)[0], rtol=1e-5, atol=1e-9)
+    assert found.isfinite().all()
+
+
+def test_an_algorithm_without_losses_is_asked_for_one_transition_after_the_other():
+    algorithm = make()
+    rollouts = [roll_out(algorithm, seed) for seed in range(2)]
+    advantages = torch.stack([*map(advantages_of, rollouts)])
+    transitions = [Transition(0, 1, 3), Transition(1, 2, 0)]
+    old = torch.stack([old_velocity(rollouts[t.group], t) for t in transitions])
+    velocities = Velocities(old + 0.1, old)
+
+    class Alone:
+        metric_names, loss = algorithm.metric_names, algorithm.loss
+
+    expected = losses(algorithm, rollouts, advantages, transitions, velocities)
+    found = losses(Alone(), rollouts, advantages, transitions, velocities)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(found, (expected[0], dict(expected[1])))
 
 
 # Velocities of the rollout ------------------------------------------------------------------------------------------

@@ -1,0 +1,75 @@
+"""The bare calls of an iteration are its own calls, and their times add up."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeConfig
+
+from ngrpo_lora.bench import bare
+from ngrpo_lora.bench.held import HeldAlgorithm
+from ngrpo_lora.config import RunConfig
+from ngrpo_lora.training.metering import STAGES
+from ngrpo_lora.training.rollouts import prompts_of
+from ngrpo_lora.training.setup import prepare
+from ngrpo_lora.training.trainer import iterate
+
+SHAPES = {
+    "as configured": [],
+    "several groups a pass, several updates": [
+        "rollout.prompts_per_iteration=3",
+        "rollout.micro_batch_size=8",
+        "algorithm.updates_per_rollout=2",
+        "trainer.micro_batch_size=3",
+    ],
+    "a reference, old velocities": ["algorithm.reference_weight=0.1", "algorithm.updates_per_rollout=2"],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bare_calls_are_those_of_the_iteration(shape: str, make_config: MakeConfig, tmp_path: Path):
+    run = prepare(make_config(tmp_path / "run", "evaluation.num_prompts=1", *SHAPES[shape]))
+    run.algorithm = HeldAlgorithm(run.algorithm)
+    calls: Counter[Any] = Counter()
+    velocity, decode, encode_alone = run.family.velocity, run.family.decode, run.family.encode_alone
+
+    def counted(name: str, function: Any) -> Any:
+        def call(first: Any, *rest: Any) -> Any:
+            size = len(first) if isinstance(first, torch.Tensor) else first
+            calls[name, size, name == "velocity" and torch.is_grad_enabled()] += 1
+            return function(first, *rest)
+
+        return call
+
+    run.family.velocity = counted("velocity", velocity)
+    run.family.decode = counted("decode", decode)
+    run.family.encode_alone = counted("encode", encode_alone)
+    prompts = prompts_of(run)
+    iterate(run)
+    expected = calls.copy()
+    calls.clear()
+    bare.bare_iteration(run, prompts, {prompt.text for prompt in prompts})
+    assert calls == expected
+    assert any(with_gradient for _, _, with_gradient in calls)
+
+
+def test_the_table_is_made_of_what_was_measured(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config: RunConfig = make_config(tmp_path / "run")
+    found = bare.measure_bare(config, 2)
+    assert not Path(config.output_dir).exists()
+    assert [*found.iteration] == [*found.calls] == [*STAGES, "all"]
+    assert all(math.isnan(found.iteration[stage].cpu) for stage in STAGES)
+    assert min(seconds.wall for parts in found for seconds in parts.values()) > 0
+    lines: list[str] = []
+    monkeypatch.setattr(bare, "measure_bare", lambda *_: found)
+    bare.bare_table(config, 2, lines.append)
+    ratios = [float(cell) for cell in lines[-1].strip("| ").split(" | ")[1:]]
+    walls = [found.iteration[name].wall / found.calls[name].wall for name in found.iteration]
+    assert ratios == pytest.approx([*walls, found.iteration["all"].cpu / found.calls["all"].cpu], abs=5e-4)
