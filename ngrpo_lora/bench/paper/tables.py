@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ngrpo_lora.bench.paper import methods, published
+from ngrpo_lora.bench.paper import methods, published, reached
 from ngrpo_lora.bench.paper.methods import BASELINE, LEARNING_RATES, Method
 from ngrpo_lora.bench.paper.outcomes import Outcome, by_method, change, is_trained, paired, scene_of
 from ngrpo_lora.bench.paper.plan import Plan
@@ -84,7 +84,9 @@ def make_tables(plan: Plan, outcomes: Sequence[Outcome]) -> list[Table]:
         about += f" {published.NOTE}" if published.COLUMNS[number] else ""
         tables.append(score_table(number, TITLES[number], about, rows, found, plan.budget))
         if number == 1:
-            tables += [*equal_iterations(plan, rows, found, seeds), *against_baseline(rows, found, plan.budget)]
+            tables += equal_iterations(plan, rows, found, seeds)
+            tables.append(gains_table(rows, found))
+            tables += against_baseline(rows, found, plan.budget)
     return tables
 
 
@@ -177,6 +179,13 @@ def equal_iterations(plan: Plan, rows: Sequence[Method], found: dict[str, list[O
     head = ("method", "forward passes per sample", "seconds", *(column.head for column in shown))
     about = f"The same runs after {step} iterations each. {SCORES.format(seeds=seeds)}"
     return [Table("Table 1, at equal iterations", about, head, tuple(lines))]
+
+
+def gains_table(rows: Sequence[Method], found: dict[str, list[Outcome]]) -> Table:
+    """What it took each method to gain so much over the base model."""
+    head = ("method", *(f"+{gain:g}" for gain in reached.GAINS))
+    lines = [(method.label, *reached.costs(found[method.name])) for method in rows]
+    return Table("Table 1, what a gain costs", reached.ABOUT, head, tuple(lines))
 
 
 def against_baseline(rows: Sequence[Method], found: dict[str, list[Outcome]], budget: float) -> list[Table]:

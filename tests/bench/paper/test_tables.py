@@ -25,7 +25,7 @@ def cell(table: Table, row: str, column: str) -> str:
 
 
 def test_table_1_is_at_equal_compute_and_once_more_at_equal_iterations(tmp_path: Path):
-    equal_compute, equal_iterations, pairs, cost = tables(tmp_path)
+    equal_compute, equal_iterations, gains, pairs, cost = tables(tmp_path)
     neighbor = "Neighbor GRPO, DPM++ 8"
     assert cell(equal_compute, neighbor, "iterations") == "40"
     assert cell(equal_compute, "Flow-GRPO", "iterations") == "10"
@@ -46,6 +46,9 @@ def test_table_1_is_at_equal_compute_and_once_more_at_equal_iterations(tmp_path:
     assert not {"strict_accuracy", "world_mean"} & {*equal_compute.head}
     assert cell(equal_compute, neighbor, "HPSv2.1 (paper)") == "0.366"
     assert cell(equal_compute, "Flow-GRPO", "HPSv2.1 (paper)") == ""
+    # The reward grows by 0.006 an iteration of 10 forward passes and 1.75 s, and by 0.003 of 40.
+    assert cell(gains, neighbor, "+0.08") == "133 (23 s)"
+    assert [cell(gains, "Flow-GRPO", f"+{gain}") for gain in (0.02, 0.04)] == ["267 (12 s)", "not reached"]
     world = next(row for row in pairs.rows if row[1] == "world")
     assert world[0] == "Flow-GRPO"
     assert world[2].startswith("-0.210 [")  # (0.001 * 10 - 0.002 * 40) * 3 on average
