@@ -85,6 +85,19 @@ def _stochastic(name: str, label: str, algorithm: str, steps: int, **settings: s
     return Method(name, label, common | _dotted(settings))
 
 
+def _nft(name: str, label: str, steps: str, **more: str) -> Method:
+    """DiffusionNFT with its noise levels in every sample's loss, or some of them."""
+    settings = {
+        "algorithm.name": "nft",
+        "rollout.solver": "dpmpp_2m",
+        "rollout.num_steps": steps,
+        "algorithm.updates_per_rollout": "2",
+        "algorithm.reference_weight": "0",
+    }
+    knobs = ("0.1", "1.0")
+    return Method(name, label, settings | _dotted(more), "algorithm.mixture", knobs, untuned=("1e-3", "1.0"))
+
+
 QUIET = {"algorithm__noise_last_step": "false"}
 ABLATION = {"algorithm__perturbation_strength": "0.5"}
 REFERENCE = {"algorithm__reference_weight": "0.1", "algorithm__reference_distance": "velocity"}
@@ -134,20 +147,8 @@ METHODS = (
             "algorithm.updates_per_rollout": UPDATES,
         },
     ),
-    Method(
-        "nft",
-        "DiffusionNFT",
-        {
-            "algorithm.name": "nft",
-            "rollout.solver": "dpmpp_2m",
-            "rollout.num_steps": "10",
-            "algorithm.updates_per_rollout": "2",
-            "algorithm.reference_weight": "0",
-        },
-        knob="algorithm.mixture",
-        knob_values=("0.1", "1.0"),
-        untuned=("1e-3", "1.0"),
-    ),
+    _nft("nft", "DiffusionNFT", "10"),
+    _nft("nft-2", "DiffusionNFT, 8 steps, 2 levels", "8", algorithm__num_train_steps="2"),  # nearly as short as ours
     Method(
         "best-of-n",
         "best-of-N fine-tuning",
