@@ -33,6 +33,7 @@ ROOMS = [
     "prompts",  # where prompts come from
     "models",  # one file a family: encode, velocity, decode
     "adapters",  # LoRA in memory and in files
+    "voting",  # people teach a run their taste
     "rewards",  # one file a reward
     "algorithms",  # one file a training objective
     "scoring",  # calls rewards, and adds them up

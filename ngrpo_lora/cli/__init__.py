@@ -21,6 +21,7 @@ for command in (
     bench.pipeline,
     bench.gradient,
     bench.scaling,
+    bench.vote,
     bench.paper,
 ):
     bench_app.command()(command)

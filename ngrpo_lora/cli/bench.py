@@ -158,6 +158,35 @@ def scaling(
     scaling_table(config, [int(word) for word in words], repeats, output, typer.echo)
 
 
+def vote(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over the preset demo-vote.", show_default=False),
+    ] = None,
+    taste: Annotated[str, typer.Option(help="What the voter prefers: warm colours or large objects.")] = "warm",
+    wrong: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, help="Probability of each of its words to be wrong; repeat.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with the seeds 0, 1, ...")] = 3,
+    output_dir: Annotated[Path, typer.Option(help="Where all runs go.")] = Path("runs/bench-vote"),
+) -> None:
+    """What 150 votes are worth: runs taught by a simulated voter, and the share of held-out pictures to its taste.
+
+    It is wrong in 10% and in 30% of its words, unless given. Ctrl-C stops; the same command continues.
+    """
+    from ngrpo_lora import registry
+    from ngrpo_lora.voting.simulated import TASTES
+
+    if taste not in TASTES:
+        known = [*TASTES]
+        raise ConfigError(f"--taste must be one of {', '.join(known)}, got {taste!r}{registry.nearest(taste, known)}")
+
+    from ngrpo_lora.bench.voting import vote_table
+
+    vote_table(taste, wrong or [0.1, 0.3], range(seeds), output_dir, settings or [], typer.echo)
+
+
 def paper(
     settings: Annotated[
         list[str] | None,

@@ -59,7 +59,8 @@ def train(
             "accelerate launch has started one process, as it starts several on a CPU by mpirun alone; "
             "ngrpo train --num-processes N and torchrun do without"
         )
-    asked = 1 if num_processes is None and started_alone() else num_processes
+    alone = started_alone() or config.rewards.asks_people  # one page, which one process has
+    asked = 1 if num_processes is None and alone else num_processes
     count = launching.process_count(config.model.device, asked, config.trainer.cpu_processes)
     _warn_of_shortage(config, count)
     if count == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator
 
@@ -103,7 +103,12 @@ def algorithm_settings(name: str) -> type[AlgorithmConfig]:
 
 
 class RewardConfig(Section, frozen=True):
-    """One reward: any function, or a file of rewards/ whose `Config` may add settings of its own."""
+    """One reward: any function, or a file of rewards/ whose `Config` may add settings of its own.
+
+    may_change: settings that a resumed run may have others of: how the reward is called and checked, not what it is.
+    """
+
+    may_change: ClassVar[tuple[str, ...]] = ("range", "batch_size", "timeout_s", "concurrency", "cache")
 
     name: str = Field(description="A file in ngrpo_lora/rewards, package.module:function, or file.py:function.")
     weight: float = Field(default=1.0, description="Weight in the sum; negative minimises the reward.")
@@ -145,6 +150,15 @@ class RewardConfig(Section, frozen=True):
         if value is not None and value[0] >= value[1]:
             raise ValueError(f"must be [low, high] with low below high, got {list(value)}")
         return value
+
+    @property
+    def asks_people(self) -> bool:
+        """Whether scores come from people: they take their time, and what they do not say is no failure."""
+        return False
+
+    def within(self, folder: Path) -> Self:
+        """These settings, with what depends on the run's folder filled in."""
+        return self
 
     @property
     def key(self) -> str:
@@ -237,6 +251,18 @@ class RewardsConfig(Section, frozen=True):
         le=1,
         description="The run stops, with a checkpoint, where a larger share of an iteration's images has no score.",
     )
+
+    @property
+    def asks_people(self) -> bool:
+        """Whether people are asked for scores of one of the rewards."""
+        return any(reward.asks_people for reward in self.train)
+
+    @field_validator("train")
+    @classmethod
+    def _one_page(cls, value: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+        if len(asking := [reward.key for reward in value if reward.asks_people]) > 1:
+            raise ValueError(f"must ask people for one reward, got {', '.join(asking)}; set ask: false on the others")
+        return value
 
     @field_validator("train")
     @classmethod

@@ -280,6 +280,13 @@ class EvaluationConfig(Section, frozen=True):
     )
     num_samples: int = Field(default=12, ge=1, description="Pictures in the sample grid.")
 
+    @field_validator("rewards")
+    @classmethod
+    def _asks_nobody(cls, value: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+        if asking := [reward.key for reward in value if reward.asks_people]:
+            raise ValueError(f"must ask no people for held-out pictures, got {asking[0]}; set its ask: false and votes")
+        return value
+
     @field_validator("measures")
     @classmethod
     def _references(cls, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -24,8 +24,6 @@ MAY_CHANGE = (
     *("model.device", "model.swap_blocks", "model.text_encoders", "model.vae_tiling"),
     *("optimizer.learning_rate", "rewards.max_failed_share"),
 )
-# Of each entry of rewards.train: how it is called and checked, not what it is.
-REWARDS_MAY_CHANGE = ("range", "batch_size", "timeout_s", "concurrency", "cache")
 WITH_EXTRA = ("tensorboard", "wandb", "trackio")  # trackers that an extra of this package installs
 REMOTE = ("hf:", "hpdv2:")  # prompts that a network may be asked for
 
@@ -250,11 +248,11 @@ def _other_settings(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def _with_calls_of(old: RunConfig, new: RunConfig) -> RunConfig:
-    """The old configuration with the new one's REWARDS_MAY_CHANGE, for rewards that are in both."""
+    """The old configuration with what may change of the new one's rewards, for those that are in both."""
     known = {reward.key: reward for reward in new.rewards.train}
     train = tuple(
-        reward.model_copy(update={field: getattr(known[reward.key], field) for field in REWARDS_MAY_CHANGE})
-        if reward.key in known
+        reward.model_copy(update={field: getattr(known[reward.key], field) for field in reward.may_change})
+        if type(reward) is type(known.get(reward.key))
         else reward
         for reward in old.rewards.train
     )

@@ -65,7 +65,7 @@ def reward_networks(config: RunConfig) -> tuple[dict[str, Items], tuple[str, ...
     for reward in (*config.rewards.train, *config.evaluation.rewards):
         if ":" in reward.name:
             unknown.append(f"networks of reward {reward.key}, if it has any: it is a function of your own")
-        if not isinstance(reward, ModelRewardConfig):
+        if not isinstance(reward, ModelRewardConfig) or not reward.path:
             continue
         place = "system" if "cpu" in (reward.device, config.model.device) else "offload" if reward.offload else "gpu"
         itemsize = 4 if reward.dtype == "float32" or (place, reward.dtype) == ("system", "auto") else 2

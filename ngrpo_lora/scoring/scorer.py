@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from ngrpo_lora.guests.calls import described, in_thread, shown
 from ngrpo_lora.guests.files import failure, left_at_import
 from ngrpo_lora.guests.house import Guest, kept, thread_kept
 from ngrpo_lora.scoring.cache import ScoreCache
-from ngrpo_lora.types import Samples
+from ngrpo_lora.types import Metrics, Samples
 
 __all__ = ["Scorer", "Wait", "load_reward"]
 
@@ -46,6 +46,15 @@ class Wait(Protocol):
     """Waits for the scores (N,) float64 of every reward, and calls `meanwhile` several times a second."""
 
     def __call__(self, meanwhile: Callable[[], None] = ...) -> dict[str, Tensor]: ...
+
+
+@runtime_checkable
+class Lasting(Protocol):
+    """A reward of this package that goes on between its calls: it has figures of its own, and something to close."""
+
+    def metrics(self) -> Metrics: ...
+
+    def close(self) -> None: ...
 
 
 class Scorer:
@@ -76,6 +85,22 @@ class Scorer:
     def __call__(self, samples: Samples, cache: ScoreCache | None = None) -> dict[str, Tensor]:
         """Score now: (N,) float64 of every reward by label, NaN where it failed."""
         return self.submit(samples, cache)()
+
+    @property
+    def lasting(self) -> dict[str, Lasting]:
+        """Rewards by label that go on between their calls."""
+        ours = {label: one.function for label, one in self.rewards.items() if one.guest.trusted}
+        return {label: function for label, function in ours.items() if isinstance(function, Lasting)}
+
+    def metrics(self) -> Metrics:
+        """Figures that rewards have of themselves, as `label/name`."""
+        found = {label: reward.metrics() for label, reward in self.lasting.items()}
+        return {f"{label}/{name}": value for label, own in found.items() for name, value in own.items()}
+
+    def close(self) -> None:
+        """End what rewards have going on; they are not called any more."""
+        for reward in self.lasting.values():
+            reward.close()
 
 
 class BoundReward:

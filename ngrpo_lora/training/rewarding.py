@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from PIL import Image
@@ -52,9 +53,11 @@ def collect(run: Run, rollouts: list[Rollout], pending: list[Wait]) -> RewardBat
     finite = torch.stack([rollout.final.flatten(1).isfinite().all(1) for rollout in rollouts])  # (P, G)
     scores, problem = {}, None
     try:
-        groups = [wait(run.watchers.before_pass) for wait in pending]
+        groups = [wait(partial(while_waiting, run)) for wait in pending]
         own = {label: torch.stack([mean_of_frames(run, group[label]) for group in groups]) for label in groups[0]}
         scores = {label: raw.where(finite, torch.nan) for label, raw in own.items()}
+    except SharedError:
+        raise
     except UserError as error:
         problem = str(error)
     check_finite(run, torch.cat(run.processes.gather(finite)), f"iteration {run.iteration + 1}")
@@ -66,6 +69,20 @@ def collect(run: Run, rollouts: list[Rollout], pending: list[Wait]) -> RewardBat
     if problem is not None:
         raise SharedError(f"iteration {run.iteration + 1}: {problem}, then go on with resume=latest")
     return combine(scores, run.config.rewards.train, run.config.rewards.combine)
+
+
+def while_waiting(run: Run) -> None:
+    """Let watchers look; a run that waits for people, who may never come, ends at once when it is asked to.
+
+    Raises:
+        SharedError: it was asked to.
+    """
+    run.watchers.before_pass()
+    if run.config.rewards.asks_people and run.asked.stop:
+        raise SharedError(
+            f"stopped in iteration {run.iteration + 1} of {run.config.trainer.num_iterations}, while people were asked "
+            "for scores; all that they have said is kept; go on with resume=latest"
+        )
 
 
 def mean_of_frames(run: Run, scores: Tensor) -> Tensor:
@@ -97,9 +114,15 @@ def check_finite(run: Run, finite: Tensor, when: str) -> None:
 
 
 def too_many_failed(run: Run, scores: dict[str, Tensor]) -> str | None:
-    """What is wrong where more scores failed than `rewards.max_failed_share` allows, or all of them."""
+    """What is wrong where more scores failed than `rewards.max_failed_share` allows, or all of them.
+
+    What people did not say has not failed.
+    """
     limit = run.config.rewards.max_failed_share
+    people = asked_of_people(run)
     for label, raw in scores.items():
+        if label in people:
+            continue
         share = (~raw.isfinite()).double().mean().item()
         if share > limit or share == 1:
             return (
@@ -107,6 +130,11 @@ def too_many_failed(run: Run, scores: dict[str, Tensor]) -> str | None:
                 f"({limit:g}) allows; reasons are above; fix it or raise the limit"
             )
     return None
+
+
+def asked_of_people(run: Run) -> set[str]:
+    """The labels of trained rewards that people are asked for."""
+    return {config.key for config in run.config.rewards.train if config.asks_people}
 
 
 def weighted_mean(run: Run, means: dict[str, float]) -> float:
@@ -123,9 +151,16 @@ def describe(run: Run, batch: RewardBatch) -> Metrics:
         for label, scores in batch.scores.items():
             raw[f"rollout/{label}_failed_share"] = (~scores.isfinite()).double().mean().item()
         raw |= {f"rollout/correlation/{pair}": value for pair, value in correlations(batch.scores).items()}
+    failed = torch.zeros_like(batch.valid)
+    for label, scores in batch.scores.items():
+        if label not in asked_of_people(run):
+            failed |= ~scores.isfinite()
+        else:
+            raw[f"rollout/{label}_unsaid_share"] = (~scores.isfinite()).double().mean().item()
+    raw |= {f"rollout/{name}": value for name, value in run.scorer.metrics().items()}
     return raw | {
         "rollout/reward_mean": weighted_mean(run, means),
         "rollout/reward_std": batch_deviation(batch.rewards, batch.valid),
         "rollout/zero_spread_share": (spread <= 0).double().mean().item(),
-        "rollout/failed_share": (~batch.valid).double().mean().item(),
+        "rollout/failed_share": failed.double().mean().item(),
     }

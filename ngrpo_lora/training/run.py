@@ -15,6 +15,7 @@ from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.sources import PromptSource
 from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.scorer import Scorer
+from ngrpo_lora.training.asking import Asked
 from ngrpo_lora.training.best import Best
 from ngrpo_lora.training.lora_step import LoraStep
 from ngrpo_lora.training.metering import EvaluationCounter
@@ -36,6 +37,7 @@ class Run:
     kept: the state at the start of the iteration under way, once that has begun to move the adapter.
     sound: the last state that is known to draw pictures, of the iteration before; None before the first one.
     evaluation_missing: whether the iteration that is complete has yet to be evaluated.
+    asked: what it was asked for from outside.
     saver: writes checkpoints while training goes on.
     best: the best evaluation so far, of the metric that `trainer.keep_best` names.
     micro_batches: how much goes through the networks at once.
@@ -60,6 +62,7 @@ class Run:
     kept: dict[str, Any] | None = None
     sound: dict[str, Any] | None = None
     evaluation_missing: bool = True
+    asked: Asked = field(default_factory=Asked)
     saver: Saver = field(default_factory=Saver)
     best: Best = field(default_factory=lambda: Best(None))
     micro_batches: MicroBatches = field(init=False)

@@ -108,6 +108,8 @@ def misfit(config: RunConfig, count: int) -> str | None:
             f"rollout.prompts_per_iteration must be a multiple of the number of processes ({count}) with "
             f"trainer.strategy=fsdp, got {groups}"
         )
+    if config.rewards.asks_people and count > 1:
+        return f"a reward that asks people needs a run of one process, got {count}; start it with --num-processes 1"
     return None
 
 
@@ -141,7 +143,8 @@ def open_rewards(config: RunConfig, device: str, processes: Processes) -> tuple[
     Raises:
         SharedError: a reward lacks what it needs, or cannot be imported, on some process.
     """
-    trained = config.rewards.train
+    folder = Path(config.output_dir)
+    trained = [reward.within(folder) for reward in config.rewards.train]
     known = [reward.key for reward in trained]
     watched = [*config.evaluation.rewards, *([config.strict_reward] if config.strict_reward else [])]
     scorers, problem = [], None
@@ -154,7 +157,7 @@ def open_rewards(config: RunConfig, device: str, processes: Processes) -> tuple[
         raise SharedError(problem)
     scorer, watching = scorers
     caching = any(reward.cache for reward in (*trained, *watched))
-    return scorer, watching, ScoreCache(Path(config.output_dir) / "scores.sqlite") if caching else None
+    return scorer, watching, ScoreCache(folder / "scores.sqlite") if caching else None
 
 
 def open_prompts(config: RunConfig) -> tuple[PromptSource, list[Prompt]]:

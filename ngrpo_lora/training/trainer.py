@@ -5,7 +5,7 @@ prompts -> text embeddings -> noises -> ODE rollout -> images -> rewards -> adva
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from ngrpo_lora.config import RunConfig
@@ -35,7 +35,7 @@ def train(config: RunConfig, *watchers: Watcher) -> Metrics:
     folder = owned(Path(config.output_dir)) if is_first() else nullcontext()
     with folder:
         run = prepare(config, *watchers)  # processes, model, LoRA, prompts, rewards, algorithm, optimizer
-        with run.processes.contact():
+        with closing(run.scorer), run.processes.contact():
             evaluation = complete(run)
         run.processes.close()
     return evaluation
@@ -45,7 +45,8 @@ def complete(run: Run) -> Metrics:
     """Iterate until the run is complete, evaluating and saving on the way, and export its adapter."""
     evaluation, stopped = Metrics(), run.is_complete
     hearing = listening(run.processes.is_main, run.config.trainer.max_hours)
-    with run.watchers.looking_on(run.start()), hearing as asked, checkpoint_on_error(run):
+    with run.watchers.looking_on(run.start()), hearing as run.asked, checkpoint_on_error(run):
+        asked = run.asked
         if run.evaluation_missing:
             evaluation = evaluate(run)
             run.best.note(run.iteration, evaluation)
@@ -64,7 +65,7 @@ def complete(run: Run) -> Metrics:
                 save(run)
             tell_of_saves(run, stopped)
             asked.next_lap()
-    check_complete(run, asked.stop)
+    check_complete(run, run.asked.stop)
     run.watchers.after_end(export(run))
     return evaluation
 

@@ -1,0 +1,107 @@
+"""What votes are worth: runs that are taught by a simulated voter, of whom taste and mistakes are known.
+
+`ngrpo bench vote` starts a run of the preset `demo-vote` for each seed. The voter votes at the run's page, as a browser
+does: it names the best and the worst of each group, and each word is wrong with a given probability. Measured is the
+share of held-out pictures that are to its taste, before the first vote and after the last.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ngrpo_lora.config import RunConfig, load_config
+from ngrpo_lora.guests.calls import in_thread
+from ngrpo_lora.planning.preflight import check_run
+from ngrpo_lora.records.metrics import read_metrics, series
+from ngrpo_lora.reports.tables import markdown_table
+from ngrpo_lora.rewards.vote import Asking
+from ngrpo_lora.seeds import derive_seed
+from ngrpo_lora.training.setup import prepare
+from ngrpo_lora.training.trainer import complete
+from ngrpo_lora.voting.simulated import TASTES, Voter, vote_at
+
+__all__ = ["Outcome", "configured", "taught", "vote_table"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    wrong: the probability that a word of the voter is wrong.
+    before, after: the share of held-out pictures to the voter's taste.
+    world_before, world_after: what the verifier says of the same pictures, which nobody voted on.
+    foreseen: the share of the pairs of the last votes that the head had right before it knew of them.
+    """
+
+    taste: str
+    wrong: float
+    seed: int
+    votes: int
+    before: float
+    after: float
+    world_before: float
+    world_after: float
+    foreseen: float
+
+
+def configured(taste: str, wrong: float, seed: int, folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The preset for a simulated voter; a run that was begun is gone on with."""
+    own = [
+        "rewards.train={name: vote, open_browser: false, undo_s: 0}",
+        f"evaluation.rewards=[world, {{name: 'ngrpo_lora.voting.simulated:is_{taste}', label: to_taste}}]",
+        "evaluation.measures=[]",
+        f"seed={seed}",
+        f"output_dir={folder / f'{taste}-{100 * wrong:.0f}-{seed}'}",
+        "resume=auto",
+    ]
+    return load_config("demo-vote", [*own, *overrides])
+
+
+def taught(config: RunConfig, taste: str, wrong: float) -> Outcome:
+    """Run a configuration to its end, taught by a simulated voter.
+
+    Raises:
+        UserError: the run cannot start or go on.
+    """
+    check_run(config)
+    run, done = prepare(config), threading.Event()
+    with closing(run.scorer):
+        asking = run.scorer.lasting["vote"]
+        assert isinstance(asking, Asking)
+        voter = Voter(TASTES[taste], wrong, derive_seed(config.seed, "voter", run.iteration))
+        in_thread(partial(vote_at, asking.voting.address, voter, done.is_set))
+        try:
+            complete(run)
+        finally:
+            done.set()
+    rows = read_metrics(run.output_dir / "metrics.jsonl")
+    to_taste, world = (series(rows, f"eval/{label}_mean") for label in ("to_taste", "world"))
+    ends = (to_taste[0][1], to_taste[-1][1], world[0][1], world[-1][1])
+    votes, foreseen = (series(rows, f"rollout/vote/{name}")[-1][1] for name in ("votes", "head_accuracy"))
+    return Outcome(taste, wrong, config.seed, int(votes), *ends, foreseen)
+
+
+def vote_table(
+    taste: str,
+    wrongs: Sequence[float],
+    seeds: Sequence[int],
+    folder: Path,
+    overrides: Sequence[str],
+    say: Callable[[str], None],
+) -> None:
+    """Print a table with a row for each probability of a wrong word and each seed, once all runs are complete."""
+    rows = []
+    for wrong in wrongs:
+        for seed in seeds:
+            found = taught(configured(taste, wrong, seed, folder, overrides), taste, wrong)
+            rise = f"{100 * (found.after - found.before):+.1f}"
+            world = f"{found.world_before:.3f} → {found.world_after:.3f}"
+            shares = (f"{share:.1%}" for share in (found.before, found.after))
+            rows.append([taste, f"{wrong:.0%}", seed, found.votes, *shares, rise, f"{found.foreseen:.0%}", world])
+    head = ("taste", "wrong", "seed", "votes", "to taste before", "after", "rise, points", "head foresaw", "world")
+    say(markdown_table(head, rows))
