@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from PIL import Image
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ngrpo_lora.config.section import Section
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.records.files import written
 from ngrpo_lora.voting.preferences import choices_of
@@ -52,7 +51,11 @@ class Group:
         return tuple(_png(image) for image in self.images)
 
 
-class Ballot(Section, frozen=True):
+class _Line(BaseModel, frozen=True):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Ballot(_Line, frozen=True):
     """What a person said of a group."""
 
     group: str = Field(description="Name of the group.")
@@ -85,7 +88,7 @@ class Ballot(Section, frozen=True):
         return self
 
 
-class _Undone(Section, frozen=True):
+class _Undone(_Line, frozen=True):
     undone: str
 
 
@@ -102,16 +105,15 @@ class VotesFile:
         Raises:
             ConfigError: it cannot be read, or no line of it is a vote.
         """
-        self.path, self.ballots, self.damaged = path, dict[str, Ballot](), list[int]()
+        self.path, self.ballots = path, dict[str, Ballot]()
         try:
             data = path.read_bytes() if path.exists() else b""
         except OSError as error:
             raise ConfigError(f"votes must be a file, but {str(path)!r} is not: {error.strerror}") from None
         *whole, torn = data.split(b"\n")
-        for number, line in enumerate([*whole, torn], 1):
-            if line.strip() and not self._read(line):
-                self.damaged.append(number)
-        if any(whole) and len(self.damaged) >= sum(map(bool, map(bytes.strip, whole))):
+        filled = {number: line for number, line in enumerate([*whole, torn], 1) if line.strip()}
+        self.damaged = [number for number, line in filled.items() if not self._read(line)]
+        if any(number <= len(whole) for number in filled) and len(self.damaged) == len(filled):
             raise ConfigError(
                 f"votes must be a file that votes were kept in, but no line of {str(path)!r} is one; give another path"
             )

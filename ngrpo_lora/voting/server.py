@@ -44,8 +44,8 @@ STOPPING_S = 1
 
 HEADERS = {
     "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'",
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; connect-src 'self'; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'",
     "Referrer-Policy": "no-referrer",  # the address is a secret
     "X-Content-Type-Options": "nosniff",
 }
@@ -61,7 +61,10 @@ class _Posted(Section, frozen=True):
 
 
 class PageServer:
-    """Serves the page of a booth from a thread of its own, until it is closed."""
+    """Serves the page of a booth from a thread of its own, until it is closed.
+
+    port: where it listens.
+    """
 
     def __init__(self, booth: Booth, host: str, port: int | None, token: str):
         """Take the address and start to answer.
@@ -75,6 +78,7 @@ class PageServer:
         self.booth, self.host, self.token = booth, host, token
         self.page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
         self.socket = _bound(host, port)
+        self.port: int = self.socket.getsockname()[1]
         self.server = uvicorn.Server(
             uvicorn.Config(
                 self.application(),
@@ -87,11 +91,6 @@ class PageServer:
         )
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()
-
-    @property
-    def port(self) -> int:
-        """The port at which the page is."""
-        return self.socket.getsockname()[1]
 
     @property
     def addresses(self) -> list[str]:
