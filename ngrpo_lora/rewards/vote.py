@@ -115,7 +115,7 @@ class Asking:
             return np.full(count, np.nan)
         try:
             waiting = in_thread(lambda: self.voting.wait(prompt, images, given_up.is_set))
-            scores = await asyncio.wrap_future(waiting)
+            scores = await asyncio.shield(asyncio.wrap_future(waiting))
         finally:
             given_up.set()  # also where `timeout_s` has run out
         return np.full(count, np.nan) if scores is None else scores

@@ -11,7 +11,7 @@ from PIL import Image
 
 __all__ = ["TASTES", "Voter", "is_large", "is_warm", "large", "vote_at", "warm"]
 
-POLL_S = 0.05
+POLL_S, PATIENCE_S = 0.05, 60
 
 SATURATED = 60
 """By how many of 255 levels a pixel's channels differ where an object of the embedded world is, and no background."""
@@ -73,13 +73,17 @@ def vote_at(address: str, voter: Voter, should_stop: Callable[[], bool]) -> int:
         session.trust_env = False  # no proxy stands between this machine and itself
         while not should_stop():
             try:
-                group = session.get(f"{address}state", timeout=10).json()["group"]
+                group = session.get(f"{address}state", timeout=PATIENCE_S).json()["group"]
                 if group is not None:
-                    found = [session.get(f"{address}pictures/{name}.png", timeout=10) for name in group["pictures"]]
+                    found = [
+                        session.get(f"{address}pictures/{name}.png", timeout=PATIENCE_S) for name in group["pictures"]
+                    ]
                     images = [Image.open(io.BytesIO(picture.content)) for picture in found]
                     ballot = {"group": group["name"], "said": "order", "orders": [voter.order(images)]}
-                    cast += session.post(f"{address}ballot", json=ballot, timeout=10).ok
+                    cast += session.post(f"{address}ballot", json=ballot, timeout=PATIENCE_S).ok
                     continue
+            except requests.Timeout:  # of a machine that is busy
+                continue
             except requests.ConnectionError:
                 if cast:
                     return cast
