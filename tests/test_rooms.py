@@ -57,6 +57,7 @@ TESTED_IN = {
     "bench.paper.published": "bench/paper/test_methods.py",
     "cli.push": "hub/test_pushing.py",
     "cli.reward_server": "rewards/test_remote.py",
+    "cli.voting": "voting/test_pairs.py",
     "config.algorithms._forward": "algorithms/test_forward.py",
     "config.algorithms._sde": "algorithms/test_dance.py",
     "config.algorithms._window": "algorithms/test_mix.py",

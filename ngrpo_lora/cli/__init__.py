@@ -1,6 +1,6 @@
 """The `ngrpo` command: one file a group of commands, each of which imports what it needs when it is called."""
 
-from ngrpo_lora.cli import adapters, bench, doctor, evaluate, inspect, push, reward_server, sample, train
+from ngrpo_lora.cli import adapters, bench, doctor, evaluate, inspect, push, reward_server, sample, train, voting
 from ngrpo_lora.cli.app import app, group
 
 __all__ = ["app"]
@@ -9,7 +9,7 @@ for command in (
     *(train.train, sample.sample, adapters.info, adapters.formats, adapters.export, adapters.merge),
     *(evaluate.score, evaluate.compare, evaluate.curves, evaluate.report, push.push),
     *(inspect.config, inspect.plan, inspect.presets, inspect.rewards, reward_server.reward_server),
-    doctor.doctor,
+    *(voting.votes, doctor.doctor),
 ):
     app.command()(command)
 

@@ -33,7 +33,6 @@ from ngrpo_lora.types import Metrics
 from ngrpo_lora.voting.ballots import FILE_NAME, VotesFile
 from ngrpo_lora.voting.booth import recall
 from ngrpo_lora.voting.head import Features, Head, pixel_features
-from ngrpo_lora.voting.voting import Voting
 
 
 class Config(ClipConfig, frozen=True):
@@ -98,6 +97,13 @@ class Asking:
                 f"reward {config.key} asks a person about what a run draws; give ask: false and votes: FILE.jsonl for "
                 "what earlier votes say of other pictures"
             )
+        try:
+            from ngrpo_lora.voting.voting import Voting
+        except ImportError as error:
+            raise UserError(
+                f"reward {config.key} needs the packages starlette and uvicorn ({error}); install them with "
+                f"pip install 'ngrpo-lora[server]'"
+            ) from None
         self.voting = Voting(
             Path(config.votes),
             config.host,

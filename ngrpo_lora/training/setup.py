@@ -68,6 +68,7 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
     prompts, held_out = open_prompts(config)
     model = config.model.model_copy(update={"device": device})  # as this process has it
     family = load_model(config, model, processes, looking_on, prompts, held_out)
+    check_shown(config, family)
     watch_passes(looking_on, family)
     parameters = add_lora(config, family, processes.count)
     lora_step = LoraStep(config.optimizer, parameters, processes, family.dtype, family.device)
@@ -196,6 +197,15 @@ def load_model(
     family = load_family(model, "image", sharded)
     family.cache = cache
     return family
+
+
+def check_shown(config: RunConfig, family: BaseFamily) -> None:
+    """Raise ConfigError where people would be asked about single frames as if each were a candidate."""
+    frames = min(config.rewards.frames, family.num_frames)
+    if config.rewards.asks_people and frames > 1:
+        raise ConfigError(
+            f"rewards.frames must be 1 with a reward that asks people, who see one picture of each video, got {frames}"
+        )
 
 
 def watch_passes(watchers: Watchers, family: BaseFamily) -> None:

@@ -17,11 +17,12 @@ from ngrpo_lora.planning.plan import GIB, make_plan
 
 FOLDER = Path(presets.__file__).parent
 FILES = {preset.name: preset for preset in preset_files()}
+DEMOS = ("demo", "demo-vote")
 FAST = ("flux",)  # models whose every file is planned in a moment; the others are `slow`
 
 
 def planned() -> list[object]:
-    marks = {name: () if MEMORY.sub("", name) in FAST else (pytest.mark.slow,) for name in FILES if name != "demo"}
+    marks = {name: () if MEMORY.sub("", name) in FAST else (pytest.mark.slow,) for name in FILES if name not in DEMOS}
     return [pytest.param(name, marks=mark) for name, mark in marks.items()]
 
 
@@ -39,7 +40,7 @@ def test_a_preset_needs_what_its_head_says_and_fits_the_memory_of_its_name(name:
         assert figures.fits(int(found[2]) * GIB)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "demo"])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in DEMOS])
 def test_a_preset_keeps_the_papers_settings(name: str):
     config = load_config(name)
     assert config.output_dir == f"runs/{name}"
