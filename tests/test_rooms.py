@@ -77,6 +77,7 @@ TESTED_IN = {
     "config.rewards.hpsv3": "rewards/test_hpsv3.py",
     "config.rewards.imagereward": "rewards/test_imagereward.py",
     "config.rewards.pickscore": "rewards/test_clip_rewards.py",
+    "config.rewards.vote": "rewards/test_vote.py",
     "config.section": "config/test_run.py",  # of sections: they cannot be changed
     "downloads": "adapters/test_finding.py",  # its messages, from a server that speaks the Hub's protocol
     "hub.watching": "hub/test_pushing.py",

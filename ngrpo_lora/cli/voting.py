@@ -19,7 +19,6 @@ def votes(
     from ngrpo_lora.voting.pairs import described, found_votes, save_pairs
 
     found = found_votes(source)
-    for line in described(found):
+    written = [] if pairs is None else [f"written    {save_pairs(found, pairs)} pairs to {pairs}"]
+    for line in (*described(found), *written):
         typer.echo(line)
-    if pairs is not None:
-        typer.echo(f"written    {save_pairs(found, pairs)} pairs to {pairs}")

@@ -23,9 +23,7 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.records.files import written
 from ngrpo_lora.voting.preferences import choices_of
 
-__all__ = ["FILE_NAME", "Ballot", "Group", "VotesFile"]
-
-FILE_NAME = "votes.jsonl"
+__all__ = ["Ballot", "Group", "VotesFile"]
 
 
 @dataclass(frozen=True)

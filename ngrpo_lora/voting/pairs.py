@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from ngrpo_lora.config.rewards.vote import FILE_NAME
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import to_line
-from ngrpo_lora.voting.ballots import FILE_NAME, Ballot, VotesFile
+from ngrpo_lora.voting.ballots import Ballot, VotesFile
 from ngrpo_lora.voting.head import accuracy
 from ngrpo_lora.voting.preferences import choices_of
 

@@ -6,17 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
+from commands import refuse, run
 from PIL import Image
-from typer.testing import CliRunner
 from vote_groups import make_group
 
-from ngrpo_lora.cli import app
-from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.voting.ballots import VotesFile
 from ngrpo_lora.voting.booth import Booth
 from ngrpo_lora.voting.head import Head, pixel_features
-from ngrpo_lora.voting.pairs import found_votes
 
 
 def voted(path: Path) -> None:
@@ -38,9 +34,9 @@ def voted(path: Path) -> None:
 def test_pairs_are_written_with_their_pictures(tmp_path: Path):
     voted(tmp_path / "run" / "votes.jsonl")
     output = tmp_path / "out" / "pairs.jsonl"
-    result = CliRunner().invoke(app, ["votes", str(tmp_path / "run"), "--pairs", str(output)])
-    assert result.exit_code == 0, result.output
-    assert "4: 2 that prefer pictures, 1 none of them, 1 skipped" in result.stdout
+    said = run("votes", tmp_path / "run", "--pairs", output)
+    assert said[0].endswith("4: 2 that prefer pictures, 1 none of them, 1 skipped")
+    assert said[-1] == f"written    8 pairs to {output}"
     rows = [json.loads(line) for line in output.read_text().splitlines()]
 
     def number(group: int, path: str) -> int:
@@ -55,8 +51,7 @@ def test_pairs_are_written_with_their_pictures(tmp_path: Path):
 
 
 def test_where_there_are_no_votes_it_says_so(tmp_path: Path):
-    with pytest.raises(ConfigError, match="a file of votes or the folder of a run"):
-        found_votes(tmp_path)
+    for source in (tmp_path, tmp_path / "none.jsonl"):
+        assert "must be a file of votes or the folder of a run that has votes.jsonl" in refuse("votes", source)
     voted(tmp_path / "votes.jsonl")
-    result = CliRunner().invoke(app, ["votes", str(tmp_path / "votes.jsonl"), "--pairs", str(tmp_path)])
-    assert "--pairs must be a file to write" in str(result.exception)
+    assert "--pairs must be a file to write" in refuse("votes", tmp_path / "votes.jsonl", "--pairs", tmp_path)

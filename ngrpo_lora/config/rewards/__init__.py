@@ -1,1 +1,1 @@
-"""The settings of rewards that run a network here, apart from them so that they are checked without torch."""
+"""The settings of rewards whose own files load torch, apart from them so that they are checked without torch."""
