@@ -117,12 +117,17 @@ def running_mean(points: list[tuple[int, float]], width: int) -> list[tuple[floa
     return list(zip(steps.tolist(), values.tolist(), strict=True))
 
 
+def judging(evaluations: dict[int, dict[str, np.ndarray]]) -> list[str]:
+    """Labels of the rewards with a score in the first evaluation; of held-out pictures people are not asked for any."""
+    return [label for label, scores in next(iter(evaluations.values())).items() if np.isfinite(scores).any()]
+
+
 def gains(evaluations: dict[int, dict[str, np.ndarray]]) -> dict[str, list[tuple[int, float]]]:
     """Curves by reward: (iteration, mean gain over the first evaluation, in standard deviations of its scores).
 
     Only images that have a score both times count.
     """
-    first = next(iter(evaluations.values()))
+    first = {label: next(iter(evaluations.values()))[label] for label in judging(evaluations)}
     deviation = {label: np.nanstd(scores) or 1.0 for label, scores in first.items()}
     curves: dict[str, list[tuple[int, float]]] = {label: [] for label in first}
     for step, scores in evaluations.items():
@@ -137,7 +142,7 @@ def gain_correlations(evaluations: dict[int, dict[str, np.ndarray]]) -> tuple[li
     A value far below 0 means that where one reward gains, the other loses.
     """
     first, *_, last = evaluations.values()
-    labels = list(first)
+    labels = judging(evaluations)
     gained = np.ma.masked_invalid([last[label] - first[label] for label in labels])
     return labels, np.ma.corrcoef(gained).filled(np.nan)
 
@@ -149,7 +154,7 @@ def write_summary(output_dir: Path) -> Path:
     """
     rows = read_metrics(output_dir / "metrics.jsonl")
     evaluations = read_scores(output_dir)
-    several = len(evaluations) > 1 and len(next(iter(evaluations.values()))) > 1
+    several = len(evaluations) > 1 and len(judging(evaluations)) > 1
     grids = sorted((output_dir / "samples").glob("*.png"))
     measured = [*measures(rows)]
     lines = [measured[start : start + PER_LINE] for start in range(0, len(measured), PER_LINE)]

@@ -46,6 +46,23 @@ def test_the_summary_shows_curves_and_the_pictures_before_and_after(tmp_path: Pa
     assert curve.max() < before.min()
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("watched", [(), ("a",), ("a", "b")])
+def test_a_reward_without_a_score_of_held_out_pictures_has_no_part_in_the_summary(
+    watched: tuple[str, ...], tmp_path: Path
+):
+    rows = [
+        {"step": step, "rollout/vote_mean": 0.0, "eval/reward_mean": None, "eval/vote_mean": None} for step in (0, 7)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in (0, 7):
+        scores = {"vote": torch.full((3,), torch.nan)} | {label: torch.rand(3) for label in watched}
+        save_scores(tmp_path / "evaluations" / f"{step:06d}.jsonl", ["p", "q", "r"], [5, 6, 7], scores)
+        save_grid(tmp_path / "samples" / f"{step:06d}.png", [solid(COLORS[0])] * 6, ["caption"] * 6)
+    assert [*gains(read_scores(tmp_path))] == gain_correlations(read_scores(tmp_path))[0] == [*watched]
+    assert write_summary(tmp_path).is_file()
+
+
 # Several rewards ----------------------------------------------------------------------------------------------------
 
 FIRST = {"a": [1.0, 2.0, 3.0, 4.0], "b": [10.0, 20.0, 30.0, math.nan], "c": [5.0, 5.0, 5.0, 5.0]}
