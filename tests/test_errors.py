@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from ngrpo_lora.errors import ConfigError, SharedError, UserError, first_line
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("given", "problems"), [("one", ("one",)), (["one", "two"], ("one", "two"))])
@@ -12,6 +17,13 @@ def test_every_problem_of_a_configuration_is_a_line(given: str | list[str], prob
     error = ConfigError(given)
     assert error.problems == problems
     assert str(error).splitlines() == [*problems]
+
+
+def test_no_message_installs_this_package_from_an_index_that_has_it_not():
+    wrong = re.compile(r"pip install [^\n]*ngrpo[-_]lora")
+    sources = [path for folder in ("ngrpo_lora", "comfy_nodes") for path in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 100
+    assert not [path for path in sources if wrong.search(path.read_text(encoding="utf-8"))]
 
 
 def test_all_that_a_user_can_act_on_is_caught_as_one():

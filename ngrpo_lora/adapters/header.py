@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,8 @@ from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import UserError
 
+NAME = "ngrpo-lora"
+
 
 @dataclass(frozen=True)
 class AdapterInfo:
@@ -24,11 +27,16 @@ class AdapterInfo:
 
 
 def code_version() -> str:
-    """The installed version of this package, or `unknown` in a bare source tree."""
+    """The version of this package: as it is installed, or of its clone, which ComfyUI loads without installing it.
+
+    In a folder that was copied alone it is `unknown`.
+    """
     try:
-        return version("ngrpo-lora")
+        return version(NAME)
     except PackageNotFoundError:
-        return "unknown"
+        clone = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        project = tomllib.loads(clone.read_text(encoding="utf-8"))["project"] if clone.is_file() else {}
+        return project["version"] if project.get("name") == NAME else "unknown"
 
 
 def read_adapter(path: str | Path) -> AdapterInfo:

@@ -28,8 +28,7 @@ def reward_server(
 
     if absent := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise UserError(
-            f"the reward server needs {' and '.join(absent)}; install what it needs with "
-            "pip install 'ngrpo-lora[server]'"
+            f"the reward server needs {' and '.join(absent)}; install what it needs with pip install starlette uvicorn"
         )
 
     from ngrpo_lora.devices import resolve_device

@@ -24,7 +24,6 @@ MAY_CHANGE = (
     *("model.device", "model.swap_blocks", "model.text_encoders", "model.vae_tiling"),
     *("optimizer.learning_rate", "rewards.max_failed_share"),
 )
-WITH_EXTRA = ("tensorboard", "wandb", "trackio")  # trackers that an extra of this package installs
 REMOTE = ("hf:", "hpdv2:")  # prompts that a network may be asked for
 
 
@@ -155,11 +154,13 @@ def _hub(config: RunConfig) -> Iterator[str]:
 def _packages(config: RunConfig) -> Iterator[str]:
     if config.optimizer.name.endswith("_8bit") and importlib.util.find_spec("bitsandbytes") is None:
         name = config.optimizer.name
-        yield f"optimizer.name={name} needs bitsandbytes, which is not installed; pip install 'ngrpo-lora[8bit]'"
+        yield f"optimizer.name={name} needs bitsandbytes, which is not installed; pip install bitsandbytes"
     for name in (tracker.name for tracker in config.tracking):
         if importlib.util.find_spec(name) is None:
-            extra = f"'ngrpo-lora[{name}]'" if name in WITH_EXTRA else name.replace("_", "-")
-            yield f"tracking: {name} needs the package {name}, which is not installed; pip install {extra}"
+            yield (
+                f"tracking: {name} needs the package {name}, which is not installed; "
+                f"pip install {name.replace('_', '-')}"
+            )
     if config.model.quantization != "none":
         from ngrpo_lora.devices import resolve_device
         from ngrpo_lora.models._quantization import check_quantization

@@ -332,7 +332,7 @@ def _hpdv2(source: str) -> Rows:
 
 
 def _needs(package: str, source: str) -> str:
-    remedy = "pip install 'ngrpo-lora[datasets]'"
+    remedy = "pip install datasets"
     return f"must be readable here, but {source!r} needs {package}, which is not installed; {remedy}"
 
 

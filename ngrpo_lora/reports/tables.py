@@ -10,8 +10,8 @@ from typing import Any
 from ngrpo_lora.records.metrics import measures, read_metrics, series
 
 
-def figures(output_dir: Path) -> list[str]:
-    """Text lines with held-out figures before and after training, those of each reward if there are several.
+def held_out(output_dir: Path) -> dict[str, tuple[float, float]]:
+    """Held-out figures before and after training by name, those of each reward if there are several.
 
     The measures of the evaluation follow them.
     """
@@ -21,12 +21,26 @@ def figures(output_dir: Path) -> list[str]:
     if len(labels) > len(keys):
         keys |= {label: f"eval/{label}_mean" for label in labels}
     values = {name: [value for _, value in series(rows, key)] for name, key in keys.items()}
-    ends = [*((name, (found[0], found[-1])) for name, found in values.items() if found), *measures(rows).items()]
-    width = max([16, *(len(name) for name, _ in ends)])
+    return {name: (found[0], found[-1]) for name, found in values.items() if found} | measures(rows)
+
+
+def figures(output_dir: Path) -> list[str]:
+    """Text lines with the figures of `held_out`."""
+    ends = held_out(output_dir)
+    width = max([16, *map(len, ends)])
     return [
         f"held-out {name:<{width}} before {before:.3f}  after {after:.3f}  ({after - before:+.3f})"
-        for name, (before, after) in ends
+        for name, (before, after) in ends.items()
     ]
+
+
+def figures_table(output_dir: Path) -> str:
+    """A Markdown table of the figures of `held_out`."""
+    rows = [
+        [name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]
+        for name, (before, after) in held_out(output_dir).items()
+    ]
+    return markdown_table(["held-out", "before", "after", "change"], rows)
 
 
 def comparison_table(runs: Sequence[Path]) -> str:

@@ -61,7 +61,7 @@ class VisionServer:
             from openai import AsyncOpenAI, OpenAI
         except ImportError:
             raise UserError(
-                f"reward {config.key} needs the package openai; install it with pip install 'ngrpo-lora[judge]'"
+                f"reward {config.key} needs the package openai; install it with pip install openai"
             ) from None
         self.config = config
         api_key = "none" if config.api_key_env is None else os.environ.get(config.api_key_env)

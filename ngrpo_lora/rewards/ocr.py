@@ -48,14 +48,14 @@ class Reward:
         except ImportError as error:
             raise UserError(
                 f"reward {config.key} needs the packages rapidocr and onnxruntime ({error}); install them with "
-                f"pip install 'ngrpo-lora[ocr]'"
+                "pip install onnxruntime 'rapidocr>=3.10,<3.11'"
             ) from None
         models = Path(rapidocr.__file__).parent / "models"
         for name in (DETECTION, RECOGNITION):
             if not (models / name).is_file():
                 raise UserError(
                     f"reward {config.key} needs the model {name} that is part of rapidocr 3.10, but {str(models)!r} "
-                    f"does not hold it; install it with pip install 'ngrpo-lora[ocr]'"
+                    f"does not hold it; install it with pip install 'rapidocr>=3.10,<3.11'"
                 )
         self.config = config
         self.engine = rapidocr.RapidOCR(

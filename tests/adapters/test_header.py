@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from conftest import FinishedRun
 from lora_files import rewrite
 from safetensors.torch import save_file
 
+from ngrpo_lora.adapters import header
 from ngrpo_lora.adapters.header import AdapterInfo, read_adapter
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import UserError
@@ -57,3 +60,14 @@ def test_an_adapter_of_another_trainer_is_sampled_with_the_defaults(tmp_path: Pa
     path = tmp_path / "foreign.safetensors"
     save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, path)
     assert read_adapter(path) == AdapterInfo(ModelConfig(), RolloutConfig())
+
+
+def test_a_clone_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch):
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(header, "version", absent)
+    project = tomllib.loads((Path(header.__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    assert header.code_version() == project["version"] != "unknown"
+    monkeypatch.setattr(header, "NAME", "a program around a copy of this package")
+    assert header.code_version() == "unknown"

@@ -94,7 +94,7 @@ def test_a_missing_8bit_package_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         app, ["train", "--num-processes", "1", "optimizer.name=lion_8bit", f"output_dir={tmp_path / 'run'}"]
     )
     assert result.exit_code == 2
-    assert "ngrpo-lora[8bit]" in result.output
+    assert "pip install bitsandbytes" in result.output
 
 
 # Resume -------------------------------------------------------------------------------------------------------------

@@ -303,8 +303,7 @@ def test_a_missing_package_is_an_error_that_says_what_to_install(
     Path("t.parquet").touch()
     monkeypatch.setitem(sys.modules, package, None)
     assert refused(source) == (
-        f"must be readable here, but '{source}' needs {package}, which is not installed; "
-        "pip install 'ngrpo-lora[datasets]'"
+        f"must be readable here, but '{source}' needs {package}, which is not installed; pip install datasets"
     )
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ngrpo_lora.reports.tables import comparison_table, figures, markdown_table
+from ngrpo_lora.reports.tables import comparison_table, figures, figures_table, markdown_table
 
 FIRST = {"eval/reward_mean": 0.25, "eval/strict_accuracy": 0.125, "eval/world_mean": 0.25}
 LAST = {"eval/reward_mean": 0.75, "eval/strict_accuracy": 0.5, "eval/world_mean": 0.75}
@@ -32,6 +32,15 @@ def test_figures_are_before_and_after_and_of_several_rewards_each(tmp_path: Path
         *one,
         "held-out world            before 0.250  after 0.750  (+0.500)",
         "held-out a                before 2.000  after 1.500  (-0.500)",
+    ]
+
+
+def test_figures_are_a_table_too(tmp_path: Path):
+    assert figures_table(write_run(tmp_path / "run", FIRST, LAST)).splitlines() == [
+        "| held-out | before | after | change |",
+        "| --- | --- | --- | --- |",
+        "| reward | 0.250 | 0.750 | +0.500 |",
+        "| strict accuracy | 0.125 | 0.500 | +0.375 |",
     ]
 
 

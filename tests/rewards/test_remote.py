@@ -560,7 +560,7 @@ def test_the_command_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("ngrpo_lora.cli.reward_server.find_spec", lambda name: None)
     result = CliRunner().invoke(app, ["reward-server", "world"])
     assert result.exit_code == 2
-    assert "needs starlette and uvicorn; install what it needs with pip install 'ngrpo-lora[server]'" in result.stderr
+    assert "needs starlette and uvicorn; install what it needs with pip install starlette uvicorn" in result.stderr
 
 
 def test_the_command_refuses_a_reward_that_is_none():

@@ -25,7 +25,7 @@ KNOWN_GOOD = {
 }
 """The versions of requirements.lock, with which the tests run."""
 
-OPTIONAL = {"bitsandbytes": "'ngrpo-lora[8bit]'"}
+OPTIONAL = ("bitsandbytes",)
 MIN_PYTHON = (3, 11)
 
 
@@ -54,7 +54,7 @@ def package(name: str) -> Iterator[Finding]:
     except PackageNotFoundError:
         if name in OPTIONAL:
             text = "not installed; 8-bit optimizers and bases in nf4 or int8 need it"
-            yield Finding(name, "note", text, f"pip install {OPTIONAL[name]}")
+            yield Finding(name, "note", text, f"pip install {name}")
         else:
             yield Finding(name, "problem", "not installed", f"pip install {name}=={KNOWN_GOOD[name]}")
         return

@@ -88,7 +88,7 @@ def test_an_absent_package_is_a_problem_where_it_is_needed(monkeypatch: pytest.M
     monkeypatch.setattr(packages, "requires", absent)
     (needed,), (optional,), (own,) = packages.package("peft"), packages.package("bitsandbytes"), packages.this_package()
     assert (needed.verdict, needed.remedy) == ("problem", "pip install peft==0.21.2")
-    assert (optional.verdict, optional.remedy) == ("note", "pip install 'ngrpo-lora[8bit]'")
+    assert (optional.verdict, optional.remedy) == ("note", "pip install bitsandbytes")
     assert own.verdict == "note"
     assert packages.judged("torch", "1.0").verdict == "note"  # the least version is not known
 
