@@ -20,7 +20,17 @@ from ngrpo_lora import registry  # noqa: E402
 
 registry.allow_modules = False  # a graph may come from a stranger, and to import a module is to run it
 
-from . import adapters, comparing, conditioning, embedded, pipelines, rewards, sampling, training  # noqa: E402
+from . import (  # noqa: E402
+    adapters,
+    comparing,
+    conditioning,
+    embedded,
+    pipelines,
+    rewards,
+    sampling,
+    scoring,
+    training,
+)
 
 WEB_DIRECTORY = "./web"
 
@@ -32,7 +42,7 @@ class NeighborGRPOExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of ComfyUI's menu."""
-        subjects = (embedded, sampling, adapters, rewards, comparing, conditioning, pipelines, training)
+        subjects = (embedded, sampling, adapters, rewards, scoring, comparing, conditioning, pipelines, training)
         return [node for subject in subjects for node in subject.NODES]
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.registry import nearest
 from ngrpo_lora.scoring.scorer import in_thread
 
@@ -60,22 +60,24 @@ def listed(what: str, value: str, options: Sequence[str]) -> str:
     return value
 
 
-def verdict(check: Callable[..., Any], *arguments: Any) -> bool | str:
-    """Result of a check for `validate_inputs`: true, or the message with which the check fails.
+def checked(check: Callable[..., Any], *arguments: Any) -> bool:
+    """Run a check for `validate_inputs`, whose error refuses the graph: ComfyUI repeats a message for every input.
 
     An input from another node is None before that node has run; `execute` checks it then.
+
+    Raises:
+        UserError: that of the check.
     """
-    if any(argument is None for argument in arguments):
-        return True
-    try:
+    if all(argument is not None for argument in arguments):
         check(*arguments)
-    except UserError as error:
-        return str(error)
     return True
 
 
-def show_text(text: str, node: type[io.ComfyNode]) -> None:
-    """Write a text below a node's widgets; the node's schema must have `hidden=[io.Hidden.unique_id]`."""
+def show_progress(text: str, node: type[io.ComfyNode]) -> None:
+    """Write how far a node is below its widgets, for as long as it runs; its result is `ui={"text": (...,)}`.
+
+    The node's schema must have `hidden=[io.Hidden.unique_id]`.
+    """
     PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
 
 

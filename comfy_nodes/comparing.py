@@ -16,16 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from ngrpo_lora.adapters.finding import adapter_label
-from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.equations.noise import gaussian_noise
-from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.contest import Contest, check_prompt
 from ngrpo_lora.evaluation.ranking import Ranking, check_samples, rank
 from ngrpo_lora.sampling.strengths import StrengthSchedule
 
-from ._api import schema, show_text, to_images, to_pictures
-from .adapters import adapter_path, apply, fingerprint, lora_input, read_fitting
-from .rewards import Entries, Rewards, loaded, samples_of, scores_of
+from ._api import checked, schema, to_images, to_pictures
+from .adapters import adapter_path, check_readable, fingerprint, lora_input
+from .fitting import read_fitting
+from .rewards import Entries, Rewards
+from .schedules import apply
+from .scoring import loaded, samples_of, scores_of
 
 Choice = tuple[tuple[str, float], ...]
 """Value of NGRPO_ADAPTERS: files of the loras folders by name, each with a strength; every one is a column."""
@@ -68,15 +70,8 @@ class AdapterList(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name: str | None = None, strengths: str | None = None) -> bool | str:
-        try:
-            if lora_name is not None:
-                read_metadata(adapter_path(lora_name))
-            if strengths is not None:
-                parse_strengths(strengths)
-        except UserError as error:
-            return str(error)
-        return True
+    def validate_inputs(cls, lora_name: str | None = None, strengths: str | None = None) -> bool:
+        return checked(check_readable, lora_name) and checked(parse_strengths, strengths)
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None, **others: Any) -> tuple[int, ...]:
@@ -240,7 +235,6 @@ class Compare(io.ComfyNode):
         pictures = [decode(vae, latents) for row in zip(*drawn, strict=True) for latents in row]
         contest = Contest([*columns], seeds, pictures, judge(pictures, rewards, prompt))
         table = contest.table()
-        show_text(table, cls)
         grid = to_images([contest.grid(cell_px)])
         shown = ui.PreviewImage(grid, cls=cls).as_dict() | {"text": (table,)}
         return io.NodeOutput(grid, to_images(pictures), table, ui=shown)

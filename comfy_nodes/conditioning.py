@@ -15,7 +15,7 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.sampling.conditioning import Conditioning, load_conditioning, save_conditioning
 from ngrpo_lora.sampling.sampler import Sampler
 
-from ._api import listed, make_room, register_folder, schema, show_text, verdict
+from ._api import checked, listed, make_room, register_folder, schema
 from .pipelines import Pipeline
 
 EMBEDDINGS = "ngrpo_embeddings"
@@ -49,13 +49,12 @@ class SavePromptEmbeddings(io.ComfyNode):
                 io.Boolean.Input("overwrite", default=False, tooltip="Whether a file of that name may be replaced."),
             ],
             outputs=[io.Conditioning.Output(tooltip="The same.")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
-    def validate_inputs(cls, name: str = "prompt") -> bool | str:
-        return verdict(file_of, name)
+    def validate_inputs(cls, name: str = "prompt") -> bool:
+        return checked(file_of, name)
 
     @classmethod
     def execute(cls, conditioning: Conditioning, name: str, overwrite: bool) -> io.NodeOutput:
@@ -63,8 +62,7 @@ class SavePromptEmbeddings(io.ComfyNode):
         if path.exists() and not overwrite and not same(load_conditioning(path), conditioning):
             raise UserError(f"{path.name!r} is there already, with other contents; give another name, or overwrite it")
         save_conditioning(path, conditioning)
-        show_text(f"{path.name}\n{described(conditioning)}", cls)
-        return io.NodeOutput(conditioning, ui={"text": (path.name,)})
+        return io.NodeOutput(conditioning, ui={"text": (f"{path.name}\n{described(conditioning)}",)})
 
 
 def file_of(name: str) -> Path:
@@ -117,12 +115,11 @@ class LoadPromptEmbeddings(io.ComfyNode):
                 )
             ],
             outputs=[io.Conditioning.Output()],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, name: str = "") -> bool | str:
-        return verdict(stored, name) if name else True
+    def validate_inputs(cls, name: str = "") -> bool:
+        return checked(stored, name) if name else True
 
     @classmethod
     def fingerprint_inputs(cls, name: str | None) -> int:
@@ -132,8 +129,7 @@ class LoadPromptEmbeddings(io.ComfyNode):
     def execute(cls, name: str) -> io.NodeOutput:
         with torch.inference_mode(False):
             conditioning = load_conditioning(stored(name))
-        show_text(described(conditioning), cls)
-        return io.NodeOutput(conditioning)
+        return io.NodeOutput(conditioning, ui={"text": (described(conditioning),)})
 
 
 def stored(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The embedded model as ComfyUI's own MODEL, with its text encoders as CLIP and its decoder as VAE.
+"""The embedded model as ComfyUI's own MODEL, with its text encoders as CLIP and its VAE.
 
 ComfyUI's loaders cannot find out what so small a FLUX is: the number of heads, and the decoder's widths. Loaded here,
 ComfyUI's nodes take it; of those that encode prompts CLIPTextEncode, since its encoders have no tokens to give.
@@ -14,6 +14,7 @@ import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import comfy.taesd.taesd
 import comfy.utils
 import torch
 from comfy_api.latest import io
@@ -101,39 +102,36 @@ def load_clip(family: BaseFamily) -> comfy.sd.CLIP:
     return clip
 
 
-class Decoder:
-    """The VAE, as far as ComfyUI's nodes ask for it, on the CPU; its pictures are diffusers', to the bit."""
-
-    downscale_ratio = upscale_ratio = 8
+class Codec(nn.Module):
+    """The family's VAE with the methods of ComfyUI's own first stages; its pictures are diffusers', to the bit."""
 
     def __init__(self, family: BaseFamily):
+        super().__init__()
         self.family, self.vae = family, family.vae
 
-    def spacial_compression_decode(self) -> int:
-        """Height and width in pixels of one cell of the latents."""
-        return self.upscale_ratio
+    def decode(self, latents: Tensor, **options: Any) -> Tensor:
+        """Decode latents (B, C, H, W) to pixels (B, 3, 8 H, 8 W) in [-1, 1]."""
+        scaled = latents.float() * self.vae.config.scaling_factor
+        pictures = [picture for one in scaled.split(1) for picture in self.family.decode(one)]
+        return to_images(pictures).movedim(-1, 1) * 2 - 1
 
-    def temporal_compression_decode(self) -> None:
-        """Return None, as for any VAE of single pictures."""
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode pixels (B, 3, 8 H, 8 W) in [-1, 1] to latents (B, C, H, W)."""
+        return self.vae.encode(pixels.float()).latent_dist.mode()
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
-        """Decode latents (B, C, H, W) to images (B, 8 H, 8 W, 3) in [0, 1]."""
-        scaled = latents.float().cpu() * self.vae.config.scaling_factor
-        return to_images([picture for one in scaled.split(1) for picture in self.family.decode(one)])
 
-    def decode_tiled(self, latents: Tensor, **tiles: Any) -> Tensor:
-        """Decode without tiles, since the pictures are small."""
-        return self.decode(latents)
+class EmbeddedVAE(comfy.sd.VAE):
+    """The family's VAE in ComfyUI's own class, so that it has all that a node of any version asks a VAE for."""
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Encode images (B, 8 H, 8 W, 3) in [0, 1] to latents (B, C, H, W)."""
-        return self.vae.encode(images[..., :3].cpu().movedim(-1, 1).float() * 2 - 1).latent_dist.mode()
-
-    def encode_tiled(self, images: Tensor, **tiles: Any) -> Tensor:
-        """Encode without tiles, since the pictures are small."""
-        return self.encode(images)
+    def __init__(self, family: BaseFamily):
+        device = torch.device("cpu")  # where the family is
+        # ComfyUI makes its tiny autoencoder, which has our sizes: 16 channels, 8 x 8 pixels for each of their cells.
+        like = comfy.taesd.taesd.TAESD(latent_channels=EmbeddedLatents.latent_channels).state_dict()
+        super().__init__(sd=like, device=device, dtype=torch.float32)
+        self.first_stage_model = Codec(family)
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            self.first_stage_model, load_device=device, offload_device=device
+        )
 
 
 class LoadEmbedded(io.ComfyNode):
@@ -154,7 +152,7 @@ class LoadEmbedded(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         with torch.inference_mode(False):
             family = load_family(ModelConfig(device="cpu"))
-            return io.NodeOutput(load_model(), load_clip(family), Decoder(family))
+            return io.NodeOutput(load_model(), load_clip(family), EmbeddedVAE(family))
 
 
 NODES: list[type[io.ComfyNode]] = [LoadEmbedded]

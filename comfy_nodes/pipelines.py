@@ -24,7 +24,7 @@ from ngrpo_lora.models._index import INDEX
 from ngrpo_lora.sampling.sampler import Sampler, solve
 from ngrpo_lora.sampling.settings import own_settings, with_settings
 
-from ._api import listed, make_room, schema, to_images, verdict
+from ._api import checked, listed, make_room, schema, to_images
 from .adapters import adapter_path, fingerprint
 
 Pipeline = io.Custom("NGRPO_PIPELINE")  # an `ngrpo_lora.sampling.sampler.Sampler`
@@ -105,9 +105,9 @@ class LoadPipeline(io.ComfyNode):
         quantization: str = "none",
         text_encoders: str = "keep",
         swap_blocks: int = 0,
-    ) -> bool | str:
+    ) -> bool:
         options = {"quantization": quantization, "text_encoders": text_encoders, "swap_blocks": swap_blocks}
-        return None in options.values() or verdict(cls.loading, model, dtype, options)
+        return None in options.values() or checked(cls.loading, model, dtype, options)
 
     @classmethod
     def loading(cls, model: str, dtype: str, options: dict[str, Any]) -> ModelConfig:
@@ -226,8 +226,8 @@ class PipelineSample(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls, prompt: str = "a prompt that another node gives", solver: str = OWN, lora: str = NO_LORA
-    ) -> bool | str:
-        return verdict(cls.check, prompt, solver, lora)
+    ) -> bool:
+        return checked(cls.check, prompt, solver, lora)
 
     @classmethod
     def check(cls, prompt: str, solver: str, lora: str) -> None:

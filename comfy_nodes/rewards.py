@@ -1,4 +1,4 @@
-"""Rewards in the graph: choose them, judge pictures by them, keep the best.
+"""Rewards in the graph, as nodes that choose them.
 
 A graph may come from a stranger. So it names no code but that of files in models/ngrpo_rewards, no file out of
 ComfyUI's folders, and no secret: a server's key is taken from an environment variable that is named for the server.
@@ -10,39 +10,28 @@ import ast
 import os
 import re
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import comfy.model_management
 import folder_paths
 import torch
-from comfy_api.latest import io, ui
-from PIL import Image
-from torch import Tensor
+from comfy_api.latest import io
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, parse_reward_entries, parse_settings
-from ngrpo_lora.config.words import settled
 from ngrpo_lora.errors import ConfigError, first_line
-from ngrpo_lora.evaluation.ranking import check_samples, each_its_own, rank
 from ngrpo_lora.rewards.judge import TEMPLATE
 from ngrpo_lora.scoring.scorer import Scorer
-from ngrpo_lora.types import Samples
 
 from ._api import (
-    cancellable,
     check_path,
+    checked,
     listed,
-    make_room,
     register_folder,
     schema,
-    show_text,
-    to_images,
-    to_pictures,
-    verdict,
 )
 
 FUNCTIONS = "ngrpo_rewards"
@@ -50,7 +39,6 @@ FUNCTIONS = "ngrpo_rewards"
 
 NO_FUNCTION = f"(no file in models/{FUNCTIONS})"
 SERVERS = ["judge", "unifiedreward", "vqascore"]
-COMBINED = ["standardized", "raw"]
 SECRETS = {"api_key_env": "base_url", "token_env": "url"}
 """Settings that name an environment variable, and the address that its value is sent to."""
 
@@ -211,8 +199,8 @@ class Reward(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name: str = "", weight: float = 1.0, settings: str = "") -> bool | str:
-        return verdict(entry, name, weight, settings) if name else True
+    def validate_inputs(cls, name: str = "", weight: float = 1.0, settings: str = "") -> bool:
+        return checked(entry, name, weight, settings) if name else True
 
     @classmethod
     def execute(cls, name: str, weight: float, settings: str, rewards: Entries | None = None) -> io.NodeOutput:
@@ -245,8 +233,8 @@ class RewardFunction(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, function: str = "", weight: float = 1.0, settings: str = "") -> bool | str:
-        return verdict(cls.entry, function, weight, settings) if function else True
+    def validate_inputs(cls, function: str = "", weight: float = 1.0, settings: str = "") -> bool:
+        return checked(cls.entry, function, weight, settings) if function else True
 
     @classmethod
     def entry(cls, function: str, weight: float, settings: str) -> RewardConfig:
@@ -339,10 +327,10 @@ class VLMJudge(io.ComfyNode):
         answer: str = "number",
         weight: float = 1.0,
         settings: str = "",
-    ) -> bool | str:
+    ) -> bool:
         if not judge:
             return True
-        return verdict(cls.entry, judge, base_url, model, question, answer, weight, settings)
+        return checked(cls.entry, judge, base_url, model, question, answer, weight, settings)
 
     @classmethod
     def execute(
@@ -360,126 +348,4 @@ class VLMJudge(io.ComfyNode):
         return io.NodeOutput(joined(rewards, chosen))
 
 
-class Score(io.ComfyNode):
-    """Node that scores pictures and sorts them, best first."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            "Score",
-            display_name="Score Images",
-            description="Judges a batch of pictures, sorts it and keeps the best. A reward that fails for a picture "
-            "gives it no score: it comes last, and the reason is said.",
-            inputs=[
-                io.Image.Input("images", tooltip="The pictures; a batch of at least two to have a choice."),
-                Rewards.Input("rewards", tooltip="What they are judged by."),
-                io.String.Input(
-                    "prompt",
-                    default="",
-                    multiline=True,
-                    tooltip="What the pictures should show: one line for all, or one line for each.",
-                ),
-                io.Int.Input("n", default=1, min=1, max=4096, tooltip="How many pictures `best` keeps."),
-                io.Combo.Input(
-                    "combine",
-                    options=COMBINED,
-                    default=COMBINED[0],
-                    tooltip="Several rewards, before they are weighted and added up: brought to mean 0 and deviation 1 "
-                    "over this batch, or as they are. One reward is always as it is.",
-                ),
-                io.String.Input(
-                    "metadata",
-                    default="",
-                    multiline=True,
-                    tooltip="What some rewards want to know beside the prompt (geneval: include; ocr: text): a YAML or "
-                    "JSON mapping in one line for all pictures, or one line for each.",
-                ),
-                io.Int.Input(
-                    "sheet_px", default=256, min=64, max=2048, tooltip="Width of a picture on the contact sheet."
-                ),
-            ],
-            outputs=[
-                io.Image.Output(display_name="sorted", tooltip="All pictures, best first."),
-                io.Image.Output(display_name="best", tooltip="The n best."),
-                io.String.Output(display_name="table", tooltip="Every score of every picture, best first."),
-                io.Float.Output(display_name="best score", tooltip="Of the best picture, the weighted sum."),
-                io.Float.Output(display_name="mean score", tooltip="Of all pictures that have one."),
-                io.Image.Output(display_name="sheet", tooltip="One picture of all, best first, with their scores."),
-            ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def validate_inputs(cls, combine: str = COMBINED[0]) -> bool | str:
-        return verdict(listed, "combine", combine, COMBINED)
-
-    @classmethod
-    def execute(
-        cls,
-        images: Tensor,
-        rewards: Entries,
-        prompt: str,
-        n: int,
-        combine: Literal["standardized", "raw"],
-        metadata: str,
-        sheet_px: int,
-    ) -> io.NodeOutput:
-        samples = samples_of(to_pictures(images), prompt, metadata)
-        listed("combine", combine, COMBINED)
-        scorer = loaded(rewards)
-        check_samples(scorer, samples)
-        ranking = rank(scorer, scores_of(scorer, samples), combine)
-        table = ranking.table()
-        show_text(table, cls)
-        sheet = to_images([ranking.sheet(samples.images, samples.prompts, 4, sheet_px)])
-        ordered = images[ranking.order]
-        shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (table,)}
-        return io.NodeOutput(ordered, ordered[:n], table, ranking.best, ranking.mean, sheet, ui=shown)
-
-
-def samples_of(pictures: Sequence[Image.Image], prompt: str, metadata: str) -> Samples:
-    """Make samples of pictures, with their prompts and metadata read from text.
-
-    Raises:
-        ConfigError: there is neither one line nor one for each picture, or metadata is no mapping.
-    """
-    lines = [line.strip() for line in prompt.splitlines() if line.strip()] or [""]
-    prompts = each_its_own(lines, len(pictures), "prompt")
-    mappings = [mapping_of(line) for line in metadata.splitlines() if line.strip()] or [{}]
-    group_size = len(pictures) if len({*prompts}) == 1 else 1
-    return Samples(pictures, prompts, each_its_own(mappings, len(pictures), "metadata"), group_size)
-
-
-def mapping_of(line: str) -> dict[str, Any]:
-    """Read the metadata of a picture.
-
-    Raises:
-        ConfigError: it is no mapping, or holds a word such as `yes`, which may be a truth value or text.
-    """
-    found = parse_settings(line)
-    try:
-        return settled(found)
-    except ValueError as error:
-        raise ConfigError(f"metadata {error}") from None
-
-
-def loaded(rewards: Entries) -> Scorer:
-    """Load a chain's rewards; where they find no room beside ComfyUI's models, once more without those."""
-    chosen = rewards if isinstance(rewards, Chosen) else Chosen(rewards)
-    with suppress(torch.OutOfMemoryError):
-        return cancellable(chosen.load)
-    make_room(comfy.model_management.get_torch_device())
-    return cancellable(chosen.load)
-
-
-def scores_of(scorer: Scorer, samples: Samples) -> dict[str, Tensor]:
-    """Scores (N,) by reward; where a network found no room beside ComfyUI's models, once more without those."""
-    scores = cancellable(scorer, samples)
-    if any("OutOfMemoryError" in reason for reward in scorer.rewards.values() for reason in reward.failures):
-        make_room(comfy.model_management.get_torch_device())
-        scores = cancellable(scorer, samples)
-    return scores
-
-
-NODES: list[type[io.ComfyNode]] = [Reward, RewardFunction, VLMJudge, Score]
+NODES: list[type[io.ComfyNode]] = [Reward, RewardFunction, VLMJudge]

@@ -18,7 +18,7 @@ from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import architectures, make_family, read_blueprint
 from ngrpo_lora.seeds import derive_seed
 
-from ._api import listed, schema, verdict
+from ._api import checked, listed, schema
 
 AROUND = ["this seed's picture", "a trainer's group"]
 
@@ -75,8 +75,8 @@ class FlowSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, solver: str = "dpmpp_2m") -> bool | str:
-        return verdict(listed, "solver", solver, [*SOLVERS])
+    def validate_inputs(cls, solver: str = "dpmpp_2m") -> bool:
+        return checked(listed, "solver", solver, [*SOLVERS])
 
     @classmethod
     def execute(cls, solver: str) -> io.NodeOutput:
@@ -132,8 +132,8 @@ class FlowSigmas(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, base: str = "embedded") -> bool | str:
-        return verdict(listed, "base", base, ["embedded", *architectures()])
+    def validate_inputs(cls, base: str = "embedded") -> bool:
+        return checked(listed, "base", base, ["embedded", *architectures()])
 
     @classmethod
     def execute(cls, base: str, steps: int, width: int, height: int, shift: float, denoise: float) -> io.NodeOutput:
@@ -204,8 +204,8 @@ class NeighborNoise(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, around: str = AROUND[0]) -> bool | str:
-        return verdict(listed, "around", around, AROUND)
+    def validate_inputs(cls, around: str = AROUND[0]) -> bool:
+        return checked(listed, "around", around, AROUND)
 
     @classmethod
     def execute(cls, noise_seed: int, perturbation_strength: float, member: int, around: str) -> io.NodeOutput:

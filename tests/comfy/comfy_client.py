@@ -38,8 +38,10 @@ class Refused(Exception):
 
     @property
     def reasons(self) -> str:
-        """All messages of all nodes."""
+        """All messages of all nodes, each of which must be said once."""
         errors = [error for node in self.body.get("node_errors", {}).values() for error in node["errors"]]
+        said = [error["details"].partition(" - ")[2] or error["details"] for error in errors]
+        assert len({*said}) == len(said), said  # ComfyUI repeats for every input what a node returns
         return "\n".join(f"{error['message']} {error['details']}" for error in errors)
 
 
@@ -184,7 +186,7 @@ def start(base: Path, *arguments: str, link: bool = True, environment: dict[str,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost"} | (environment or {}),
         )
     comfy = Comfy(process, port, base, log)
-    for _ in range(240):
+    for _ in range(1200):
         if process.poll() is not None:
             break
         try:

@@ -19,6 +19,7 @@ DEMO = "ngrpo-demo.safetensors"
 PROMPT = "a star above a heart"
 MY_ADAPTER = "ngrpo/my-flux-adapter.safetensors"
 HUB = "https://huggingface.co"
+TEXT_PX, PICTURE_PX = 200, 290  # what nodes grow by when they have run
 DOWNLOADS = {
     "flux1-dev.safetensors": f"{HUB}/black-forest-labs/FLUX.1-dev/resolve/main/flux1-dev.safetensors",
     "clip_l.safetensors": f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors",
@@ -64,7 +65,7 @@ def sample_with_adapter(schemas: Schemas) -> Sheet:
         )
     with sheet.group("Model and adapter", "model"):
         model = sheet.add("NGRPO_LoadEmbedded")
-        adapter = sheet.add("NGRPO_LoadAdapter", body=430, model=model["MODEL"], lora_name=DEMO)
+        adapter = sheet.add("NGRPO_LoadAdapter", room=TEXT_PX, model=model["MODEL"], lora_name=DEMO)
     sheet.column(340)
     with sheet.group("Prompt and noise", "sample"):
         text = sheet.add("CLIPTextEncode", "Prompt", body=130, clip=model["CLIP"], text=PROMPT)
@@ -115,7 +116,7 @@ def compare_adapters(schemas: Schemas) -> Sheet:
     with sheet.group("Compare", "train"):
         compared = sheet.add(
             "NGRPO_Compare",
-            body=900,
+            room=TEXT_PX + PICTURE_PX,
             model=model["MODEL"],
             positive=text[0],
             vae=model["VAE"],
@@ -170,7 +171,15 @@ def best_of_n(schemas: Schemas) -> Sheet:
     sheet.column(560)
     with sheet.group("Judge", "train"):
         reward = sheet.add("NGRPO_Reward", name="world")
-        score = sheet.add("NGRPO_Score", body=960, images=images, rewards=reward[0], prompt=words, n=1, sheet_px=128)
+        score = sheet.add(
+            "NGRPO_Score",
+            room=TEXT_PX + PICTURE_PX,
+            images=images,
+            rewards=reward[0],
+            prompt=words,
+            n=1,
+            sheet_px=128,
+        )
     sheet.column(400)
     with sheet.group("The best", "result"):
         show(sheet, score["best"], 400)
@@ -234,7 +243,9 @@ def sample_flux_with_adapter(schemas: Schemas) -> Sheet:
         )
     with sheet.group("Model and adapter", "model"):
         model = sheet.add("UNETLoader", "FLUX.1-dev", files="diffusion_models", unet_name="flux1-dev.safetensors")
-        adapter = sheet.add("NGRPO_LoadAdapter", body=430, files="loras", model=model["MODEL"], lora_name=MY_ADAPTER)
+        adapter = sheet.add(
+            "NGRPO_LoadAdapter", room=TEXT_PX, files="loras", model=model["MODEL"], lora_name=MY_ADAPTER
+        )
     sheet.column(400)
     with sheet.group("Prompt", "text"):
         clip = sheet.add(
@@ -289,7 +300,7 @@ def train_embedded(schemas: Schemas) -> Sheet:
         reward = sheet.add("NGRPO_Reward", name="world")
         trained = sheet.add(
             "NGRPO_Train",
-            body=760,
+            room=TEXT_PX + PICTURE_PX,
             preset="demo",
             name="my-first-adapter",
             overrides="# settings over the preset's, one a line\nevaluation.num_prompts=240",
@@ -352,7 +363,7 @@ def train_flux(schemas: Schemas) -> Sheet:
     with sheet.group("Train", "train"):
         trained = sheet.add(
             "NGRPO_Train",
-            body=960,
+            room=TEXT_PX + PICTURE_PX,
             preset="flux-24gb",
             name="my-flux-adapter",
             overrides="# settings over the preset's, one a line, such as\n# lora.rank=32\nevaluation.num_samples=6",

@@ -12,8 +12,10 @@ Schemas = dict[str, Any]
 """What /object_info says."""
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-TITLE, SLOT, WIDGET, TEXT = 30, 20, 24, 90  # heights, as the browser draws them
+TITLE, SLOT, WIDGET, TEXT = 30, 20, 28, 90  # heights, of the two ways in which the browser draws them the larger
+BADGE, FRAME = 26, 16  # the line with the pack's name, which one of them has below the node; and around all
 GAP, MARGIN, HEADING = 24, 20, 50  # between nodes, around them in a group, and what a group's title needs
+NOTE = {"color": "#222", "bgcolor": "#353535"}  # as other nodes; a note's own brown leaves its text pale
 COLORS = {"model": "#3f789e", "text": "#8A8", "sample": "#b58b2a", "result": "#88A", "train": "#b06634"}
 
 
@@ -74,13 +76,16 @@ class Sheet:
 
     def note(self, text: str, height: int) -> None:
         """What to do and what to expect, in Markdown."""
-        self._place("MarkdownNote", height, [], [], [text], "Note", {"color": "#432", "bgcolor": "#653"})
+        self._place("MarkdownNote", height, [], [], [text], "Note", NOTE)
 
-    def add(self, kind: str, title: str | None = None, body: int = 0, files: str = "", **given: Any) -> Node:
+    def add(
+        self, kind: str, title: str | None = None, body: int = 0, room: int = 0, files: str = "", **given: Any
+    ) -> Node:
         """A node; what an input is not given has its default.
 
         Args:
             body: its height where it shows pictures or text, in pixels.
+            room: what is left free below it, since it grows by its results when it has run.
             files: the folder of models/ whose files it loads, which need not be there.
         Raises:
             ValueError: an input that the node lacks, or a choice that it does not offer.
@@ -112,8 +117,10 @@ class Sheet:
             for name, kind_of in zip(schema["output_name"], schema["output"], strict=True)
         ]
         texts = sum(bool(options_of(spec).get("multiline")) for spec in widgets.values())
-        needed = SLOT * max(len(sockets), len(outputs), 1) + WIDGET * (len(values) - texts) + TEXT * texts + 14
+        needed = SLOT * max(len(sockets), len(outputs), 1) + WIDGET * (len(values) - texts) + TEXT * texts + FRAME
+        needed += BADGE if kind.startswith("NGRPO_") else 0
         node = self._place(kind, max(body, needed), inputs, outputs, values, title)
+        self.top += room
         found = [{"name": v, "url": self.downloads[v], "directory": files} for v in values if v in self.downloads]
         node.saved["properties"] |= {"models": found} if found else {}
         for name, value in given.items():

@@ -108,7 +108,8 @@ def computed_with(module: Any) -> Tensor:
 
 @pytest.mark.parametrize("family", SIZES)
 def test_every_layer_that_is_trained_has_its_place(family: str, tmp_path: Path):
-    from comfy_nodes.adapters import apply, family_of, read_fitting
+    from comfy_nodes.fitting import family_of, read_fitting
+    from comfy_nodes.schedules import apply
 
     model = tiny(family)
     assert family_of(model) == family
@@ -128,7 +129,8 @@ def test_every_layer_that_is_trained_has_its_place(family: str, tmp_path: Path):
 @pytest.mark.parametrize("family", SIZES)
 @pytest.mark.parametrize("memory", [0, 1], ids=["loaded", "offloaded"])
 def test_a_schedule_adds_to_what_each_layer_computes_with(family: str, memory: int, tmp_path: Path):
-    from comfy_nodes.adapters import ScheduledPatch, apply, read_fitting
+    from comfy_nodes.fitting import read_fitting
+    from comfy_nodes.schedules import ScheduledPatch, apply
 
     model = tiny(family)
     first, added = fitting_layers(family, model.model.state_dict())
@@ -156,7 +158,8 @@ def test_a_schedule_fits_layers_whose_weights_are_scaled_or_of_8_bits(tmp_path: 
     """As ComfyUI computes with `scaled_fp8` and `fp8_e4m3fn_fast` weights."""
     import comfy.ops
 
-    from comfy_nodes.adapters import ScheduledPatch, apply, read_fitting
+    from comfy_nodes.fitting import read_fitting
+    from comfy_nodes.schedules import ScheduledPatch, apply
 
     model = tiny("wan")
     layers, added = fitting_layers("wan", model.model.state_dict())
@@ -182,7 +185,8 @@ def test_a_schedule_fits_layers_whose_weights_are_scaled_or_of_8_bits(tmp_path: 
 
 
 def test_what_a_schedule_needs_leaves_the_gpu_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from comfy_nodes.adapters import ScheduledPatch, apply, read_fitting
+    from comfy_nodes.fitting import read_fitting
+    from comfy_nodes.schedules import ScheduledPatch, apply
 
     model = tiny("wan")
     layers, added = fitting_layers("wan", model.model.state_dict())
@@ -196,7 +200,8 @@ def test_what_a_schedule_needs_leaves_the_gpu_with_its_model(tmp_path: Path, mon
 
 
 def test_a_layer_that_computes_with_weights_of_its_own_takes_no_schedule(tmp_path: Path):
-    from comfy_nodes.adapters import apply, read_fitting
+    from comfy_nodes.fitting import read_fitting
+    from comfy_nodes.schedules import apply
 
     model = tiny("wan")
     layers, _ = fitting_layers("wan", model.model.state_dict())
@@ -213,7 +218,7 @@ def test_a_layer_that_computes_with_weights_of_its_own_takes_no_schedule(tmp_pat
 def test_another_kind_of_model_is_refused_by_name(tmp_path: Path):
     import comfy.model_base
 
-    from comfy_nodes.adapters import family_of
+    from comfy_nodes.fitting import family_of
 
     other = tiny("wan")
     other.model = comfy.model_base.LTXV.__new__(comfy.model_base.LTXV)

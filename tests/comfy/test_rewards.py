@@ -97,7 +97,6 @@ def test_pictures_are_sorted_and_the_best_are_kept(comfy: Comfy):
     assert [row[1:] for row in table(result)] == [[n, f"{s:.3f}"] for n, s in zip("231", expected, strict=True)]
     assert float(result.outputs["best_score"]["text"][0]) == expected[0]
     assert float(result.outputs["mean_score"]["text"][0]) == pytest.approx(sum(expected) / 3)
-    assert ("score", result.outputs["score"]["text"][0]) in result.texts  # on the node itself
     (sheet,) = shown(comfy, result, "sheet")
     assert sheet.width == 3 * 160
 
@@ -278,7 +277,7 @@ def test_what_other_nodes_give_is_checked_when_it_is_known(comfy: Comfy):
 
 @pytest.mark.usefixtures("in_process")
 def test_rewards_are_loaded_once_and_once_more_where_there_was_no_room(monkeypatch: pytest.MonkeyPatch):
-    from comfy_nodes import rewards
+    from comfy_nodes import rewards, scoring
 
     room: list[bool] = []
     made: list[object] = []
@@ -291,13 +290,13 @@ def test_rewards_are_loaded_once_and_once_more_where_there_was_no_room(monkeypat
         return made[-1]
 
     monkeypatch.setattr(rewards, "Scorer", scorer)
-    monkeypatch.setattr(rewards, "make_room", lambda device: room.append(True))
+    monkeypatch.setattr(scoring, "make_room", lambda device: room.append(True))
     chosen = rewards.Chosen()
     with ThreadPoolExecutor(2) as threads:
-        results = list(threads.map(rewards.loaded, [chosen, chosen]))
+        results = list(threads.map(scoring.loaded, [chosen, chosen]))
     assert results == made * 2
     chosen.unload()
-    assert rewards.loaded(chosen) == made[1]
+    assert scoring.loaded(chosen) == made[1]
 
 
 # Servers ------------------------------------------------------------------------------------------------------------

@@ -55,21 +55,6 @@ def test_pictures_are_the_trainers_to_the_bit(comfy: Comfy, family: BaseFamily):
     assert np.mean(np.asarray(shown) == np.asarray(expected)) > 0.999
 
 
-def test_tiles_and_inpainting_take_the_embedded_vae(comfy: Comfy):
-    graph = drawing(seed=7)
-    whole = comfy.run(graph)
-    tiles = {"tile_size": 64, "overlap": 0, "temporal_size": 64, "temporal_overlap": 8}
-    graph["decode"] = node("VAEDecodeTiled", samples=["sample", 0], vae=["model", 2], **tiles)
-    graph["mask"] = node("SolidMask", value=1.0, width=64, height=64)
-    inputs = {"pixels": ["decode", 0], "vae": ["model", 2], "mask": ["mask", 0], "grow_mask_by": 0}
-    graph["inpaint"] = node("VAEEncodeForInpaint", **inputs)
-    graph["kept"] = node("SaveLatent", samples=["inpaint", 0], filename_prefix="inpaint")
-    result = comfy.run(graph)
-    assert latents_of(comfy, result, "kept").shape == latents_of(comfy, result).shape
-    one, other = (comfy.image(drawn.outputs["show"]["images"][0]) for drawn in (whole, result))
-    assert one.tobytes() == other.tobytes()
-
-
 def test_a_batch_of_neighbours_is_the_trainers_group(comfy: Comfy, family: BaseFamily):
     noise = node("NGRPO_NeighborNoise", noise_seed=5, perturbation_strength=0.3, member=0, around="a trainer's group")
     drawn = latents_of(comfy, comfy.run(drawing(batch=3) | {"noise": noise}))

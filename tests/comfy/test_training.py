@@ -228,6 +228,12 @@ def test_a_run_shows_how_it_goes_and_what_came_of_it(whole: Result, server: Comf
     assert any("iteration 2 of 2, reward 0." in text for name, text in whole.texts if name == "train")
     assert whole.outputs["lora"]["text"] == ["ngrpo/whole.safetensors"]
     assert "held-out reward" in whole.outputs["figures"]["text"][0]
+    (text,) = whole.outputs["train"]["text"]
+    assert text.splitlines()[:3] == [
+        "ngrpo/whole.safetensors: 2 iterations",
+        "",
+        "| held-out | before | after | change |",
+    ]
     before, after = (whole.outputs[part]["images"] for part in ("before", "after"))
     assert len(before) == len(after) == 2
     pairs = [[np.asarray(server.image(picture)) for picture in pair] for pair in zip(before, after, strict=True)]

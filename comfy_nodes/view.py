@@ -1,0 +1,75 @@
+"""A run as its node shows it while it goes on: progress, the curve with a group of candidates, and Cancel."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.latest import io
+from PIL import Image
+
+from ngrpo_lora.config import RunConfig
+from ngrpo_lora.reports.curves import Group, draw_progress
+from ngrpo_lora.training.watcher import Watcher
+from ngrpo_lora.types import Metrics
+
+from ._api import show_progress
+
+PREVIEW_S = 1.0
+PREVIEW_SHARE = 0.05
+"""Largest share of the time that previews take."""
+
+
+class View(Watcher):
+    """Watcher that shows a run at its node; Cancel stops the run."""
+
+    def __init__(self, config: RunConfig, node: type[io.ComfyNode]):
+        self.folder, self.total, self.node = Path(config.output_dir), config.trainer.num_iterations, node
+        self.bar = comfy.utils.ProgressBar(self.total, node_id=node.hidden.unique_id)
+        self.group: Group | None = None
+        self.first: tuple[int, float] | None = None  # step and time of the first that was seen
+        self.next_preview = 0.0
+
+    def before_pass(self) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def after_rewards(self, prompt: str, images: Sequence[Image.Image], rewards: Sequence[float]) -> None:
+        self.group = Group(prompt, images, rewards)
+
+    def after_step(self, step: int, metrics: Metrics) -> None:
+        now = time.monotonic()
+        self.first = self.first or (step, now)
+        preview = None
+        if now >= self.next_preview or step >= self.total:
+            preview = ("JPEG", draw_progress(self.folder, self.group), None)
+            drawn = time.monotonic()
+            self.next_preview = drawn + max(PREVIEW_S, (drawn - now) / PREVIEW_SHARE)
+        self.bar.update_absolute(step, preview=preview)
+        show_progress(self.text(step, now, metrics), self.node)
+
+    def text(self, step: int, now: float, metrics: Metrics) -> str:
+        """Say which iteration a run is at, its rewards, and how many minutes are left."""
+        said = [f"iteration {step} of {self.total}"]
+        for key, name in (("rollout/reward_mean", "reward"), ("eval/reward_mean", "held-out")):
+            if key in metrics:
+                said.append(f"{name} {metrics[key]:.3f}")
+        first, start = self.first or (step, now)
+        if step > first:
+            said.append(f"{(now - start) / (step - first) * (self.total - step) / 60:.0f} min left")
+        return ", ".join(said)
+
+
+class Warnings(logging.Handler):
+    """Keeps the last warnings of a run: a trainer's error says that the reasons are above."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.last: deque[str] = deque(maxlen=3)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.last.append(record.getMessage())
