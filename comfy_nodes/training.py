@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.utils
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from PIL import Image
 
 from ngrpo_lora.adapters.finding import FILE_NAME
@@ -257,11 +258,15 @@ class Train(io.ComfyNode):
         MADE[folder.name] = file_times(folder.name)
         done = f"{lora}: {read_metrics(folder / 'metrics.jsonl')[-1]['step']} iterations"
         with Image.open(folder / "summary.png") as picture:
-            summary = to_images([picture])
+            summary = picture.convert("RGB")
+        # The last preview, and no picture of the output: newer interfaces would show the two below each other.
+        total = config.trainer.num_iterations
+        bar = comfy.utils.ProgressBar(total, node_id=cls.hidden.unique_id)
+        bar.update_absolute(total, preview=("JPEG", summary, None))
         before, after = shown_pictures(folder).values()
         text = "\n".join([done, *figures(folder)])
-        shown = ui.PreviewImage(summary, cls=cls).as_dict() | {"text": (f"{done}\n\n{figures_table(folder)}",)}
-        return io.NodeOutput(lora, summary, to_images(before), to_images(after), text, ui=shown)
+        shown = {"text": (f"{done}\n\n{figures_table(folder)}",)}
+        return io.NodeOutput(lora, to_images([summary]), to_images(before), to_images(after), text, ui=shown)
 
 
 NODES: list[type[io.ComfyNode]] = [Train]

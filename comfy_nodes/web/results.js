@@ -66,8 +66,8 @@ function addTo(node) {
   const element = document.createElement("div")
   element.className = "ngrpo-result"
   element.style.cssText =
-    "height: 0; overflow: auto; box-sizing: border-box; padding: 2px 6px; font-size: 11px; line-height: 16px; " +
-    "user-select: text; border-radius: 4px; color: var(--input-text); background: var(--comfy-input-bg);"
+    "contain: size; height: 100%; overflow: auto; box-sizing: border-box; padding: 2px 6px; font-size: 11px; " +
+    "line-height: 16px; user-select: text; border-radius: 4px; color: var(--input-text); background: var(--comfy-input-bg);"
   element.addEventListener("wheel", (event) => {
     if (element.scrollHeight > element.clientHeight) event.stopPropagation() // else the graph zooms
   })

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,50 @@ FIT = """(zoom) => {
 }"""
 
 
+BOXES = """() => Object.fromEntries(app.graph._nodes.map((node) => {
+    const name = `${node.id} ${node.type}`, drawn = document.querySelector(`[data-node-id="${node.id}"]`)
+    if (!drawn) return [name, [...node.getBounding()]]
+    const { scale, offset } = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect()
+    const box = drawn.getBoundingClientRect()
+    const place = [(box.x - canvas.x) / scale - offset[0], (box.y - canvas.y) / scale - offset[1]]
+    return [name, [...place, box.width / scale, box.height / scale]]
+}))"""
+RESULTS = """(kind) => {
+    const node = app.graph._nodes.find((node) => node.type === kind)
+    const shown = node.widgets?.find((widget) => widget.name === 'result')?.element
+    if (!shown?.isConnected || shown.offsetHeight < 20) return null
+    return [...shown.children].flatMap((part) => part.tagName === 'TABLE'
+        ? [...part.rows].map((row) => [...row.cells].map((cell) => cell.textContent))
+        : part.textContent.split('\\n').map((line) => [line]))
+}"""
+
+Box = tuple[float, float, float, float]
+"""Left, top, width, height."""
+
+
+def overlap(a: Box, b: Box) -> bool:
+    """Whether two boxes have more than their edges in common."""
+    return all(a[side] + 1 < b[side] + b[side + 2] and b[side] + 1 < a[side] + a[side + 2] for side in (0, 1))
+
+
+def contains(outer: Box, inner: Box) -> bool:
+    """Whether a box is within another one, to a pixel."""
+    return all(
+        outer[side] <= inner[side] + 1 and inner[side] + inner[side + 2] <= outer[side] + outer[side + 2] + 1
+        for side in (0, 1)
+    )
+
+
 class Interface:
     """A page of the browser."""
 
-    def __init__(self, comfy: Comfy, page: Page):
-        self.comfy, self.page = comfy, page
+    def __init__(self, comfy: Comfy, page: Page, vue: bool):
+        self.comfy, self.page, self.vue = comfy, page, vue
 
     def open_template(self, name: str) -> None:
         """From the template browser, as a user does."""
         self.page.locator(".templates-tab-button").click()
-        self.page.get_by_text("ngrpo-lora", exact=True).first.click()
+        self.page.get_by_role("dialog").get_by_text("ngrpo-lora", exact=True).first.click()
         card = self.page.get_by_test_id(f"template-workflow-{name}")
         card.click()
         card.wait_for(state="detached")
@@ -58,18 +93,23 @@ class Interface:
         self.settle()
 
     def run(self, timeout_s: float = 120) -> None:
-        """Press Run, and wait until the queue is empty and pictures are shown."""
+        """Press Run, and wait until the run has ended, and the page shows what came of it."""
+        before = self.comfy.get("/history").keys()
         self.page.locator('button[data-testid="queue-button"], [data-testid="queue-button"] button').first.click()
-        self.page.wait_for_function(
-            "() => app.graph._nodes.some((node) => node.imgs?.length || node.has_errors)", timeout=timeout_s * 1000
-        )
-        wrong = self.page.evaluate("() => app.graph._nodes.filter((node) => node.has_errors).map((node) => node.title)")
-        assert not wrong, f"{wrong}: {self.dialogs()}"
         end = time.monotonic() + timeout_s
-        while any(self.comfy.get("/queue").values()):
-            assert time.monotonic() < end, "the queue is not empty"
+        while self.comfy.get("/history").keys() == before:
+            wrong = self.page.evaluate(
+                "() => app.graph._nodes.filter((node) => node.has_errors).map(({ title }) => title)"
+            )
+            assert not wrong, f"{wrong}: {self.dialogs()}"
+            assert time.monotonic() < end, "the run has not ended"
             self.page.wait_for_timeout(500)
+        self.page.wait_for_timeout(1000)
         self.settle()
+
+    def forget(self) -> None:
+        """Let the server forget what it has computed, so that every node runs again."""
+        requests.post(f"{self.comfy.url}/free", json={"free_memory": True}, timeout=60).raise_for_status()
 
     def settle(self) -> None:
         """Let the canvas draw."""
@@ -90,6 +130,42 @@ class Interface:
             }""",
             kind,
         )
+
+    def set_widgets(self, kind: str, **values: Any) -> None:
+        """Change widgets of the first node of a class."""
+        self.page.evaluate(
+            """([kind, values]) => {
+                const node = app.graph._nodes.find((node) => node.type === kind)
+                for (const [name, value] of Object.entries(values))
+                    node.widgets.find((widget) => widget.name === name).value = value
+            }""",
+            [kind, values],
+        )
+
+    def boxes(self) -> dict[str, Box]:
+        """Where every node is as it is drawn, in the graph's units, with its title bar; by number and class."""
+        return self.page.evaluate(BOXES)
+
+    def group_boxes(self) -> dict[str, Box]:
+        """Where the groups are, by number and title."""
+        return self.page.evaluate(
+            "() => Object.fromEntries(app.graph._groups.map((one, i) => [`${i} ${one.title}`, [...one._bounding]]))"
+        )
+
+    def check_layout(self) -> None:
+        """Check that no node overlaps another, that each is in a group, and that groups are apart."""
+        nodes, groups = self.boxes(), self.group_boxes()
+        for boxes in (nodes, groups):
+            overlaps = [pair for pair in combinations(boxes, 2) if overlap(boxes[pair[0]], boxes[pair[1]])]
+            assert not overlaps, [(pair, [boxes[name] for name in pair]) for pair in overlaps]
+        outside = {
+            name: box for name, box in nodes.items() if not any(contains(group, box) for group in groups.values())
+        }
+        assert not outside, outside
+
+    def results(self, kind: str) -> list[list[str]]:
+        """Rows of cells of the tables, and other lines, that a node of a class shows as its result."""
+        return self.page.wait_for_function(RESULTS, arg=kind).json_value()
 
     def dialogs(self) -> list[str]:
         """The texts of all open dialogs."""
@@ -114,16 +190,16 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def opened(
-    comfy: Comfy, browser: Browser, locale: str = "en", width: int = 1680, height: int = 1050
+    comfy: Comfy, browser: Browser, locale: str = "en", width: int = 1680, height: int = 1050, vue: bool = False
 ) -> Iterator[Interface]:
-    """The interface of a running server, in a language."""
-    settings = SETTINGS | {"Comfy.Locale": locale}
+    """The interface of a running server, in a language; nodes drawn on the canvas, or by Vue ("Nodes 2.0")."""
+    settings = SETTINGS | {"Comfy.Locale": locale, "Comfy.VueNodes.Enabled": vue}
     requests.post(f"{comfy.url}/settings", json=settings, timeout=60).raise_for_status()
     page = browser.new_page(viewport={"width": width, "height": height})
     page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
     page.goto(comfy.url)
     page.wait_for_function("() => window.app?.graph && document.querySelector('.templates-tab-button')")
-    interface = Interface(comfy, page)
+    interface = Interface(comfy, page, vue)
     interface.settle()
     yield interface
     page.close()

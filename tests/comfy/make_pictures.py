@@ -23,7 +23,7 @@ RESULTS = {
     "compare-adapters": "NGRPO_Compare",
     "best-of-n": "NGRPO_Score",
     "neighbor-explorer": "PreviewImage",
-    "train-embedded": "NGRPO_Train",
+    "train-embedded": "PreviewImage",
 }
 """Graphs that run anywhere, and the node whose pictures stand for them."""
 

@@ -311,7 +311,7 @@ def train_embedded(schemas: Schemas) -> Sheet:
     with sheet.group("Model and new adapter", "model"):
         model = sheet.add("NGRPO_LoadEmbedded")
         adapter = sheet.add(
-            "NGRPO_LoadAdapter", body=430, files="loras", model=model["MODEL"], lora_name=trained["lora_name"]
+            "NGRPO_LoadAdapter", room=TEXT_PX, files="loras", model=model["MODEL"], lora_name=trained["lora_name"]
         )
         adapter.saved["widgets_values"][0] = DEMO  # behind the link; else whatever file is first
     with sheet.group("Prompt and noise", "sample"):

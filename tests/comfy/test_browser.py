@@ -1,4 +1,4 @@
-"""The shipped graphs in ComfyUI's real interface."""
+"""The shipped graphs in ComfyUI's real interface: that of the engine and a later one, each with both ways of drawing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-ge
 
 WORKFLOWS = REPOSITORY / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+
+RESULTS = [
+    ("sample-with-adapter", "NGRPO_LoadAdapter", ["file: ngrpo-demo.safetensors"]),
+    ("best-of-n", "NGRPO_Score", ["rank", "image", "world"]),
+    ("compare-adapters", "NGRPO_Compare", ["seed", "drawn with", "world", ""]),
+    ("train-embedded", "NGRPO_Train", ["held-out", "before", "after", "change"]),
+]
+"""Graphs, a node of theirs with a result in words, and a line or row of it."""
 
 
 def what_runs(graph: Graph) -> Graph:
@@ -39,9 +47,14 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
     server.stop()
 
 
-@pytest.fixture(scope="module", params=["comfy", "newer"])
+@pytest.fixture(
+    scope="module",
+    params=[("comfy", False), ("comfy", True), ("newer", False), ("newer", True)],
+    ids=["belonging", "belonging-vue", "newer", "newer-vue"],
+)
 def interface(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Interface]:
-    with opened(request.getfixturevalue(request.param), browser) as page:
+    server, vue = request.param
+    with opened(request.getfixturevalue(server), browser, vue=vue) as page:
         yield page
 
 
@@ -57,13 +70,33 @@ def test_a_template_opens_whole_and_is_the_graph_in_api_format(interface: Interf
     assert interface.page.locator(".comfy-missing-nodes").count() == 0
     shipped = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
     assert what_runs(interface.prompt()) == what_runs(shipped)
+    interface.check_layout()
+
+
+@pytest.mark.parametrize(("name", "kind", "line"), RESULTS)
+def test_a_run_leaves_its_results_on_the_nodes(
+    comfy: Comfy, interface: Interface, name: str, kind: str, line: list[str]
+):
+    interface.open_template(name)
+    if name == "train-embedded":
+        short = {"iterations": 1, "overrides": "evaluation.num_prompts=4", "earlier_run": "start anew beside it"}
+        interface.set_widgets("NGRPO_Train", **short)
+    interface.forget()
+    interface.run(600)
+    assert not interface.dialogs()
+    if not (interface.vue and interface.comfy is comfy):  # Vue's first version draws pictures as wide as their nodes
+        interface.check_layout()
+    shown = interface.results(kind)
+    assert line in shown
+    interface.page.evaluate("() => app.loadGraphData(app.graph.serialize())")  # as saved and opened again
+    interface.settle()
+    assert interface.results(kind) == shown
 
 
 def test_run_draws_pictures(interface: Interface):
     interface.open_template("sample-with-adapter")
+    interface.forget()
     interface.run()
-    assert not interface.dialogs()
-    assert interface.node("PreviewImage")["sizes"] == [[256, 256]] * 6
     picture = interface.screenshot(only_graph=True)
     colors = picture.getcolors(maxcolors=picture.width * picture.height) or []
     reds = sum(count for count, (red, green, blue) in colors if red > 180 and green < 80 and blue < 80)
