@@ -55,7 +55,7 @@ class Asking:
         except ImportError as error:
             raise UserError(
                 f"reward {config.key} needs the packages starlette and uvicorn ({error}); install them with "
-                f"pip install 'ngrpo-lora[server]'"
+                f"pip install starlette uvicorn"
             ) from None
         self.voting = Voting(
             Path(config.votes),

@@ -1,4 +1,4 @@
-"""The shipped graphs in ComfyUI's real interface, that of the engine and a later one, each with both ways of drawing."""
+"""The shipped graphs in the real interface, that of the engine and a later one, each with both ways of drawing."""
 
 from __future__ import annotations
 
