@@ -196,6 +196,7 @@ def opened(
     settings = SETTINGS | {"Comfy.Locale": locale, "Comfy.VueNodes.Enabled": vue}
     requests.post(f"{comfy.url}/settings", json=settings, timeout=60).raise_for_status()
     page = browser.new_page(viewport={"width": width, "height": height})
+    page.set_default_timeout(180_000)  # of a busy machine
     page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
     page.goto(comfy.url)
     page.wait_for_function("() => window.app?.graph && document.querySelector('.templates-tab-button')")
