@@ -9,7 +9,7 @@ import torch
 from comfy_client import Comfy, Graph
 from graphs import drawing, latents_of, node
 
-TILES = {"tile_size": 64, "overlap": 0, "temporal_size": 64, "temporal_overlap": 8}
+TILES = {"tile_size": 128, "overlap": 0, "temporal_size": 64, "temporal_overlap": 8}
 CONDITIONS = {"positive": ["text", 0], "negative": ["text", 0]}
 ENCODERS = {
     "VAEEncode": {},
