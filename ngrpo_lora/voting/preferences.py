@@ -65,13 +65,13 @@ def most_likely(
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         worth = np.where(there, (features @ weights)[rows], -np.inf)  # (C, S)
-        total = logsumexp(worth, axis=1)  # (C,)
-        pull = np.exp(worth - total[:, None])  # (C, S)
+        total = logsumexp(worth, axis=1, keepdims=True)  # (C, 1)
+        pull = np.exp(worth - total)  # (C, S)
         pull[:, 0] -= 1
         slope = np.zeros(len(features))
         np.add.at(slope, rows, pull)
         offset = (weights - mean) / spread**2
-        value = (total - worth[:, 0]).sum() + 0.5 * ((weights - mean) * offset).sum()
+        value = (total - worth[:, :1]).sum() + 0.5 * ((weights - mean) * offset).sum()
         return float(value), features.T @ slope + offset
 
     return minimize(loss, mean, jac=True, method="L-BFGS-B", options={"gtol": 1e-7, "ftol": 1e-13}).x

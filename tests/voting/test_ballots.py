@@ -45,13 +45,13 @@ def test_a_group_is_known_by_its_prompt_and_its_pixels():
 
 
 def test_the_last_word_on_a_group_counts_and_may_be_taken_back(tmp_path: Path):
-    path, (first, second) = tmp_path / "votes.jsonl", (make_group(0), make_group(1))
-    cast(path, first, second)
+    path, (first, second, third) = tmp_path / "votes.jsonl", map(make_group, range(3))
+    *_, kept = cast(path, first, second, third)
     file = VotesFile(path)
     file.add(changed := ballot(first, [2], [0]), first)
     file.undo(second.name)
-    assert [*VotesFile(path).ballots.values()] == [*file.ballots.values()] == [changed]
-    assert len(path.read_bytes().splitlines()) == 4  # all that was ever said
+    assert [*VotesFile(path).ballots.values()] == [*file.ballots.values()] == [kept, changed]
+    assert len(path.read_bytes().splitlines()) == 5  # all that was ever said
 
 
 def test_a_line_that_a_crash_cut_off_spoils_none_after_it(tmp_path: Path):
