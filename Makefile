@@ -8,6 +8,7 @@
 #   make comfy-pictures   thumbnails of workflows/ and the README's screenshots, drawn anew; needs Chromium
 #   make test-slow   the tests that are too slow for CI
 #   make test-gpu    the tests that need a CUDA device
+#   make gpu-report  measure this GPU, 12 minutes at most, into runs/gpu-report; what is measured is kept
 #   make lint        lint, format and types alone
 #   make env         only the environment; make comfy-env that of test-comfy, in .venv-comfy
 #   make clean       remove the environment and caches; runs/ stays
@@ -16,16 +17,20 @@
 # TORCH_ARGS  further arguments of `pip install torch`. On Linux pip's own choice is the CUDA build, which also runs
 #             on a CPU but is large; the smaller CPU build is on PyTorch's CPU index, which its "Start locally" page
 #             names: make demo TORCH_ARGS="--index-url ..."
+# DEVICE      what gpu-report measures, as of `ngrpo bench report`: make gpu-report DEVICE=cpu
+# MINUTES     its budget
 
 PYTHON ?= python3
 TORCH_ARGS ?=
+DEVICE ?= auto
+MINUTES ?= 12
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMFY := .venv-comfy
 COMFY_STAMP := $(COMFY)/.installed
 
-.PHONY: demo demo-long test test-comfy test-slow test-gpu lint env comfy-env comfy-workflows comfy-pictures clean
+.PHONY: demo demo-long test test-comfy test-slow test-gpu gpu-report lint env comfy-env comfy-workflows comfy-pictures clean
 
 demo: $(STAMP)
 	$(BIN)/ngrpo train demo
@@ -50,6 +55,9 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu
+
+gpu-report: $(STAMP)
+	$(BIN)/ngrpo bench report --device $(DEVICE) --minutes $(MINUTES)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

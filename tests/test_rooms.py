@@ -53,6 +53,7 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
 TESTED_IN = {
     "algorithms._dealing": "algorithms/test_dance.py",
     "algorithms._window": "algorithms/test_mix.py",
+    "bench.gpu.results": "bench/gpu/test_running.py",
     "bench.paper.figures": "bench/paper/test_report.py",  # with the page that shows them
     "bench.paper.published": "bench/paper/test_methods.py",
     "cli.push": "hub/test_pushing.py",

@@ -10,7 +10,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ngrpo_lora.bench.held import HeldAlgorithm
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.devices import without_cudnn_attention
+from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.training.metering import STAGES
 from ngrpo_lora.training.rewarding import samples
@@ -29,7 +31,7 @@ from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import iterate
 from ngrpo_lora.types import RewardBatch
 
-__all__ = ["Bare", "Seconds", "bare_table", "chunk_sizes", "measure_bare"]
+__all__ = ["Bare", "Seconds", "bare_table", "chunk_sizes", "in_turn", "measure_bare", "opened"]
 
 
 class Seconds(NamedTuple):
@@ -67,19 +69,39 @@ def measure_bare(config: RunConfig, iterations: int) -> Bare:
     Raises:
         UserError: the trainer cannot be built or run.
     """
-    ours: list[dict[str, Seconds]] = []
-    bare: list[dict[str, Seconds]] = []
+    with opened(config) as run:
+        return in_turn(run, iterations)
+
+
+@contextmanager
+def opened(config: RunConfig, family: BaseFamily | None = None) -> Iterator[Run]:
+    """A run to be timed, which trains all its groups, whatever their rewards are; its folder goes with the context.
+
+    Args:
+        family: a model without an adapter, in place of the configured one.
+    Raises:
+        UserError: the trainer cannot be built.
+    """
     with tempfile.TemporaryDirectory() as folder:
         evaluation = config.evaluation.model_copy(update={"num_prompts": 1})
-        run = prepare(config.model_copy(update={"output_dir": folder, "evaluation": evaluation, "resume": None}))
+        changed = config.model_copy(update={"output_dir": folder, "evaluation": evaluation, "resume": None})
+        run = prepare(changed, family=family)
         run.micro_batches.fix()
-        run.algorithm = HeldAlgorithm(run.algorithm)  # trains all groups, whatever their rewards are
-        for _ in range(1 + iterations):
-            prompts = prompts_of(run)
-            known = run.family.recent.of(prompt.text for prompt in prompts)
-            ours.append(whole_iteration(run))
-            with run.counter.paused():
-                bare.append(bare_iteration(run, prompts, {prompt.text for prompt in prompts} - {*known}))
+        run.algorithm = HeldAlgorithm(run.algorithm)
+        yield run
+
+
+def in_turn(run: Run, iterations: int) -> Bare:
+    """As `measure_bare`, of a run that is prepared; its conditionings may come from a cache."""
+    ours: list[dict[str, Seconds]] = []
+    bare: list[dict[str, Seconds]] = []
+    for _ in range(1 + iterations):
+        prompts = prompts_of(run)
+        new = {prompt.text for prompt in prompts} if run.family.cache is None else set[str]()
+        new -= {*run.family.recent.of(new)}
+        ours.append(whole_iteration(run))
+        with run.counter.paused():
+            bare.append(bare_iteration(run, prompts, new))
     return Bare(medians(ours[1:]), medians(bare[1:]))
 
 

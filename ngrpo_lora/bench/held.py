@@ -39,9 +39,10 @@ class HeldAlgorithm:
         return self.algorithm.rollout(velocity_fn, schedule, latent_shape, seeds, iteration, device)
 
     def advantages(self, batch: RewardBatch) -> Tensor:
-        """Advantages of rewards from -1 to 1, evenly spaced in every group, so that none is without."""
-        even = torch.linspace(-1, 1, batch.rewards.shape[1], dtype=batch.rewards.dtype).expand_as(batch.rewards)
-        return self.algorithm.advantages(replace(batch, rewards=even, valid=torch.ones_like(batch.valid)))
+        """Advantages of rewards that halve from candidate to candidate, so that no group and no sample is without."""
+        # Evenly spaced ones would leave the middle one of an odd group with none; a power of two is never their mean.
+        made_up = (0.5 ** torch.arange(batch.rewards.shape[1], dtype=batch.rewards.dtype)).expand_as(batch.rewards)
+        return self.algorithm.advantages(replace(batch, rewards=made_up, valid=torch.ones_like(batch.valid)))
 
     def updates(self, advantages: Tensor, seed: int, iteration: int) -> list[list[Transition]]:
         """The first transitions of every update: they take turns until the number is reached."""

@@ -23,6 +23,7 @@ for command in (
     bench.scaling,
     bench.vote,
     bench.paper,
+    bench.report,
 ):
     bench_app.command()(command)
 

@@ -162,14 +162,14 @@ Rewards = Annotated[
 Device = Annotated[str, typer.Option(help="auto (prefers a GPU), cpu, cuda, cuda:N or mps.")]
 
 
-def make_folder(output: Path) -> None:
-    """Make the folder, and make sure that it can be written to."""
+def make_folder(output: Path, option: str = "--output") -> None:
+    """Make the folder that an option names, and make sure that it can be written to."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise ConfigError(f"--output must be a writable folder, got {str(output)!r}: {error.strerror}") from None
+        raise ConfigError(f"{option} must be a writable folder, got {str(output)!r}: {error.strerror}") from None
 
 
 def asked_device(device: str) -> str:

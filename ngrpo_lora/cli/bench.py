@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ngrpo_lora.cli.app import Device, RunArguments, asked_device, split_arguments
+from ngrpo_lora.cli.app import Device, RunArguments, asked_device, make_folder, split_arguments
 from ngrpo_lora.errors import ConfigError
 
 
@@ -250,3 +250,31 @@ def paper(
     from ngrpo_lora.bench.paper.running import places
 
     compare(plan, at_once or places(found), ["ngrpo", *sys.argv[1:]], typer.echo)
+
+
+def report(
+    output_dir: Annotated[Path, typer.Option(help="Where report.md, report.json and parts/ go.")] = Path(
+        "runs/gpu-report"
+    ),
+    minutes: Annotated[float, typer.Option(help="Budget; what no longer fits is named, not started.")] = 12.0,
+    device: Annotated[str, typer.Option(help="auto (prefers a GPU), cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """What this GPU does with FLUX.1-dev's size, random weights, the most valuable part first: time, memory, waiting.
+
+    Iterations by size, quantisation and micro-batch, methods side by side, optimizers, the exported adapter, GPU tests.
+    Ctrl-C stops; the same command measures what is not complete. A CPU measures the same on the embedded model.
+    """
+    if not minutes > 0:
+        raise ConfigError(f"--minutes must be more than 0, got {minutes:g}; 12 are enough for most parts on an H100")
+    found = asked_device(device)
+    if found == "mps":
+        raise ConfigError(f"--device must be a CUDA GPU or cpu, got {device!r}, which is mps here; give --device cpu")
+    make_folder(output_dir, "--output-dir")
+
+    from ngrpo_lora.bench.gpu.parts import make_parts
+    from ngrpo_lora.bench.gpu.running import make_report
+    from ngrpo_lora.bench.rows import machine
+
+    complete = make_report(make_parts(found), output_dir, machine(), minutes, typer.echo)
+    more = "" if complete else "; some rows are not measured yet: the same command goes on with them"
+    typer.echo(f"{output_dir / 'report.md'}{more}")

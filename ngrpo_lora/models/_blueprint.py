@@ -1,12 +1,14 @@
-"""Models without their weights, built on the meta device from the small JSON files that describe them.
+"""Models without their weights, built from the small JSON files that describe them.
 
-There everything has a shape and nothing has contents, so that a model of any size is made within a second, and
-forward and backward passes through it can be counted (`planning/meter.py`).
+On the meta device everything has a shape and nothing has contents, so that a model of any size is made within a second,
+and forward and backward passes through it can be counted (`planning/meter.py`). On another device the weights are
+random, so that a run of any model can be timed without downloading it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,11 +29,11 @@ from ngrpo_lora.devices import resolve_device, resolve_dtype, use_device
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._index import family_of_pipeline, hub_file, model_index
-from ngrpo_lora.models._quantization import quantize_linears
+from ngrpo_lora.models._quantization import check_quantization, quantize_linears
 from ngrpo_lora.types import TextEmbeds
 from ngrpo_lora.world import EMBEDDED
 
-__all__ = ["Blueprint", "blank_text", "make_family", "random_family", "read_blueprint"]
+__all__ = ["BlankPrompts", "Blueprint", "blank_text", "make_family", "random_family", "read_blueprint"]
 
 ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
 
@@ -110,7 +112,9 @@ def read_files(path: str, revision: str | None) -> Blueprint:
 
 
 def make_family(blueprint: Blueprint, config: ModelConfig, device: str = "meta") -> BaseFamily:
-    """A family's drawing part with the weights of `Blueprint.make`, in `model.dtype`; its `decode` gives no pictures.
+    """A family's drawing part with the weights of `Blueprint.make`, in `model.dtype`, whose conditionings are blank.
+
+    On the meta device its `decode` gives no pictures.
 
     Raises:
         UserError: there is no family for the pipeline, or the size does not fit it.
@@ -131,11 +135,15 @@ def make_family(blueprint: Blueprint, config: ModelConfig, device: str = "meta")
         if name.startswith("tokenizer"):
             limit = blueprint.parts.get(name, {}).get("config", {}).get("model_max_length", 2**63)
             setattr(pipeline, name, SimpleNamespace(model_max_length=limit))
-    pipeline.image_processor = pipeline.video_processor = SimpleNamespace(
-        postprocess=lambda pixels, form: [], postprocess_video=lambda pixels, form: []
-    )
-    weightless = type("Family", (family,), {"load": lambda self, parts: pipeline})
-    return weightless(config, device, "image")
+    if device == "meta":
+        pipeline.image_processor = pipeline.video_processor = SimpleNamespace(
+            postprocess=lambda pixels, form: [], postprocess_video=lambda pixels, form: []
+        )
+    # Exported adapters name the module of their family.
+    own = {"__module__": family.__module__, "load": lambda self, parts: pipeline, "tokenizers": lambda self: {}}
+    made = type("Family", (family,), own)(config, device, "image")
+    made.cache = BlankPrompts(made)
+    return made
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:
@@ -162,9 +170,25 @@ def blank_text(family: BaseFamily, prompts: int) -> TextEmbeds:
     return TextEmbeds(tensors)
 
 
+class BlankPrompts:
+    """Conditionings of a model without text encoders, which say nothing of the prompts."""
+
+    def __init__(self, family: BaseFamily):
+        self.family = family
+
+    def encode(self, prompts: Sequence[str], device: torch.device) -> TextEmbeds:
+        """A blank row for each prompt, at full length."""
+        return blank_text(self.family, len(prompts)).to(device)
+
+
 def random_family(model: ModelConfig) -> BaseFamily:
-    """The drawing part of a configured model with random weights, quantised as `model.quantization` says."""
+    """The drawing part of a configured model with random weights, quantised as `model.quantization` says.
+
+    Raises:
+        UserError: the quantisation is not available here, or the model is not known or of another size.
+    """
     device = resolve_device(model.device)
+    check_quantization(model.quantization, device)
     use_device(device)
     model = model.model_copy(update={"dtype": resolve_dtype(model.dtype, device)})
     default = torch.get_default_dtype()

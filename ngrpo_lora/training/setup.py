@@ -41,11 +41,12 @@ from ngrpo_lora.training.watcher import Watcher, Watchers, attend
 log = logging.getLogger(__name__)
 
 
-def prepare(config: RunConfig, *watchers: Watcher) -> Run:
+def prepare(config: RunConfig, *watchers: Watcher, family: BaseFamily | None = None) -> Run:
     """Everything that a run needs, loaded; where it resumes, as it was at its checkpoint.
 
     Args:
         watchers: told what happens after the run's own, which write its records and the screen.
+        family: a model without an adapter, in place of the configured one, which is then not loaded.
     Raises:
         UserError: it does not fit the processes, or a reward, measure, model, adapter or checkpoint cannot be had.
     """
@@ -67,7 +68,7 @@ def prepare(config: RunConfig, *watchers: Watcher) -> Run:
     measures = open_measures(config.evaluation.measures, processes)
     prompts, held_out = open_prompts(config)
     model = config.model.model_copy(update={"device": device})  # as this process has it
-    family = load_model(config, model, processes, looking_on, prompts, held_out)
+    family = family or load_model(config, model, processes, looking_on, prompts, held_out)
     check_shown(config, family)
     watch_passes(looking_on, family)
     parameters = add_lora(config, family, processes.count)

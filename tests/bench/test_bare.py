@@ -14,6 +14,7 @@ from conftest import MakeConfig
 from ngrpo_lora.bench import bare
 from ngrpo_lora.bench.held import HeldAlgorithm
 from ngrpo_lora.config import RunConfig
+from ngrpo_lora.models._blueprint import random_family
 from ngrpo_lora.training.metering import STAGES
 from ngrpo_lora.training.rollouts import prompts_of
 from ngrpo_lora.training.setup import prepare
@@ -73,3 +74,15 @@ def test_the_table_is_made_of_what_was_measured(
     ratios = [float(cell) for cell in lines[-1].strip("| ").split(" | ")[1:]]
     walls = [found.iteration[name].wall / found.calls[name].wall for name in found.iteration]
     assert ratios == pytest.approx([*walls, found.iteration["all"].cpu / found.calls["all"].cpu], abs=5e-4)
+
+
+def test_conditionings_of_a_cache_are_no_calls(make_config: MakeConfig, tmp_path: Path):
+    """A model with random weights has no text encoders, and its run neither loads nor leaves anything."""
+    config = make_config(tmp_path / "run", "model.path=embedded", "rewards=jpeg")
+    family = random_family(config.model)
+    with bare.opened(config, family) as run:
+        assert run.family is family
+        found = bare.in_turn(run, 1)
+        assert run.output_dir.is_dir()
+    assert found.calls["all"].wall > 0
+    assert not run.output_dir.exists()
