@@ -1,1 +1,1 @@
-"""Measurements: how much time a setting saves, what a model costs, and how large a solver's error is."""
+"""Measurements: what a setting saves, what a model costs, how large a solver's error is, what a GPU does with it all."""

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ngrpo_lora.config import OptimizerConfig
 from ngrpo_lora.errors import SharedError, UserError
-from ngrpo_lora.training.optimizers import learning_rate_factor, make_optimizer
+from ngrpo_lora.training.optimizers import learning_rate_factor, load_state, make_optimizer
 from ngrpo_lora.training.processes import Processes
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -143,7 +143,7 @@ class LoraStep:
         for name, parameter in self.parameters.items():
             parameter.copy_(state["parameters"][name])
             self.averaged[name].copy_(state["averaged"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"])
         if state.get("scaler"):  # of float16
             self.scaler.load_state_dict(state["scaler"])
         self.taken = state.get("taken", 0)  # checkpoints of 0.1.0 have none, and averaged every step

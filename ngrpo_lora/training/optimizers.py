@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,21 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
         return optim.Lion8bit(parameters, **common)
     kind = {"adamw_8bit": optim.AdamW8bit, "paged_adamw_8bit": optim.PagedAdamW8bit}[config.name]
     return kind(parameters, eps=config.eps, **common)
+
+
+@torch.no_grad()
+def load_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Give an optimizer the state of another of its kind; what is paged there is paged here.
+
+    bitsandbytes loads all moments to the device, and has those of large weights in pages only where they begin.
+    """
+    optimizer.load_state_dict(dict(saved))
+    if not getattr(optimizer, "is_paged", False):
+        return
+    paged: Any = optimizer
+    for weight, values in optimizer.state.items():
+        for name in ("state1", "state2"):
+            values[name] = paged.get_state_buffer(weight, values[name].dtype).copy_(values[name])
 
 
 def learning_rate_factor(config: OptimizerConfig, iteration: int, num_iterations: int) -> float:

@@ -84,3 +84,31 @@ def test_what_cannot_be_measured_is_refused_before_a_model_loads(
     for module in ("gradient", "scaling"):
         monkeypatch.setattr(f"ngrpo_lora.bench.{module}.prepare", None)
     assert message in refuse("bench", *words)
+
+
+def test_a_report_is_made_of_all_parts_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from ngrpo_lora.bench.gpu.parts import make_parts
+
+    def make_report(parts: Any, folder: Path, machine: str, minutes: float, tell: Any) -> bool:
+        assert (parts, folder, minutes) == (make_parts("cpu"), tmp_path / "new", 3.5)
+        assert machine.startswith("PyTorch ")
+        return False
+
+    monkeypatch.setattr("ngrpo_lora.bench.gpu.running.make_report", make_report)
+    words = ["bench", "report", "--device", "cpu", "--minutes", 3.5, "--output-dir", tmp_path / "new"]
+    (line,) = run(*words)
+    assert (
+        line == f"{tmp_path / 'new' / 'report.md'}; some rows are not measured yet: the same command goes on with them"
+    )
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+def test_a_report_without_minutes_or_a_place_is_refused(minutes: str, tmp_path: Path):
+    assert "--minutes must be more than 0, got" in refuse("bench", "report", "--minutes", minutes)
+    (tmp_path / "file").write_text("")
+    message = refuse("bench", "report", "--device", "cpu", "--output-dir", tmp_path / "file" / "report")
+    assert "--output-dir must be a writable folder" in message
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "sizes.json").write_text("{}")
+    message = refuse("bench", "report", "--device", "cpu", "--output-dir", tmp_path)
+    assert "sizes.json' must be a file of `ngrpo bench report`" in message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from ngrpo_lora.config import OptimizerConfig
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.training.optimizers import learning_rate_factor, make_optimizer
+from ngrpo_lora.training.optimizers import learning_rate_factor, load_state, make_optimizer
 
 
 def factors(num_iterations: int, **settings: object) -> list[float]:
@@ -65,3 +66,28 @@ def test_a_missing_bitsandbytes_is_an_error_that_says_how_to_get_it(monkeypatch:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"optimizer.name=lion_8bit needs bitsandbytes: pip install"):
         make_optimizer(OptimizerConfig(name="lion_8bit"), [nn.Parameter(torch.ones(3))])
+
+
+def test_a_paged_optimizer_is_paged_after_it_is_resumed(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU the optimizer's own buffers are pages of system memory; elsewhere they are ordinary ones."""
+    pytest.importorskip("bitsandbytes")
+    config = OptimizerConfig(name="paged_adamw_8bit")
+    weights = [nn.Parameter(torch.randn(256, 512)), nn.Parameter(torch.randn(3))]
+    first = make_optimizer(config, weights)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    first.step()
+    second: Any = make_optimizer(config, weights)
+    buffers, buffer = [], second.get_state_buffer
+
+    def noted(*given: Any, **more: Any) -> torch.Tensor:
+        buffers.append(buffer(*given, **more))
+        return buffers[-1]
+
+    monkeypatch.setattr(second, "get_state_buffer", noted)
+    load_state(second, first.state_dict())
+    own = [second.state[weight][name] for weight in weights for name in ("state1", "state2")]
+    assert [id(tensor) for tensor in own] == [id(tensor) for tensor in buffers]
+    for weight in weights:
+        for name, value in first.state[weight].items():
+            torch.testing.assert_close(second.state[weight][name], value, rtol=0, atol=0)

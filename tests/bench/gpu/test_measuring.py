@@ -6,13 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.bench.gpu import measuring
 from ngrpo_lora.bench.gpu.__main__ import main
 from ngrpo_lora.bench.gpu.parts import Part, Row, make_parts
 from ngrpo_lora.bench.gpu.results import opened_result, read_result, write_result
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.errors import UserError
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.training.export import save_adapter
 
 PARTS = {part.name: part for part in make_parts("cpu")}
 
@@ -60,9 +64,20 @@ def test_the_exported_adapter_does_in_diffusers_what_it_was_trained_to(tmp_path:
 
 
 def test_a_broken_export_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ngrpo_lora.training.export.rms", lambda x: float(x.abs().max()) + 1)
-    with pytest.raises(UserError, match="differs from the trained one"):
-        measuring.measure_export(smaller(PARTS["export"].rows[0]))
+    def doubled(path: Path, family: BaseFamily, config: RunConfig) -> None:
+        save_adapter(path, family, config)
+        tensors = {name: 2 * tensor for name, tensor in load_file(path).items()}
+        save_file(tensors, path, read_metadata(path))
+
+    monkeypatch.setattr(measuring, "save_adapter", doubled)
+    (row,), path = PARTS["export"].rows, tmp_path / "part.json"
+    part = replace(PARTS["export"], rows=(Row(row.label, smaller(row)),))
+    write_result(path, opened_result(part, path, "this machine"))
+    with pytest.raises(SystemExit):  # a GPU that has failed may not be usable, so another process goes on
+        main(path)
+    (found,) = read_result(path)["rows"]
+    assert found["state"] == "failed"
+    assert "differs from the trained one" in found["reason"]
 
 
 @pytest.mark.parametrize("index", range(4))
