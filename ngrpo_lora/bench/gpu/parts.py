@@ -102,6 +102,10 @@ def tables(scale: Scale) -> list[Table]:
     usual, small, others = _sized(scale.usual_px), _sized(scale.small_px), scale.sizes[1:]
     methods = {method.label: {**method.settings, **SCALED[method.name]} for method in METHODS if method.name in SCALED}
     exported = {**small, "optimizer.learning_rate": "1e-2"}  # for an effect far above what 16 bits round
+    whole: dict[str, Settings] = {f"{px} px": {**_sized(px), **WHOLE} for px in scale.sizes}
+    quantised: dict[str, Settings] = {
+        f"{name}, {px} px": {**_sized(px), **own} for px in others for name, own in QUANTISED.items()
+    }
     swapped = {f"{count} blocks": {"model.swap_blocks": str(count)} for count in scale.swapped}
     batches = {
         f"{group} candidates, {size} at once": {
@@ -118,19 +122,13 @@ def tables(scale: Scale) -> list[Table]:
         ("methods", "Methods side by side", "pace", 60, _with(small, methods)),
         ("export", "The exported adapter in stock diffusers", "export", 40, {f"{scale.small_px} px": exported}),
         ("quantised", "An iteration of a quantised base", "iteration", 150, _with(usual, QUANTISED)),
-        (
-            *("whole", "An iteration without gradient checkpointing", "iteration", 60),
-            {f"{px} px": {**_sized(px), **WHOLE} for px in scale.sizes},
-        ),
+        ("whole", "An iteration without gradient checkpointing", "iteration", 60, whole),
         ("optimizers", "A step of the adapter", "optimizer", 25, {n: {"optimizer.name": n} for n in OPTIMIZERS}),
         ("batches", "Group size and micro-batch", "pace", 80, _with(small, batches)),
         ("swapped", "An iteration with blocks in system memory", "iteration", 60, _with(usual, swapped)),
         ("compiled", "An iteration of compiled blocks", "iteration", 75, _with(small, COMPILED)),
         ("tests", "Tests that need a GPU", "tests", 60, {"pytest -m gpu": {}}),
-        (
-            *("quantised-sizes", "An iteration of a quantised base, by size", "iteration", 180),
-            {f"{name}, {px} px": {**_sized(px), **own} for px in others for name, own in QUANTISED.items()},
-        ),
+        ("quantised-sizes", "An iteration of a quantised base, by size", "iteration", 180, quantised),
     ]
 
 

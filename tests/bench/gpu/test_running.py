@@ -122,7 +122,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """Let processes run a script in place of the measuring one; `path` is the part's file."""
     real = subprocess.Popen
 
-    def start(words: list[str], **more: Any) -> subprocess.Popen[bytes]:
+    def start(words: list[str], **more: Any) -> Any:
         return real([sys.executable, "-c", HEAD + script, words[-1]], **more)
 
     monkeypatch.setattr(running.subprocess, "Popen", start)
