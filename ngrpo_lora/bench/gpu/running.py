@@ -106,7 +106,7 @@ def measure(path: Path, granted_s: float) -> None:
             )
             try:
                 status = process.wait(timeout=max(0.0, deadline - time.monotonic()))
-                state, reason = "failed", last_line(log) or f"exit status {status}"
+                state, reason = "failed", f"exit status {status}, {last_line(log) or 'no message'}"
             except subprocess.TimeoutExpired:
                 pass
             finally:

@@ -152,7 +152,7 @@ def test_a_process_that_crashes_fails_one_row_and_the_others_are_measured(
     parts = [part("steps", *(Row(label, config) for label in ("first", "second", "third")))]
     assert make_report(parts, tmp_path, MACHINE, 10, quiet)
     assert states(tmp_path, "steps") == ["left out", "failed", "left out"]
-    assert "| second | failed: an illegal memory access |" in (tmp_path / "report.md").read_text()
+    assert "| second | failed: exit status -6, an illegal memory access |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_part_whose_time_is_over_is_ended_and_says_so(
