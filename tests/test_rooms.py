@@ -55,6 +55,8 @@ TESTED_IN = {
     "algorithms._window": "algorithms/test_mix.py",
     "bench.gpu.results": "bench/gpu/test_running.py",
     "bench.paper.figures": "bench/paper/test_report.py",  # with the page that shows them
+    "bench.paper.given": "bench/paper/test_search.py",
+    "bench.paper.reached": "bench/paper/test_tables.py",
     "bench.paper.published": "bench/paper/test_methods.py",
     "cli.push": "hub/test_pushing.py",
     "cli.reward_server": "rewards/test_remote.py",

@@ -11,6 +11,15 @@ import typer
 from ngrpo_lora.cli.app import Device, RunArguments, asked_device, make_folder, split_arguments
 from ngrpo_lora.errors import ConfigError
 
+TunedBy = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="results.json or tuning.json of an earlier comparison: its methods are not searched again.",
+        show_default=False,
+    ),
+]
+
 
 def overhead(
     arguments: RunArguments = None,
@@ -216,14 +225,7 @@ def paper(
             show_default=False,
         ),
     ] = None,
-    tuned_by: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="results.json or tuning.json of an earlier comparison: its methods are not searched again.",
-            show_default=False,
-        ),
-    ] = None,
+    tuned_by: TunedBy = None,
     output_dir: Annotated[Path, typer.Option(help="Where all runs and results go.")] = Path("runs/paper"),
     device: Device = "auto",
     at_once: Annotated[
