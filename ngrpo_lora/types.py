@@ -119,6 +119,11 @@ class Velocities(NamedTuple):
     old: Tensor | None
     reference: Tensor | None = None
 
+    def at(self, rows: int | slice | None) -> Velocities:
+        """Those of some transitions of a micro-batch, (M, C, H, W); None makes one of a single transition's."""
+        old, reference = (None if some is None else some[rows] for some in (self.old, self.reference))
+        return Velocities(self.current[rows], old, reference)
+
 
 def beside(tensor: Tensor, other: Tensor) -> Tensor:
     """The tensor on another one's device, without waiting for what that device is about."""

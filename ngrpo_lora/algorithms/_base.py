@@ -87,14 +87,11 @@ def losses(
     if (together := getattr(algorithm, "losses", None)) is not None:
         return together(rollouts, advantages, transitions, velocities)
     alone = [
-        algorithm.loss(
-            rollouts[t.group], advantages[t.group], t, Velocities(*(v if v is None else v[i] for v in velocities))
-        )
-        for i, t in enumerate(transitions)
+        algorithm.loss(rollouts[t.group], advantages[t.group], t, velocities.at(i)) for i, t in enumerate(transitions)
     ]
-    on = velocities.current
-    names = algorithm.metric_names
+    device = velocities.current.device
     metrics = {
-        name: torch.stack([torch.as_tensor(found[name], device=on.device) for _, found in alone]) for name in names
+        name: torch.stack([torch.as_tensor(found[name], device=device) for _, found in alone])
+        for name in algorithm.metric_names
     }
     return torch.stack([loss for loss, _ in alone]), metrics

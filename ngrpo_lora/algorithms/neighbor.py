@@ -138,8 +138,8 @@ class Algorithm:
         self, rollout: Rollout, advantages: Tensor, transition: Transition, velocities: Velocities
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Minus the clipped objective of one anchor at one step (Eq. 8 to 10)."""
-        alone = Velocities(*(v if v is None else v[None] for v in velocities))
-        losses, metrics = self.losses([rollout], advantages[None], [transition._replace(group=0)], alone)
+        alone = [transition._replace(group=0)]
+        losses, metrics = self.losses([rollout], advantages[None], alone, velocities.at(None))
         return losses[0], {name: values[0] for name, values in metrics.items()}
 
     def losses(
@@ -154,8 +154,7 @@ class Algorithm:
         found = []
         for start in range(0, len(transitions), at_once):
             some = slice(start, start + at_once)
-            own = Velocities(*(v if v is None else v[some] for v in velocities))
-            found.append(self.micro_batch(rollouts, advantages, transitions[some], own))
+            found.append(self.micro_batch(rollouts, advantages, transitions[some], velocities.at(some)))
         columns = [torch.cat(column) for column in zip(*found, strict=True)]
         return columns[0], dict(zip(self.metric_names, columns[1:], strict=True))
 
