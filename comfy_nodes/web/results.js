@@ -81,7 +81,14 @@ function addTo(node) {
     getMaxHeight: () => 2 * MOST_PX,
   })
   widget.serialize = false
+  setTimeout(() => drawAnew(node, element), 200)
   return widget
+}
+
+// Vue's first version (interface 1.32) draws no widget that a node gets later, until it is told of the node again.
+function drawAnew(node, element) {
+  const drawn = document.querySelector(`[data-node-id="${node.id}"]`)
+  if (drawn && !element.isConnected) node.graph?.onNodeAdded?.(node)
 }
 
 function show(node, text) {
