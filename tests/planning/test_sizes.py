@@ -38,4 +38,5 @@ def test_a_paged_optimizer_keeps_large_states_in_system_memory():
 def test_the_size_of_every_reward_network_is_known(name: str):
     kind = getattr(registry.load(registry.REWARDS, name), "Config", None)
     if kind is not None and issubclass(kind, ModelRewardConfig):
-        assert kind.model_validate({"name": name}).path in REWARD_PARAMETERS
+        path = kind.model_validate({"name": name}).path
+        assert path in REWARD_PARAMETERS or not path  # vote has a network where it is given one

@@ -134,7 +134,7 @@ def test_nothing_is_asked_of_the_network(monkeypatch: pytest.MonkeyPatch):
 
 def test_without_its_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
-    with pytest.raises(UserError, match=r"reward ocr needs .* pip install 'ngrpo-lora\[ocr\]'"):
+    with pytest.raises(UserError, match=r"reward ocr needs .* pip install onnxruntime 'rapidocr"):
         load_reward(Config(name="ocr"))
 
 
@@ -142,5 +142,5 @@ def test_without_its_models_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     import rapidocr
 
     monkeypatch.setattr(rapidocr, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(UserError, match=r"needs the model PP-OCRv6_det_small.onnx .* pip install 'ngrpo-lora\[ocr\]'"):
+    with pytest.raises(UserError, match=r"needs the model PP-OCRv6_det_small.onnx .* pip install 'rapidocr"):
         load_reward(Config(name="ocr"))

@@ -222,13 +222,14 @@ class Stopper(Watcher):
 
 def poison(run: Run, chosen: Callable[[int], bool]) -> None:
     """Losses of the chosen transitions, by their number in the run, become NaN."""
-    loss, count = run.algorithm.loss, iter(range(10**6))
+    losses, count = run.algorithm.losses, iter(range(10**6))  # pyright: ignore
 
-    def poisoned(*args: Any) -> Any:
-        value, metrics = loss(*args)
-        return (value * math.nan if chosen(next(count)) else value), metrics
+    def poisoned(rollouts: Any, advantages: Any, transitions: Sequence[Any], velocities: Any) -> Any:
+        values, metrics = losses(rollouts, advantages, transitions, velocities)
+        factors = [math.nan if chosen(next(count)) else 1.0 for _ in transitions]
+        return values * torch.tensor(factors), metrics
 
-    run.algorithm.loss = poisoned  # pyright: ignore
+    run.algorithm.losses = poisoned  # pyright: ignore
 
 
 def reward_of(folder: Path, body: str) -> str:

@@ -81,13 +81,13 @@ def test_in_float16_no_gradient_is_too_small(make_config: MakeConfig, tmp_path: 
     norms = {}
     for dtype in ("float32", "float16"):
         run = prepare(make_config(tmp_path / dtype, f"model.dtype={dtype}", "evaluation.num_prompts=1"))
-        original = run.algorithm.loss
+        original = run.algorithm.losses  # pyright: ignore[reportAttributeAccessIssue]
 
-        def loss(*arguments: Any, original: Any = original) -> tuple[torch.Tensor, dict[str, float]]:
-            value, metrics = original(*arguments)
-            return value * 1e-7, metrics
+        def losses(*arguments: Any, original: Any = original) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            values, metrics = original(*arguments)
+            return values * 1e-7, metrics
 
-        run.algorithm.loss = loss
+        run.algorithm.losses = losses  # pyright: ignore[reportAttributeAccessIssue]
         norms[dtype] = iterate(run)["lora/grad_norm"]
         assert len(state(run)["scaler"]) == (5 if dtype == "float16" else 0)
     assert norms["float16"] == pytest.approx(norms["float32"], rel=0.2)
