@@ -81,7 +81,7 @@ function addTo(node) {
     getMaxHeight: () => 2 * MOST_PX,
   })
   widget.serialize = false
-  setTimeout(() => drawAnew(node, element), 200)
+  setTimeout(() => drawAnew(node, element), 500)
   return widget
 }
 
