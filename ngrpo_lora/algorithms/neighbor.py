@@ -170,8 +170,12 @@ class Algorithm:
 
         def gather(part: Callable[[NeighborRollout, Transition], Tensor]) -> Tensor:
             """A part of each transition's rollout, beside the velocities: (M, ...)."""
-            owned = ((rollouts[t.group], t) for t in transitions)
-            return beside(torch.stack([part(r, t) for r, t in owned if isinstance(r, NeighborRollout)]), current)
+            parts = []
+            for transition in transitions:
+                rollout = rollouts[transition.group]
+                assert isinstance(rollout, NeighborRollout)
+                parts.append(part(rollout, transition))
+            return beside(torch.stack(parts), current)
 
         scales = gather(lambda r, t: self.scale(r, t.step)).view(-1, *[1] * (current.ndim - 1))  # (M, 1, 1, 1)
         if old is None:  # of a later update

@@ -31,7 +31,7 @@ from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import iterate
 from ngrpo_lora.types import RewardBatch
 
-__all__ = ["Bare", "Seconds", "bare_table", "chunk_sizes", "in_turn", "measure_bare", "opened"]
+__all__ = ["Bare", "Seconds", "bare_table", "chunk_sizes", "in_turn", "measure_bare", "opened", "timed"]
 
 
 class Seconds(NamedTuple):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ngrpo_lora.bench import training
+from ngrpo_lora.bench import bare
 from ngrpo_lora.bench.rows import machine
 from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.hub.pipeline_file import sources
@@ -102,7 +102,7 @@ def recorded(pipeline: Any) -> Iterator[list[Call]]:
 def timed(draw: Callable[[], object]) -> float:
     """Seconds of one call: on a GPU to the end of what it is asked, on a CPU those that this thread computes."""
     if torch.cuda.is_available():
-        return training.timed(draw)
+        return bare.timed(draw).wall
     start = time.thread_time()
     draw()
     return time.thread_time() - start

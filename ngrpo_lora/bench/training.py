@@ -12,14 +12,13 @@ from __future__ import annotations
 import gc
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ngrpo_lora.adapters import lora
-from ngrpo_lora.bench.bare import chunk_sizes
+from ngrpo_lora.bench.bare import chunk_sizes, timed
 from ngrpo_lora.config import RunConfig, parse_config
 from ngrpo_lora.devices import release_memory, resolve_device, resolve_dtype, without_cudnn_attention
 from ngrpo_lora.errors import ConfigError, UserError, first_line
@@ -113,16 +112,7 @@ def forwards_alone(run: Run) -> float:
 
     with run.counter.paused(), rollout_weights(run):
         passes()
-        return timed(passes)
-
-
-def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call, to the end of what it asks of the GPU."""
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+        return timed(passes).wall
 
 
 def overhead_table(config: RunConfig, iterations: int, tell: Callable[[str], None]) -> None:
@@ -217,6 +207,6 @@ def measure_cost(config: RunConfig, size_px: int, batch: int, repeats: int) -> C
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        seconds[name] = statistics.median(timed(stage) for _ in range(repeats))
+        seconds[name] = statistics.median(timed(stage).wall for _ in range(repeats))
         peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     return Cost(seconds, peaks)
