@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -66,11 +67,9 @@ def finite(value: Any) -> Any:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The complete lines of `metrics.jsonl`; a line torn by a crash is dropped."""
     rows = []
-    for line in path.read_text().splitlines():
-        try:
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):  # no JSON, or no text at all
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return rows
 
 

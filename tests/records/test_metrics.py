@@ -35,6 +35,13 @@ def test_an_evaluation_completes_the_line_of_its_step_also_after_a_resume(tmp_pa
     assert read_metrics(path) == whole
 
 
+def test_a_line_that_is_no_text_is_dropped(tmp_path: Path):
+    """As a disk may leave it when the power fails."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n\xff\xfe{"step": 1}\n\0\0\0\n{"step": 2}\n')
+    assert [row["step"] for row in read_metrics(path)] == [0, 2]
+
+
 def test_what_is_not_finite_is_null(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     MetricsFile(path, None).write(1, {"a": math.nan, "b": -math.inf, "c": 1.5})

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ngrpo_lora import algorithms, equations
@@ -13,10 +14,12 @@ from ngrpo_lora.adapters.header import code_version
 from ngrpo_lora.bench.paper import outcomes, report, search
 from ngrpo_lora.bench.paper.cost import length
 from ngrpo_lora.bench.paper.plan import Job, Plan, main_jobs
-from ngrpo_lora.bench.paper.running import Failure, check_folders, run_all
+from ngrpo_lora.bench.paper.running import Failure, check_folders, run_all, stopping
 from ngrpo_lora.config import algorithms as settings
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.planning.preflight import check_settings
 from ngrpo_lora.records.files import written
+from ngrpo_lora.records.ownership import owned
 
 __all__ = ["compare", "open_folder"]
 
@@ -74,9 +77,33 @@ def compare(plan: Plan, at_once: int, command: Sequence[str], tell: Callable[[st
         at_once: how many runs at the same time.
         command: what was typed, for the report.
     Raises:
-        UserError: a folder does not fit, the command was stopped, or some runs failed; the report is written.
+        UserError: a folder does not fit or is in use, the command was stopped, or some runs failed; the report of
+            what is complete is written.
     """
+    check_runs(plan)
     open_folder(plan.output_dir)
+    with owned(plan.output_dir), stopping({}):
+        complete(plan, at_once, command, tell)
+
+
+def check_runs(plan: Plan) -> None:
+    """Make sure that runs can begin, and that the budget pays for an iteration of each method.
+
+    Raises:
+        ConfigError: the settings that all have in common cannot be trained with, or compute would not be equal.
+    """
+    jobs = main_jobs(replace(plan, seeds=1), {method.name: method.untuned for method in plan.searched}, length)
+    check_settings(jobs[0].config)
+    dearest = max(jobs, key=lambda job: job.cost)
+    if dearest.cost > plan.budget:
+        raise ConfigError(
+            f"--budget must pay for an iteration of every method, and one of {dearest.method} costs {dearest.cost:.4g} "
+            f"forward passes per sample, got {plan.budget:g}; raise it, or choose methods by --method"
+        )
+
+
+def complete(plan: Plan, at_once: int, command: Sequence[str], tell: Callable[[str], None]) -> None:
+    """Do the work of `compare` in a folder that is owned."""
     searched, known = search.jobs(plan, length), search.kept(plan)
     foreseen = main_jobs(plan, {method.name: method.untuned for method in plan.searched} | known, length)
     check_folders(searched)
@@ -139,7 +166,7 @@ def fits(job: Job) -> bool:
     """Whether a run's folder has the settings that are wanted."""
     try:
         check_folders([job])
-    except ConfigError:
+    except UserError:
         return False
     return True
 

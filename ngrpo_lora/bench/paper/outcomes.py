@@ -15,6 +15,7 @@ import numpy as np
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.bench.paper.cost import total
 from ngrpo_lora.bench.paper.plan import TRAINED_TASKS, Job
+from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.statistics import Estimate, mean_interval
 from ngrpo_lora.records.metrics import measured, read_metrics, read_scores
 from ngrpo_lora.training.metering import STAGES, iteration_seconds
@@ -25,6 +26,7 @@ __all__ = [
     "Outcome",
     "by_method",
     "change",
+    "check_whole",
     "evaluated",
     "intervals",
     "is_complete",
@@ -121,6 +123,27 @@ def is_complete(job: Job) -> bool:
     return last.get("step") == job.config.trainer.num_iterations and "eval/reward_mean" in last
 
 
+def check_whole(job: Job) -> None:
+    """Make sure that a complete run has kept what it left: every iteration, and all scores of every evaluation.
+
+    Raises:
+        ConfigError: some is missing or cannot be read.
+    """
+    rows = read_metrics(job.folder / "metrics.jsonl")
+    evaluated = [row["step"] for row in rows if "eval/reward_mean" in row]
+    try:
+        scores = read_scores(job.folder)
+    except (IndexError, KeyError, ValueError):  # an empty file, a line without all scores, no text
+        scores = {}
+    pictures = {len(values) for evaluation in scores.values() for values in evaluation.values()}
+    whole = [row["step"] for row in rows] == [*range(len(rows))] and evaluated == [*scores] and len(pictures) == 1
+    if not whole or not (job.folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"runs of a comparison must be whole, but of {str(job.folder)!r} some lines of metrics.jsonl, files of "
+            "evaluations/ or config.yaml are missing; remove that folder, and the same command makes the run again"
+        )
+
+
 def read(jobs: Iterable[Job]) -> list[Outcome]:
     """The outcomes of the jobs that are complete, in their order."""
     found = []
@@ -208,7 +231,8 @@ def is_trained(prompt: str) -> bool:
         return True
 
 
-def evaluated(folder: Path) -> float:
-    """The last held-out reward of a run, NaN where no picture had a score."""
+def evaluated(folder: Path) -> tuple[float, float]:
+    """The first and the last held-out reward of a run, NaN where no picture had a score."""
     values = [row["eval/reward_mean"] for row in read_metrics(folder / "metrics.jsonl") if "eval/reward_mean" in row]
-    return math.nan if values[-1] is None else values[-1]
+    first, last = (math.nan if value is None else value for value in (values[0], values[-1]))
+    return first, last

@@ -6,15 +6,16 @@ least `equal_iterations`, so that the same run also serves the comparison at equ
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ngrpo_lora.bench.paper import methods
-from ngrpo_lora.bench.paper.given import Given, read_given
+from ngrpo_lora.bench.paper.given import Given, point_of, read_given
 from ngrpo_lora.bench.paper.methods import LEARNING_RATES, TABLES, WATCHED, Method
 from ngrpo_lora.config import RunConfig, parse_config, parse_settings
+from ngrpo_lora.config.paths import expanded
 from ngrpo_lora.errors import ConfigError
 
 __all__ = ["PROFILES", "Job", "Plan", "Profile", "Tuned", "main_jobs", "make_plan", "search_job"]
@@ -60,6 +61,9 @@ SEARCH_SEED, FIRST_SEED = 100, 0
 PER_ITERATION = 100
 """Forward passes per sample that no method's iteration exceeds by much; Flow-GRPO's 25 steps of which 24 are trained
 cost 97."""
+
+MAX_BUDGET, MAX_SEEDS = 1e6, 100
+"""What nobody waits for, so that a slip of the keys is told and not begun."""
 
 EVALUATIONS = 6
 """About as many held-out evaluations has a run; each costs a few iterations."""
@@ -179,21 +183,51 @@ def make_plan(
     wanted = tuple(sorted(set(tables))) or chosen.tables
     if unknown := [table for table in wanted if table not in TABLES]:
         raise ConfigError(f"--table must be one of {', '.join(map(str, TABLES))}, got {unknown[0]}")
-    if seeds is not None and seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1, got {seeds}; one seed gives intervals over prompts alone")
-    if budget is not None and not 0 < budget < math.inf:
+    if seeds is not None and not 1 <= seeds <= MAX_SEEDS:
         raise ConfigError(
-            f"--budget must be above 0 forward passes per sample, and finite, got {budget:g}; --quick has 300"
+            f"--seeds must be from 1 to {MAX_SEEDS}, got {seeds}; one seed gives intervals over prompts alone"
         )
-    if bad := [text for text in settings if "=" not in text]:
-        raise ConfigError(f"a setting must look like key=value, got {bad[0]!r}; for example evaluation.num_prompts=96")
-    common = COMMON | {"evaluation.num_prompts": str(chosen.prompts), "model.device": device}
-    common |= {key: value for key, _, value in (text.partition("=") for text in settings)}
+    if budget is not None and not 0 < budget <= MAX_BUDGET:
+        raise ConfigError(
+            f"--budget must be above 0 and at most {MAX_BUDGET:,.0f} forward passes per sample, got {budget:g}; "
+            "--quick has 300"
+        )
+    own = read_settings(settings)
+    common = COMMON | {"evaluation.num_prompts": str(chosen.prompts), "model.device": device} | own
     given = {} if tuned_by is None else read_given(tuned_by)
-    plan = Plan(output_dir, budget or chosen.budget, chosen.search, seeds or chosen.seeds, wanted, known, common, given)
-    check_free(plan, [text.partition("=")[0] for text in settings])
+    folder = folder_of(output_dir)
+    plan = Plan(folder, budget or chosen.budget, chosen.search, seeds or chosen.seeds, wanted, known, common, given)
+    check_free(plan, own)
     check(plan)
     return plan
+
+
+def read_settings(settings: Iterable[str]) -> dict[str, str]:
+    """Values by key, as text, of settings such as `lora.rank=8`.
+
+    Raises:
+        ConfigError: one is no key with a value on one line.
+    """
+    found = {}
+    for text in settings:
+        if (match := re.fullmatch(r"([\w.]+)=(.*)", text)) is None or len(text.splitlines()) > 1:
+            raise ConfigError(
+                f"a setting must look like key=value, got {text!r}; for example evaluation.num_prompts=96"
+            )
+        found[match[1]] = match[2]
+    return found
+
+
+def folder_of(output_dir: Path) -> Path:
+    """The output folder, in which `$NAME` is what it is in the configurations of all runs.
+
+    Raises:
+        ConfigError: it names a variable that is not set.
+    """
+    try:
+        return Path(expanded(str(output_dir)))
+    except ValueError as error:
+        raise ConfigError(f"--output-dir {error}") from None
 
 
 def check_free(plan: Plan, keys: Iterable[str]) -> None:
@@ -210,6 +244,8 @@ def check_free(plan: Plan, keys: Iterable[str]) -> None:
                 f"{key} must be left to `ngrpo bench paper`, which sets it for every run; settings that all methods "
                 "have in common can be given, such as evaluation.num_prompts=480"
             )
+        if begun := [other for other in (*COMMON, *sorted(own)) if other.startswith(f"{key}.")]:
+            raise ConfigError(f"{key} must be given key by key, such as {begun[0]}=..., and not as a whole")
 
 
 def check(plan: Plan) -> None:
@@ -218,18 +254,35 @@ def check(plan: Plan) -> None:
     Raises:
         ConfigError: there is not, or it is not.
     """
+    if plan.given and not any(method.name in plan.given for method in plan.searched):
+        raise ConfigError(
+            f"--tuned-by must be of a comparison of methods that are compared now, got one of {', '.join(plan.given)}; "
+            "without it they are searched"
+        )
     if not plan.methods:
         raise ConfigError(
             f"--method and --table must have a method in common, got {', '.join(plan.chosen)} and "
             f"{', '.join(map(str, plan.tables))}; Tables 4 to 7 are about {methods.BASELINE}"
         )
     for method in plan.methods:
-        config = _config(plan, method, f"runs/{method.name}", FIRST_SEED, method.untuned)
+        config = _first_config(plan, method)
         if config.evaluation.num_prompts < 12:
             raise ConfigError(
                 f"evaluation.num_prompts must be at least 12, two of each task, got {config.evaluation.num_prompts}; "
                 "intervals over fewer prompts say nothing"
             )
+
+
+def _first_config(plan: Plan, method: Method) -> RunConfig:
+    """The configuration of a method's first run, with the winner of an earlier comparison where it is given."""
+    name = f"runs/{method.name}"
+    config = _config(plan, method, name, FIRST_SEED, method.untuned)
+    if method.tuned_as not in plan.given:
+        return config
+    try:
+        return _config(plan, method, name, FIRST_SEED, point_of(plan.given[method.tuned_as]))
+    except ConfigError as error:
+        raise ConfigError(f"--tuned-by: {problem}" for problem in error.problems) from None
 
 
 def _config(
@@ -238,9 +291,9 @@ def _config(
     """The configuration of a run: common settings, the method's own, and those of this run."""
     rate, knob = point
     own = {"optimizer.learning_rate": rate, method.knob: knob, "seed": str(seed)}
-    own["output_dir"] = f"'{plan.output_dir / name}'"
     values = {**plan.common, **method.settings, **own, **(extra or {})}
-    return parse_config(parse_settings("\n".join(f"{key}={value}" for key, value in values.items())))
+    settings = parse_settings("\n".join(f"{key}={value}" for key, value in values.items()))
+    return parse_config({**settings, "output_dir": str(plan.output_dir / name)})
 
 
 def points(method: Method) -> list[tuple[str, str]]:

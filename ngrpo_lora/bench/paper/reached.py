@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+import numpy as np
+
 from ngrpo_lora.bench.paper.outcomes import Outcome
 
 __all__ = ["ABOUT", "GAINS", "costs", "crossing"]
@@ -37,7 +39,7 @@ def in_words(places: Sequence[tuple[float, float]], seeds: int) -> str:
 
 def crossing(outcome: Outcome, gain: float) -> tuple[float, float] | None:
     """Forward passes per sample and seconds until the reward is above the base's by `gain`; None where it never is."""
-    curve = [(step, float(outcome.rewards(step).mean())) for step in sorted(outcome.scores)]
+    curve = [(step, float(np.nanmean(outcome.rewards(step)))) for step in sorted(outcome.scores)]
     wanted = curve[0][1] + gain
     for (before, low), (after, high) in zip(curve, curve[1:], strict=False):
         if low < wanted <= high:

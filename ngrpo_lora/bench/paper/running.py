@@ -11,15 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
-from ngrpo_lora.bench.paper.outcomes import evaluated, is_complete
+from ngrpo_lora.bench.paper.outcomes import check_whole, evaluated, is_complete
 from ngrpo_lora.bench.paper.plan import Job
 from ngrpo_lora.config import changed_keys, dump_config, load_config
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.records.checkpoints import checkpoints
 from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import read_metrics
+from ngrpo_lora.records.ownership import owner
 
 __all__ = ["Failure", "Stopped", "check_folders", "places", "run_all"]
 
@@ -36,12 +38,17 @@ class Stopped(UserError):
 
 
 def check_folders(jobs: Sequence[Job]) -> None:
-    """Make sure that every run that there is has the settings that are wanted now.
+    """Make sure that every run that there is has the settings that are wanted now, and is whole where it is complete.
 
     Raises:
         ConfigError: one has others, or cannot be read; nothing is ever mixed.
+        UserError: one is under way, as where an earlier command was killed and its runs were not.
     """
     for job in jobs:
+        if used := owner(job.folder):
+            raise UserError(used)
+        if is_complete(job):
+            check_whole(job)
         path = job.folder / "config.yaml"
         if not path.is_file():
             continue
@@ -80,21 +87,34 @@ def run_all(
         while waiting or under_way:
             while waiting and len(under_way) < at_once:
                 job = waiting.pop(0)
-                slots[job] = min({*range(at_once)} - {slots[other] for other in under_way})
+                taken = {slots[other] for other in under_way}
+                slots[job] = next(slot for slot in count() if slot not in taken)
                 under_way[job] = start(job, folder, slots[job])
                 tell(f"  starts {job.name}: {job.config.trainer.num_iterations} iterations")
             time.sleep(POLL_S)
             for job in [job for job, process in under_way.items() if process.poll() is not None]:
-                process = under_way.pop(job)
-                if process.returncode == 0 and is_complete(job):
+                if reason := why_failed(job, under_way.pop(job).returncode, folder):
+                    failures.append((job, reason))
+                    tell(f"  failed {job.name}: {reason}")
+                else:
                     done += 1
                     left = time_left([*jobs, *later], at_once)
                     tell(f"[{done}/{len(jobs)}] {job.name}: {in_words(job)}; about {left} left")
-                else:
-                    line = last_line(log_path(job, folder)) or f"exit status {process.returncode}"
-                    failures.append((job, line))
-                    tell(f"  failed {job.name}: {line}")
     return failures
+
+
+def why_failed(job: Job, status: int, folder: Path) -> str | None:
+    """Why a run whose process has ended is not complete, by its exit status; None where it is."""
+    if status < 0:  # its last line is about something else
+        name = signal.Signals(-status).name
+        return f"killed by {name}{', often for lack of memory' if name == 'SIGKILL' else ''}"
+    if status > 0 or not is_complete(job):
+        return last_line(log_path(job, folder)) or f"exit status {status}"
+    try:
+        check_whole(job)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def start(job: Job, folder: Path, slot: int) -> subprocess.Popen[bytes]:
@@ -192,8 +212,8 @@ def seconds_of(job: Job) -> float:
 
 def in_words(job: Job) -> str:
     """What became of a run: its held-out reward before and after, and its minutes."""
-    before = read_metrics(job.folder / "metrics.jsonl")[0]["eval/reward_mean"]
-    return f"held-out reward {before:.3f} -> {evaluated(job.folder):.3f}, {seconds_of(job) / 60:.1f} min"
+    before, after = evaluated(job.folder)
+    return f"held-out reward {before:.3f} -> {after:.3f}, {seconds_of(job) / 60:.1f} min"
 
 
 def last_line(path: Path) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ngrpo_lora.bench.paper.given import point_of
+from ngrpo_lora.bench.paper.given import RATE, is_entry, point_of
 from ngrpo_lora.bench.paper.methods import LEARNING_RATES, Method
 from ngrpo_lora.bench.paper.outcomes import read, scene_of
 from ngrpo_lora.bench.paper.plan import Job, Length, Plan, Tuned, points, search_job
@@ -106,23 +106,27 @@ def kept(plan: Plan) -> dict[str, Point]:
     entries = {entry["method"]: entry for entry in entries_of(plan)}
     begun = {method.tuned_as for method in plan.methods if (Path(plan.output_dir) / "runs" / method.name).is_dir()}
     winners = [method for method in plan.searched if method.name in begun and method.name in entries]
-    return {m.name: (entries[m.name]["optimizer.learning_rate"], entries[m.name][m.knob]) for m in winners}
+    return {m.name: point_of(entries[m.name]) for m in winners}
 
 
 def entries_of(plan: Plan) -> list[dict[str, Any]]:
     """The entries that `tuning.json` holds, one a method; none where there is no such file.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or holds something else.
     """
     path = Path(plan.output_dir) / FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    except ValueError as error:
+        entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        wrong = None if isinstance(entries, list) and all(map(is_entry, entries)) else "it holds something else"
+    except (OSError, ValueError) as error:
+        entries, wrong = [], str(error)
+    if wrong:
         raise ConfigError(
-            f"{str(path)!r} must hold the winners of the search as JSON, but cannot be read ({error}); remove it, and "
+            f"{str(path)!r} must hold the winners of the search as JSON, but cannot be read ({wrong}); remove it, and "
             "the search's runs give them again"
-        ) from None
+        )
+    return entries
 
 
 def write(plan: Plan, jobs: Sequence[Job], winners: Tuned) -> list[dict[str, Any]]:
@@ -139,11 +143,11 @@ def write(plan: Plan, jobs: Sequence[Job], winners: Tuned) -> list[dict[str, Any
             "method": method.name,
             "label": method.label,
             "searched": bool(found.get(method.name)),
-            "optimizer.learning_rate": winners[method.name][0],
+            RATE: winners[method.name][0],
             method.knob: winners[method.name][1],
             "points": [
                 {
-                    "optimizer.learning_rate": rate,
+                    RATE: rate,
                     method.knob: knob,
                     "validation_reward": (reward := found.get(method.name, {}).get((rate, knob), NONE)).value,
                     "half_interval": (reward.high - reward.low) / 2,

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from ngrpo_lora.bench.paper import methods, published, reached
+from ngrpo_lora.bench.paper.given import KNOBS, RATE
 from ngrpo_lora.bench.paper.methods import BASELINE, LEARNING_RATES, Method
 from ngrpo_lora.bench.paper.outcomes import Outcome, by_method, change, is_trained, paired, scene_of
 from ngrpo_lora.bench.paper.plan import Plan
+from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.evaluation.statistics import compare_scores
 from ngrpo_lora.reports.tables import markdown_table
 from ngrpo_lora.training.metering import STAGES
@@ -80,7 +82,8 @@ def make_tables(plan: Plan, outcomes: Sequence[Outcome]) -> list[Table]:
             tables.append(cost_table(rows, found))
             continue
         borrowed = "" if number == 1 else f" {BORROWED}"
-        about = f"{HACKED if number == 2 else _length(plan)}{borrowed} {SCORES.format(seeds=seeds)}"
+        length = _length(plan, found[rows[0].name][0].job.config.rollout)
+        about = f"{HACKED if number == 2 else length}{borrowed} {SCORES.format(seeds=seeds)}"
         about += f" {published.NOTE}" if published.COLUMNS[number] else ""
         tables.append(score_table(number, TITLES[number], about, rows, found, plan.budget))
         if number == 1:
@@ -90,8 +93,8 @@ def make_tables(plan: Plan, outcomes: Sequence[Outcome]) -> list[Table]:
     return tables
 
 
-def _length(plan: Plan) -> str:
-    samples = int(plan.common["rollout.prompts_per_iteration"]) * int(plan.common["rollout.group_size"])
+def _length(plan: Plan, rollout: RolloutConfig) -> str:
+    samples = rollout.prompts_per_iteration * rollout.group_size
     return (
         f"Each run may spend {plan.budget:g} forward passes for each of the {samples} places of its batch, all "
         "iterations together, a trained one counted as three; iterations follow from that. Forward passes are as "
@@ -251,8 +254,7 @@ def search_table(entries: Sequence[dict[str, Any]]) -> Table:
     """All points of the search with their validation rewards, the winner of each method marked."""
     lines = []
     for entry in entries:
-        rate = "optimizer.learning_rate"
-        knob = next(key for key in entry if key.startswith("algorithm."))
+        rate, knob = RATE, KNOBS[entry["method"]]
         for point in entry["points"] or [entry]:
             won = (point[rate], point[knob]) == (entry[rate], entry[knob])
             reward, half = point.get("validation_reward"), point.get("half_interval")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from ngrpo_lora.bench.paper.running import Stopped
 from ngrpo_lora.errors import ConfigError, UserError
 
 TINY = (
-    *("--quick", "--budget", 13, "--at-once", 2, "--device", "cpu"),
+    *("--quick", "--budget", 37, "--at-once", 2, "--device", "cpu"),
     *("--method", "neighbor-dpmpp-8", "--method", "flow-grpo"),
     *("rollout.prompts_per_iteration=1", "rollout.group_size=4", "evaluation.num_prompts=12", "lora.rank=2"),
 )
@@ -34,7 +36,7 @@ def test_two_methods_from_end_to_end(tmp_path: Path):
     results = json.loads((folder / "results.json").read_text())
     neighbor, flow = results["outcomes"]
     assert results["dearer_than_foreseen"] == []
-    assert flow["iterations"] == neighbor["iterations"] == 1
+    assert (flow["iterations"], neighbor["iterations"]) == (1, 2)
     assert neighbor["evaluations"]["0"] == flow["evaluations"]["0"]  # the same base, prompts and noises
     assert neighbor["nfe_old"] >= 8
     assert flow["nfe_old"] == 10
@@ -68,6 +70,12 @@ def refuse_after(words: Sequence[object], folder: Path) -> str:
         (["--quick", "--full"], "must not be given together"),
         (["evaluation.num_prompts=3"], "evaluation.num_prompts must be at least 12"),
         (["--device", "tpu"], "--device must be"),
+        (
+            ["--budget", 36, "--method", "flow-grpo"],
+            "one of flow-grpo costs 37 forward passes per sample, got 36; raise",
+        ),
+        (["prompts.held_out=nowhere.txt"], "prompts.held_out"),
+        (["rewards=nowhere.py:score"], "nowhere.py"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_made(words: list[object], message: str, tmp_path: Path):
@@ -122,6 +130,26 @@ def test_a_stopped_comparison_reports_what_is_complete(tmp_path: Path, monkeypat
     with pytest.raises(Stopped):
         compare(plan, 1, ["ngrpo"], lambda line: None)
     assert "1 of 2 runs are complete" in (tmp_path / "results.md").read_text()
+
+
+def test_what_stops_it_between_two_runs_stops_it_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = small_plan(tmp_path, "flow-grpo", budget=400.0)
+    monkeypatch.setattr(comparison, "run_all", lambda *_: [])
+    monkeypatch.setattr(comparison, "write_report", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="the same command goes on"):
+        compare(plan, 1, ["ngrpo"], lambda line: None)
+
+
+def test_two_commands_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = small_plan(tmp_path, "flow-grpo", budget=400.0)
+
+    def again(*_: object) -> list[running.Failure]:
+        with pytest.raises(UserError, match=rf"{tmp_path.name}' is in use .*wait for it or end it, or give another"):
+            compare(plan, 1, ["ngrpo"], lambda line: None)
+        return []
+
+    monkeypatch.setattr(comparison, "run_all", again)
+    compare(plan, 1, ["ngrpo"], lambda line: None)
 
 
 def test_a_run_of_other_settings_is_not_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 from paper_runs import jobs_of, leave, small_plan
 
-from ngrpo_lora.bench.paper.outcomes import by_method, change, is_complete, is_trained, read
+from ngrpo_lora.bench.paper.outcomes import by_method, change, check_whole, evaluated, is_complete, is_trained, read
+from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.statistics import mean_interval
 from ngrpo_lora.records.metrics import read_metrics
 
@@ -67,3 +69,35 @@ def test_tasks_tell_trained_prompts_from_left_out_ones():
     assert is_trained("a photo of a red star and a blue heart")
     assert not is_trained("three hearts")
     assert is_trained("a corgi")  # of another model's prompts none is left out
+
+
+def test_a_complete_run_that_has_lost_something_is_told(tmp_path: Path):
+    (job,) = jobs_of(small_plan(tmp_path, "neighbor-dpmpp-8", budget=50.0))
+    leave(job, lambda picture, step: 0.5)
+    check_whole(job)
+    metrics, evaluation = job.folder / "metrics.jsonl", max((job.folder / "evaluations").iterdir())
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    losses = {
+        metrics: [b"".join(lines[:2] + lines[3:]), b"".join(lines[1:]), b"".join([lines[0][:5], *lines[1:]])],
+        evaluation: [b"", evaluation.read_bytes()[:-9], evaluation.read_bytes().replace(b"world", b"w", 1), None],
+        job.folder / "config.yaml": [None],
+    }
+    for path, contents in losses.items():
+        before = path.read_bytes()
+        for content in contents:
+            path.unlink() if content is None else path.write_bytes(content)
+            assert is_complete(job)
+            with pytest.raises(ConfigError, match=r"must be whole, but of .*remove that folder, and the same command"):
+                check_whole(job)
+            path.write_bytes(before)
+
+
+def test_the_reward_of_an_evaluation_in_which_every_picture_failed_is_no_number(tmp_path: Path):
+    (job,) = jobs_of(small_plan(tmp_path, "neighbor-dpmpp-8", budget=50.0))
+    leave(job, lambda picture, step: 0.5)
+    metrics = job.folder / "metrics.jsonl"
+    first, rest = metrics.read_text().split("\n", 1)
+    metrics.write_text(first.replace('"eval/reward_mean": 0.5', '"eval/reward_mean": null') + "\n" + rest)
+    before, after = evaluated(job.folder)
+    assert math.isnan(before)
+    assert after == 0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -109,14 +111,21 @@ def test_all_methods_evaluate_alike(tmp_path: Path):
     ("asked", "message"),
     [
         ({"tables": (8,)}, "--table must be one of 1, 2, 3, 4, 5, 6, 7, got 8"),
-        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
-        ({"budget": -1.0}, "--budget must be above 0"),
-        ({"budget": float("nan")}, "--budget must be above 0 .* and finite, got nan"),
-        ({"budget": float("inf")}, "--budget must be above 0 .* and finite, got inf"),
+        ({"seeds": 0}, "--seeds must be from 1 to 100, got 0"),
+        ({"seeds": 10**9}, "--seeds must be from 1 to 100, got 1000000000"),
+        *(({"budget": value}, f"--budget must be above 0 .*, got {value:g}") for value in (-1.0, math.inf, math.nan)),
+        ({"budget": 1e12}, r"at most 1,000,000 forward passes per sample, got 1e\+12"),
         ({"settings": ("rollout.num_steps=4",)}, "rollout.num_steps must be left to `ngrpo bench paper`"),
         ({"settings": ("algorithm.eta=0.3",)}, "algorithm.eta must be left to `ngrpo bench paper`"),
         ({"settings": ("optimizer.learning_rate=1",)}, "optimizer.learning_rate must be left to `ngrpo bench paper`"),
-        ({"settings": ("lora.rank",)}, "must look like key=value, got 'lora.rank'"),
+        *(
+            ({"settings": (text,)}, rf"must look like key=value, got {re.escape(repr(text))}")
+            for text in ("lora.rank", "=4", " seed=4", "lora.rank=4\nseed=4")
+        ),
+        (
+            {"settings": ("trainer={num_iterations: 4}",)},
+            "trainer must be given key by key, such as trainer.micro_batch",
+        ),
         ({"settings": ("lora.rnak=4",)}, "lora.rnak"),
         ({"settings": ("evaluation.num_prompts=5",)}, "num_prompts must be at least 12, two of each task, got 5"),
         ({"tables": (4,), "names": ("flow-grpo",)}, "must have a method in common"),
@@ -125,3 +134,14 @@ def test_all_methods_evaluate_alike(tmp_path: Path):
 def test_what_cannot_be_compared_is_refused(asked: dict[str, object], message: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=message):
         make_plan(tmp_path, "quick", **asked)  # pyright: ignore
+
+
+def test_every_run_is_in_the_folder_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Names that mean something in YAML are names; `$NAME` is what it is in any path of a configuration."""
+    monkeypatch.setenv("WHERE", "there")
+    for name in ("it's", "a: b # c", "[x", "$WHERE/x"):
+        plan = small_plan(tmp_path / name, budget=400.0)
+        assert plan.output_dir == tmp_path / name.replace("$WHERE", "there")
+        assert {job.folder.parents[2] for job in jobs_of(plan)} == {plan.output_dir}
+    with pytest.raises(ConfigError, match=r"--output-dir must not name a variable that is not set, got .*\$WHENCE"):
+        small_plan(tmp_path / "$WHENCE")

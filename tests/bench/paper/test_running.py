@@ -17,7 +17,7 @@ from ngrpo_lora.bench.paper import running
 from ngrpo_lora.bench.paper.plan import Job
 from ngrpo_lora.bench.paper.running import Stopped, check_folders, last_line, places, run_all, start, time_left
 from ngrpo_lora.config import load_config
-from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.errors import ConfigError, UserError
 
 WORKS = """
 import sys, time
@@ -65,6 +65,45 @@ def test_a_failed_run_leaves_the_others_alone_and_says_why(tmp_path: Path, monke
     neighbor, flow = jobs_of(small_plan(tmp_path, budget=400.0))
     assert run_all([flow, neighbor], 1, [], tmp_path, lambda line: None) == [(flow, "out of paint")]
     assert running.is_complete(neighbor)
+
+
+def test_a_run_that_is_killed_is_told_apart_from_what_it_printed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = "import os, signal; print('3/40 reward 0.5', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    pretend(monkeypatch, tmp_path, code)
+    job = jobs_of(small_plan(tmp_path, budget=400.0))[0]
+    assert run_all([job], 10**9, [], tmp_path, lambda line: None) == [
+        (job, "killed by SIGKILL, often for lack of memory")
+    ]
+
+
+def test_a_run_that_ends_with_a_part_of_its_metrics_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As where lines were lost before it was resumed: what it spent would be counted short."""
+    loses = "\npath = job.folder / 'metrics.jsonl'\nlines = path.read_text().splitlines(True)\n"
+    pretend(monkeypatch, tmp_path, WORKS + loses + "path.write_text(''.join(lines[:1] + lines[3:]))\n")
+    job = jobs_of(small_plan(tmp_path, budget=400.0))[0]
+    ((failed, reason),) = run_all([job], 1, [], tmp_path, lambda line: None)
+    assert failed is job
+    assert "some lines of metrics.jsonl, files of evaluations/ or config.yaml are missing" in reason
+
+
+def test_a_run_that_another_process_still_makes_is_left_alone(tmp_path: Path):
+    job = jobs_of(small_plan(tmp_path, budget=400.0))[0]
+    code = """
+import sys
+from pathlib import Path
+from ngrpo_lora.records.ownership import owned
+with owned(Path(sys.argv[1])):
+    print("owned", flush=True)
+    input()
+"""
+    words = [sys.executable, "-c", code, str(job.folder)]
+    other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"owned\n"
+    with pytest.raises(UserError, match=rf"seed-0' is in use \(process {other.pid} on .*wait for it or end it"):
+        check_folders([job])
+    other.communicate(b"\n")
+    check_folders([job])
 
 
 def test_ctrl_c_lets_runs_end_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

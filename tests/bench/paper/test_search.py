@@ -112,9 +112,10 @@ def test_several_rewards_are_judged_by_their_weighted_sum(tmp_path: Path):
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path):
-    (tmp_path / search.FILE).write_text("{")
-    with pytest.raises(ConfigError, match=r"must hold the winners of the search as JSON.*remove it"):
-        search.kept(small_plan(tmp_path, "flow-grpo", profile="default"))
+    for damaged in ("{", "{}", "[3]", '[{"method": "flow-grpo"}]', '[{"methods": "flow-grpo"}]'):
+        (tmp_path / search.FILE).write_text(damaged)
+        with pytest.raises(ConfigError, match=r"must hold the winners of the search as JSON.*remove it"):
+            search.kept(small_plan(tmp_path, "flow-grpo", profile="default"))
 
 
 def test_without_a_search_a_methods_own_values_are_used(tmp_path: Path):
@@ -160,9 +161,28 @@ def test_what_an_earlier_comparison_has_found_is_taken_and_not_searched_again(fo
         ("{", "--tuned-by must be JSON"),
         ("[]", "no search of any of neighbor-ddim-25, "),
         ('{"tables": []}', "no search of any of"),
-        ('[{"method": "nft"}, 3]', "no search of any of"),
-        (json.dumps([entry("nft", "algorithm.clip_range")]), "no search of any of"),  # its knob is another
+        ('[{"method": "gone"}]', "no search of any of"),
         (json.dumps([entry("neighbor-dpmpp-8", "algorithm.clip_range") | {"searched": False}]), "no search of any of"),
+        (json.dumps([entry("dance", "algorithm.clip_range")]), "of methods that are compared now, got one of dance"),
+        (
+            json.dumps([entry("neighbor-dpmpp-8", "algorithm.clip_range", value="7")]),
+            "--tuned-by: .*clip_range .*got 7",
+        ),
+        *(
+            (json.dumps([entry("neighbor-dpmpp-8", "algorithm.clip_range"), damaged]), "hold each method's winner and")
+            for damaged in (
+                3,
+                {"method": "nft"},
+                {"method": ["nft"]},
+                entry("nft", "algorithm.clip_range"),  # its knob is another
+                entry("nft", "algorithm.mixture", rate="fast"),
+                entry("nft", "algorithm.mixture", rate="inf"),
+                entry("nft", "algorithm.mixture") | {"label": None},
+                entry("nft", "algorithm.mixture") | {"searched": "yes"},
+                entry("nft", "algorithm.mixture") | {"points": [{}]},
+                entry("nft", "algorithm.mixture") | {"validation_reward": "high"},
+            )
+        ),
     ],
 )
 def test_a_file_that_holds_no_search_is_refused(text: str | None, problem: str, tmp_path: Path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import pytest
 from paper_runs import jobs_of, leave, small_plan
 
 from ngrpo_lora.bench.paper.outcomes import read
+from ngrpo_lora.bench.paper.reached import crossing
 from ngrpo_lora.bench.paper.tables import Table, make_tables
 
 
@@ -86,3 +89,17 @@ def test_a_table_shows_what_is_complete(tmp_path: Path):
 def test_markdown_keeps_its_columns():
     lines = Table("T", "about", ("a", "b"), (("x|y", "z"),)).markdown().splitlines()
     assert lines[-1] == "| x\\|y | z |"
+
+
+def test_a_picture_without_a_reward_leaves_the_others_to_tell_what_a_gain_costs(tmp_path: Path):
+    plan = small_plan(tmp_path, "neighbor-dpmpp-8", budget=400.0)
+    (job,) = jobs_of(plan)
+    leave(job, lambda picture, step: math.nan if picture == 0 else 0.4 + 0.01 * step)
+    (outcome,) = read([job])
+    passes, seconds = crossing(outcome, 0.02) or (math.nan, math.nan)
+    assert (passes, seconds) == (pytest.approx(20), pytest.approx(3.5))  # after two iterations
+
+
+def test_a_batch_is_what_the_runs_have_drawn(tmp_path: Path):
+    settings = ("rollout.prompts_per_iteration=0x4", "rollout.group_size=16")
+    assert "the 64 places" in tables(tmp_path, settings=settings)[0].about
