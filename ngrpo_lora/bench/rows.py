@@ -55,14 +55,14 @@ class Rows:
             found = json.loads(path.read_text(encoding="utf-8"))
             head = {key: found[key] for key in self.head}
             rows = {row["label"]: row for row in found["rows"]}
-        except (OSError, ValueError, TypeError, KeyError):
+            others = [change for row in rows.values() for change in _changes(row, settings)]
+        except (OSError, ValueError, TypeError, KeyError):  # a configuration of another version is a ValueError too
             raise ConfigError(
                 f"--output must be a new file or one of `ngrpo bench {self.head['bench']}`, but {str(path)!r} is "
                 "neither; give another name"
             ) from None
         changes = [f"{key}: {head[key]} -> {value}" for key, value in self.head.items() if head[key] != value]
-        changes = changes or [change for row in rows.values() for change in _changes(row, settings)]
-        if changes:
+        if changes := changes or others:
             raise ConfigError(
                 f"--output {str(path)!r} has rows that were measured otherwise ({', '.join(dict.fromkeys(changes))}); "
                 "give another file, or delete it"

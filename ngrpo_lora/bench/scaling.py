@@ -261,7 +261,8 @@ def measure_processes(config: RunConfig, counts: Sequence[int], repeats: int, do
             words = ["train", str(path), "--num-processes", str(count)]
             result = subprocess.run([sys.executable, "-m", "ngrpo_lora", *words], capture_output=True, text=True)
             if result.returncode:
-                raise UserError(f"a run of {count} processes failed: {result.stderr.strip()}")
+                said = [line for line in result.stderr.splitlines() if line.strip()] or [f"status {result.returncode}"]
+                raise UserError(f"a run of {count} processes failed: {said[-1]}")
             rows = [row for row in read_metrics(output / "metrics.jsonl") if "time/update_s" in row]
         timed[count] = stage_medians(rows[1:])
         done()
@@ -288,7 +289,8 @@ def scaling_table(
     """Measure every quantity and tell times and fits as a Markdown table; `output` has them as JSON.
 
     Raises:
-        UserError: the configuration leaves no room for three values of each, or a run fails.
+        UserError: the configuration leaves no room for three values of each, or a run fails, or Ctrl-C; what was
+            measured before it is told, and in `output`.
     """
     check_processes(config, processes)
     check_settings(config)
@@ -297,14 +299,24 @@ def scaling_table(
         check_writable(output)
     total = len([*flat(cases)]) * (1 + repeats) + len(processes) * (1 + repeats)
     countdown = Countdown(total, console.print)
+    sweeps: list[Sweep] = []
     try:
-        sweeps = measure(config, cases, repeats, partial(countdown.done, 1, "scaling"))
+        sweeps += measure(config, cases, repeats, partial(countdown.done, 1, "scaling"))
+        if processes:
+            done = partial(countdown.done, 1 + repeats, "processes")
+            sweeps.append(measure_processes(config, processes, repeats, done))
     except KeyboardInterrupt:
-        raise UserError(
-            "stopped; as all values take turns, there is nothing to keep; --repeats 1 is the shortest"
-        ) from None
-    if processes:
-        sweeps.append(measure_processes(config, processes, repeats, partial(countdown.done, 1 + repeats, "processes")))
+        kept = "whole runs are not timed" if sweeps else "as all values take turns, there is nothing to keep"
+        raise UserError(f"stopped; {kept}; --repeats 1 is the shortest") from None
+    finally:
+        if sweeps:
+            report(config, sweeps, repeats, output, tell)
+
+
+def report(
+    config: RunConfig, sweeps: Sequence[Sweep], repeats: int, output: Path | None, tell: Callable[[str], None]
+) -> None:
+    """Write times and fits as JSON, where an output is given, and tell them as a Markdown table."""
     if output is not None:
         found = [{**asdict(one), "fits": {k: asdict(f) for k, f in one.fits().items()}} for one in sweeps]
         head = {"bench": "scaling", "version": code_version(), "machine": machine(), "repeats": repeats}

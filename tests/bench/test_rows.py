@@ -59,6 +59,23 @@ def test_rows_of_anything_else_are_refused_and_stay(tmp_path: Path, monkeypatch:
     assert "-> 9.0)" in refusal()
 
 
+@pytest.mark.parametrize("lost", ["label", "config", "setting", "config.seed"])
+def test_a_row_that_has_lost_something_is_refused(lost: str, tmp_path: Path):
+    """The last is of a configuration that there is no longer."""
+    path = tmp_path / "rows.json"
+    Rows(path, "gradient", {}, SETTINGS).add(SETTINGS[0], {"value": 0.5})
+    found = json.loads(path.read_text())
+    row = found["rows"][0]
+    if lost == "config.seed":
+        row["config"]["sede"] = row["config"].pop("seed")
+    else:
+        del row[lost]
+    path.write_text(json.dumps(found))
+    others = all_settings("demo", [], ["rollout.num_steps=16"])
+    with pytest.raises(ConfigError, match="must be a new file or one of `ngrpo bench gradient`"):
+        Rows(path, "gradient", {}, others)
+
+
 @pytest.mark.parametrize("text", ["not json", "[]", '{"bench": "gradient"}', '{"rows": 3}'])
 def test_a_file_of_another_kind_is_refused_and_stays(text: str, tmp_path: Path):
     path = tmp_path / "notes.json"

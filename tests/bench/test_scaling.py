@@ -239,6 +239,24 @@ def test_a_file_of_another_purpose_is_never_written_over(text: str, tmp_path: Pa
     scaling.check_writable(path)
 
 
+@pytest.mark.parametrize(
+    ("error", "message"), [(KeyboardInterrupt(), "whole runs are not timed"), (UserError("x"), "x")]
+)
+def test_what_is_measured_is_told_and_kept_where_whole_runs_end_early(
+    error: BaseException, message: str, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def ends(*_: object) -> Sweep:
+        raise error
+
+    monkeypatch.setattr(scaling, "measure", lambda *_: [Sweep("solver steps", [4, 8], {"update": [1.0, 2.0]})])
+    monkeypatch.setattr(scaling, "measure_processes", ends)
+    lines: list[str] = []
+    with pytest.raises(UserError, match=message):
+        scaling.scaling_table(config, [1, 2], 1, tmp_path / "scaling.json", lines.append)
+    assert "| solver steps | update | 4: 1.000, 8: 2.000 |" in lines[-1]
+    assert [sweep["x"] for sweep in json.loads((tmp_path / "scaling.json").read_text())["sweeps"]] == [[4, 8]]
+
+
 def test_ctrl_c_says_that_nothing_is_kept(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

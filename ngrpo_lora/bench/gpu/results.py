@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ngrpo_lora.adapters.header import code_version
 from ngrpo_lora.bench.gpu.parts import Part
@@ -19,6 +19,9 @@ State = Literal["waiting", "measured", "left out", "out of memory", "failed", "s
 """What has become of a row. A failure and a row that was stopped are tried again by the next call."""
 
 FINAL: tuple[State, ...] = ("measured", "left out", "out of memory")
+
+EMPTY: dict[str, Any] = {"label": "", "config": {}, "state": "waiting", "reason": None, "found": {}}
+"""What every row has."""
 
 Result = dict[str, Any]
 """A part's name, title and kind, the version and machine that its rows are of, and the rows with their
@@ -41,7 +44,7 @@ def opened_result(part: Part, path: Path, machine: str) -> Result:
     for row in part.rows:
         config = finite(row.config.model_dump(mode="json"))
         kept = complete.get(row.label)
-        fresh = {"label": row.label, "config": config, "state": "waiting", "reason": None, "found": {}}
+        fresh = {**EMPTY, "label": row.label, "config": config}
         rows.append(kept if kept and kept["config"] == config else fresh)
     return {**head, "rows": rows}
 
@@ -54,10 +57,10 @@ def read_result(path: Path) -> Result:
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        states = [row["state"] for row in result["rows"]]
+        whole = all({*EMPTY} <= {*row} and row["state"] in get_args(State) for row in result["rows"])
     except (OSError, ValueError, TypeError, KeyError):
-        states = [None]
-    if not all(isinstance(state, str) for state in states):
+        whole = False
+    if not whole:
         raise ConfigError(
             f"{str(path)!r} must be a file of `ngrpo bench report`, and is none; give another --output-dir"
         )

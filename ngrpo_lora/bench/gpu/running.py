@@ -19,6 +19,7 @@ from ngrpo_lora.bench.gpu.report import page, part_table
 from ngrpo_lora.bench.gpu.results import Result, opened_result, read_result, waiting, write_result
 from ngrpo_lora.bench.paper.running import last_line, stopping
 from ngrpo_lora.records.files import written
+from ngrpo_lora.records.ownership import owned
 
 __all__ = ["Budget", "make_report"]
 
@@ -59,8 +60,17 @@ def make_report(parts: Sequence[Part], folder: Path, machine: str, minutes: floa
         Whether every row has been tried.
     Raises:
         ConfigError: a file in the folder is not of a report.
+        UserError: another process writes into the folder.
         Stopped: by Ctrl-C or SIGTERM; what is measured stays.
     """
+    with owned(folder), stopping({}):
+        return measure_parts(parts, folder, machine, minutes, tell)
+
+
+def measure_parts(
+    parts: Sequence[Part], folder: Path, machine: str, minutes: float, tell: Callable[[str], None]
+) -> bool:
+    """Do the work of `make_report` in a folder that is owned."""
     budget = Budget(60 * minutes)
     paths = [folder / "parts" / f"{part.name}.json" for part in parts]
     results = [opened_result(part, path, machine) for part, path in zip(parts, paths, strict=True)]
@@ -68,18 +78,17 @@ def make_report(parts: Sequence[Part], folder: Path, machine: str, minutes: floa
         write_result(path, result)
     open_ones = [index for index, result in enumerate(results) if waiting(result)]
     write_report(folder, results)
-    with stopping({}):
-        for place, index in enumerate(open_ones):
-            part, path = parts[index], paths[index]
-            granted_s = budget.granted_s([parts[i] for i in open_ones[place:]])
-            if granted_s == 0:
-                tell(f"{part.title}: not started; {part.allotted_s:g} s are allotted, and {budget.left_s:.0f} s left")
-                continue
-            tell(f"{part.title}: at most {granted_s:.0f} s")
-            measure(path, granted_s)
-            results[index] = read_result(path)
-            write_report(folder, results)
-            tell(f"\n{part_table(results[index])}\n")
+    for place, index in enumerate(open_ones):
+        part, path = parts[index], paths[index]
+        granted_s = budget.granted_s([parts[i] for i in open_ones[place:]])
+        if granted_s == 0:
+            tell(f"{part.title}: not started; {part.allotted_s:g} s are allotted, and {budget.left_s:.0f} s left")
+            continue
+        tell(f"{part.title}: at most {granted_s:.0f} s")
+        measure(path, granted_s)
+        results[index] = read_result(path)
+        write_report(folder, results)
+        tell(f"\n{part_table(results[index])}\n")
     return not any(waiting(result) for result in results)
 
 

@@ -16,6 +16,7 @@ from ngrpo_lora.bench.gpu.parts import Kind, Part, Row, make_parts
 from ngrpo_lora.bench.gpu.results import opened_result, read_result, waiting, write_result
 from ngrpo_lora.bench.gpu.running import Budget, make_report
 from ngrpo_lora.config import RunConfig, load_config
+from ngrpo_lora.errors import ConfigError, UserError
 
 MACHINE = "this machine"
 
@@ -97,6 +98,30 @@ def test_what_was_not_measured_is_tried_again(
     finished(tmp_path, parts, state)
     make_report(parts, tmp_path, MACHINE, 10, quiet)
     assert started == {"steps": ["first"]}
+
+
+@pytest.mark.parametrize("lost", ["label", "config", "reason", "found", "state"])
+def test_a_file_that_has_lost_something_is_refused(lost: str, config: RunConfig, tmp_path: Path):
+    parts = [part("steps", Row("first", config))]
+    finished(tmp_path, parts)
+    path = tmp_path / "parts" / "steps.json"
+    result = json.loads(path.read_text())
+    del result["rows"][0][lost]
+    for damaged in (result, {"rows": [3]}, {"rows": [{"state": "done"}]}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ConfigError, match=r"steps.json' must be a file of `ngrpo bench report`, and is none; give"):
+            make_report(parts, tmp_path, MACHINE, 10, quiet)
+
+
+def test_two_commands_do_not_share_a_folder(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    parts = [part("steps", Row("first", config))]
+
+    def again(path: Path, granted_s: float) -> None:
+        with pytest.raises(UserError, match=r"is in use .*wait for it or end it, or give another"):
+            make_report(parts, tmp_path, MACHINE, 10, quiet)
+
+    monkeypatch.setattr(running, "measure", again)
+    make_report(parts, tmp_path, MACHINE, 10, quiet)
 
 
 def test_other_settings_another_machine_and_another_version_are_measured_anew(
