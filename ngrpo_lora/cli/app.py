@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import math
 import os
 import re
 import sys
@@ -170,6 +171,14 @@ def make_folder(output: Path, option: str = "--output") -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{option} must be a writable folder, got {str(output)!r}: {error.strerror}") from None
+
+
+def finite(value: Any) -> Any:
+    """The number, or numbers, that an option was given; NaN, which every range lets pass, and infinity are refused."""
+    for number in value if isinstance(value, list) else [value]:
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is not a finite number.")
+    return value
 
 
 def asked_device(device: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ngrpo_lora.cli.app import Device, RunArguments, asked_device, make_folder, split_arguments
+from ngrpo_lora.cli.app import Device, RunArguments, asked_device, finite, make_folder, split_arguments
 from ngrpo_lora.errors import ConfigError
 
 TunedBy = Annotated[
@@ -74,7 +74,8 @@ def solver(
         list[int] | None, typer.Option(min=1, help="Solver steps; repeat for several.", show_default=False)
     ] = None,
     shift: Annotated[
-        list[float] | None, typer.Option(min=0.01, help="Timestep shift; repeat for several.", show_default=False)
+        list[float] | None,
+        typer.Option(min=0.01, help="Timestep shift; repeat for several.", show_default=False, callback=finite),
     ] = None,
 ) -> None:
     """What the solver errs by on a flow whose answer is known, its order, and what integer timesteps cost.
@@ -175,9 +176,15 @@ def vote(
     taste: Annotated[str, typer.Option(help="What the voter prefers: warm colours or large objects.")] = "warm",
     wrong: Annotated[
         list[float] | None,
-        typer.Option(min=0, max=1, help="Probability of each of its words to be wrong; repeat.", show_default=False),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Probability of each of its words to be wrong; repeat.",
+            show_default=False,
+            callback=finite,
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with the seeds 0, 1, ...")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each, with the seeds 0, 1, ...")] = 3,
     output_dir: Annotated[Path, typer.Option(help="Where all runs go.")] = Path("runs/bench-vote"),
 ) -> None:
     """What 150 votes are worth: runs taught by a simulated voter, and the share of held-out pictures to its taste.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ngrpo_lora.cli.app import RunArguments, print_options, print_table, split_arguments
+from ngrpo_lora.cli.app import RunArguments, finite, print_options, print_table, split_arguments
 from ngrpo_lora.errors import ConfigError
 
 
@@ -49,7 +49,9 @@ def plan(
     arguments: RunArguments = None,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(min=1, max=1e6, help="GiB of each GPU, by its name: exit status 1 where it is not enough."),
+        typer.Option(
+            min=1, max=1e6, callback=finite, help="GiB of each GPU, by its name: exit status 1 where it is not enough."
+        ),
     ] = None,
     gpus: Annotated[
         int | None,
@@ -58,11 +60,16 @@ def plan(
         ),
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=0.001, max=1e9, help="Sustained TFLOP/s of a GPU, for an estimate of the time.")
+        float | None,
+        typer.Option(
+            min=0.001, max=1e9, callback=finite, help="Sustained TFLOP/s of a GPU, for an estimate of the time."
+        ),
     ] = None,
     measured_s_per_forward: Annotated[
         float | None,
-        typer.Option(min=1e-6, max=1e9, help="Seconds of one forward pass for one sample, in place of --tflops."),
+        typer.Option(
+            min=1e-6, max=1e9, callback=finite, help="Seconds of one forward pass for one sample, in place of --tflops."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON: bytes, FLOPs, counts.")] = False,
 ) -> None:

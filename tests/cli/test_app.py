@@ -39,6 +39,14 @@ def test_a_process_ends_with_status_2_and_one_line(tmp_path: Path):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("option", ["bench solver --shift", "bench vote --wrong", "plan --tflops", "plan --gpu-memory"])
+def test_what_is_no_number_is_in_no_range(option: str, number: str):
+    result = CliRunner().invoke(app, [*option.split(), "1", option.split()[-1], number])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option.split()[-1]}'" in result.output
+
+
 def test_version():
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
