@@ -97,9 +97,15 @@ def algorithm_settings(name: str) -> type[AlgorithmConfig]:
     """The settings class of an algorithm: from `config/algorithms/NAME.py`, or from its own module elsewhere.
 
     Raises:
-        ConfigError: no such algorithm; the nearest one is named.
+        ConfigError: no such algorithm, of which the nearest one is named, or a module that is none.
     """
-    return registry.load(registry.ALGORITHM_SETTINGS, name).Config
+    module = registry.load(registry.ALGORITHM_SETTINGS, name)
+    found = getattr(module, "Config", None)
+    if not (isinstance(found, type) and issubclass(found, AlgorithmConfig)):
+        raise ConfigError(f"must be a module with a class Config of AlgorithmConfig, but {name!r} has none; add it")
+    if "." in name and not isinstance(getattr(module, "Algorithm", None), type):
+        raise ConfigError(f"must be a module with a class Algorithm beside its Config, but {name!r} has none; add it")
+    return found
 
 
 class RewardConfig(Section, frozen=True):

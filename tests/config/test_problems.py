@@ -105,6 +105,8 @@ from refusing import message
         ),
         ("algorithm=a.b", ["algorithm.name names the module 'a.b', which Python cannot find"]),
         ("algorithm=..", ["algorithm.name names the module '..', which Python cannot find"]),
+        ("algorithm=os.path", ["algorithm.name must be a module with a class Config of AlgorithmConfig", "'os.path'"]),
+        ("algorithm=ngrpo_lora.config.algorithms.nft", ["must be a module with a class Algorithm beside its Config"]),
     ],
 )
 def test_a_bad_override_is_refused_with_rule_and_value(override: str, parts: list[str]):
