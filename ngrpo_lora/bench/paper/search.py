@@ -102,11 +102,22 @@ def tuned(plan: Plan, jobs: Sequence[Job]) -> dict[str, Point]:
 
 
 def kept(plan: Plan) -> dict[str, Point]:
-    """The winners in `tuning.json` of methods of which the tables' runs have begun."""
+    """The winners in `tuning.json` of methods of which the tables' runs have begun.
+
+    Raises:
+        ConfigError: the file cannot be read, or an earlier comparison has found other values for one of them.
+    """
     entries = {entry["method"]: entry for entry in entries_of(plan)}
     begun = {method.tuned_as for method in plan.methods if (Path(plan.output_dir) / "runs" / method.name).is_dir()}
     winners = [method for method in plan.searched if method.name in begun and method.name in entries]
-    return {m.name: point_of(entries[m.name]) for m in winners}
+    found = {method.name: point_of(entries[method.name]) for method in winners}
+    for name in found.keys() & plan.given.keys():
+        if (given := point_of(plan.given[name])) != found[name]:
+            raise ConfigError(
+                f"--tuned-by must have the values that runs of {name} were begun with ({' and '.join(found[name])}), "
+                f"got {' and '.join(given)}; leave it out, or give another --output-dir"
+            )
+    return found
 
 
 def entries_of(plan: Plan) -> list[dict[str, Any]]:
@@ -132,13 +143,17 @@ def entries_of(plan: Plan) -> list[dict[str, Any]]:
 def write(plan: Plan, jobs: Sequence[Job], winners: Tuned) -> list[dict[str, Any]]:
     """Write `tuning.json`: per method the winner and every point tried, with its reward.
 
-    A method that was searched in an earlier comparison has the entry of that one. Methods of which the plan knows
-    nothing stay in the file. Returns the entries of the others.
+    A method that was searched in an earlier comparison has the entry of that one, also where a later call does not name
+    it. Methods of which the plan knows nothing stay in the file. Returns the entries of the others.
     """
-    found = validated(jobs)
+    found, before = validated(jobs), entries_of(plan)
+    known = {entry["method"]: entry for entry in before if entry["method"] in winners.keys() - found.keys()}
+    elsewhere = {name: e for name, e in known.items() if e["searched"] and point_of(e) == winners[name]} | {
+        **plan.given
+    }
     entries: list[dict[str, Any]] = [
-        {**plan.given[method.name]}
-        if method.name in plan.given
+        {**elsewhere[method.name]}
+        if method.name in elsewhere
         else {
             "method": method.name,
             "label": method.label,
@@ -158,7 +173,7 @@ def write(plan: Plan, jobs: Sequence[Job], winners: Tuned) -> list[dict[str, Any
         for method in plan.searched
     ]
     entries = finite(entries)
-    others = [entry for entry in entries_of(plan) if entry["method"] not in winners]
+    others = [entry for entry in before if entry["method"] not in winners]
     with written(Path(plan.output_dir) / FILE) as partial:
         partial.write_text(json.dumps(others + entries, indent=1) + "\n", encoding="utf-8")
     return entries

@@ -12,7 +12,7 @@ from paper_runs import cost_of_8, leave, small_plan
 from ngrpo_lora.bench.paper import search
 from ngrpo_lora.bench.paper.methods import METHODS
 from ngrpo_lora.bench.paper.outcomes import is_complete
-from ngrpo_lora.bench.paper.plan import points
+from ngrpo_lora.bench.paper.plan import Plan, points
 from ngrpo_lora.bench.paper.tables import search_table
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.statistics import Estimate
@@ -152,6 +152,25 @@ def test_what_an_earlier_comparison_has_found_is_taken_and_not_searched_again(fo
     assert not other["searched"]
     rows = [row for row in search_table([own]).rows]
     assert rows == [("neighbor-dpmpp-8", "3e-3", "clip_range 1e-3", "0.700 ± 0.100", "yes")]
+
+
+def test_what_runs_were_begun_with_stays_whatever_a_later_call_names(tmp_path: Path):
+    def plan(**asked: object) -> Plan:
+        return small_plan(tmp_path / "paper", "flow-grpo", profile="default", **asked)
+
+    for rate in ("3e-3", "1e-4"):
+        (tmp_path / f"{rate}.json").write_text(json.dumps([entry("flow-grpo", "algorithm.clip_range", rate)]))
+    first = plan(tuned_by=tmp_path / "3e-3.json")
+    first.output_dir.mkdir()
+    (written,) = search.write(first, [], search.tuned(first, []))
+    (first.output_dir / "runs" / "flow-grpo").mkdir(parents=True)
+    jobs = search.jobs(later := plan(), cost_of_8)
+    assert search.tuned(later, jobs) == {"flow-grpo": ("3e-3", "1e-3")}
+    assert search.write(later, jobs, search.tuned(later, jobs)) == [written]
+    with pytest.raises(
+        ConfigError, match=r"runs of flow-grpo were begun with \(3e-3 and 1e-3\), got 1e-4 and 1e-3; leave"
+    ):
+        search.tuned(other := plan(tuned_by=tmp_path / "1e-4.json"), search.jobs(other, cost_of_8))
 
 
 @pytest.mark.parametrize(
