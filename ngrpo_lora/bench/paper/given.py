@@ -67,7 +67,7 @@ def has_point(found: Any, knob: str) -> bool:
     """Whether a mapping has a learning rate and a knob, positive numbers as text; its reward is a number or none."""
     if not isinstance(found, dict):
         return False
-    rewards = (found.get(key) for key in ("validation_reward", "half_interval"))
+    rewards = (found.get(part + key) for key in ("validation_reward", "half_interval") for part in ("", "whole_"))
     known = all(value is None or isinstance(value, int | float) for value in rewards)
     return known and is_positive(found.get(RATE)) and is_positive(found.get(knob))
 

@@ -55,7 +55,7 @@ SEARCH = {"prompts.held_out": TRAINED, "evaluation.seed": "500000", "evaluation.
 """What the search judges by: captions of training scenes of the trained tasks, none that the tables are about."""
 
 SEARCHED = 16
-"""Iterations that a run of the search has at least; else it has a quarter of the compute of a table's run."""
+"""Iterations that a short run of the search has at least; else it has a quarter of the compute of a table's run."""
 
 SEARCH_SEED, FIRST_SEED = 100, 0
 PER_ITERATION = 100
@@ -143,6 +143,8 @@ class Job:
     """Forward passes per sample of an iteration, on average."""
     point: tuple[str, str]
     """Learning rate and knob."""
+    whole: bool = True
+    """Whether it is as long as a run of the tables; else a quarter as long."""
 
     @property
     def folder(self) -> Path:
@@ -305,12 +307,13 @@ Length = Callable[[RunConfig, float], tuple[int, float]]
 """How many iterations a budget allows, and what one of them costs on average: `cost.length`."""
 
 
-def search_job(plan: Plan, method: Method, point: tuple[str, str], length: Length) -> Job:
-    """The run of the search that tries a point: a quarter as long as a run of the tables."""
-    name = f"search/{method.name}/rate-{point[0]}-{method.knob.rpartition('.')[2]}-{point[1]}"
+def search_job(plan: Plan, method: Method, point: tuple[str, str], length: Length, whole: bool = False) -> Job:
+    """The run of the search that tries a point: a quarter as long as a run of the tables, or as long."""
+    name = f"search/{method.name}/rate-{point[0]}-{method.knob.rpartition('.')[2]}-{point[1]}{'-whole' * whole}"
     config = _config(plan, method, name, SEARCH_SEED, point, SEARCH)
-    config, iterations, cost = _long(method, config, plan.budget / 4, SEARCHED, length)
-    return Job(name, method.name, SEARCH_SEED, _of_length(config, iterations, iterations), cost, point)
+    budget, at_least = (plan.budget, plan.equal_iterations) if whole else (plan.budget / 4, SEARCHED)
+    config, iterations, cost = _long(method, config, budget, at_least, length)
+    return Job(name, method.name, SEARCH_SEED, _of_length(config, iterations, iterations), cost, point, whole)
 
 
 def main_jobs(plan: Plan, tuned: Tuned, length: Length) -> list[Job]:

@@ -1,13 +1,15 @@
 """The search for every method's learning rate and knob: the point with the greatest reward on training captions.
 
-It is the same for all methods: rates first, on both sides of the best one where there are any left, then the knob.
+It is the same for all methods: rates first, on both sides of the best one where there are any left, then the knob, in
+runs of a quarter of the length; then the best point goes the whole length, and so do lower rates while they do better
+there: a rate that is best over a short run may be one that a long run does not survive.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from ngrpo_lora.evaluation.statistics import Estimate, mean_interval
 from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import finite
 
-__all__ = ["FILE", "choose", "jobs", "kept", "trials", "tuned", "write"]
+__all__ = ["FILE", "choose", "finals", "jobs", "kept", "trials", "tuned", "write"]
 
 FILE = "tuning.json"
 NONE = Estimate(math.nan, math.nan, math.nan)
@@ -53,6 +55,27 @@ def trials(method: Method, found: Found) -> list[Point]:
     return sorted(tried + others, key=points(method).index)
 
 
+def finals(method: Method, short: Found, whole: Found) -> list[Point]:
+    """The points that go the whole length, as far as rewards tell: the best of the short runs, and lower rates.
+
+    With the best one goes the next lower rate, and while the lowest so far is the best, the next below. None before
+    all short runs are known.
+    """
+    if any(point not in short for point in trials(method, short)):
+        return []
+    best = choose(method, short)
+    if best is None:
+        return []
+    rates, knob = LEARNING_RATES[: LEARNING_RATES.index(best[0]) + 1], best[1]
+    downwards = [(rate, knob) for rate in reversed(rates)]
+    going = downwards[:2]
+    for below in downwards[2:]:
+        if any(point not in whole for point in going) or _greatest(going, whole) != going[-1]:
+            break
+        going.append(below)
+    return going
+
+
 def jobs(plan: Plan, length: Length, failed: Collection[str] = ()) -> list[Job]:
     """The runs of the search, complete or to be made, as far as those that are complete tell; none without a search.
 
@@ -63,20 +86,41 @@ def jobs(plan: Plan, length: Length, failed: Collection[str] = ()) -> list[Job]:
     for method in plan.searched if plan.search else ():
         if method.name in plan.given:
             continue
-        possible = {point: search_job(plan, method, point, length) for point in points(method)}
-        found = validated([*possible.values()]).get(method.name, {})
-        found |= {point: NONE for point, job in possible.items() if job.name in failed}
-        wanted += [possible[point] for point in trials(method, found)]
+        possible = [[search_job(plan, method, p, length, whole) for p in points(method)] for whole in (False, True)]
+        short, whole = (_known(some, failed) for some in possible)
+        tried = (trials(method, short), finals(method, short, whole))
+        wanted += [job for some, ps in zip(possible, tried, strict=True) for job in some if job.point in ps]
     return wanted
 
 
-def validated(jobs: Sequence[Job]) -> dict[str, dict[Point, Estimate]]:
-    """The validation reward of every complete run of the search, by method and point; NaN where no picture has one."""
+def _known(jobs: Sequence[Job], failed: Collection[str]) -> Found:
+    """What is known of one method's points; NaN where a run failed."""
+    found = {point: estimate for each in validated(jobs).values() for point, estimate in each.items()}
+    return found | {job.point: NONE for job in jobs if job.name in failed}
+
+
+def validated(jobs: Iterable[Job]) -> dict[str, dict[Point, Estimate]]:
+    """The validation reward of every complete run of one length, by method and point; NaN where no picture has one."""
     found: dict[str, dict[Point, Estimate]] = {}
     for outcome in read(jobs):
         rewards, scenes = outcome.rewards(outcome.last).tolist(), [*map(scene_of, outcome.prompts)]
         found.setdefault(outcome.job.method, {})[outcome.job.point] = mean_interval(rewards, scenes)
     return found
+
+
+def _points(method: Method, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """What `tuning.json` says of each point of a method: the rewards of its short run and of its whole one, if any."""
+    rows: dict[Point, dict[str, Any]] = {
+        point: {RATE: point[0], method.knob: point[1]} for point in points(method) if point in {j.point for j in jobs}
+    }
+    for whole, prefix in ((False, ""), (True, "whole_")):
+        some = [job for job in jobs if job.whole == whole]
+        found = _known(some, ())
+        for job in some:
+            reward = found.get(job.point, NONE)
+            half = (reward.high - reward.low) / 2
+            rows[job.point] |= {f"{prefix}validation_reward": reward.value, f"{prefix}half_interval": half}
+    return [*rows.values()]
 
 
 def choose(method: Method, rewards: Found) -> Point | None:
@@ -95,10 +139,13 @@ def _greatest(points: Sequence[Point], rewards: Found) -> Point | None:
 def tuned(plan: Plan, jobs: Sequence[Job]) -> dict[str, Point]:
     """Each searched method's winner, here or in an earlier comparison, or its untuned values where it has none.
 
-    Where runs of the tables have begun, their method's winner stays what it was, whatever the search has found since.
+    It is the best of the runs of whole length, where any is known, or else of the short ones. Where runs of the tables
+    have begun, their method's winner stays what it was, whatever the search has found since.
     """
-    found, known = validated(jobs), {name: point_of(entry) for name, entry in plan.given.items()} | kept(plan)
-    return {m.name: known.get(m.name) or choose(m, found.get(m.name, {})) or m.untuned for m in plan.searched}
+    known = {name: point_of(entry) for name, entry in plan.given.items()} | kept(plan)
+    found = [validated(job for job in jobs if job.whole == whole) for whole in (True, False)]
+    chosen = {m.name: (choose(m, some.get(m.name, {})) for some in found) for m in plan.searched}
+    return {m.name: known.get(m.name) or next(filter(None, chosen[m.name]), m.untuned) for m in plan.searched}
 
 
 def kept(plan: Plan) -> dict[str, Point]:
@@ -146,8 +193,8 @@ def write(plan: Plan, jobs: Sequence[Job], winners: Tuned) -> list[dict[str, Any
     A method that was searched in an earlier comparison has the entry of that one, also where a later call does not name
     it. Methods of which the plan knows nothing stay in the file. Returns the entries of the others.
     """
-    found, before = validated(jobs), entries_of(plan)
-    known = {entry["method"]: entry for entry in before if entry["method"] in winners.keys() - found.keys()}
+    before, searched = entries_of(plan), {outcome.job.method for outcome in read(jobs)}
+    known = {entry["method"]: entry for entry in before if entry["method"] in winners.keys() - searched}
     elsewhere = {name: e for name, e in known.items() if e["searched"] and point_of(e) == winners[name]} | {
         **plan.given
     }
@@ -157,18 +204,10 @@ def write(plan: Plan, jobs: Sequence[Job], winners: Tuned) -> list[dict[str, Any
         else {
             "method": method.name,
             "label": method.label,
-            "searched": bool(found.get(method.name)),
+            "searched": method.name in searched,
             RATE: winners[method.name][0],
             method.knob: winners[method.name][1],
-            "points": [
-                {
-                    RATE: rate,
-                    method.knob: knob,
-                    "validation_reward": (reward := found.get(method.name, {}).get((rate, knob), NONE)).value,
-                    "half_interval": (reward.high - reward.low) / 2,
-                }
-                for rate, knob in (job.point for job in jobs if job.method == method.name)
-            ],
+            "points": _points(method, [job for job in jobs if job.method == method.name]),
         }
         for method in plan.searched
     ]

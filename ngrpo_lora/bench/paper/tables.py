@@ -257,21 +257,26 @@ def search_table(entries: Sequence[dict[str, Any]]) -> Table:
         rate, knob = RATE, KNOBS[entry["method"]]
         for point in entry["points"] or [entry]:
             won = (point[rate], point[knob]) == (entry[rate], entry[knob])
-            reward, half = point.get("validation_reward"), point.get("half_interval")
-            shown = "not searched" if not entry["points"] else "failed or missing"
-            if reward is not None:
-                shown = f"{reward:.3f}" + ("" if half is None else f" ± {half:.3f}")
+            shown = [_validated(point, part) for part in ("", "whole_")] if entry["points"] else ["not searched", ""]
             edge = bool(entry["points"]) and point[rate] in (LEARNING_RATES[0], LEARNING_RATES[-1])
             used = ("at the edge" if edge else "yes") if won else ""
-            lines.append((entry["label"], point[rate], f"{knob.partition('.')[2]} {point[knob]}", shown, used))
+            lines.append((entry["label"], point[rate], f"{knob.partition('.')[2]} {point[knob]}", *shown, used))
     about = (
         "The reward, with its 95% interval, on captions of training scenes of the trained tasks, with other seeds than "
-        "the tables', after runs of a quarter of their compute and at least 16 iterations. One run a point: where "
-        "intervals overlap, chance has its part in the choice. Every method is searched alike: three learning rates, "
-        "the next one beyond while the best is the lowest or highest, then the second setting with the best rate. The "
-        "first of equal rewards wins, which has the lower learning rate. A winner at the edge of all rates might be "
-        "better still beyond it."
+        "the tables', after runs of a quarter of their compute and at least 16 iterations, and after runs as long as "
+        "the tables'. One run a point: where intervals overlap, chance has its part in the choice. Every method is "
+        "searched alike: three learning rates, the next one beyond while the best is the lowest or highest, then the "
+        "second setting with the best rate; then the best of these and the next lower rate go the whole length, and "
+        "the next below while the lowest does best there. The first of equal rewards wins, which has the lower "
+        "learning rate. A winner at the edge of all rates might be better still beyond it."
     )
-    return Table(
-        "Search", about, ("method", "learning rate", "second setting", "validation reward", "used"), tuple(lines)
-    )
+    head = ("method", "learning rate", "second setting", "reward after a quarter", "after the whole length", "used")
+    return Table("Search", about, head, tuple(lines))
+
+
+def _validated(point: dict[str, Any], part: str) -> str:
+    """A point's validation reward with its interval; nothing where no such run was called for."""
+    reward, half = point.get(f"{part}validation_reward"), point.get(f"{part}half_interval")
+    if reward is None:
+        return "failed or missing" if f"{part}validation_reward" in point else ""
+    return f"{reward:.3f}" + ("" if half is None else f" ± {half:.3f}")

@@ -59,6 +59,50 @@ def test_the_search_goes_on_beyond_its_edges_and_then_to_the_knob(
     assert tried == [point for point in points(METHOD) if point in expected]
 
 
+@pytest.mark.parametrize(
+    ("short", "whole", "rates"),
+    [
+        (rewarded(r3e_4=0.1, r1e_3=0.2), {}, ""),  # a short run is under way
+        (rewarded(r3e_4=0.1, r1e_3=0.3, r3e_3=0.2), {}, "1e-3 3e-4"),
+        (rewarded(r3e_4=0.1, r1e_3=0.3, r3e_3=0.2), rewarded(r1e_3=0.4), "1e-3 3e-4"),
+        (rewarded(r3e_4=0.1, r1e_3=0.3, r3e_3=0.2), rewarded(r1e_3=0.4, r3e_4=0.3), "1e-3 3e-4"),
+        (rewarded(r3e_4=0.1, r1e_3=0.3, r3e_3=0.2), rewarded(r1e_3=0.4, r3e_4=0.5), "1e-3 3e-4 1e-4"),
+        (rewarded(r3e_4=0.1, r1e_3=0.3, r3e_3=0.2), rewarded(r1e_3=math.nan, r3e_4=0.5), "1e-3 3e-4 1e-4"),
+        (rewarded(r3e_4=0.1, r1e_3=0.3, r3e_3=0.2), rewarded(r1e_3=0.4, r3e_4=0.5, r1e_4=0.6), "1e-3 3e-4 1e-4"),
+        (rewarded(r1e_4=0.4, r3e_4=0.3, r1e_3=0.2, r3e_3=0.1), {}, "1e-4"),  # there is none below
+        (rewarded(r3e_4=math.nan, r1e_3=math.nan, r3e_3=math.nan), {}, ""),
+    ],
+)
+def test_the_best_short_run_and_lower_rates_go_the_whole_length(
+    short: dict[search.Point, Estimate], whole: dict[search.Point, Estimate], rates: str
+):
+    usual = METHOD.untuned[1]
+    (other,) = (knob for knob in METHOD.knob_values if knob != usual)
+    ends = {(rate, other): search.NONE for rate, _ in short}  # the knob's other value has failed at each
+    short = short if len(short) < 3 else short | ends
+    assert search.finals(METHOD, short, whole) == [(rate, usual) for rate in rates.split()]
+
+
+def test_a_rate_that_a_long_run_does_not_survive_is_not_chosen(tmp_path: Path):
+    plan = small_plan(tmp_path, "flow-grpo", profile="default", budget=4000.0)
+    while jobs := [job for job in search.jobs(plan, cost_of_8) if not is_complete(job)]:
+        for job in jobs:
+            rate = float(job.point[0])
+            reward = 0.9 - 100 * rate if job.whole else 0.8 - 100 * abs(rate - 3e-3)
+            reward -= 0.01 * (job.point[1] != "1e-3")
+            leave(job, lambda picture, step, reward=reward: reward)
+    jobs = search.jobs(plan, cost_of_8)
+    long = [job for job in jobs if job.whole]
+    assert [job.point[0] for job in long] == ["1e-4", "3e-4", "1e-3", "3e-3"]  # with 3e-3 the best of the short ones
+    assert {job.config.trainer.num_iterations for job in long} == {100}
+    assert {job.config.trainer.num_iterations for job in jobs if not job.whole} == {25}
+    assert search.tuned(plan, jobs) == {"flow-grpo": ("1e-4", "1e-3")}
+    (entry,) = search.write(plan, jobs, search.tuned(plan, jobs))
+    shown = {(row[1], row[2]): row[3:] for row in search_table([entry]).rows}
+    assert shown["1e-4", "clip_range 1e-3"] == ("", "0.890 ± 0.000", "at the edge")
+    assert [shown[rate, "clip_range 1e-3"][0][:5] for rate in ("3e-4", "1e-3", "3e-3")] == ["0.530", "0.600", "0.800"]
+
+
 def test_winners_and_all_points_are_written_and_shown(tmp_path: Path):
     plan = small_plan(tmp_path, "flow-grpo", profile="default", budget=400.0)
     jobs = search.jobs(plan, cost_of_8)
@@ -151,7 +195,7 @@ def test_what_an_earlier_comparison_has_found_is_taken_and_not_searched_again(fo
     assert own == found[0]
     assert not other["searched"]
     rows = [row for row in search_table([own]).rows]
-    assert rows == [("neighbor-dpmpp-8", "3e-3", "clip_range 1e-3", "0.700 ± 0.100", "yes")]
+    assert rows == [("neighbor-dpmpp-8", "3e-3", "clip_range 1e-3", "0.700 ± 0.100", "", "yes")]
 
 
 def test_what_runs_were_begun_with_stays_whatever_a_later_call_names(tmp_path: Path):
