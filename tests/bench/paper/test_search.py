@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from paper_runs import cost_of_8, leave, small_plan
@@ -173,7 +174,7 @@ def test_without_a_search_a_methods_own_values_are_used(tmp_path: Path):
 # Of an earlier comparison --------------------------------------------------------------------------------------------
 
 
-def entry(method: str, knob: str, rate: str = "3e-3", value: str = "1e-3") -> dict[str, object]:
+def entry(method: str, knob: str, rate: str = "3e-3", value: str = "1e-3") -> dict[str, Any]:
     """What a comparison that has searched writes of a method."""
     point = {"optimizer.learning_rate": rate, knob: value, "validation_reward": 0.7, "half_interval": 0.1}
     return {"method": method, "label": method, "searched": True, "points": [point], "optimizer.learning_rate": rate} | {
