@@ -107,6 +107,7 @@ from refusing import message
         ("algorithm=..", ["algorithm.name names the module '..', which Python cannot find"]),
         ("algorithm=os.path", ["algorithm.name must be a module with a class Config of AlgorithmConfig", "'os.path'"]),
         ("algorithm=ngrpo_lora.config.algorithms.nft", ["must be a module with a class Algorithm beside its Config"]),
+        ("algorithm.advantage_p=0.01", ["algorithm.advantage_p must be at least 0.1, got 0.01"]),
     ],
 )
 def test_a_bad_override_is_refused_with_rule_and_value(override: str, parts: list[str]):

@@ -35,7 +35,8 @@ class Config(AlgorithmConfig, frozen=True):
     old_anchor: Literal["one_step", "rollout"] = Field(
         "one_step", description="Old anchor: its one-step transition under old weights, or the rollout's own point."
     )
-    advantage_p: float = Field(2.0, gt=0, le=2, description="Quasi-norm of the advantages (p, Eq. 11); 2: standard.")
+    # Below some thousandths the quasi-norm of a group is beyond float64, and all advantages are 0.
+    advantage_p: float = Field(2.0, ge=0.1, le=2, description="Quasi-norm of the advantages (p, Eq. 11); 2: standard.")
     scale_rewards: Literal["group", "batch"] = Field(
         "group",
         description="Divide a group's centred rewards by their own quasi-norm (Eq. 11), or by the standard deviation "
