@@ -70,7 +70,7 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
     from ngrpo_lora.hub.watching import HubWatcher
     from ngrpo_lora.training.trainer import train
 
-    warnings, threads = Warnings(), torch.get_num_threads()
+    warnings, threads, precision = Warnings(), torch.get_num_threads(), torch.get_float32_matmul_precision()
     logging.getLogger("ngrpo_lora").addHandler(warnings)
     failure: Exception | None = None
     try:
@@ -89,6 +89,7 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
     finally:
         logging.getLogger("ngrpo_lora").removeHandler(warnings)
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
         gc.collect()
         comfy.model_management.soft_empty_cache()
     # Raised here, where no traceback holds the run's tensors.

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from ngrpo_lora.errors import UserError
 
 __all__ = [
     "free_memory",
     "is_out_of_memory",
+    "lent",
     "release_memory",
     "resolve_device",
     "resolve_dtype",
@@ -86,6 +88,25 @@ def use_device(device: str) -> None:
     """Make a GPU the default device of this process; there is nothing to do for other devices."""
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device).index or 0)
+
+
+@contextmanager
+def lent(network: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Compute with copies of a frozen network's weights on a device while the context lasts.
+
+    The weights themselves wait in system memory, and take their places again at the end: nothing is copied back.
+    """
+    held = [owner for module in network.modules() for owner in (module._parameters, module._buffers)]
+    before = [{**owner} for owner in held]
+    weights = {weight for owner in before for weight in owner.values() if weight is not None}
+    copies: dict[torch.Tensor | None, torch.Tensor] = {weight: weight.to(device) for weight in weights}
+    try:
+        for owner in held:
+            owner.update({name: copies.get(weight) for name, weight in owner.items()})
+        yield
+    finally:
+        for owner, own in zip(held, before, strict=True):
+            owner.update(own)
 
 
 @contextmanager

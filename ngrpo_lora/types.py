@@ -64,8 +64,14 @@ class Rollout:
         return self.final.flatten(1).isfinite().all(1)
 
     def to(self, device: torch.device | str) -> Self:
-        """This rollout with all its tensors on another device."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        """This rollout with all its tensors on another device.
+
+        What a CUDA GPU gives goes to page-locked memory, and is there once that GPU has been waited for.
+        """
+        soon = self.final.is_cuda  # elsewhere, as on Apple's GPUs, a copy that is not waited for may be read too early
+        return replace(
+            self, **{field.name: getattr(self, field.name).to(device, non_blocking=soon) for field in fields(self)}
+        )
 
 
 @dataclass(frozen=True)

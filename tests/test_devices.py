@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.devices import resolve_device, resolve_dtype, use_device, without_cudnn_attention
+from ngrpo_lora.devices import lent, resolve_device, resolve_dtype, use_device, without_cudnn_attention
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._loading import load_family
 
@@ -47,6 +48,49 @@ def test_a_gpu_without_a_number_is_the_first(monkeypatch: pytest.MonkeyPatch, de
     assert chosen == [index]
     use_device("cpu")
     assert chosen == [index]
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight, one of them without a bias, and statistics that a pass renews."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(2, 2), nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2)
+        self.second.weight = self.first.weight
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.second(self.first(x)))
+
+
+def test_a_network_is_lent_as_copies_and_nothing_is_copied_back():
+    network = Tied()
+    before = {name: (tensor, tensor.data_ptr(), tensor.clone()) for name, tensor in network.state_dict().items()}
+    held = [*network.parameters(), *network.buffers()]
+    with lent(network, "meta"):
+        assert {tensor.device.type for tensor in network.state_dict().values()} == {"meta"}
+        assert network.second.weight is network.first.weight
+        assert network(torch.ones(3, 2, device="meta")).device.type == "meta"
+    assert all(now is then for now, then in zip([*network.parameters(), *network.buffers()], held, strict=True))
+    for name, tensor in network.state_dict().items():
+        assert tensor.data_ptr() == before[name][1]
+        assert torch.equal(tensor, before[name][2])
+
+
+def test_a_network_that_a_device_has_no_room_for_stays_whole(monkeypatch: pytest.MonkeyPatch):
+    network = Tied()
+    to, moved = Tensor.to, []
+
+    def full(tensor: Tensor, device: str) -> Tensor:
+        moved.append(tensor)
+        if len(moved) > 2:
+            raise torch.OutOfMemoryError
+        return to(tensor, device)
+
+    monkeypatch.setattr(Tensor, "to", full)
+    with pytest.raises(torch.OutOfMemoryError), lent(network, "meta"):
+        pass
+    assert {tensor.device.type for tensor in network.state_dict().values()} == {"cpu"}
 
 
 @pytest.mark.gpu

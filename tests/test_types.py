@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from PIL import Image
 
+from ngrpo_lora.training.metering import Stages
 from ngrpo_lora.types import Rollout, Samples, TextEmbeds, mean_metrics
 
 
@@ -27,6 +29,16 @@ def test_prompts_that_are_joined_are_padded_with_zeros_and_chosen_by_row():
 def test_a_rollout_moves_as_a_whole():
     rollout = Rollout(torch.ones(2, 1), torch.ones(2), torch.ones(1)).to("meta")
     assert {tensor.device.type for tensor in (rollout.latents, rollout.sigmas, rollout.final)} == {"meta"}
+
+
+@pytest.mark.gpu
+def test_a_rollout_comes_from_a_gpu_without_a_wait_and_is_there_when_its_stage_ends():
+    ones = torch.ones(8192, 8192, device="cuda")
+    with Stages()("rollout"):
+        late = Rollout(torch.linalg.matrix_power(ones / 8192, 64), torch.ones(2), ones[0]).to("cpu")
+    assert late.latents.is_pinned()
+    assert late.final.is_pinned()
+    torch.testing.assert_close(late.latents, torch.full((8192, 8192), 1 / 8192))
 
 
 def test_samples_are_chosen_with_all_that_belongs_to_them():

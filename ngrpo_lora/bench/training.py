@@ -60,6 +60,8 @@ def variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         "model.compile": not config.model.compile,
         "model.dtype": "float32" if dtype != "float32" else "bfloat16",
     }
+    if resolve_device(config.model.device).startswith("cuda"):
+        other["trainer.tf32"] = not config.trainer.tf32
     yield "as configured", config
     for key, value in other.items():
         section, field = key.split(".")

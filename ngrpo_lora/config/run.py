@@ -216,6 +216,11 @@ class TrainerConfig(Section, frozen=True):
         description="Stop with a checkpoint before the process is so old, as a job's time limit wants; null: no limit.",
     )
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads; null: PyTorch's choice.")
+    tf32: bool = Field(
+        default=False,
+        description="Round the factors of float32 products on a GPU, such as the adapter's beside a base of 16 bits, "
+        "to 11 significant bits (TF32): faster, with all rewards' products and a float32 base's rounded as well.",
+    )
     cpu_processes: int = Field(
         default=1,
         ge=1,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.devices import without_cudnn_attention
+from ngrpo_lora.devices import lent, without_cudnn_attention
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import flow_sigmas
 from ngrpo_lora.errors import UserError
@@ -332,17 +332,12 @@ class BaseFamily:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Keep the text encoders on the device within the context; offloaded ones return to system memory after it."""
-        away = self.config.text_encoders != "keep" and self.device.type != "cpu"
-        if away:
-            for encoder in self.encoders:
-                encoder.to(self.device)
-        try:
-            yield
-        finally:
-            if away:
+        """Have the text encoders on the device within the context; offloaded ones are there as copies, which then go."""
+        with ExitStack() as stack:
+            if self.config.text_encoders != "keep":
                 for encoder in self.encoders:
-                    encoder.to("cpu")
+                    stack.enter_context(lent(encoder, self.device))
+            yield
 
     def release_encoders(self) -> None:
         """Drop the text encoders to free their memory; `encode` needs a cache from then on."""

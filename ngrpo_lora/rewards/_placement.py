@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from ngrpo_lora.config import ModelRewardConfig
-from ngrpo_lora.devices import resolve_device
+from ngrpo_lora.devices import lent, resolve_device
 
 __all__ = ["in_use", "placement"]
 
@@ -28,9 +28,6 @@ def placement(config: ModelRewardConfig, device: str, half: str = "float16") -> 
 
 @contextmanager
 def in_use(network: Any, device: str, offload: bool) -> Iterator[Any]:
-    """Keep the network on its device while the context lasts; with `offload` it then goes back to system memory."""
-    try:
-        yield network.to(device)
-    finally:
-        if offload:
-            network.to("cpu")
+    """Have the network on its device while the context lasts; with `offload` it is there as a copy, which then goes."""
+    with lent(network, device) if offload else nullcontext(network.to(device)):
+        yield network

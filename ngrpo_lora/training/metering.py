@@ -54,7 +54,10 @@ class EvaluationCounter:
 
 
 class Stages:
-    """Wall time of the stages of an iteration, and on a GPU the most memory that PyTorch held in each."""
+    """Wall time of the stages of an iteration, and on a GPU the most memory that PyTorch held in each.
+
+    A stage ends when the GPU has done all that it was given.
+    """
 
     def __init__(self) -> None:
         self.metrics: Metrics = {}

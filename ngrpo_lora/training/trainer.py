@@ -91,7 +91,7 @@ def iterate(run: Run) -> Metrics:
         text = run.family.encode([prompt.text for prompt in prompts])
         rollouts, pending, shown = [], [], []
         for prompt, rollout in zip(prompts, roll_out(run, text), strict=True):  # Eq. 2, 7
-            rollouts.append(rollout.to("cpu"))
+            rollouts.append(rollout.to("cpu"))  # is there when the stage ends
             images = decode(run, rollout)
             shown = shown or middle_frames(run, images)
             pending.append(submit(run, prompt, images))  # is scored while the next group is drawn

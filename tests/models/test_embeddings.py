@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import MakeConfig
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.config import ModelConfig
@@ -185,15 +186,21 @@ def test_the_negative_prompt_of_guidance_by_two_passes_comes_from_the_cache_too(
     assert encoded == []
 
 
-@pytest.mark.gpu
-def test_encoders_visit_the_gpu_and_go_back():
-    family = Family(ModelConfig(text_encoders="offload"), "cuda")
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_encoders_visit_the_device_and_their_weights_never_leave_system_memory(device: str):
+    family = Family(ModelConfig(text_encoders="offload"), "cpu")
+    family.device = torch.device(device)
 
-    def places() -> set[str]:
-        return {parameter.device.type for encoder in family.encoders for parameter in encoder.parameters()}
+    def weights() -> list[Tensor]:
+        return [parameter for encoder in family.encoders for parameter in encoder.parameters()]
 
-    assert places() == {"cpu"}
+    before = weights()
     with family.awake():
-        assert places() == {"cuda"}
-    assert places() == {"cpu"}
+        assert {weight.device.type for weight in weights()} == {device}
+    assert all(now is then and now.device.type == "cpu" for now, then in zip(weights(), before, strict=True))
+
+
+@pytest.mark.gpu
+def test_prompts_of_offloaded_encoders_are_on_the_gpu():
+    family = Family(ModelConfig(text_encoders="offload"), "cuda")
     assert {tensor.device.type for tensor in family.encode(PROMPTS).tensors.values()} == {"cuda"}

@@ -47,6 +47,16 @@ def base_velocity(latents: Tensor, text: TextEmbeds) -> Tensor:
         return load_family(ModelConfig()).velocity(latents, 0.5, text)
 
 
+def test_float32_products_are_rounded_where_a_run_says_so(make_config: MakeConfig, tmp_path: Path):
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, precision in (("true", "high"), ("false", "highest")):
+            prepare(make_config(tmp_path / setting, f"trainer.tf32={setting}"))
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_training_goes_on_from_an_adapter_and_a_resumed_run_has_its_own_weights(
     make_config: MakeConfig, finished_run: FinishedRun, tmp_path: Path
 ):
