@@ -332,7 +332,7 @@ class BaseFamily:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Have the text encoders on the device within the context; offloaded ones are there as copies, which then go."""
+        """Have the text encoders on the device within the context; offloaded ones are lent to it."""
         with ExitStack() as stack:
             if self.config.text_encoders != "keep":
                 for encoder in self.encoders:
