@@ -82,11 +82,9 @@ NF4, INT8 = {"model.quantization": "nf4"}, {"model.quantization": "int8"}
 FLOAT8, INT8_TORCHAO = {"model.quantization": "float8_torchao"}, {"model.quantization": "int8_torchao"}
 QUANTISED: Mapping[str, Settings] = {"NF4": NF4, "INT8": INT8, "FP8, torchao": FLOAT8, "INT8, torchao": INT8_TORCHAO}
 WHOLE = {"trainer.gradient_checkpointing": "false"}
-TF32 = {"trainer.tf32": "true"}
 FASTER: Mapping[str, Settings] = {
-    "TF32": TF32,
+    "TF32": {"trainer.tf32": "true"},
     "compiled": {"model.compile": "true"},
-    "compiled, TF32": {"model.compile": "true", **TF32},
     "compiled, FP8, torchao": {"model.compile": "true", **FLOAT8},
 }
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit")
@@ -127,10 +125,10 @@ def tables(scale: Scale) -> list[Table]:
         ("quantised", "An iteration of a quantised base", "iteration", 150, _with(usual, QUANTISED)),
         ("whole", "An iteration without gradient checkpointing", "iteration", 60, whole),
         ("optimizers", "A step of the adapter", "optimizer", 25, {n: {"optimizer.name": n} for n in OPTIMIZERS}),
-        ("batches", "Group size and micro-batch", "pace", 80, _with(small, batches)),
+        ("batches", "Group size and micro-batch", "pace", 75, _with(small, batches)),
         ("swapped", "An iteration with blocks in system memory", "iteration", 60, _with(usual, swapped)),
-        ("faster", "An iteration with TF32, and of compiled blocks", "iteration", 100, _with(small, FASTER)),
-        ("tests", "Tests that need a GPU", "tests", 60, {"pytest -m gpu": {}}),
+        ("faster", "An iteration with TF32, and of compiled blocks", "iteration", 85, _with(small, FASTER)),
+        ("tests", "Tests that need a GPU", "tests", 55, {"pytest -m gpu": {}}),
         ("quantised-sizes", "An iteration of a quantised base, by size", "iteration", 180, quantised),
     ]
 
