@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,10 +97,11 @@ def lent(network: nn.Module, device: torch.device | str) -> Iterator[None]:
 
     The weights themselves wait in system memory, and take their places again at the end: nothing is copied back.
     """
-    held = [owner for module in network.modules() for owner in (module._parameters, module._buffers)]
+    modules = [*network.modules()]
+    held: list[dict[str, Any]] = [*(one._parameters for one in modules), *(one._buffers for one in modules)]
     before = [{**owner} for owner in held]
     weights = {weight for owner in before for weight in owner.values() if weight is not None}
-    copies: dict[torch.Tensor | None, torch.Tensor] = {weight: weight.to(device) for weight in weights}
+    copies = {weight: weight.to(device) for weight in weights}
     try:
         for owner in held:
             owner.update({name: copies.get(weight) for name, weight in owner.items()})
