@@ -10,6 +10,7 @@ from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
+from server import PromptServer
 
 if importlib.util.find_spec("ngrpo_lora") is None:  # a clone in custom_nodes/ that was not installed
     sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -30,6 +31,7 @@ from . import (  # noqa: E402
     sampling,
     scoring,
     training,
+    voting,
 )
 
 WEB_DIRECTORY = "./web"
@@ -42,10 +44,12 @@ class NeighborGRPOExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of ComfyUI's menu."""
-        subjects = (embedded, sampling, adapters, rewards, scoring, comparing, conditioning, pipelines, training)
+        judging = (rewards, voting, scoring, comparing)
+        subjects = (embedded, sampling, adapters, *judging, conditioning, pipelines, training)
         return [node for subject in subjects for node in subject.NODES]
 
 
 async def comfy_entrypoint() -> NeighborGRPOExtension:
     """Make the extension; ComfyUI calls this function when it loads the package."""
+    voting.add_route(PromptServer.instance)
     return NeighborGRPOExtension()

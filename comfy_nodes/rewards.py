@@ -22,6 +22,7 @@ from comfy_api.latest import io
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, parse_reward_entries, parse_settings
+from ngrpo_lora.config.rewards.vote import Config as VoteConfig
 from ngrpo_lora.errors import ConfigError, first_line
 from ngrpo_lora.rewards.judge import TEMPLATE
 from ngrpo_lora.scoring.scorer import Scorer
@@ -42,6 +43,9 @@ SERVERS = ["judge", "unifiedreward", "vqascore"]
 SECRETS = {"api_key_env": "base_url", "token_env": "url"}
 """Settings that name an environment variable, and the address that its value is sent to."""
 
+NO_PATHS = {"name", "label", "base_url", "url", "template", "pattern", "model", "host"}
+"""Settings that are text, but no paths."""
+
 Entries = tuple[RewardConfig, ...]
 Rewards = io.Custom("NGRPO_REWARDS")
 
@@ -53,7 +57,17 @@ class Chosen(Entries):
     loading = threading.Lock()  # one for all chains: a load that was cancelled runs on
 
     def load(self) -> Scorer:
-        """Load the rewards at the first call, and return what scores with them."""
+        """Load the rewards at the first call, and return what scores with them.
+
+        Raises:
+            ConfigError: one of them asks people, which takes a run.
+            UserError: one of them cannot be had.
+        """
+        if asking := [reward.key for reward in self if reward.asks_people]:
+            raise ConfigError(
+                f"rewards must ask nobody here, got {', '.join(asking)}; Train waits for votes, and Vote Reward has "
+                "who_votes for what earlier votes say of other pictures"
+            )
         with self.loading:
             if self.scorer is None:
                 with torch.inference_mode(False):
@@ -112,7 +126,8 @@ def admitted(reward: RewardConfig) -> RewardConfig:
                 f"name must be a reward's, or a function of a file in models/{FUNCTIONS}, got {reward.name!r}; graphs "
                 "run no other code"
             )
-    for field in reward.model_fields_set - {"name", "label", "base_url", "url", "template", "pattern", "model"}:
+    reward = of_people(reward)
+    for field in reward.model_fields_set - NO_PATHS:
         value = getattr(reward, field)
         if isinstance(value, str):
             check_path(value, field)
@@ -127,6 +142,16 @@ def admitted(reward: RewardConfig) -> RewardConfig:
             known = variable if variable in os.environ or secret == "token_env" else None
             return reward.model_copy(update={secret: known})
     return reward
+
+
+def of_people(reward: RewardConfig) -> RewardConfig:
+    """Settings of a reward by votes as ComfyUI has them: a file below its output folder; no browser, as one is open."""
+    if not isinstance(reward, VoteConfig):
+        return reward
+    own: dict[str, Any] = {"open_browser": "open_browser" in reward.model_fields_set and reward.open_browser}
+    if reward.votes is not None:
+        own["votes"] = str(Path(folder_paths.get_output_directory()) / Path(reward.votes).expanduser())
+    return reward.model_copy(update=own)
 
 
 def entry(name: str, weight: float, settings: str, own: dict[str, Any] | None = None) -> RewardConfig:

@@ -15,10 +15,11 @@ from PIL import Image
 
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.reports.curves import Group, draw_progress
-from ngrpo_lora.training.watcher import Watcher
+from ngrpo_lora.training.watcher import Start, Watcher
 from ngrpo_lora.types import Metrics
 
 from ._api import show_progress
+from .voting import ShownPage
 
 PREVIEW_S = 1.0
 PREVIEW_SHARE = 0.05
@@ -34,15 +35,23 @@ class View(Watcher):
         self.group: Group | None = None
         self.first: tuple[int, float] | None = None  # step and time of the first that was seen
         self.next_preview = 0.0
+        self.done = 0  # iterations
+        self.page: ShownPage | None = None
+
+    def before_start(self, start: Start) -> None:
+        self.done = start.iteration
+        self.page = start.voting and ShownPage(start.voting, self.node)
 
     def before_pass(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if self.page is not None:
+            self.page.show(f"iteration {self.done + 1} of {self.total}")
 
     def after_rewards(self, prompt: str, images: Sequence[Image.Image], rewards: Sequence[float]) -> None:
         self.group = Group(prompt, images, rewards)
 
     def after_step(self, step: int, metrics: Metrics) -> None:
-        now = time.monotonic()
+        now, self.done = time.monotonic(), step
         self.first = self.first or (step, now)
         preview = None
         if now >= self.next_preview or step >= self.total:
@@ -51,6 +60,11 @@ class View(Watcher):
             self.next_preview = drawn + max(PREVIEW_S, (drawn - now) / PREVIEW_SHARE)
         self.bar.update_absolute(step, preview=preview)
         show_progress(self.text(step, now, metrics), self.node)
+
+    def close(self) -> None:
+        if self.page is not None:
+            self.page.close()
+        self.page = None  # pictures are drawn still, to check what was exported
 
     def text(self, step: int, now: float, metrics: Metrics) -> str:
         """Say which iteration a run is at, its rewards, and how many minutes are left."""

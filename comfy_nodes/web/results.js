@@ -81,14 +81,14 @@ function addTo(node) {
     getMaxHeight: () => 2 * MOST_PX,
   })
   widget.serialize = false
-  setTimeout(() => drawAnew(node, element), 500)
+  setTimeout(() => drawAnew(node, widget), 500)
   return widget
 }
 
-// Vue's first version (interface 1.32) draws no widget that a node gets later, until it is told of the node again.
-function drawAnew(node, element) {
+// Vue's first version (interface 1.32) draws the widgets that a node had at first, until it is told of the node again.
+export function drawAnew(node, widget) {
   const drawn = document.querySelector(`[data-node-id="${node.id}"]`)
-  if (drawn && !element.isConnected) node.graph?.onNodeAdded?.(node)
+  if (drawn && widget.element.isConnected !== node.widgets.includes(widget)) node.graph?.onNodeAdded?.(node)
 }
 
 function show(node, text) {

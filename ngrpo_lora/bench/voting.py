@@ -22,7 +22,6 @@ from ngrpo_lora.planning.preflight import check_run
 from ngrpo_lora.records.metrics import read_metrics, series
 from ngrpo_lora.records.ownership import owned
 from ngrpo_lora.reports.tables import markdown_table
-from ngrpo_lora.rewards.vote import Asking
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
@@ -89,10 +88,9 @@ def taught(config: RunConfig, taste: str, wrong: float) -> Outcome:
     check_run(config)
     run, done = prepare(config), threading.Event()
     with closing(run.scorer):
-        asking = run.scorer.lasting["vote"]
-        assert isinstance(asking, Asking)
+        assert run.scorer.voting is not None
         voter = Voter(TASTES[taste], wrong, derive_seed(config.seed, "voter", run.iteration))
-        in_thread(partial(vote_at, asking.voting.address, voter, done.is_set))
+        in_thread(partial(vote_at, run.scorer.voting.address, voter, done.is_set))
         try:
             complete(run)
         finally:

@@ -13,11 +13,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait as wait_for
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from ngrpo_lora.guests.files import failure, left_at_import
 from ngrpo_lora.guests.house import Guest, kept, thread_kept
 from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.types import Metrics, Samples
+
+if TYPE_CHECKING:  # it needs a web server, which only votes do
+    from ngrpo_lora.voting.voting import Voting
 
 __all__ = ["Scorer", "Wait", "load_reward"]
 
@@ -57,11 +60,23 @@ class Lasting(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class AskingPeople(Protocol):
+    """A reward that asks people, at a page that is open from when it is made until it is closed."""
+
+    voting: Voting
+
+
 class Scorer:
     """Calls several rewards at once, each in a thread of its own."""
 
     def __init__(self, configs: Sequence[RewardConfig], device: str = "cpu"):
-        self.rewards = {config.key: BoundReward(config, device) for config in configs}
+        self.rewards: dict[str, BoundReward] = {}
+        with ExitStack() as failing:
+            failing.callback(self.close)  # where one cannot be had, the page of an earlier one is open
+            for config in configs:
+                self.rewards[config.key] = BoundReward(config, device)
+            failing.pop_all()
 
     def submit(self, samples: Samples, cache: ScoreCache | None = None) -> Wait:
         """Start to score, and return a function that waits for the scores.
@@ -91,6 +106,11 @@ class Scorer:
         """Rewards by label that go on between their calls."""
         ours = {label: one.function for label, one in self.rewards.items() if one.guest.trusted}
         return {label: function for label, function in ours.items() if isinstance(function, Lasting)}
+
+    @property
+    def voting(self) -> Voting | None:
+        """The page at which people are asked, where a reward asks them."""
+        return next((reward.voting for reward in self.lasting.values() if isinstance(reward, AskingPeople)), None)
 
     def metrics(self) -> Metrics:
         """Figures that rewards have of themselves, as `label/name`."""

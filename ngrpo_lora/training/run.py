@@ -79,7 +79,8 @@ class Run:
         """What watchers are told before the run goes on."""
         trained = sum(p.numel() for p in self.lora_step.parameters.values())
         frozen = sum(p.numel() for p in self.family.transformer.parameters()) - trained
-        return Start(self.config, self.iteration, self.processes.count, self.processes.is_main, trained, frozen)
+        processes, voting = self.processes, self.scorer.voting
+        return Start(self.config, self.iteration, processes.count, processes.is_main, trained, frozen, voting)
 
     @property
     def groups(self) -> range:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -66,38 +67,41 @@ def prepare(config: RunConfig, *watchers: Watcher, family: BaseFamily | None = N
     algorithm = open_algorithm(config)
     # Rewards and measures come first: what they lack should be known before a large model is loaded.
     scorer, watching, score_cache = open_rewards(config, device, processes)
-    measures = open_measures(config.evaluation.measures, processes)
-    prompts, held_out = open_prompts(config)
-    model = config.model.model_copy(update={"device": device})  # as this process has it
-    family = family or load_model(config, model, processes, looking_on, prompts, held_out)
-    check_shown(config, family)
-    watch_passes(looking_on, family)
-    parameters = add_lora(config, family, processes.count)
-    lora_step = LoraStep(config.optimizer, parameters, processes, family.dtype, family.device)
-    counter = EvaluationCounter(family.transformer, processes)
-    run = Run(
-        config,
-        processes,
-        looking_on,
-        family,
-        lora_step,
-        algorithm,
-        family.schedule(config.rollout.num_steps, config.rollout.shift),
-        family.schedule(config.evaluation_steps, config.rollout.shift),
-        prompts,
-        held_out,
-        scorer,
-        watching,
-        score_cache,
-        measures,
-        counter,
-        best=Best(config.trainer.keep_best, config.trainer.early_stopping_patience),
-    )
-    warn(run)
-    if config.resume is not None:
-        resume(run, config.resume)
-    elif processes.is_main:
-        drop_after(folder, -1)  # of a run that was killed before its first checkpoint
+    with ExitStack() as failing:
+        failing.callback(scorer.close)  # such as a page, which would otherwise stay open
+        measures = open_measures(config.evaluation.measures, processes)
+        prompts, held_out = open_prompts(config)
+        model = config.model.model_copy(update={"device": device})  # as this process has it
+        family = family or load_model(config, model, processes, looking_on, prompts, held_out)
+        check_shown(config, family)
+        watch_passes(looking_on, family)
+        parameters = add_lora(config, family, processes.count)
+        lora_step = LoraStep(config.optimizer, parameters, processes, family.dtype, family.device)
+        counter = EvaluationCounter(family.transformer, processes)
+        run = Run(
+            config,
+            processes,
+            looking_on,
+            family,
+            lora_step,
+            algorithm,
+            family.schedule(config.rollout.num_steps, config.rollout.shift),
+            family.schedule(config.evaluation_steps, config.rollout.shift),
+            prompts,
+            held_out,
+            scorer,
+            watching,
+            score_cache,
+            measures,
+            counter,
+            best=Best(config.trainer.keep_best, config.trainer.early_stopping_patience),
+        )
+        warn(run)
+        if config.resume is not None:
+            resume(run, config.resume)
+        elif processes.is_main:
+            drop_after(folder, -1)  # of a run that was killed before its first checkpoint
+        failing.pop_all()
     return run
 
 
@@ -151,13 +155,16 @@ def open_rewards(config: RunConfig, device: str, processes: Processes) -> tuple[
     known = [reward.key for reward in trained]
     watched = [*config.evaluation.rewards, *([config.strict_reward] if config.strict_reward else [])]
     scorers, problem = [], None
-    try:
-        for chosen in (trained, [reward for reward in watched if reward.key not in known]):
-            scorers.append(Scorer(chosen, device))
-    except UserError as error:
-        problem = str(error)
-    if problem := processes.agree(problem):
-        raise SharedError(problem)
+    with ExitStack() as failing:
+        try:
+            for chosen in (trained, [reward for reward in watched if reward.key not in known]):
+                scorers.append(scorer := Scorer(chosen, device))
+                failing.callback(scorer.close)
+        except UserError as error:
+            problem = str(error)
+        if problem := processes.agree(problem):
+            raise SharedError(problem)
+        failing.pop_all()
     scorer, watching = scorers
     caching = any(reward.cache for reward in (*trained, *watched))
     return scorer, watching, ScoreCache(folder / "scores.sqlite") if caching else None

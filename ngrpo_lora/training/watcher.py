@@ -6,13 +6,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import nn
 
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.types import Metrics
+
+if TYPE_CHECKING:  # it needs a web server, which only votes do
+    from ngrpo_lora.voting.voting import Voting
 
 __all__ = ["Start", "Watcher", "Watchers", "attend"]
 
@@ -24,6 +27,7 @@ class Start:
     iteration: how many iterations are complete, 0 of a new run.
     processes: how many there are; is_main: whether this one writes files and talks to the user.
     trained, frozen: how many parameters the adapter and its transformer have.
+    voting: the page at which people are asked, where a reward asks them; it is open until the run ends.
     """
 
     config: RunConfig
@@ -32,6 +36,7 @@ class Start:
     is_main: bool
     trained: int
     frozen: int
+    voting: Voting | None = None
 
 
 class Watcher:

@@ -33,7 +33,7 @@ from ngrpo_lora.config.section import Section
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.voting.booth import Booth, Gone
 
-__all__ = ["PORT", "PageServer"]
+__all__ = ["PORT", "PageServer", "hosts_of"]
 
 PORT = 8770
 """Where the page is when no port was asked for and this one is free."""
@@ -95,9 +95,7 @@ class PageServer:
     @property
     def addresses(self) -> list[str]:
         """Where the page is: as this machine reaches it, and, where it listens to all, as others do."""
-        hosts = {"0.0.0.0": ["127.0.0.1", _own_address()], "::": ["[::1]", _own_address()]}.get(self.host)
-        hosts = hosts or [f"[{self.host}]" if ":" in self.host else self.host]
-        return [f"http://{host}:{self.port}/{self.token}/" for host in dict.fromkeys(hosts)]
+        return [f"http://{host}:{self.port}/{self.token}/" for host in hosts_of(self.host)]
 
     def close(self) -> None:
         """Answer what is under way, and give the address back."""
@@ -177,6 +175,12 @@ class PageServer:
             status, reason = 507, str(error)
         state = await run_in_threadpool(self.booth.state)
         return JSONResponse(state if reason is None else {"error": reason, "state": state}, status)
+
+
+def hosts_of(host: str) -> list[str]:
+    """How a server that listens at `host` is reached: by this machine and, where it listens to all, by others."""
+    hosts = {"0.0.0.0": ["127.0.0.1", _own_address()], "::": ["[::1]", _own_address()]}.get(host)
+    return [*dict.fromkeys(hosts or [f"[{host}]" if ":" in host else host])]
 
 
 def _raising(error: Exception) -> Callable[[], Any]:

@@ -84,7 +84,7 @@ def vote_at(address: str, voter: Voter, should_stop: Callable[[], bool]) -> int:
                     continue
             except requests.Timeout:  # of a machine that is busy
                 continue
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.JSONDecodeError):  # it is gone, from behind a proxy too
                 if cast:
                     return cast
             time.sleep(POLL_S)

@@ -78,6 +78,11 @@ class Voting:
         """Where this machine reaches the page, with the token."""
         return self.server.addresses[0]
 
+    @property
+    def idle_s(self) -> float:
+        """For how long groups have waited without a word; seconds since the last vote where none waits."""
+        return time.monotonic() - self.booth.last_event
+
     def wait(
         self, prompt: str, images: Sequence[Image.Image], should_stop: Callable[[], bool] = lambda: False
     ) -> np.ndarray | None:
@@ -119,7 +124,7 @@ class Voting:
     def _remind(self) -> None:
         """Say on the screen that nobody has voted for long."""
         with self.reminder:
-            idle = time.monotonic() - self.booth.last_event
+            idle = self.idle_s
             if idle < REMINDERS_S[0]:
                 self.reminded_at = 0.0
                 return
@@ -127,7 +132,7 @@ class Voting:
                 return
             self.reminded_at = idle
         log.warning(
-            "no vote for %d min: %d groups wait at %s; Ctrl-C ends the run with a checkpoint",
+            "no vote for %d min: %d groups wait at %s; the run can be stopped and resumed, and no vote is lost",
             idle // 60,
             len(self.booth.waiting),
             self.address,

@@ -92,10 +92,14 @@ class Interface:
         self.page.wait_for_function("() => app.graph._nodes.length > 3")
         self.settle()
 
+    def press_run(self) -> None:
+        """Queue the graph, as a user does."""
+        self.page.locator('button[data-testid="queue-button"], [data-testid="queue-button"] button').first.click()
+
     def run(self, timeout_s: float = 120) -> None:
         """Press Run, and wait until the run has ended, and the page shows what came of it."""
         before = self.comfy.get("/history").keys()
-        self.page.locator('button[data-testid="queue-button"], [data-testid="queue-button"] button').first.click()
+        self.press_run()
         end = time.monotonic() + timeout_s
         while self.comfy.get("/history").keys() == before:
             wrong = self.page.evaluate(

@@ -1,13 +1,16 @@
-"""Draw the graphs' thumbnails, and the screenshots of the README: python tests/comfy/make_pictures.py
+"""Draw the graphs' thumbnails, and the screenshots of the README: python tests/comfy/make_pictures.py [GRAPH...]
 
-Runs every graph that can run here in ComfyUI's interface; `make comfy-pictures` does it in the right environment.
+Runs every graph that can run here, or those named, in ComfyUI's interface; `make comfy-pictures` does it in the right
+environment.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 from browser import Interface, chromium, opened
@@ -49,17 +52,37 @@ def results(interface: Interface, kind: str) -> list[Image.Image]:
     return [interface.comfy.image(one).convert("RGB") for one in latest["outputs"][str(node)]["images"]]
 
 
+def voting_page(interface: Interface) -> Image.Image:
+    """The page of a graph that asks, with the first pictures."""
+    interface.press_run()
+    address = interface.page.locator(".ngrpo-vote a").first.get_attribute("href")
+    assert address is not None
+    tab = interface.page.context.new_page()
+    tab.set_viewport_size({"width": 640, "height": 640})
+    tab.goto(address)
+    tab.locator(".picture").last.wait_for(timeout=300_000)
+    tab.wait_for_timeout(1000)
+    picture = Image.open(BytesIO(tab.screenshot())).convert("RGB")
+    tab.close()
+    interface.comfy.interrupt()
+    return picture
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as base:
         server = start(Path(base))
         try:
             with chromium() as browser, opened(server, browser) as page:
                 for path in sorted(WORKFLOWS.glob("*.json")):
+                    if sys.argv[1:] and path.stem not in sys.argv[1:]:
+                        continue
                     page.open_template(path.stem)
                     page.page.keyboard.press("Escape")  # the offer to download what is missing
                     if path.stem in RESULTS:
                         page.run(3600)
                         thumbnail = tiled(results(page, RESULTS[path.stem]))
+                    elif path.stem == "vote":
+                        thumbnail = voting_page(page).resize((THUMBNAIL_PX, THUMBNAIL_PX))
                     else:
                         size = (THUMBNAIL_PX, THUMBNAIL_PX)
                         thumbnail = ImageOps.pad(page.screenshot(only_graph=True), size, color=GROUND)

@@ -20,6 +20,7 @@ PROMPT = "a star above a heart"
 MY_ADAPTER = "ngrpo/my-flux-adapter.safetensors"
 HUB = "https://huggingface.co"
 TEXT_PX, PICTURE_PX = 200, 290  # what nodes grow by when they have run
+PAGE_PX = 640  # and while they show a voting page
 DOWNLOADS = {
     "flux1-dev.safetensors": f"{HUB}/black-forest-labs/FLUX.1-dev/resolve/main/flux1-dev.safetensors",
     "clip_l.safetensors": f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors",
@@ -377,6 +378,63 @@ def train_flux(schemas: Schemas) -> Sheet:
     return sheet
 
 
+def vote(schemas: Schemas) -> Sheet:
+    """Training by votes, and drawing with what came of it, in one graph."""
+    sheet = Sheet("vote", schemas)
+    sheet.column(420)
+    with sheet.group("What to do", "text"):
+        sheet.note(
+            "## Teach a model your taste\n\n"
+            "**Run.** After a minute the Train node shows six pictures of a prompt: tap what is better than the rest, "
+            "tap again for worse, **Vote**. Two votes make an iteration, 30 votes a taste of colours.\n\n"
+            "Its link opens the page in a tab of its own. Take your time: the run waits. **Cancel** keeps all votes; "
+            "queue again and it goes on.\n\n"
+            "**votes** keeps them for several runs, and **who_votes** lets a head that learned from them judge alone.",
+            330,
+        )
+    with sheet.group("Who judges", "train"):
+        reward = sheet.add("NGRPO_VoteReward")
+    sheet.column(540)
+    with sheet.group("Train", "train"):
+        trained = sheet.add(
+            "NGRPO_Train",
+            room=PAGE_PX + TEXT_PX + PICTURE_PX,
+            preset="demo-vote",
+            name="my-taste",
+            overrides="# settings over the preset's, one a line\nevaluation.num_prompts=24",
+            iterations=15,
+            rewards=reward[0],
+        )
+    sheet.column(420)
+    with sheet.group("Model and new adapter", "model"):
+        model = sheet.add("NGRPO_LoadEmbedded")
+        adapter = sheet.add(
+            "NGRPO_LoadAdapter", room=TEXT_PX, files="loras", model=model["MODEL"], lora_name=trained["lora_name"]
+        )
+        adapter.saved["widgets_values"][0] = DEMO  # behind the link; else whatever file is first
+    with sheet.group("Prompt and noise", "sample"):
+        text = sheet.add("CLIPTextEncode", "Prompt", body=110, clip=model["CLIP"], text="two stars")
+        noise = sheet.add("RandomNoise", noise_seed=7)
+        latent = sheet.add(
+            "EmptySD3LatentImage", "Size and batch", width=adapter["width"], height=adapter["height"], batch_size=6
+        )
+    sheet.column(560)
+    with sheet.group("Pictures to your taste", "result"):
+        images = draw(
+            sheet,
+            adapter["MODEL"],
+            text[0],
+            model["VAE"],
+            noise=noise[0],
+            sampler=adapter["SAMPLER"],
+            sigmas=adapter["SIGMAS"],
+            latent_image=latent[0],
+        )
+        show(sheet, images, 400)
+        sheet.add("PreviewImage", "Before and after, and the curve", body=400, images=trained["summary"])
+    return sheet
+
+
 GRAPHS = (
     sample_with_adapter,
     compare_adapters,
@@ -385,6 +443,7 @@ GRAPHS = (
     train_embedded,
     train_flux,
     sample_flux_with_adapter,
+    vote,
 )
 
 

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 
 import pytest
+import requests
 from browser import CHROMIUM, NEWER, Interface, chromium, opened
 from comfy_client import REPOSITORY, Comfy, Graph, start
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
+from voters import until
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
@@ -22,6 +24,10 @@ RESULTS = [
     ("train-embedded", "NGRPO_Train", ["held-out", "before", "after", "change"]),
 ]
 """Graphs, a node of theirs with a result in words, and a line or row of it."""
+
+
+SHORT = "evaluation.num_prompts=2\nevaluation.strict=null\nrollout.num_steps=4"
+"""Seconds of training, of the preset that asks."""
 
 
 def what_runs(graph: Graph) -> Graph:
@@ -91,6 +97,53 @@ def test_a_run_leaves_its_results_on_the_nodes(
     interface.page.evaluate("() => app.loadGraphData(app.graph.serialize())")  # as saved and opened again
     interface.settle()
     assert interface.results(kind) == shown
+
+
+def test_votes_are_cast_in_the_node_and_the_page_goes_when_the_run_ends(comfy: Comfy, interface: Interface):
+    interface.open_template("vote")
+    short = {"iterations": 1, "overrides": SHORT, "earlier_run": "start anew beside it"}
+    interface.set_widgets("NGRPO_Train", **short)
+    interface.set_widgets("NGRPO_VoteReward", settings="undo_s=0")
+    interface.forget()
+    page = interface.page
+    before = interface.comfy.get("/history").keys()
+    interface.press_run()
+    frame = page.frame_locator(".ngrpo-vote iframe")
+    address = page.locator(".ngrpo-vote a").first.get_attribute("href")
+    assert address is not None
+    assert address.startswith(f"{interface.comfy.url}/ngrpo/vote/")
+    expect(frame.locator(".picture")).to_have_count(6, timeout=300_000)
+    until(lambda: requests.get(f"{address}state", timeout=60).json()["waiting"] == 2, "two groups do not wait")
+    page.wait_for_timeout(1000)  # the frame has found its place
+    interface.screenshot()  # with the whole node in view
+    frame.locator('.picture[data-picture="4"]').click()
+    frame.locator("#send").click()
+    until(lambda: requests.get(f"{address}state", timeout=60).json()["votes"] == 1, "the click is no vote")
+    other = requests.get(f"{address}state", timeout=60).json()["group"]["name"]
+    vote = {"group": other, "said": "order", "orders": [[[0], [1]]]}
+    requests.post(f"{address}ballot", json=vote, timeout=60).raise_for_status()
+    expect(page.locator(".ngrpo-vote")).to_have_count(0, timeout=300_000)
+    until(lambda: interface.comfy.get("/history").keys() != before, "the run has not ended")
+    assert not interface.dialogs()
+    assert ["held-out", "before", "after", "change"] in interface.results("NGRPO_Train")
+    folder = max((interface.comfy.base / "output" / "ngrpo").glob("my-taste*"), key=lambda path: path.stat().st_mtime)
+    clicked = json.loads((folder / "votes.jsonl").read_text().splitlines()[0])
+    assert clicked["orders"] == [[[4], [0, 1, 2, 3, 5]]]
+
+
+def test_a_page_that_is_opened_later_shows_the_frame_and_cancel_takes_it_away(newer: Comfy, browser: Browser):
+    with opened(newer, browser) as interface:
+        interface.open_template("vote")
+        interface.set_widgets("NGRPO_Train", overrides=SHORT, earlier_run="start anew beside it")
+        interface.press_run()
+        interface.page.locator(".ngrpo-vote a").first.wait_for()
+        graph = interface.page.evaluate("() => app.graph.serialize()")
+        with opened(newer, browser) as later:
+            later.page.evaluate("(graph) => app.loadGraphData(graph)", graph)
+            expect(later.page.locator(".ngrpo-vote iframe")).to_have_count(1, timeout=60_000)
+            newer.interrupt()
+            for page in (interface.page, later.page):
+                expect(page.locator(".ngrpo-vote")).to_have_count(0, timeout=60_000)
 
 
 def test_run_draws_pictures(interface: Interface):

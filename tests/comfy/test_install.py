@@ -85,11 +85,12 @@ def test_the_root_does_nothing_outside_comfyui():
     assert "comfy_entrypoint" not in shown
 
 
-def test_the_managers_requirements_are_the_packages_but_torch():
+def test_the_managers_requirements_are_the_packages_but_torch_and_those_of_the_voting_page():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = [line for line in lines if line and not line.startswith("#")]
-    assert wanted == [dependency for dependency in project["dependencies"] if not dependency.startswith("torch")]
+    own = [dependency for dependency in project["dependencies"] if not dependency.startswith("torch")]
+    assert wanted == [*own, *project["optional-dependencies"]["server"]]
 
 
 def test_the_registry_takes_it():

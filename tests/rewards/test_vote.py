@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -89,6 +90,47 @@ def test_groups_are_asked_about_and_what_is_not_said_is_masked(tmp_path: Path):
         assert scores[1].tolist() == [0, 0, 0, 0]
         assert scorer.metrics()["vote/votes"] == 2
         assert scorer.rewards["vote"].failures == {}
+
+
+def free_port() -> int:
+    """One that nobody has, and that a page can have at once."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def check_free(port: int) -> None:
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0, "the page is still there"
+
+
+def test_the_page_is_closed_where_another_reward_cannot_be_had(tmp_path: Path):
+    port = free_port()
+    asked = Config(name="vote", votes=str(tmp_path / "votes.jsonl"), open_browser=False, port=port)
+    with pytest.raises(UserError, match="asks a person"):
+        Scorer([asked, Config(name="vote", label="other")])
+    check_free(port)
+
+
+@pytest.mark.parametrize(
+    "lacking", ["model.path={folder}", "evaluation.rewards={{name: '{folder}/none.py:score'}}", "resume={folder}"]
+)
+def test_a_run_that_cannot_start_closes_its_page(lacking: str, make_config: MakeConfig, tmp_path: Path):
+    port, folder = free_port(), tmp_path / "model"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"')
+    vote = f"rewards={{name: vote, open_browser: false, port: {port}}}"
+    with pytest.raises(UserError):
+        prepare(make_config(tmp_path / "run", vote, lacking.format(folder=folder)))
+    check_free(port)
+
+
+def test_who_looks_on_knows_the_page(make_config: MakeConfig, tmp_path: Path):
+    run = prepare(make_config(tmp_path / "run", VOTE))
+    with closing(run.scorer):
+        assert run.start().voting is asking(run.scorer).voting
+    other = prepare(make_config(tmp_path / "other"))
+    assert other.start().voting is None
 
 
 def test_of_a_picture_alone_nobody_is_asked(tmp_path: Path):

@@ -88,7 +88,7 @@ def test_a_run_that_nobody_votes_for_says_so_once_in_an_hour(voting: Voting, cap
             voting.booth.last_event = time.monotonic() - 60 * minutes
             voting._remind()
     assert [record.args[:2] for record in caplog.records] == [(11, 1), (72, 1)]  # pyright: ignore
-    assert "Ctrl-C ends the run with a checkpoint" in caplog.text
+    assert "can be stopped and resumed" in caplog.text
     assert voting.address in caplog.text
 
 
