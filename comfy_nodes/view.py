@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ class View(Watcher):
         """Say which iteration a run is at, its rewards, and how many minutes are left."""
         said = [f"iteration {step} of {self.total}"]
         for key, name in (("rollout/reward_mean", "reward"), ("eval/reward_mean", "held-out")):
-            if key in metrics:
+            if not math.isnan(metrics.get(key, math.nan)):  # people are asked about no held-out pictures
                 said.append(f"{name} {metrics[key]:.3f}")
         first, start = self.first or (step, now)
         if step > first:

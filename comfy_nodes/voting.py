@@ -103,6 +103,8 @@ class VoteReward(io.ComfyNode):
                 f"votes must name a file of earlier votes where who_votes is {HEAD!r}, got none; those of a run are "
                 "ngrpo/NAME/votes.jsonl"
             )
+        if not wait_minutes >= 0:
+            raise ConfigError(f"wait_minutes must be at least 0, got {wait_minutes:g}; 0 waits as long as it takes")
         own = {
             "votes": votes.strip() or None,
             "ask": who_votes != HEAD,
@@ -161,7 +163,7 @@ class ShownPage:
     def __init__(self, voting: Voting, node: type[io.ComfyNode]):
         from ngrpo_lora.voting.server import hosts_of
 
-        self.voting, self.node, self.next_s = voting, node, 0.0
+        self.voting, self.node, self.next_s, self.asks = voting, node, 0.0, False
         self.path = f"/ngrpo/vote/{voting.token}/"
         own, *self.others = voting.server.addresses
         opened()[voting.token] = own
@@ -181,6 +183,9 @@ class ShownPage:
             said = f"{doing}: {waiting} group{'s' if waiting > 1 else ''} to vote on"
             idle = f", no vote for {idle_min} min; the run waits" if idle_min >= IDLE_MIN else ""
             show_progress(f"{said}{idle}\n{' or '.join([self.address, *self.others])}", self.node)
+        elif self.asks:
+            show_progress(f"{doing}: learning from your votes", self.node)
+        self.asks = waiting > 0
 
     def close(self) -> None:
         """Show it no longer."""

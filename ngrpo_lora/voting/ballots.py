@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -135,6 +136,24 @@ class VotesFile:
     def pictures(self) -> Path:
         """The folder of the pictures, each NAME.png."""
         return self.path.with_suffix("")
+
+    def check_writable(self) -> None:
+        """Make its folder, and check that it can be written, before anybody is asked.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self.path.open("ab").close()
+            with tempfile.TemporaryFile(dir=self.path.parent):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"votes must be a file that can be written, but {str(self.path)!r} is not: {error.strerror}; choose "
+                "another"
+            ) from None
 
     def add(self, ballot: Ballot, group: Group) -> None:
         """Keep a vote and the pictures that it is about, on the disk before this returns.

@@ -61,9 +61,11 @@ class Voting:
             undo_s: how long the last vote can be taken back.
             open_browser: whether the first group opens this machine's browser, where there is one.
         Raises:
-            UserError: the file is none of votes, or the address cannot be had.
+            UserError: the file is none of votes or cannot be written, or the address cannot be had.
         """
-        self.booth = Booth(VotesFile(votes), Head(features), head_votes, undo_s)
+        file = VotesFile(votes)
+        file.check_writable()
+        self.booth = Booth(file, Head(features), head_votes, undo_s)
         self.token = os.environ.get(TOKEN_ENV) or secrets.token_urlsafe(16)
         self.server = PageServer(self.booth, host, port, self.token)
         self.open_browser, self.reminder = open_browser, threading.Lock()

@@ -94,8 +94,7 @@ def test_votes_through_comfyui_train_an_adapter_and_the_page_goes_when_the_run_e
     assert (server.base / "models" / "loras" / "ngrpo" / "taste.safetensors").exists()
     path = next(event["path"] for event in events.all)
     assert {event["node"] for event in events.all} == {"train"}
-    said = [text for at, text in result.texts if at == "train"]
-    assert any(f"iteration 2 of 2: 2 groups to vote on\n{server.url}{path}" in text for text in said), said
+    assert not any("nan" in text for _, text in result.texts)
     gone = requests.get(f"{server.url}{path}state", timeout=60)
     assert (gone.status_code, "its run has ended" in gone.text) == (404, True)
     assert is_free(port)
@@ -104,18 +103,19 @@ def test_votes_through_comfyui_train_an_adapter_and_the_page_goes_when_the_run_e
 def test_cancel_ends_a_run_that_waits_and_the_same_port_asks_only_what_was_not_said(server: Comfy):
     graph = train("cancelled", port=free_port())
     with hearing(server) as events, server.listening() as (client, messages):
+        started = time.monotonic()
         prompt = server.submit(graph, client)
         page = VotingPage(server, events)
-        first, second = page.groups(2)["group"]["name"], None
+        first = page.groups(2)["group"]["name"]
         assert page.vote(first).ok
         second = page.groups(1)["group"]["name"]
         asked = time.monotonic()
         server.interrupt()
         result = server.follow(prompt, messages)
         waited = time.monotonic() - asked
+        until(lambda: events.path is None, "the page is still shown")
     assert result.status == "interrupted"
-    assert waited < 2, waited
-    assert events.path is None
+    assert waited < max(1.0, (asked - started) / 10), waited  # the latter on a busy machine
     votes = run_of(server, "cancelled") / "votes.jsonl"
     assert [line["group"] for line in lines_of(votes)] == [first]
     with hearing(server) as events, server.listening() as (client, messages):
@@ -153,13 +153,17 @@ def test_a_page_that_nobody_looks_at_is_waited_for_and_the_node_says_how_long(se
     idle = server.base / "idle"
     with hearing(server) as events, server.listening() as (client, messages):
         prompt = server.submit(train("idle"), client)
-        VotingPage(server, events).groups(2)
+        page = VotingPage(server, events)
+        page.groups(2)
+        time.sleep(2)
         idle.write_text("65")
         time.sleep(2)
         server.interrupt()
         result = server.follow(prompt, messages)
         idle.unlink()
-    assert any("2 groups to vote on, no vote for 65 min; the run waits" in text for _, text in result.texts)
+    said = "iteration 1 of 1: 2 groups to vote on"
+    for expected in (f"{said}\n{page.address}", f"{said}, no vote for 65 min; the run waits\n{page.address}"):
+        assert ("train", expected) in result.texts
 
 
 def test_without_a_vote_in_time_a_group_is_left_out(server: Comfy):
@@ -229,7 +233,7 @@ def test_votes_are_below_the_output_folder_whoever_names_them(votes: str, place:
         ({"who_votes": "everyone"}, "who_votes must be one of you, you, and the head along, the head alone"),
         ({"who_votes": "the head alone"}, "votes must name a file of earlier votes where who_votes is"),
         ({"port": 70000}, "port"),
-        ({"wait_minutes": -1.0}, "wait_minutes"),
+        ({"wait_minutes": -1.0}, "wait_minutes must be at least 0, got -1"),
         ({"weight": 0.0}, "must not be 0"),
         ({"settings": "undo=3"}, "unknown key undo"),
         ({"settings": "path=/etc"}, "path must lie in one of ComfyUI's folders"),

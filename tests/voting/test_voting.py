@@ -13,6 +13,7 @@ import pytest
 import requests
 from vote_groups import make_group
 
+from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.guests.calls import in_thread
 from ngrpo_lora.voting.voting import TOKEN_ENV, Voting, has_browser
 
@@ -69,6 +70,12 @@ def test_closing_ends_all_waiting(voting: Voting):
     group_at(voting)
     voting.close()
     assert [one.result(5) for one in waiting] == [None] * 3
+
+
+def test_a_place_that_votes_cannot_be_kept_in_is_refused_before_anybody_is_asked(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="votes must be a file that can be written, but .*; choose another"):
+        Voting(tmp_path / "file" / "votes.jsonl", port=None)
 
 
 def test_the_token_is_new_each_time_or_the_environments(
