@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import fields
@@ -27,8 +27,15 @@ T = TypeVar("T")
 CATEGORY = "Neighbor GRPO"
 
 
-def schema(node_id: str, **settings: Any) -> io.Schema:
-    """Make a schema in our category; what this ComfyUI's schemas do not have is left out."""
+def schema(node_id: str, *, advanced: Collection[str] = (), **settings: Any) -> io.Schema:
+    """Make a schema in our category; what this ComfyUI's schemas do not have is left out.
+
+    Args:
+        advanced: widgets that few need; interfaces that know of such show them on request.
+    """
+    for widget in settings["inputs"]:
+        if widget.id in advanced:
+            widget.extra_dict["advanced"] = True
     known = {field.name for field in fields(io.Schema)}
     kept = {name: value for name, value in settings.items() if name in known}
     return io.Schema(node_id=f"NGRPO_{node_id}", category=CATEGORY, **kept)

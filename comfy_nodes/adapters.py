@@ -100,6 +100,9 @@ class LoadAdapter(io.ComfyNode):
             description="A LoRA on a MODEL, with the sampler, the noise levels, the guidance and the size that it was "
             "trained with. Reads files of any trainer (diffusers, PEFT, kohya, ComfyUI); one that does not fit the "
             "MODEL in every layer is an error. Several in a row add up.",
+            search_aliases=["lora", "lora loader", "load lora", "peft", "kohya", "strength schedule"],
+            has_intermediate_output=True,
+            advanced=["alpha"],
             inputs=[
                 io.Model.Input("model", tooltip="FLUX, SD3, Qwen-Image, Z-Image, Wan, or the embedded model."),
                 lora_input(),

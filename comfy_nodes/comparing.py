@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.sample
@@ -20,7 +20,7 @@ from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.contest import Contest, check_prompt
 from ngrpo_lora.evaluation.ranking import Ranking, check_samples, rank
-from ngrpo_lora.sampling.strengths import StrengthSchedule
+from ngrpo_lora.sampling.strengths import parse_schedule
 
 from ._api import checked, schema, to_images, to_pictures
 from .adapters import adapter_path, check_readable, fingerprint, lora_input
@@ -29,11 +29,26 @@ from .rewards import Entries, Rewards
 from .schedules import apply
 from .scoring import loaded, samples_of, scores_of
 
-Choice = tuple[tuple[str, float], ...]
-"""Value of NGRPO_ADAPTERS: files of the loras folders by name, each with a strength; every one is a column."""
+
+class Column(NamedTuple):
+    """What a column of pictures is drawn with; without a file it is the base."""
+
+    file: str = ""
+    """By its name in the loras folders."""
+    strength: float = 0.0
+    schedule: str = ""
+    """Factors of the strength over the steps, as `parse_schedule` reads them."""
+
+    def caption(self, label: str) -> str:
+        """What is said below its pictures, where `label` stands for the file."""
+        named = label if self.strength == 1 else f"{label} x {self.strength:g}"
+        return f"{named}, {self.schedule}" if self.schedule else named
+
+
+Choice = tuple[Column, ...]
+"""Value of NGRPO_ADAPTERS."""
 
 Adapters = io.Custom("NGRPO_ADAPTERS")
-AS_IT_IS = StrengthSchedule(((0.0, 1.0),))
 
 
 def parse_strengths(text: str) -> list[float]:
@@ -61,36 +76,50 @@ class AdapterList(io.ComfyNode):
             display_name="Adapter List",
             description="A LoRA file at one strength or several, for Compare: a column of pictures for each. Chain "
             "these nodes to compare several files.",
+            search_aliases=["lora", "lora list", "lora stack", "strengths", "xy plot"],
             inputs=[
                 lora_input(),
                 io.String.Input("strengths", default="1", tooltip="One number, or several with commas: 0.5, 1, 1.5"),
                 Adapters.Input("adapters", optional=True, tooltip="Further adapters; these are added after them."),
+                io.String.Input(
+                    "schedule",
+                    default="",
+                    optional=True,
+                    tooltip="Factors of the strength over the steps, as Load Adapter has them: 0:1, 0.5:1, 0.5:0 is "
+                    "the first half alone. Empty: 1.",
+                ),
             ],
             outputs=[Adapters.Output(display_name="adapters")],
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name: str | None = None, strengths: str | None = None) -> bool:
-        return checked(check_readable, lora_name) and checked(parse_strengths, strengths)
+    def validate_inputs(
+        cls, lora_name: str | None = None, strengths: str | None = None, schedule: str | None = ""
+    ) -> bool:
+        return (
+            checked(check_readable, lora_name)
+            and checked(parse_strengths, strengths)
+            and checked(parse_schedule, schedule)
+        )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None, **others: Any) -> tuple[int, ...]:
         return fingerprint(lora_name)
 
     @classmethod
-    def execute(cls, lora_name: str, strengths: str, adapters: Choice = ()) -> io.NodeOutput:
-        return io.NodeOutput((*adapters, *((lora_name, strength) for strength in parse_strengths(strengths))))
+    def execute(cls, lora_name: str, strengths: str, adapters: Choice = (), schedule: str = "") -> io.NodeOutput:
+        parse_schedule(schedule)
+        schedule = schedule.strip()
+        return io.NodeOutput((*adapters, *(Column(lora_name, one, schedule) for one in parse_strengths(strengths))))
 
 
-def columns_of(adapters: Choice, base_too: bool) -> dict[str, tuple[str, float]]:
-    """Columns by the caption of their pictures: each a file's name, empty for the base, and a strength."""
-    labels = {name: adapter_label(adapter_path(name)) for name, _ in adapters}
+def columns_of(adapters: Choice, base_too: bool) -> dict[str, Column]:
+    """Columns by the caption of their pictures."""
+    labels = {column.file: adapter_label(adapter_path(column.file)) for column in adapters}
     if len({*labels.values()}) < len(labels):  # of one name in several folders
         labels = {name: name.rpartition(".")[0] for name in labels}
-    columns = {"base": ("", 0.0)} if base_too else {}
-    for name, strength in adapters:
-        columns[labels[name] if strength == 1 else f"{labels[name]} x {strength:g}"] = (name, strength)
-    return columns
+    base = {"base": Column()} if base_too else {}
+    return base | {column.caption(labels[column.file]): column for column in adapters}
 
 
 class Drawer:
@@ -159,6 +188,8 @@ class Compare(io.ComfyNode):
             display_name="Compare Adapters",
             description="Draws the same seeds with the base and with each adapter and strength, and puts the pictures "
             "side by side: a row for each seed, a column for each adapter, scores below, the best of a row framed.",
+            search_aliases=["a/b", "grid", "lora", "side by side", "xy plot"],
+            advanced=["cell_px"],
             inputs=[
                 io.Model.Input("model", tooltip="The base, or what all columns have in common."),
                 io.Conditioning.Input("positive", tooltip="The prompt, with guidance where the model has it built in."),
@@ -221,7 +252,7 @@ class Compare(io.ComfyNode):
         if cfg != 1 and negative is None:
             raise ConfigError(f"cfg must be 1 without negative, got {cfg:g}; connect a negative prompt")
         columns = columns_of(adapters, base_too or not adapters)
-        names = dict.fromkeys(name for name, _ in adapters)
+        names = dict.fromkeys(column.file for column in adapters)
         fitting = {name: read_fitting(model, adapter_path(name)) for name in names}  # before the first is drawn
         seeds = range(noise_seed, noise_seed + num_seeds)
         conditions = {"positive": positive} | ({} if negative is None else {"negative": negative})
@@ -229,8 +260,8 @@ class Compare(io.ComfyNode):
         bar = comfy.utils.ProgressBar(steps, node_id=cls.hidden.unique_id)
         draw = Drawer(conditions, cfg, sampler, sigmas, latent_image, bar)
         drawn: list[list[Tensor]] = []
-        for name, strength in columns.values():  # the weights are changed once for each
-            patched = apply(model, fitting[name], strength, AS_IT_IS) if name else model
+        for name, strength, schedule in columns.values():  # the weights are changed once for each
+            patched = apply(model, fitting[name], strength, parse_schedule(schedule)) if name else model
             drawn.append([draw(patched, seed) for seed in seeds])
         pictures = [decode(vae, latents) for row in zip(*drawn, strict=True) for latents in row]
         contest = Contest([*columns], seeds, pictures, judge(pictures, rewards, prompt))

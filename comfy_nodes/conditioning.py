@@ -41,6 +41,7 @@ class SavePromptEmbeddings(io.ComfyNode):
             display_name="Save Prompt Embeddings",
             description=f"Writes conditioning to models/{EMBEDDINGS}, so that the text encoders are not needed again, "
             "or may be on another computer.",
+            search_aliases=["cache prompt", "save conditioning", "text embeddings"],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="Of any text encoder."),
                 io.String.Input(
@@ -107,6 +108,8 @@ class LoadPromptEmbeddings(io.ComfyNode):
             display_name="Load Prompt Embeddings",
             description="Conditioning as Save Prompt Embeddings wrote it, to the bit; or a safetensors file of your "
             "own with prompt_embeds (1, L, C) and, for FLUX.1 and SD3, pooled_prompt_embeds (1, C).",
+            search_aliases=["cached prompt", "load conditioning", "text embeddings"],
+            has_intermediate_output=True,
             inputs=[
                 io.Combo.Input(
                     "name",
@@ -152,6 +155,7 @@ class EncodePrompt(io.ComfyNode):
             display_name="Encode Prompt by Pipeline",
             description="A prompt as a diffusers pipeline's own text encoders give it, for ComfyUI's MODEL of the same "
             "kind: FLUX.1, SD3, Qwen-Image, Z-Image and Wan. Of other models the two have different forms.",
+            search_aliases=["clip text encode", "diffusers", "t5", "text encoder"],
             inputs=[
                 Pipeline.Input("pipeline", tooltip="Of Load Diffusers Pipeline."),
                 io.String.Input(

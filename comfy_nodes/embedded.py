@@ -144,6 +144,7 @@ class LoadEmbedded(io.ComfyNode):
             display_name="Load Embedded Model",
             description="The small FLUX that ships with ngrpo-lora: 5 million parameters, 64 x 64 pixels, coloured "
             "shapes, any CPU. For trying everything out before a download.",
+            search_aliases=["checkpoint", "demo model", "example model", "tiny flux"],
             inputs=[],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )

@@ -54,6 +54,8 @@ class LoadPipeline(io.ComfyNode):
             display_name="Load Diffusers Pipeline",
             description="A model in diffusers' format for Sample Pipeline. It stays loaded while this node does not "
             "change; ComfyUI's own models leave the GPU first.",
+            search_aliases=["checkpoint", "diffusers", "hugging face", "load model"],
+            advanced=["dtype", "swap_blocks", "vae_tiling"],
             inputs=[
                 io.Combo.Input(
                     "model",
@@ -146,6 +148,8 @@ class PipelineSample(io.ComfyNode):
             display_name="Sample Pipeline",
             description="Draws by the trainer's own code: the picture of `ngrpo sample` with the same prompt, seed and "
             "settings, to the bit. Settings at 0 are those that the LoRA was trained with, or else the model's own.",
+            search_aliases=["diffusers", "generate", "ksampler", "text to image"],
+            advanced=["solver", "shift"],
             inputs=[
                 Pipeline.Input("pipeline", tooltip="Of Load Diffusers Pipeline."),
                 io.String.Input(

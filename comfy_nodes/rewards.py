@@ -214,6 +214,7 @@ class Reward(io.ComfyNode):
             display_name="Reward",
             description="What pictures are judged by, for Score, Compare and Train. Nothing is loaded before it is "
             "used. Several nodes in a chain make a weighted sum.",
+            search_aliases=["aesthetic", "clip score", "hpsv2", "imagereward", "pickscore", "preference", "rl"],
             inputs=[
                 io.Combo.Input("name", options=names, default="world", tooltip=about),
                 weight_input(),
@@ -243,6 +244,7 @@ class RewardFunction(io.ComfyNode):
             description=f"A Python function as a reward. It stands in a file of models/{FUNCTIONS}, for example\n\n"
             "def score(images, prompts):\n    return [numpy.asarray(image).mean() for image in images]\n\n"
             "Graphs come from anywhere: code in a graph, or elsewhere on this computer, is not run.",
+            search_aliases=["custom reward", "preference", "python", "rl"],
             inputs=[
                 io.Combo.Input(
                     "function",
@@ -297,6 +299,8 @@ class VLMJudge(io.ComfyNode):
             description="A vision-language model behind an OpenAI-compatible server (vLLM, SGLang, Ollama, ...) as a "
             "reward. Its key is never in a graph: for https://api.openai.com/v1 it is the environment variable "
             "NGRPO_API_KEY_API_OPENAI_COM, and likewise for every other host (a - is written __).",
+            search_aliases=["llm", "ollama", "openai", "preference", "qwen-vl", "reward"],
+            advanced=["answer"],
             inputs=[
                 io.Combo.Input(
                     "judge",

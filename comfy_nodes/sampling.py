@@ -63,6 +63,7 @@ class FlowSampler(io.ComfyNode):
             display_name="Flow DPM++ Sampler",
             description="DPM-Solver++ 2M for flow models, as the trainer draws: ComfyUI's own dpmpp_2m is made for "
             "another noise schedule and lands elsewhere. For SamplerCustom and SamplerCustomAdvanced.",
+            search_aliases=["dpm++", "dpm++ 2m", "dpmpp_2m", "euler", "flow matching", "sampler select"],
             inputs=[
                 io.Combo.Input(
                     "solver",
@@ -100,6 +101,8 @@ class FlowSigmas(io.ComfyNode):
             display_name="Flow Sigmas",
             description="The noise levels of a model as diffusers and the trainer have them, from exactly 1 to exactly "
             "0. Many models shift them by the picture's size.",
+            search_aliases=["basic scheduler", "flow matching", "noise levels", "scheduler", "timesteps"],
+            advanced=["shift", "denoise"],
             inputs=[
                 io.Combo.Input(
                     "base",
@@ -173,6 +176,8 @@ class NeighborNoise(io.ComfyNode):
             display_name="Neighbor Noise",
             description="One seed's noise and its neighbours, as Neighbor GRPO perturbs it. A batch of G latents gets "
             "G neighbours: pictures that are alike, and more so the smaller the radius.",
+            search_aliases=["neighbour", "perturbation", "random noise", "seed variation", "subseed"],
+            advanced=["around"],
             inputs=[
                 io.Int.Input(
                     "noise_seed", default=0, min=0, max=2**63 - 1, control_after_generate=True, tooltip="The middle."

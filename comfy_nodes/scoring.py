@@ -35,6 +35,8 @@ class Score(io.ComfyNode):
             display_name="Score Images",
             description="Judges a batch of pictures, sorts it and keeps the best. A reward that fails for a picture "
             "gives it no score: it comes last, and the reason is said.",
+            search_aliases=["aesthetic", "best of n", "pick best", "rank", "reward", "sort images"],
+            advanced=["metadata"],
             inputs=[
                 io.Image.Input("images", tooltip="The pictures; a batch of at least two to have a choice."),
                 Rewards.Input("rewards", tooltip="What they are judged by."),

@@ -134,6 +134,7 @@ class Train(io.ComfyNode):
             description="Tunes a model on rewards and puts the LoRA into ComfyUI's lists. The run is in output/ngrpo, "
             "with checkpoints: after Cancel, an error or a restart of ComfyUI, queueing the same graph again goes on "
             "where it stopped, bit for bit; a finished run is not trained again.",
+            search_aliases=["dpo", "fine-tune", "finetune", "grpo", "lora", "rl", "rlhf", "train lora"],
             inputs=[
                 io.Combo.Input(
                     "preset",

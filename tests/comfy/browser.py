@@ -16,6 +16,7 @@ import requests
 from comfy_client import Comfy
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
+from wires import Box, curve, nodes_before
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NEWER = Path(sys.prefix) / "frontend" / "comfyui_frontend_package" / "static"
@@ -50,6 +51,14 @@ BOXES = """() => Object.fromEntries(app.graph._nodes.map((node) => {
     const place = [(box.x - canvas.x) / scale - offset[0], (box.y - canvas.y) / scale - offset[1]]
     return [name, [...place, box.width / scale, box.height / scale]]
 }))"""
+WIRES = """() => [...app.graph.links.values()].map((link) => {
+    const source = app.graph.getNodeById(link.origin_id), target = app.graph.getNodeById(link.target_id)
+    const points = [[...target.getInputPos(link.target_slot)]]
+    for (let id = link.parentId; id !== undefined; id = app.graph.reroutes.get(id).parentId)
+        points.unshift([...app.graph.reroutes.get(id).pos])
+    points.unshift([...source.getOutputPos(link.origin_slot)])
+    return { nodes: [`${source.id} ${source.type}`, `${target.id} ${target.type}`], points }
+})"""
 RESULTS = """(kind) => {
     const node = app.graph._nodes.find((node) => node.type === kind)
     const shown = node.widgets?.find((widget) => widget.name === 'result')?.element
@@ -58,9 +67,6 @@ RESULTS = """(kind) => {
         ? [...part.rows].map((row) => [...row.cells].map((cell) => cell.textContent))
         : part.textContent.split('\\n').map((line) => [line]))
 }"""
-
-Box = tuple[float, float, float, float]
-"""Left, top, width, height."""
 
 
 def overlap(a: Box, b: Box) -> bool:
@@ -156,8 +162,12 @@ class Interface:
             "() => Object.fromEntries(app.graph._groups.map((one, i) => [`${i} ${one.title}`, [...one._bounding]]))"
         )
 
+    def wires(self) -> list[dict[str, Any]]:
+        """Every wire: the nodes that it connects, by number and class, and its ends with the reroutes between them."""
+        return self.page.evaluate(WIRES)
+
     def check_layout(self) -> None:
-        """Check that no node overlaps another, that each is in a group, and that groups are apart."""
+        """Check that no node overlaps another or a wire, that each is in a group, and that groups are apart."""
         nodes, groups = self.boxes(), self.group_boxes()
         for boxes in (nodes, groups):
             overlaps = [pair for pair in combinations(boxes, 2) if overlap(boxes[pair[0]], boxes[pair[1]])]
@@ -166,6 +176,9 @@ class Interface:
             name: box for name, box in nodes.items() if not any(contains(group, box) for group in groups.values())
         }
         assert not outside, outside
+        for wire in self.wires():
+            before = nodes_before(curve(wire["points"]), tuple(wire["nodes"]), nodes)
+            assert not before, f"{before} before the wire of {wire}"
 
     def results(self, kind: str) -> list[list[str]]:
         """Rows of cells of the tables, and other lines, that a node of a class shows as its result."""

@@ -8,13 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from wires import Box, Point, route
+
 Schemas = dict[str, Any]
 """What /object_info says."""
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE, SLOT, WIDGET, TEXT = 30, 20, 28, 90  # heights, of the two ways in which the browser draws them the larger
-BADGE, FRAME = 26, 16  # the line with the pack's name, which one of them has below the node; and around all
+BADGE, FRAME = 26, 16  # the line with the pack's name, for which one of them leaves room; and around all
 GAP, MARGIN, HEADING = 24, 20, 50  # between nodes, around them in a group, and what a group's title needs
+STREET = 64  # between nodes where wires pass
+INSET = 10  # how far within a node its wires start and end
 NOTE = {"color": "#222", "bgcolor": "#353535"}  # as other nodes; a note's own brown leaves its text pale
 COLORS = {"model": "#3f789e", "text": "#8A8", "sample": "#b58b2a", "result": "#88A", "train": "#b06634"}
 
@@ -35,9 +39,37 @@ class Node:
     kind: str
     saved: dict[str, Any]
     names: list[str] = field(default_factory=list)
+    room: int = 0
+    """What is left free below it, in pixels."""
 
     def __getitem__(self, output: str | int) -> Output:
         return Output(self, output if isinstance(output, int) else self.names.index(output))
+
+    @property
+    def name(self) -> str:
+        """Number and class, as the browser's tests name nodes."""
+        return f"{self.id} {self.kind}"
+
+    @property
+    def box(self) -> Box:
+        """Where it is when it has run, with its title."""
+        (left, top), (width, height) = self.saved["pos"], self.saved["size"]
+        return left, top - TITLE, width, height + TITLE + self.room
+
+    def input_at(self, slot: int) -> Point:
+        """Where a wire enters it."""
+        left, top = self.saved["pos"]
+        inputs = self.saved["inputs"]
+        if "widget" not in inputs[slot]:
+            return left + INSET, top + SLOT * (slot + 0.7)
+        sockets = sum("widget" not in entry for entry in inputs)
+        rows = max(sockets, len(self.names)) * SLOT + (slot - sockets + 0.5) * WIDGET
+        return left + INSET, top + rows
+
+    def output_at(self, slot: int) -> Point:
+        """Where a wire leaves it."""
+        (left, top), (width, _) = self.saved["pos"], self.saved["size"]
+        return left + width - INSET, top + SLOT * (slot + 0.7)
 
 
 @dataclass
@@ -54,6 +86,10 @@ class Sheet:
     left: int = 0
     width: int = 0
     top: int = 0
+    row: tuple[int, int] = 0, 0
+    """Left and top of the row of nodes within a group."""
+    far: tuple[int, int] = 0, 0
+    """Right and bottom of a group's nodes so far."""
 
     def column(self, width: int) -> None:
         """What follows stands right of all that there is."""
@@ -62,17 +98,39 @@ class Sheet:
         self.width, self.top = width, 0
 
     @contextmanager
-    def group(self, title: str, color: str) -> Iterator[None]:
-        """The nodes added inside stand below each other, in a box with a title."""
-        start = self.top
-        self.top += HEADING
+    def group(self, title: str, color: str, street: int = 0) -> Iterator[None]:
+        """The nodes added inside stand below each other, in a box with a title; `beside` and `below` change that.
+
+        Args:
+            street: what is left free above them for wires, in pixels.
+        """
+        left, top, width = self.left, self.top, self.width
+        self.top += HEADING + street
+        self.row, self.far = (left, self.top), (left + width, self.top)
         yield
-        box = [self.left, start, self.width + 2 * MARGIN, self.top - GAP + MARGIN - start]
+        right, bottom = self.far
+        box = [left, top, right + 2 * MARGIN - left, bottom - GAP + MARGIN - top]
         self.groups.append(
             {"id": len(self.groups) + 1, "title": title, "bounding": box, "color": COLORS[color], "font_size": 24}
             | {"flags": {}}
         )
-        self.top = start + box[3] + GAP
+        self.left, self.width, self.top = left, width, bottom - GAP + MARGIN + GAP
+
+    def beside(self, width: int) -> None:
+        """What follows stands right of the group's nodes in this row."""
+        self.left += self.width + STREET
+        self.width, self.top = width, self.row[1]
+        self.far = max(self.far[0], self.left + width), self.far[1]
+
+    def below(self, width: int = 0) -> None:
+        """What follows stands below all of the group's nodes, and is as wide as these together unless said."""
+        self.left = self.row[0]
+        self.width, self.top = width or self.far[0] - self.left, self.far[1] - GAP + STREET
+        self.row = self.left, self.top
+
+    def space(self, height: int) -> None:
+        """Leave free what wires need."""
+        self.top += height
 
     def note(self, text: str, height: int) -> None:
         """What to do and what to expect, in Markdown."""
@@ -117,10 +175,13 @@ class Sheet:
             for name, kind_of in zip(schema["output_name"], schema["output"], strict=True)
         ]
         texts = sum(bool(options_of(spec).get("multiline")) for spec in widgets.values())
-        needed = SLOT * max(len(sockets), len(outputs), 1) + WIDGET * (len(values) - texts) + TEXT * texts + FRAME
-        needed += BADGE if kind.startswith("NGRPO_") else 0
+        needed = (
+            SLOT * max(len(sockets), len(outputs), 1) + WIDGET * (len(values) - texts) + TEXT * texts + FRAME + BADGE
+        )
         node = self._place(kind, max(body, needed), inputs, outputs, values, title)
-        self.top += room
+        node.room = room
+        self.space(room)
+        self.far = self.far[0], max(self.far[1], self.top)
         found = [{"name": v, "url": self.downloads[v], "directory": files} for v in values if v in self.downloads]
         node.saved["properties"] |= {"models": found} if found else {}
         for name, value in given.items():
@@ -155,6 +216,7 @@ class Sheet:
         node = Node(saved["id"], kind, saved | named | (colors or {}), [output["name"] for output in outputs])
         self.nodes.append(node)
         self.top += TITLE + height + GAP
+        self.far = self.far[0], max(self.far[1], self.top)
         return node
 
     def _link(self, source: Output, target: Node, name: str) -> None:
@@ -165,8 +227,31 @@ class Sheet:
         output["links"].append(link)
         target.saved["inputs"][slot]["link"] = link
 
+    def ends(self, link: list[Any]) -> tuple[Point, Point, tuple[str, str]]:
+        """Where a wire starts and ends, and the names of the nodes that it connects."""
+        _, source, slot, target, place, _ = link
+        start, end = self.nodes[source - 1], self.nodes[target - 1]
+        return start.output_at(slot), end.input_at(place), (start.name, end.name)
+
+    def reroutes(self) -> list[dict[str, Any]]:
+        """Points by which wires go around nodes: each with its place, its wire, and the point before it."""
+        boxes = {node.name: node.box for node in self.nodes}
+        lanes: list[list[Point]] = []
+        found: list[dict[str, Any]] = []
+        for link in self.links:
+            lanes.append(route(*self.ends(link), boxes, lanes))
+            for number, point in enumerate(lanes[-1]):
+                before = {"parentId": len(found)} if number else {}
+                found.append({"id": len(found) + 1, **before, "pos": [*map(round, point)], "linkIds": [link[0]]})
+        return found
+
     def ui(self) -> dict[str, Any]:
         """As the browser saves it."""
+        extra: dict[str, Any] = {"ds": {"scale": 0.7, "offset": [120, 210]}}
+        if reroutes := self.reroutes():
+            last = {entry["linkIds"][0]: entry["id"] for entry in reroutes}
+            parents = [{"id": link, "parentId": reroute} for link, reroute in last.items()]
+            extra |= {"reroutes": reroutes, "linkExtensions": parents}
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"ngrpo-lora/{self.name}")),
             "revision": 0,
@@ -176,7 +261,7 @@ class Sheet:
             "links": self.links,
             "groups": self.groups,
             "config": {},
-            "extra": {"ds": {"scale": 0.7, "offset": [120, 210]}},
+            "extra": extra,
             "version": 0.4,
         }
 

@@ -75,6 +75,24 @@ def test_every_picture_is_what_load_adapter_draws_alone(comfy: Comfy, result: Re
             assert np.array_equal(np.asarray(alone), np.asarray(pictures[4 * row + column])), (seed, name)
 
 
+def test_a_schedule_is_that_of_load_adapter(comfy: Comfy, loras: Path):
+    schedule = "0:1, 0.5:1, 0.5:0"
+    graph = comparison(num_seeds=1, adapters=["mild", 0])
+    del graph["compare"]["inputs"]["rewards"]
+    graph["mild"]["inputs"] |= {"strengths": "1", "schedule": f" {schedule} ", "adapters": ["whole", 0]}
+    graph["whole"] = node("NGRPO_AdapterList", lora_name="sub/mild.safetensors", strengths="1")
+    result = comfy.run(graph)
+    _, whole, early = map(np.asarray, shown(comfy, result))
+    assert result.outputs["compare"]["text"] == [f"not judged; seeds 7; base, mild, mild, {schedule}"]
+    alone = drawing(seed=7)
+    given = {"lora_name": "sub/mild.safetensors", "strength": 1.0, "schedule": schedule, "alpha": "fold in"}
+    alone["load"] = node("NGRPO_LoadAdapter", model=["model", 0], **given)
+    alone["guider"]["inputs"]["model"] = ["load", 0]
+    (expected,) = map(np.asarray, shown(comfy, comfy.run(alone)))
+    assert np.array_equal(early, expected)
+    assert not np.array_equal(early, whole)
+
+
 def test_the_grid_says_what_is_what(comfy: Comfy, result: Result):
     """Each cell holds its picture; the frame is around those of the row that nothing beats."""
     (grid,) = shown(comfy, result, "compare")
@@ -168,6 +186,7 @@ def test_a_file_that_does_not_fit_is_known_before_anything_is_drawn(comfy: Comfy
         ({"strengths": "1, much"}, "strengths must be finite numbers with commas between"),
         ({"strengths": ""}, "strengths must be finite numbers with commas between"),
         ({"strengths": "1, nan"}, "strengths must be finite numbers with commas between"),
+        ({"schedule": "0:1, much"}, "schedule must be a number, or places with factors"),
         ({"lora_name": "../../secret.safetensors"}, "lora_name must be a file in ComfyUI's loras folder"),
     ],
 )
