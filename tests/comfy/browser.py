@@ -16,7 +16,7 @@ import requests
 from comfy_client import Comfy
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
-from wires import Box, curve, nodes_before
+from wires import Box, contains, curve, nodes_before, overlap
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NEWER = Path(sys.prefix) / "frontend" / "comfyui_frontend_package" / "static"
@@ -67,19 +67,6 @@ RESULTS = """(kind) => {
         ? [...part.rows].map((row) => [...row.cells].map((cell) => cell.textContent))
         : part.textContent.split('\\n').map((line) => [line]))
 }"""
-
-
-def overlap(a: Box, b: Box) -> bool:
-    """Whether two boxes have more than their edges in common."""
-    return all(a[side] + 1 < b[side] + b[side + 2] and b[side] + 1 < a[side] + a[side + 2] for side in (0, 1))
-
-
-def contains(outer: Box, inner: Box) -> bool:
-    """Whether a box is within another one, to a pixel."""
-    return all(
-        outer[side] <= inner[side] + 1 and inner[side] + inner[side + 2] <= outer[side] + outer[side + 2] + 1
-        for side in (0, 1)
-    )
 
 
 class Interface:

@@ -27,7 +27,7 @@ def compare(sheet: Sheet, words: str, *listed: tuple[str, str, str]) -> None:
         for title, strengths, schedule in listed:
             sheet.space(STREET - GAP if chain else 0)
             given = {"lora_name": DEMO, "strengths": strengths, "schedule": schedule}
-            chain = {"adapters": sheet.add("NGRPO_AdapterList", title, **given, **chain)[0]}
+            chain = {"adapters": sheet.add("NGRPO_AdapterList", title, body=190, **given, **chain)[0]}
     side_by_side(
         sheet,
         model=model["MODEL"],

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from comfy_client import REPOSITORY, Comfy, Refused
 from PIL import Image
-from sheet import choices_of, options_of, type_of
+from sheet import choices_of, default_of, options_of, type_of
 from voters import attended
+from wires import contains, curve, nodes_before, overlap
 
 WORKFLOWS = REPOSITORY / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
@@ -56,6 +58,24 @@ def test_every_input_says_what_it_is_and_numbers_have_ranges(ours: dict[str, Any
                 assert options["min"] <= options["default"] <= options["max"], f"{name}.{input_name}"
             if (choices := choices_of(spec)) and "default" in options:
                 assert options["default"] in choices, f"{name}.{input_name}"
+
+
+def test_widgets_that_few_need_are_marked(ours: dict[str, Any]):
+    marked = {
+        name.removeprefix("NGRPO_"): found
+        for name, schema in ours.items()
+        if (found := [key for key, spec in inputs_of(schema).items() if options_of(spec).get("advanced")])
+    }
+    assert marked == {
+        "Compare": ["cell_px"],
+        "FlowSigmas": ["shift", "denoise"],
+        "LoadAdapter": ["alpha"],
+        "LoadPipeline": ["dtype", "swap_blocks", "vae_tiling"],
+        "NeighborNoise": ["around"],
+        "PipelineSample": ["solver", "shift"],
+        "Score": ["metadata"],
+        "VLMJudge": ["answer"],
+    }
 
 
 def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(comfy: Comfy, ours: dict[str, Any]):
@@ -100,7 +120,7 @@ def test_a_graph_opens(comfy: Comfy, schemas: dict[str, Any], name: str):
     assert served == read(name)
     nodes = {node["id"]: node for node in served["nodes"]}
     notes = [node for node in nodes.values() if node["type"] == "MarkdownNote"]
-    assert len(notes) == 1
+    assert 1 <= len(notes) <= 3
     assert {node["type"] for node in nodes.values()} <= schemas.keys() | {"MarkdownNote"}
     for node in nodes.values():
         assert "randomize" not in node["widgets_values"], node
@@ -109,6 +129,29 @@ def test_a_graph_opens(comfy: Comfy, schemas: dict[str, Any], name: str):
         assert nodes[target]["inputs"][place]["link"] == link
         assert nodes[source]["outputs"][slot]["type"] == kind
     assert convert_ui_to_api(served, schemas) == read(name, "api")
+
+
+@pytest.mark.parametrize("make", make_workflows.GRAPHS, ids=lambda make: make.__name__)
+def test_no_node_overlaps_another_or_a_wire_that_is_not_its_own(schemas: dict[str, Any], make: Any):
+    sheet = make(schemas)
+    boxes = {node.name: node.box for node in sheet.nodes}
+    assert not [pair for pair in combinations(boxes, 2) if overlap(boxes[pair[0]], boxes[pair[1]])]
+    groups = [group["bounding"] for group in sheet.groups]
+    assert not [pair for pair in combinations(groups, 2) if overlap(*pair)]
+    assert all(any(contains(group, box) for group in groups) for box in boxes.values())
+    reroutes = sheet.reroutes()
+    for link in sheet.links:
+        start, end, own = sheet.ends(link)
+        wire = curve([start, *(one["pos"] for one in reroutes if one["linkIds"] == [link[0]]), end])
+        assert not nodes_before(wire, own, boxes), link
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_hidden_in_a_graph_has_its_default(schemas: dict[str, Any], name: str):
+    for node in read(name, "api").values():
+        for key, spec in inputs_of(schemas[node["class_type"]]).items():
+            if node["class_type"].startswith("NGRPO_") and options_of(spec).get("advanced"):
+                assert node["inputs"][key] == default_of(spec), f"{node['class_type']}.{key}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,7 +187,8 @@ def test_a_graph_of_the_embedded_model_runs_to_the_end(comfy: Comfy, name: str):
     graph = read(name, "api")
     for node in graph.values():
         if node["class_type"] == "NGRPO_Train":
-            node["inputs"] |= {"iterations": 2, "overrides": "evaluation.num_prompts=4"}
+            overrides = f"{node['inputs']['overrides']}\nevaluation.num_prompts=4"
+            node["inputs"] |= {"iterations": 2, "overrides": overrides}
     with attended(comfy):  # by somebody who votes where a graph asks
         result = comfy.run(graph)
     assert result.status == "success", result.error

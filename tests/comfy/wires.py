@@ -22,6 +22,19 @@ TURNS = ((22, 22), (34, 34), (46, 46), (22, 34), (34, 22), (22, 46), (46, 22), (
 """How far from its two nodes a lane may begin and end."""
 
 
+def overlap(a: Box, b: Box) -> bool:
+    """Whether two boxes have more than their edges in common."""
+    return all(a[side] + 1 < b[side] + b[side + 2] and b[side] + 1 < a[side] + a[side + 2] for side in (0, 1))
+
+
+def contains(outer: Box, inner: Box) -> bool:
+    """Whether a box is within another one, to a pixel."""
+    return all(
+        outer[side] <= inner[side] + 1 and inner[side] + inner[side + 2] <= outer[side] + outer[side + 2] + 1
+        for side in (0, 1)
+    )
+
+
 def curve(points: Sequence[Point]) -> np.ndarray:
     """Points (N, 2) along a wire that leaves an output to the right, passes reroutes, and enters an input from left.
 
