@@ -4,8 +4,8 @@
 #   make demo-long   three times as many iterations
 #   make test        what CI runs: lint, format, types, tests; on the CPU, also where there is a GPU
 #   make test-comfy  the tests of the ComfyUI nodes, in a real ComfyUI
-#   make comfy-workflows  the graphs of workflows/, written anew by the script that describes them
-#   make comfy-pictures   thumbnails of workflows/ and the README's screenshots, drawn anew; needs Chromium
+#   make comfy-workflows  the graphs of workflows/ and subgraphs/, written anew by the scripts that describe them
+#   make comfy-pictures   thumbnails of workflows/, the README's screenshots, help pages' pictures; needs Chromium
 #   make test-slow   the tests that are too slow for CI
 #   make test-gpu    the tests that need a CUDA device
 #   make gpu-report  measure this GPU, 12 minutes at most, into runs/gpu-report; what is measured is kept

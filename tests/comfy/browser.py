@@ -51,6 +51,16 @@ BOXES = """() => Object.fromEntries(app.graph._nodes.map((node) => {
     const place = [(box.x - canvas.x) / scale - offset[0], (box.y - canvas.y) / scale - offset[1]]
     return [name, [...place, box.width / scale, box.height / scale]]
 }))"""
+ALONE = """(kind) => {
+    app.graph.clear()
+    const node = LiteGraph.createNode(kind)
+    app.graph.add(node)
+    node.pos = [0, 0]
+    node.setSize([Math.max(node.size[0], 360), node.size[1]])
+    app.canvas.ds.scale = 1.25
+    app.canvas.ds.offset = [80, 100]
+    app.canvas.setDirty(true, true)
+}"""
 WIRES = """() => [...app.graph.links.values()].map((link) => {
     const source = app.graph.getNodeById(link.origin_id), target = app.graph.getNodeById(link.target_id)
     const points = [[...target.getInputPos(link.target_slot)]]
@@ -175,9 +185,16 @@ class Interface:
         """The texts of all open dialogs."""
         return self.page.locator(".p-dialog").all_inner_texts()
 
+    def alone(self, kind: str) -> Image.Image:
+        """A new node of a class, as Vue draws it, alone in the graph."""
+        self.page.evaluate(ALONE, kind)
+        self.settle()
+        return Image.open(BytesIO(self.page.locator("[data-node-id]").screenshot())).convert("RGB")
+
     def screenshot(self, zoom: float = 1.0, only_graph: bool = False) -> Image.Image:
         """The page with the whole graph in view; or the graph alone."""
         left, top, right, bottom = self.page.evaluate(FIT, zoom)
+        self.page.mouse.move(self.page.evaluate("innerWidth") / 2, self.page.evaluate("innerHeight") - 5)  # no tooltip
         self.settle()
         box = {"x": left, "y": top, "width": right - left, "height": bottom - top} if only_graph else None
         return Image.open(BytesIO(self.page.screenshot(clip=box))).convert("RGB")

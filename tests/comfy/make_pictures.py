@@ -1,7 +1,8 @@
-"""Draw the graphs' thumbnails, and the screenshots of the README: python tests/comfy/make_pictures.py [GRAPH...]
+"""Draw the graphs' thumbnails, the screenshots of the README and the help pages' pictures.
 
-Runs every graph that can run here, or those named, in ComfyUI's interface; `make comfy-pictures` does it in the right
-environment.
+python tests/comfy/make_pictures.py [GRAPH...] runs every graph that can run here, or those named, in ComfyUI's newer
+interface, and draws the nodes unless graphs are named; `make comfy-pictures` does it in the right environment.
+"""
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
-from browser import Interface, chromium, opened
+from browser import NEWER, Interface, chromium, opened
 from comfy_client import REPOSITORY, start
 from PIL import Image, ImageOps
 
 WORKFLOWS = REPOSITORY / "workflows"
+NODES = REPOSITORY / "comfy_nodes" / "web" / "docs" / "images"
 IMAGES = REPOSITORY / ".github" / "images"
 THUMBNAIL_PX = 512
 GROUND = "#1b1b1b"
 RESULTS = {
     "sample-with-adapter": "PreviewImage",
     "compare-adapters": "NGRPO_Compare",
+    "compare-algorithms": "NGRPO_Compare",
+    "strengths-by-step": "NGRPO_Compare",
     "best-of-n": "NGRPO_Score",
+    "best-of-n-rewards": "NGRPO_Score",
     "neighbor-explorer": "PreviewImage",
     "train-embedded": "PreviewImage",
 }
@@ -68,26 +73,42 @@ def voting_page(interface: Interface) -> Image.Image:
     return picture
 
 
+def draw_nodes(interface: Interface) -> None:
+    """The help pages' pictures: every node of ours alone."""
+    NODES.mkdir(exist_ok=True)
+    for kind in interface.comfy.get("/object_info"):
+        if kind.startswith("NGRPO_"):
+            interface.alone(kind).save(NODES / f"{kind}.webp", quality=80)
+
+
+def draw_graph(interface: Interface, path: Path) -> None:
+    """A graph's thumbnail, and its screenshot where the README has one."""
+    interface.open_template(path.stem)
+    interface.page.keyboard.press("Escape")  # the offer to download what is missing
+    if path.stem in RESULTS:
+        interface.run(3600)
+        thumbnail = tiled(results(interface, RESULTS[path.stem]))
+    elif path.stem == "vote":
+        thumbnail = voting_page(interface).resize((THUMBNAIL_PX, THUMBNAIL_PX))
+    else:
+        size = (THUMBNAIL_PX, THUMBNAIL_PX)
+        thumbnail = ImageOps.pad(interface.screenshot(only_graph=True), size, color=GROUND)
+    thumbnail.save(path.with_suffix(".jpg"), quality=88)
+    if path.stem in SHOWN:
+        interface.screenshot().save(IMAGES / SHOWN[path.stem], optimize=True)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as base:
-        server = start(Path(base))
+        server = start(Path(base), "--front-end-root", str(NEWER))
         try:
-            with chromium() as browser, opened(server, browser) as page:
-                for path in sorted(WORKFLOWS.glob("*.json")):
-                    if sys.argv[1:] and path.stem not in sys.argv[1:]:
-                        continue
-                    page.open_template(path.stem)
-                    page.page.keyboard.press("Escape")  # the offer to download what is missing
-                    if path.stem in RESULTS:
-                        page.run(3600)
-                        thumbnail = tiled(results(page, RESULTS[path.stem]))
-                    elif path.stem == "vote":
-                        thumbnail = voting_page(page).resize((THUMBNAIL_PX, THUMBNAIL_PX))
-                    else:
-                        size = (THUMBNAIL_PX, THUMBNAIL_PX)
-                        thumbnail = ImageOps.pad(page.screenshot(only_graph=True), size, color=GROUND)
-                    thumbnail.save(path.with_suffix(".jpg"), quality=88)
-                    if path.stem in SHOWN:
-                        page.screenshot().save(IMAGES / SHOWN[path.stem], optimize=True)
+            with chromium() as browser:
+                if not sys.argv[1:]:
+                    with opened(server, browser, vue=True) as interface:
+                        draw_nodes(interface)
+                with opened(server, browser, width=1920, height=1080) as interface:
+                    for path in sorted(WORKFLOWS.glob("*.json")):
+                        if not sys.argv[1:] or path.stem in sys.argv[1:]:
+                            draw_graph(interface, path)
         finally:
             server.stop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sheet import GAP, Output, Sheet
+from sheet import GAP, Node, Output, Sheet
 
 DEMO = "ngrpo-demo.safetensors"
 PROMPT = "a star above a heart"
@@ -10,12 +10,12 @@ TEXT_PX, PICTURE_PX = 200, 290  # what nodes grow by when they have run
 PAGE_PX = 640  # and while they show a voting page
 
 
-def prompt(sheet: Sheet, clip: Output, words: str) -> tuple[Output, Output]:
+def prompt(sheet: Sheet, clip: Output, words: str) -> tuple[Node, Output]:
     """The prompt as text, for rewards, and encoded."""
     text = sheet.add("PrimitiveStringMultiline", "Prompt", body=110, value=words)
     sheet.beside(sheet.width)
     encoded = sheet.add("CLIPTextEncode", "Encoded prompt", body=110, clip=clip, text=text[0])
-    return text[0], encoded[0]
+    return text, encoded[0]
 
 
 def sampling(sheet: Sheet, batch_size: int = 1) -> tuple[Output, Output, Output]:
@@ -41,14 +41,14 @@ def enlarge(sheet: Sheet, images: Output) -> Output:
     return sheet.add("ImageScaleBy", "Enlarge", image=images, upscale_method="lanczos", scale_by=4)[0]
 
 
-def show(sheet: Sheet, images: Output, body: int, title: str | None = None) -> None:
+def show(sheet: Sheet, images: Output, body: int, title: str | None = None) -> Node:
     """Pictures below all that made them, as wide as these."""
     sheet.below()
     sheet.space(GAP)
-    sheet.add("PreviewImage", title, body=body, images=images)
+    return sheet.add("PreviewImage", title, body=body, images=images)
 
 
-def side_by_side(sheet: Sheet, **inputs: Output) -> None:
+def side_by_side(sheet: Sheet, **inputs: Output) -> Node:
     """Compare, and its pictures large, in two columns; inputs are all that it needs of other nodes."""
     sheet.column(360)
     with sheet.group("Compare", "train"):
@@ -57,3 +57,4 @@ def side_by_side(sheet: Sheet, **inputs: Output) -> None:
     sheet.column(760)
     with sheet.group("Side by side", "result"):
         sheet.add("PreviewImage", "Comparison", body=960, images=compared["grid"])
+    return compared

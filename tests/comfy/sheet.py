@@ -90,6 +90,8 @@ class Sheet:
     """Left and top of the row of nodes within a group."""
     far: tuple[int, int] = 0, 0
     """Right and bottom of a group's nodes so far."""
+    app: dict[str, list[Any]] = field(default_factory=dict)
+    """What the interface's app mode shows of the graph."""
 
     def column(self, width: int) -> None:
         """What follows stands right of all that there is."""
@@ -227,6 +229,13 @@ class Sheet:
         output["links"].append(link)
         target.saved["inputs"][slot]["link"] = link
 
+    def as_app(self, *outputs: Node, **inputs: Node) -> None:
+        """In app mode show these nodes' results, and of each of the others the widget by whose name it is given."""
+        self.app = {
+            "inputs": [[node.id, name] for name, node in inputs.items()],
+            "outputs": [node.id for node in outputs],
+        }
+
     def ends(self, link: list[Any]) -> tuple[Point, Point, tuple[str, str]]:
         """Where a wire starts and ends, and the names of the nodes that it connects."""
         _, source, slot, target, place, _ = link
@@ -248,6 +257,8 @@ class Sheet:
     def ui(self) -> dict[str, Any]:
         """As the browser saves it."""
         extra: dict[str, Any] = {"ds": {"scale": 0.7, "offset": [120, 210]}}
+        if self.app:
+            extra["linearData"] = self.app
         if reroutes := self.reroutes():
             last = {entry["linkIds"][0]: entry["id"] for entry in reroutes}
             parents = [{"id": link, "parentId": reroute} for link, reroute in last.items()]

@@ -28,7 +28,7 @@ def compare(sheet: Sheet, words: str, *listed: tuple[str, str, str]) -> None:
             sheet.space(STREET - GAP if chain else 0)
             given = {"lora_name": DEMO, "strengths": strengths, "schedule": schedule}
             chain = {"adapters": sheet.add("NGRPO_AdapterList", title, body=190, **given, **chain)[0]}
-    side_by_side(
+    compared = side_by_side(
         sheet,
         model=model["MODEL"],
         positive=encoded,
@@ -36,10 +36,11 @@ def compare(sheet: Sheet, words: str, *listed: tuple[str, str, str]) -> None:
         sampler=sampler,
         sigmas=sigmas,
         latent_image=latent,
-        prompt=text,
+        prompt=text[0],
         rewards=reward[0],
         **chain,
     )
+    sheet.as_app(compared, value=text, noise_seed=compared, num_seeds=compared)
 
 
 def compare_adapters(schemas: Schemas) -> Sheet:
@@ -129,7 +130,7 @@ def best_of(sheet: Sheet, words: str, *judges: tuple[str, str, float]) -> None:
             room=TEXT_PX + 420,
             images=images,
             rewards=reward[0],
-            prompt=text,
+            prompt=text[0],
             n=1,
             sheet_px=128,
         )
@@ -138,6 +139,7 @@ def best_of(sheet: Sheet, words: str, *judges: tuple[str, str, float]) -> None:
         large = sheet.add("ImageScaleBy", "Enlarge", image=score["best"], upscale_method="lanczos", scale_by=6)
         sheet.below()
         sheet.add("PreviewImage", body=460, images=large[0])
+    sheet.as_app(score, value=text, noise_seed=noise)
 
 
 def best_of_n(schemas: Schemas) -> Sheet:

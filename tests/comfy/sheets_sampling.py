@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parts import DEMO, PROMPT, TEXT_PX, draw, enlarge, sampling, show
-from sheet import STREET, Node, Output, Schemas, Sheet
+from sheet import STREET, Node, Schemas, Sheet
 
 MY_ADAPTER = "ngrpo/my-flux-adapter.safetensors"
 HUB = "https://huggingface.co"
@@ -16,11 +16,11 @@ DOWNLOADS = {
 """Where the files are that graphs name; the browser offers to download what is not there."""
 
 
-def noise_and_size(sheet: Sheet, adapter: Node, batch_size: int) -> tuple[Output, Output]:
+def noise_and_size(sheet: Sheet, adapter: Node, batch_size: int) -> tuple[Node, Node]:
     """Noise, and latents of the size that an adapter was trained with."""
     size = {"width": adapter["width"], "height": adapter["height"]}
     latent = sheet.add("EmptySD3LatentImage", "Size and batch", batch_size=batch_size, **size)
-    return sheet.add("RandomNoise", noise_seed=7)[0], latent[0]
+    return sheet.add("RandomNoise", noise_seed=7), latent
 
 
 def sample_with_adapter(schemas: Schemas) -> Sheet:
@@ -58,12 +58,13 @@ def sample_with_adapter(schemas: Schemas) -> Sheet:
             sheet,
             guider[0],
             model["VAE"],
-            noise=noise,
+            noise=noise[0],
             sampler=adapter["SAMPLER"],
             sigmas=adapter["SIGMAS"],
-            latent_image=latent,
+            latent_image=latent[0],
         )
-        show(sheet, enlarge(sheet, images), 560)
+        shown = show(sheet, enlarge(sheet, images), 560)
+    sheet.as_app(shown, text=text, lora_name=adapter, strength=adapter, batch_size=latent, noise_seed=noise)
     return sheet
 
 
@@ -107,7 +108,8 @@ def neighbor_explorer(schemas: Schemas) -> Sheet:
             sigmas=sigmas,
             latent_image=latent,
         )
-        show(sheet, enlarge(sheet, images), 560)
+        shown = show(sheet, enlarge(sheet, images), 560)
+    sheet.as_app(shown, text=text, perturbation_strength=noise, noise_seed=noise)
     return sheet
 
 
@@ -161,12 +163,13 @@ def sample_flux_with_adapter(schemas: Schemas) -> Sheet:
             sheet,
             guider[0],
             vae[0],
-            noise=noise,
+            noise=noise[0],
             sampler=adapter["SAMPLER"],
             sigmas=adapter["SIGMAS"],
-            latent_image=latent,
+            latent_image=latent[0],
         )
         sheet.below()
         sheet.space(STREET)
-        sheet.add("SaveImage", body=760, images=images, filename_prefix="ngrpo/flux")
+        saved = sheet.add("SaveImage", body=760, images=images, filename_prefix="ngrpo/flux")
+    sheet.as_app(saved, text=text, lora_name=adapter, strength=adapter, batch_size=latent, noise_seed=noise)
     return sheet

@@ -101,18 +101,19 @@ def draw_with_it(sheet: Sheet, model: Node, trained: Node, words: str) -> None:
             sheet,
             guider[0],
             model["VAE"],
-            noise=noise,
+            noise=noise[0],
             sampler=adapter["SAMPLER"],
             sigmas=adapter["SIGMAS"],
-            latent_image=latent,
+            latent_image=latent[0],
         )
         large = enlarge(sheet, images)
         sheet.below(400)
         sheet.space(STREET)
-        sheet.add("PreviewImage", "Drawn with it", body=760, images=large)
+        drawn = sheet.add("PreviewImage", "Drawn with it", body=760, images=large)
         sheet.beside(380)
         sheet.space(STREET)
         sheet.add("PreviewImage", "Curves, before and after", body=760, images=trained["summary"])
+    sheet.as_app(trained, drawn, iterations=trained, text=text)
 
 
 def train_flux(schemas: Schemas) -> Sheet:
@@ -154,6 +155,7 @@ def train_flux(schemas: Schemas) -> Sheet:
         sheet.add("PreviewImage", "Before", body=340, images=trained["before"])
         sheet.add("PreviewImage", "After", body=340, images=trained["after"])
         sheet.add("PreviewAny", "Figures", body=180, source=trained["figures"])
+    sheet.as_app(trained, preset=trained, iterations=trained, prompts=trained)
     return sheet
 
 
@@ -211,7 +213,7 @@ def compare_algorithms(schemas: Schemas) -> Sheet:
     sheet.space(STREET)
     with sheet.group("Sampling", "sample"):
         sampler, sigmas, latent = sampling(sheet)
-    side_by_side(
+    compared = side_by_side(
         sheet,
         model=model["MODEL"],
         positive=encoded,
@@ -219,8 +221,9 @@ def compare_algorithms(schemas: Schemas) -> Sheet:
         sampler=sampler,
         sigmas=sigmas,
         latent_image=latent,
-        prompt=text,
+        prompt=text[0],
         adapters=both[0],
         rewards=reward[0],
     )
+    sheet.as_app(compared, value=text, noise_seed=compared, num_seeds=compared)
     return sheet

@@ -84,6 +84,10 @@ def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(comfy: Com
         assert page.startswith(f"# {schema['display_name']}\n"), name
         assert "## Example" in page, name
         assert "## Troubleshooting" in page, name
+        assert f"![{schema['display_name']}](images/{name}.webp)" in page, name
+        with Image.open(BytesIO(comfy.fetch(f"/extensions/ngrpo-lora/docs/images/{name}.webp"))) as picture:
+            assert picture.format == "WEBP", name
+            assert picture.width >= 300, name
         for word in [*inputs_of(schema), *schema["output_name"]]:
             assert f"**{word}**" in page, f"{word} in {name}"
     pages = {path.stem for path in (REPOSITORY / "comfy_nodes" / "web" / "docs").glob("*.md")}
