@@ -3,10 +3,10 @@
 python tests/comfy/make_pictures.py [GRAPH...] runs every graph that can run here, or those named, in ComfyUI's newer
 interface, and draws the nodes unless graphs are named; `make comfy-pictures` does it in the right environment.
 """
-"""
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import tempfile
@@ -17,6 +17,7 @@ from pathlib import Path
 from browser import NEWER, Interface, chromium, opened
 from comfy_client import REPOSITORY, start
 from PIL import Image, ImageOps
+from sheets_sampling import MY_ADAPTER
 
 WORKFLOWS = REPOSITORY / "workflows"
 NODES = REPOSITORY / "comfy_nodes" / "web" / "docs" / "images"
@@ -73,6 +74,17 @@ def voting_page(interface: Interface) -> Image.Image:
     return picture
 
 
+def put_empty_files(models: Path) -> None:
+    """Files of the names that graphs of large models load, lest the interface marks their nodes for lack of them."""
+    for path in WORKFLOWS.glob("*.json"):
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            for file in node["properties"].get("models", []):
+                (models / file["directory"]).mkdir(parents=True, exist_ok=True)
+                (models / file["directory"] / file["name"]).touch()
+    (models / "loras" / MY_ADAPTER).parent.mkdir(parents=True, exist_ok=True)
+    (models / "loras" / MY_ADAPTER).touch()
+
+
 def draw_nodes(interface: Interface) -> None:
     """The help pages' pictures: every node of ours alone."""
     NODES.mkdir(exist_ok=True)
@@ -84,7 +96,6 @@ def draw_nodes(interface: Interface) -> None:
 def draw_graph(interface: Interface, path: Path) -> None:
     """A graph's thumbnail, and its screenshot where the README has one."""
     interface.open_template(path.stem)
-    interface.page.keyboard.press("Escape")  # the offer to download what is missing
     if path.stem in RESULTS:
         interface.run(3600)
         thumbnail = tiled(results(interface, RESULTS[path.stem]))
@@ -100,6 +111,7 @@ def draw_graph(interface: Interface, path: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as base:
+        put_empty_files(Path(base) / "models")
         server = start(Path(base), "--front-end-root", str(NEWER))
         try:
             with chromium() as browser:

@@ -72,7 +72,7 @@ def strengths_by_step(schemas: Schemas) -> Sheet:
             "**schedule** has factors of the strength as place:factor, from 0, the first step, to 1, the last, with "
             "straight lines between; a place given twice is a jump. `0:0, 1:1` grows, `0:1, 1:0` fades. **Load "
             "Adapter** takes the same.\n\n"
-            "Early steps settle what is where, late ones outlines and colours.",
+            "Below each picture stand the file, its schedule, the seed and the score.",
             330,
         )
     compare(
@@ -127,7 +127,8 @@ def best_of(sheet: Sheet, words: str, *judges: tuple[str, str, float]) -> None:
         sheet.space(STREET)
         score = sheet.add(
             "NGRPO_Score",
-            room=TEXT_PX + 420,
+            body=860,
+            room=TEXT_PX,
             images=images,
             rewards=reward[0],
             prompt=text[0],
