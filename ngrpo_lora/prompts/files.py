@@ -11,6 +11,11 @@ The column is `prompt`, `caption` or `text`, in any case, else the one after a `
 `hf:owner/name?split=test#Title`. The others are the prompt's metadata, as far as JSON can hold them and where they are
 not null; those of CSV are text. Blank rows are skipped, and what cannot be seen at a prompt's ends is no part of it.
 
+A column `source` names the picture that the prompt edits, for a model that edits: a path that counts from the folder of
+the prompts, or a `file://` URL. In parquet files and datasets it may hold pictures themselves; a dataset's column of
+another name is an option: `hf:owner/name?source=input_image`. A column `mask` may name a picture of the source's size
+that is white where it may change, for rewards. `pictures.py` says which pictures are taken.
+
 HPDv2 (arXiv 2306.09341, Apache-2.0): the 103,700 training prompts are those of `train.json` (116 MB) in the Hub's
 `ymhao/HPDv2`; the 4 x 800 test prompts are the benchmark files of `zhwang/HPDv2`, where the `hpsv2` package has them
 from, with their style as metadata.
@@ -33,19 +38,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.prompts.pictures import SourcePicture, is_picture_column, take_pictures
 from ngrpo_lora.records.texts import decoded, parse_json
 from ngrpo_lora.world.scenes import TASKS
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["BUILTIN_SOURCES", "Prompt", "PromptTable", "prompt_key", "read_prompts"]
+__all__ = ["BUILTIN_SOURCES", "Prompt", "PromptTable", "as_prompt", "prompt_key", "read_prompts"]
 
 SPLITS = ("world:train", "world:held_out")
 BUILTIN_SOURCES = (*SPLITS, *(f"{split}/{task}" for split in SPLITS for task in TASKS))
 
 COLUMNS = ("prompt", "caption", "text")
-HUB_OPTIONS = ("split", "config", "revision")
+SOURCE = "source"
+HUB_OPTIONS = ("split", "config", "revision", SOURCE)
 
 HPDV2_TRAIN = ("ymhao/HPDv2", "bb0f2563e451e11c3f376b2ba93615db00e042e1")
 HPDV2_TEST = ("zhwang/HPDv2", "b9517430f34b1080d4f741118d2a440155a165cd")
@@ -58,10 +65,39 @@ Rows = Iterable[tuple[str, Any]]  # where a row stands, and the row: text, or ce
 
 
 class Prompt(NamedTuple):
-    """The text of a prompt, and the metadata that rewards get with it."""
+    """The text of a prompt, the metadata that rewards get with it, and of an edit the source and perhaps its mask."""
 
     text: str
     metadata: dict[str, Any] = {}
+    source: SourcePicture | None = None
+    mask: SourcePicture | None = None
+
+    def shown(self, size: tuple[int, int]) -> dict[str, Any]:
+        """The metadata as rewards get it: of an edit with `source` and `mask` as PIL pictures of (width, height).
+
+        Raises:
+            ConfigError: one of them cannot be read.
+        """
+        if self.source is None:
+            return self.metadata
+        mask = {} if self.mask is None else {"mask": self.mask.fitted(*size)}
+        return self.metadata | {"source": self.source.fitted(*size)} | mask
+
+    @property
+    def key(self) -> str:
+        """What equal prompts have in common: the text's `prompt_key`, and the source."""
+        text = prompt_key(self.text)
+        return text if self.source is None else f"{text}\x1f{self.source.origin}"
+
+    @property
+    def condition(self) -> str:
+        """What a model is given, as a string: the text, and the digest of the source."""
+        return self.text if self.source is None else f"{self.text}\x1f{self.source.digest}"
+
+
+def as_prompt(prompt: str | Prompt) -> Prompt:
+    """A prompt, of a text one without metadata or source."""
+    return Prompt(prompt) if isinstance(prompt, str) else prompt
 
 
 @dataclass(frozen=True)
@@ -83,30 +119,32 @@ def read_prompts(source: str, deduplicate: bool = True) -> PromptTable:
 
     Args:
         source: one of the forms that head this module.
-        deduplicate: keep only the first of several prompts with the same `prompt_key`.
+        deduplicate: keep only the first of several prompts with the same `Prompt.key`.
     Raises:
         ConfigError: no such source, not readable, not what its name says, no column of prompts, or no prompt in it.
     """
     rows, column = _rows(source)
+    folder = _folder(source)
     prompts: list[Prompt] = []
     num_blank = 0
     for place, row in rows:
-        text, metadata = row, {}
+        text, metadata, pictures = row, {}, {}
         if isinstance(row, dict):
             name = _column(row, column, f"{place} of {source!r}")
             text = row[name]
             metadata = {key: value for key, value in row.items() if key != name and value is not None}
+            pictures = take_pictures(metadata, folder, f"{place} of {source!r}")
         if text is not None and not isinstance(text, str):
             raise ConfigError(f"must hold prompts as text, but {place} of {source!r} holds {reprlib.repr(text)}")
         if text := _visible(text or ""):
-            prompts.append(Prompt(text, metadata))
+            prompts.append(Prompt(text, metadata, **pictures))
         else:
             num_blank += 1
         if "\0" in text:
             raise ConfigError(f"must hold text, but {place} of {source!r} holds a NUL character; leave it out")
     if not prompts:
         raise ConfigError(f"must hold at least one prompt, but {source!r} is empty")
-    kept = list({prompt_key(prompt.text): prompt for prompt in reversed(prompts)}.values())[::-1]
+    kept = list({prompt.key: prompt for prompt in reversed(prompts)}.values())[::-1]
     if not deduplicate or len(kept) == len(prompts):
         return PromptTable(prompts, num_blank)
     return PromptTable(kept, num_blank, len(prompts) - len(kept))
@@ -117,6 +155,13 @@ def _visible(text: str) -> str:
     while (shorter := text.strip().strip(INVISIBLE)) != text:
         text = shorter
     return text
+
+
+def _folder(source: str) -> Path:
+    """The folder from which paths in a file or a dataset's folder count; on the Hub there is none, and no such path."""
+    if source.startswith("hf:"):
+        return Path(source.removeprefix("hf:").partition("#")[0].partition("?")[0])
+    return Path(source if os.path.exists(source) else source.rpartition("#")[0] or source).parent
 
 
 def _rows(source: str) -> tuple[Rows, str]:
@@ -276,6 +321,8 @@ def _hub_dataset(name: str) -> Rows:
         dataset = datasets.load_dataset(
             path, options.get("config"), split=options.get("split", "train"), revision=options.get("revision")
         )
+        if SOURCE in options:
+            dataset = dataset.rename_column(options[SOURCE], SOURCE)
         columns = _plain_columns(dataset.features.arrow_schema)
         table: Any = dataset.select_columns(columns).with_format("arrow")[:]
         rows = table.to_pylist()
@@ -288,7 +335,7 @@ def _hub_dataset(name: str) -> Rows:
 
 
 def _plain_columns(schema: pyarrow.Schema) -> list[str]:
-    """Columns of text, numbers, truth values and lists or structures of them: no images, no dates."""
+    """Columns of text, numbers, truth values and lists or structures of them, and source pictures: no dates."""
     from pyarrow import types
 
     def is_plain(kind: pyarrow.DataType) -> bool:
@@ -300,7 +347,11 @@ def _plain_columns(schema: pyarrow.Schema) -> list[str]:
         others = (types.is_boolean, types.is_integer, types.is_floating, types.is_null)
         return any(check(kind) for check in (*texts, *others))
 
-    return [field.name for field in schema if is_plain(field.type)]
+    def holds_pictures(kind: pyarrow.DataType) -> bool:
+        names = {kind.field(i).name for i in range(kind.num_fields)} if types.is_struct(kind) else set()
+        return types.is_binary(kind) or types.is_large_binary(kind) or names == {"bytes", "path"}
+
+    return [f.name for f in schema if is_plain(f.type) or is_picture_column(f.name) and holds_pictures(f.type)]
 
 
 def _numbered(rows: list[dict[str, Any]]) -> Rows:

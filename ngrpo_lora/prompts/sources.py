@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ngrpo_lora.config import PromptsConfig
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.prompts.files import BUILTIN_SOURCES, Prompt, PromptTable, prompt_key, read_prompts
+from ngrpo_lora.prompts.files import BUILTIN_SOURCES, Prompt, PromptTable, read_prompts
+from ngrpo_lora.prompts.pictures import SourcePicture
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.world.scenes import TASKS, TEMPLATES, Task, split_scenes
 
@@ -23,6 +25,7 @@ __all__ = [
     "PromptSource",
     "Split",
     "WorldPrompts",
+    "check_sources",
     "count_longer",
     "divide",
     "open_prompts",
@@ -53,8 +56,12 @@ class PromptList:
     def prompt(self, index: int) -> Prompt:
         """The prompt at a position; an epoch has every prompt once."""
         epoch, position = divmod(index, len(self.prompts))
-        order = np.random.default_rng(derive_seed(self.seed, "epoch", epoch)).permutation(len(self.prompts))
-        return self.prompts[order[position]]
+        return self.prompts[_order(derive_seed(self.seed, "epoch", epoch), len(self.prompts))[position]]
+
+
+@lru_cache(maxsize=8)  # of a few sources; all prompts of an epoch are asked for one by one
+def _order(seed: int, count: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(count)
 
 
 class WorldPrompts:
@@ -107,7 +114,7 @@ def open_prompts(source: Sources, seed: int, tables: Mapping[str, PromptTable] |
 
 
 def divide(prompts: Iterable[Prompt], fraction: float) -> tuple[list[Prompt], list[Prompt]]:
-    """Divide prompts into a training and a held-out part by the SHA-256 of `prompt_key`: equal ones stay together.
+    """Divide prompts into a training and a held-out part by the SHA-256 of `Prompt.key`: equal ones stay together.
 
     Neither order, file nor seed matters, and a larger fraction holds out what a smaller one does, and more.
 
@@ -118,7 +125,7 @@ def divide(prompts: Iterable[Prompt], fraction: float) -> tuple[list[Prompt], li
     """
     parts: tuple[list[Prompt], list[Prompt]] = ([], [])
     for prompt in prompts:
-        parts[derive_seed("held_out", prompt_key(prompt.text)) < fraction * 2**63].append(prompt)
+        parts[derive_seed("held_out", prompt.key) < fraction * 2**63].append(prompt)
     if not all(parts):
         train, held_out = map(len, parts)
         raise ConfigError(
@@ -191,9 +198,7 @@ def open_split(config: PromptsConfig, train_seed: int, held_out_seed: int) -> tu
         for name, table in tables.items():
             if table.num_duplicates:
                 logger.info("prompts.%s: %d duplicates of %s dropped", key, table.num_duplicates, name)
-    seen, kept_apart = (
-        {prompt_key(prompt.text) for table in tables.values() for prompt in table.prompts} for tables in split
-    )
+    seen, kept_apart = ({prompt.key for table in tables.values() for prompt in table.prompts} for tables in split)
     if common := seen & kept_apart:
         logger.warning(
             "%d of %d prompts of prompts.held_out are in prompts.train too: held-out figures tell less than they seem; "
@@ -203,6 +208,55 @@ def open_split(config: PromptsConfig, train_seed: int, held_out_seed: int) -> tu
         )
     held_out = config.held_out if isinstance(config.held_out, str | dict) else config.train
     return open_prompts(config.train, train_seed, split.train), open_prompts(held_out, held_out_seed, split.held_out)
+
+
+def check_sources(key: str, prompts: Iterable[Prompt], edits: bool, model: str) -> None:
+    """Check that each prompt of a model that edits has a picture that can be read, and that no other has one.
+
+    Args:
+        key: of the configuration, such as `prompts.train`.
+        edits: whether the model edits pictures.
+        model: its name, for messages.
+    Raises:
+        ConfigError: one message, of the first that is wrong.
+    """
+    seen: set[tuple[SourcePicture, SourcePicture | None]] = set()
+    for prompt in prompts:
+        source = prompt.source
+        if not edits and source is not None:
+            raise ConfigError(
+                f"{key} must have no source pictures for {model!r}, which edits none, but {source.place} has "
+                f"{source.name!r}; rename the column source, or give a model that edits, such as FLUX.1-Kontext"
+            )
+        if not edits:
+            continue
+        if source is None:
+            raise ConfigError(
+                f"{key} must have a source picture with every prompt for {model!r}, which edits pictures, but "
+                f"{_said(prompt, 'source')}; name its file in a column source, or with --source of `ngrpo sample`"
+            )
+        if prompt.mask is None and prompt.metadata.get("mask") not in (None, ""):
+            raise ConfigError(
+                f"{key} must have pictures in the column mask, but {_said(prompt, 'mask')}; name files, or leave it out"
+            )
+        if (source, prompt.mask) not in seen:
+            seen.add((source, prompt.mask))
+            try:
+                check_pair(source, prompt.mask)
+            except ConfigError as error:
+                raise ConfigError(f"{key} {error}") from None
+
+
+def _said(prompt: Prompt, column: str) -> str:
+    value = prompt.metadata.get(column)
+    return f"{prompt.text!r:.120} has {'none' if value is None else repr(value)[:120]}"
+
+
+def check_pair(source: SourcePicture, mask: SourcePicture | None) -> None:
+    """Check that a source and its mask can be read and are of one size; raises ConfigError."""
+    size = source.load().size
+    if mask is not None and (found := mask.load().size) != size:
+        raise mask.refused(f"is a mask of {found[0]} x {found[1]} px for a source of {size[0]} x {size[1]} px")
 
 
 def token_lengths(texts: Sequence[str], tokenizer: Callable[..., Any]) -> list[int]:
@@ -215,7 +269,7 @@ def count_longer(texts: Sequence[str], tokenizer: Callable[..., Any], limit: int
     return sum(length > limit for length in token_lengths(texts, tokenizer))
 
 
-def listed_prompts(source: str, count: int) -> list[str]:
+def listed_prompts(source: str, count: int) -> list[Prompt]:
     """The first prompts of a source, in the order of its file.
 
     Raises:
@@ -224,7 +278,7 @@ def listed_prompts(source: str, count: int) -> list[str]:
     try:
         if source in BUILTIN_SOURCES:
             endless = open_prompts(source, 0)
-            return [endless.prompt(index).text for index in range(count)]
-        return [prompt.text for prompt in read_prompts(source).prompts[:count]]
+            return [endless.prompt(index) for index in range(count)]
+        return read_prompts(source).prompts[:count]
     except ConfigError as error:
         raise ConfigError(f"--prompts {error}") from None

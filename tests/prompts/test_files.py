@@ -321,7 +321,7 @@ def test_a_dataset_in_a_folder_has_splits():
 @pytest.mark.parametrize("source", ["hf:", "hf:owner/name?splt=train", "hf:owner/name?train"])
 def test_a_dataset_with_unknown_options_is_an_error_that_shows_the_form(source: str):
     assert refused(source) == (
-        f"must look like hf:owner/name?split=train&config=en#column (split, config, revision), got '{source}'"
+        f"must look like hf:owner/name?split=train&config=en#column (split, config, revision, source), got '{source}'"
     )
 
 
@@ -397,7 +397,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
         from ngrpo_lora.prompts.files import read_prompts
         answers = {}
         for source in sys.argv[1:]:
-            try: answers[source] = read_prompts(source).prompts
+            try: answers[source] = [prompt[:2] for prompt in read_prompts(source).prompts]
             except ConfigError as error: answers[source] = str(error)
         print(json.dumps(answers))
     """

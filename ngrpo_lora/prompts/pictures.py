@@ -1,0 +1,183 @@
+"""Source pictures: what a prompt of an editing model edits, checked before a model loads.
+
+A picture is a file of one of `FORMATS`, or the bytes of one in a dataset. It is used as people see it: turned as its
+EXIF data say, its transparent parts on white, in 8-bit RGB. Refused are files that are missing, empty, broken or no
+pictures, sides below `MIN_SIDE_PX`, more than `MAX_PIXELS`, several frames, and numbers without a known white (32-bit
+and floating-point pixels).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.request import url2pathname
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ngrpo_lora.errors import ConfigError, first_line
+
+__all__ = ["SourcePicture", "find_picture", "is_picture_column", "take_pictures"]
+
+COLUMNS = ("source", "mask")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MIN_SIDE_PX = 32
+MAX_PIXELS = 2**26  # 8192 x 8192; what is larger may be a bomb: a small file that fills the memory
+ONE_OF_SEVERAL = ("MPO",)  # photographs of phones: the frames after the first are previews and depth maps
+WITHOUT_WHITE = ("I", "F")  # modes of 32-bit pixels, whose largest value is not said
+
+
+@dataclass(frozen=True)
+class SourcePicture:
+    """A picture that a prompt edits.
+
+    content: the file, or the bytes of one. name: what the prompts call it. place: where they do, for messages.
+    """
+
+    content: Path | bytes
+    name: str
+    place: str = field(compare=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file's bytes, by which equal pictures are known.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return hashlib.sha256(self.read()).hexdigest()
+
+    @property
+    def origin(self) -> str:
+        """What tells it from the others of a file or dataset: its file's name there, or the digest of its bytes."""
+        return self.name if isinstance(self.content, Path) else self.digest
+
+    def read(self) -> bytes:
+        """The bytes of the file.
+
+        Raises:
+            ConfigError: there is no such file, it is a folder, a pipe or empty, or it cannot be read.
+        """
+        data = self.content
+        if isinstance(data, Path):
+            if os.path.exists(data) and not os.path.isfile(data):
+                raise self.refused("is a folder, a pipe or a device; name a file")
+            try:
+                data = data.read_bytes()
+            except FileNotFoundError:
+                is_web = "://" in self.name and not self.name.startswith("file:")
+                remedy = "download it, and name the file" if is_web else "correct the path"
+                raise self.refused(f"is no file ({os.path.abspath(data)!r}); {remedy}") from None
+            except (OSError, ValueError) as error:
+                raise self.refused(f"cannot be read ({first_line(error)}); correct the path or its rights") from None
+        if not data:
+            raise self.refused("is empty; save it anew")
+        return data
+
+    def load(self) -> Image.Image:
+        """The picture as people see it, in 8-bit RGB; transparent parts are put on white.
+
+        Raises:
+            ConfigError: as `read`, or it is no picture, or one of those that the head of this module refuses.
+        """
+        data = self.read()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # too large is told below
+                file = Image.open(io.BytesIO(data), formats=FORMATS)
+            with file:
+                self.check(file)
+                return as_seen(file)
+        except ConfigError:
+            raise
+        except UnidentifiedImageError:
+            raise self.refused("is no picture of a known format; save it as PNG, JPEG or WebP") from None
+        except Image.DecompressionBombError:
+            raise self.refused(f"has more than {MAX_PIXELS:,} pixels; make it smaller") from None
+        except Exception as error:  # Pillow has many kinds for a broken file
+            raise self.refused(f"is broken ({first_line(error)}); save it anew") from None
+
+    def fitted(self, width_px: int, height_px: int) -> Image.Image:
+        """The picture at the size of what is drawn: scaled to cover it, and the middle cut out; raises as `load`."""
+        return ImageOps.fit(self.load(), (width_px, height_px), Image.Resampling.LANCZOS)
+
+    def check(self, file: Image.Image) -> None:
+        """Refuse by its header what `load` does not take; raises ConfigError."""
+        width, height = file.size
+        if min(width, height) < MIN_SIDE_PX:
+            raise self.refused(f"is {width} x {height} px, below {MIN_SIDE_PX} px a side; give a larger one")
+        if width * height > MAX_PIXELS:
+            raise self.refused(f"is {width} x {height} px, more than {MAX_PIXELS:,} pixels; make it smaller")
+        frames = getattr(file, "n_frames", 1)
+        if frames > 1 and file.format not in ONE_OF_SEVERAL:
+            raise self.refused(f"has {frames} frames or pages; save the one to be edited as a picture of its own")
+        if file.mode in WITHOUT_WHITE:
+            raise self.refused(f"has 32-bit pixels (mode {file.mode}); save it with 8 or 16 bits a channel")
+
+    def refused(self, why: str) -> ConfigError:
+        """The error for this picture: rule, value with its place, and what is wrong with what remedy."""
+        return ConfigError(f"must have readable source pictures, but {self.name!r} ({self.place}) {why}")
+
+
+def as_seen(file: Image.Image) -> Image.Image:
+    """An opened picture upright, in 8-bit RGB, on white."""
+    image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def is_picture_column(name: str) -> bool:
+    """Whether a column holds pictures of edits: `source` or `mask`, in any case."""
+    return name.strip().casefold() in COLUMNS
+
+
+def take_pictures(metadata: dict[str, Any], folder: Path, place: str) -> dict[str, SourcePicture]:
+    """The pictures of a row by what they are, `source` or `mask`; in its metadata their names take their place.
+
+    Args:
+        folder: what a relative path counts from.
+        place: where the row stands, for messages.
+    """
+    found: dict[str, SourcePicture] = {}
+    for column in filter(is_picture_column, metadata):
+        picture = find_picture(metadata[column], folder, place)
+        if picture is not None:
+            metadata[column] = picture.name
+            found[column.strip().casefold()] = picture
+    return found
+
+
+def find_picture(value: Any, folder: Path, place: str) -> SourcePicture | None:
+    """The picture that a cell of a picture column means, or None where it means none.
+
+    That is the bytes of a file, as datasets have them, or text: a `file://` URL, the name of a file that is there, or
+    one with the ending of a picture. Other text is metadata, such as where a caption is from.
+
+    Args:
+        folder: what a relative path counts from.
+        place: where the cell stands, for messages.
+    """
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:  # as `datasets` keeps pictures
+        data, name = value.get("bytes"), value.get("path")
+        if data is None:
+            return find_picture(name, folder, place)
+        return SourcePicture(data, name or "bytes", place)
+    if isinstance(value, bytes):
+        return SourcePicture(value, "bytes", place)
+    if not isinstance(value, str) or not value.strip():
+        return None
+    host, slash, rest = value.removeprefix("file://").partition("/")
+    is_url = value.startswith("file://") and host in ("", "localhost")
+    path = Path(url2pathname(slash + rest)) if is_url else folder / value
+    named_so = Image.registered_extensions().get(path.suffix.lower()) in FORMATS
+    return SourcePicture(path, value, place) if is_url or named_so or os.path.isfile(path) else None
