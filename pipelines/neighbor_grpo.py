@@ -27,7 +27,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import get_adapter_name, logging
 from huggingface_hub import hf_hub_download, model_info
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -67,8 +67,14 @@ class NeighborGRPOMixin(StockPipeline):
     scheduler_class: ClassVar[Any]
     """`FlowDPMSolverMultistepScheduler`, imported by the pipeline's own file, where diffusers looks for imports."""
 
-    from_image_class: ClassVar[Any]
-    """The stock pipeline of the same model that starts from an image."""
+    from_image_class: ClassVar[Any] = None
+    """The stock pipeline of the same model that starts from an image; None where a model edits."""
+
+    edits: ClassVar[bool] = False
+    """Whether the stock pipeline edits `image`; it then has `edited_size`, and `as_it_is` of its own."""
+
+    as_it_is: ClassVar[dict[str, Any]] = {}
+    """Arguments with which the stock pipeline that edits takes an image at its own size."""
 
     guided_by: ClassVar[str] = "guidance_scale"
     """Name of the call's argument that takes an adapter's guidance."""
@@ -108,7 +114,8 @@ class NeighborGRPOMixin(StockPipeline):
             solver: DPM-Solver++ 2M by default, or Euler's method.
             shift: timestep shift of the schedule; default: the adapter's at its own size, otherwise the base's.
             image: picture to start from, by the stock image-to-image pipeline; or a list, one for each prompt. A seed
-                is then that of the pipeline's generator.
+                is then that of the pipeline's generator. Of a model that edits: the picture to edit, by PIL, scaled to
+                cover what is drawn and cut to its middle. Height and width that are left out then suit the first one.
             strength: in (0, 1], the share of the steps that is taken from an image; default: that pipeline's.
         Returns:
             What the stock pipeline returns.
@@ -117,9 +124,13 @@ class NeighborGRPOMixin(StockPipeline):
         """
         call = inspect.signature(super().__call__).bind_partial(*args, **call).arguments
         call = {name: value for name, value in call.items() if value is not None}
+        image = call.pop("image", image)  # where the stock pipeline has it first
         for kwargs in (value for name, value in call.items() if name.endswith("attention_kwargs")):
             check_strengths(kwargs.get("scale"))
         settings = self._active_settings()
+        if self.edits and not call.keys() & {"height", "width"}:
+            sides = (settings.height, settings.width) if settings else (self._default_side(),) * 2
+            call["height"], call["width"] = self.edited_size(first_picture(image), sides[0] * sides[1])
         if settings is not None:
             call = self._defaults(settings, call) | call
             if perturbation_strength is None:
@@ -137,6 +148,10 @@ class NeighborGRPOMixin(StockPipeline):
         if neighbors is not None and seeds is None:
             raise ValueError(f"neighbors={neighbors} needs seeds, around which neighbours are drawn, got none")
         drawing, draw = self, super().__call__
+        if self.edits:
+            sources = edit_sources(image, strength, len(prompts), width, height)
+            prompts = [prompt | {"image": source} for prompt, source in zip(prompts, sources, strict=True)]
+            call, image, strength = call | self.as_it_is | {"max_area": height * width}, None, None
         if image is not None or strength is not None:
             if neighbors is not None or "latents" in call:
                 raise ValueError("neighbors and latents are for pictures from noise: leave out either them or image")
@@ -384,6 +399,31 @@ def image_starts(
     images = images if len(images) == prompts else images * prompts
     own = {} if strength is None else {"strength": strength}
     return [{"image": images[i * prompts // len(generators)], "generator": g, **own} for i, g in enumerate(generators)]
+
+
+def first_picture(image: Any) -> Image.Image:
+    """Return the first of the pictures to edit; ValueError where there is none, or it is not PIL's."""
+    first = image[0] if isinstance(image, list) and image else image
+    if not isinstance(first, Image.Image):
+        raise ValueError(f"image must be the picture to edit, or a list of them, of PIL, got {type(first).__name__}")
+    return first
+
+
+def edit_sources(image: Any, strength: float | None, prompts: int, width: int, height: int) -> list[Image.Image]:
+    """Make the picture that each prompt edits, at the size that is drawn, as the trainer does.
+
+    Raises:
+        ValueError: as `first_picture`, not as many as prompts, or there is a strength, of which an edit knows none.
+    """
+    if strength is not None:
+        raise ValueError(f"strength is for pictures to start from, and this model edits: leave it out, got {strength}")
+    images = image if isinstance(image, list) else [image]
+    if len(images) not in (1, prompts):
+        raise ValueError(f"image must be one or as many as there are prompts, {prompts}, got {len(images)}")
+    fitted = [
+        ImageOps.fit(first_picture(one).convert("RGB"), (width, height), Image.Resampling.LANCZOS) for one in images
+    ]
+    return fitted if len(fitted) == prompts else fitted * prompts
 
 
 def split_prompts(call: dict[str, Any]) -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ def bare_iteration(run: Run, prompts: Sequence[Prompt], new: Collection[str]) ->
     group, size = rollout.group_size, rollout.micro_batch_size or rollout.group_size
     count, at_once = len(run.groups) * group, max(1, size // group) * group
     images = list[list[Image.Image]]()
-    text = family.encode([prompts[0].text])
+    text = family.encode(prompts[:1])
     latents = torch.randn(max(size, run.config.trainer.micro_batch_size), *family.latent_shape, device=family.device)
     updates = transitions(run)
 

@@ -100,7 +100,7 @@ def measure(name: str, config: RunConfig, iterations: int) -> Timing:
 def forwards_alone(run: Run) -> float:
     """Seconds that the forward passes of one rollout take by themselves: the same number, on batches of that size."""
     rollout, family = run.config.rollout, run.family
-    text = family.encode([run.prompts.prompt(0).text])
+    text = family.encode([run.prompts.prompt(0)])
     size = rollout.micro_batch_size or rollout.group_size
     at_once = max(1, size // rollout.group_size) * rollout.group_size
     total = len(run.groups) * rollout.group_size

@@ -117,6 +117,7 @@ def compare(
     drawn = comparison.distinct_prompts(prompts, num_prompts, seed)
     place = asked_device(device)
     baseline, candidates = comparison.open_candidates(files, model, base, place)
+    comparison.check_pictures(drawn, baseline)
     make_folder(output)
     differences = comparison.compare_adapters(baseline, candidates, drawn, seeds, seed, configs, output, place)
     typer.echo(statistics.differences_table(differences))

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 PromptTexts = Annotated[
     list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeat for several prompts.")
 ]
+Source = Annotated[
+    Path | None,
+    typer.Option(help="The picture to edit, for a model that edits and prompts that have none of their own."),
+]
 PromptSource = Annotated[
     str | None, typer.Option(help="More of them: a source as in prompts.train, such as mine.txt or hpdv2:test.")
 ]
@@ -50,7 +54,7 @@ Steps = Annotated[int | None, typer.Option(help="Solver steps; default: the firs
 Shift = Annotated[float | None, typer.Option(help="Timestep shift.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
 Solver = Annotated[str | None, typer.Option(help="dpmpp_2m or euler.")]
-Height = Annotated[int | None, typer.Option(help="Pixels.")]
+Height = Annotated[int | None, typer.Option(help="Pixels; default, with --width: what suits the source of an edit.")]
 Width = Annotated[int | None, typer.Option(help="Pixels.")]
 Output = Annotated[Path, typer.Option(help="Folder for the PNG files; made when missing.")]
 
@@ -74,6 +78,7 @@ def sample(
     height: Height = None,
     width: Width = None,
     output: Output = Path("samples"),
+    source: Source = None,
 ) -> None:
     """Draw images, or videos as animated PNG; the same prompt and seed give the same pixels, whatever else is drawn.
 
@@ -90,22 +95,30 @@ def sample(
     adapters = [(find_adapter(path, "--adapter"), factor) for path, factor in chosen]
     make_folder(output)
 
+    from ngrpo_lora.models._loading import family_class
     from ngrpo_lora.prompts import sources
+    from ngrpo_lora.prompts.files import Prompt
+    from ngrpo_lora.prompts.pictures import SourcePicture
     from ngrpo_lora.sampling import recipes, settings
 
-    texts = [*(prompt or []), *(sources.listed_prompts(prompts, num_prompts) if prompts else [])]
     info = settings.drawing_settings(adapters[0][0] if adapters else None, model)
+    picture = None if source is None else SourcePicture(source, str(source), "--source")
+    follow_sources = height is None and width is None and (like is None or source is not None)
     if like is not None:
-        recipe = recipes.read_recipe(like, same_adapters=not adapters)
-        info = settings.on_this_machine(recipe.info, model)
-        texts, seed = texts or [recipe.prompt], recipe.seed if seed is None else seed
+        recipe = recipes.read_recipe(like, same_adapters=not adapters, same_source=source is None)
+        info, picture = settings.on_this_machine(recipe.info, model), picture or recipe.prompt.source
+        prompt, seed = prompt or [recipe.prompt.text] * (not prompts), recipe.seed if seed is None else seed
         again = [(str(path), own if strength is None else strength) for path, own in recipe.adapters]
         adapters = adapters or [(Path(path), finite_strength(path, factor)) for path, factor in again]
+    wanted = [*map(Prompt, prompt or []), *(sources.listed_prompts(prompts, num_prompts) if prompts else [])]
+    wanted = [one if one.source else one._replace(source=picture) for one in wanted]
     options = {"steps": steps, "shift": shift, "guidance": guidance, "solver": solver, "height": height, "width": width}
     info = settings.with_settings(info, options)
+    sources.check_sources("--prompt", wanted, family_class(info.model).edits, info.model.path)
     columns = recipes.columns_of(adapters, grid, base_too)
     seeds = consecutive_seeds(seed or 0, num_images)
-    save_drawings(recipes.draw_columns(info, columns, texts, seeds), len(columns), output, grid)
+    drawings = recipes.draw_columns(info, columns, wanted, seeds, follow_sources)
+    save_drawings(drawings, len(columns), output, grid)
 
 
 def save_drawings(drawings: Iterable[Drawing], num_columns: int, output: Path, grid: bool) -> None:

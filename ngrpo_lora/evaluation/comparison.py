@@ -20,7 +20,8 @@ from ngrpo_lora.evaluation import pages
 from ngrpo_lora.evaluation.judging import judge, write_csv, write_json
 from ngrpo_lora.evaluation.statistics import Difference, compare_scores
 from ngrpo_lora.prompts.files import Prompt
-from ngrpo_lora.prompts.sources import open_prompts
+from ngrpo_lora.prompts.pictures import SourcePicture
+from ngrpo_lora.prompts.sources import check_sources, open_prompts
 from ngrpo_lora.records.files import digest
 from ngrpo_lora.records.metrics import finite
 from ngrpo_lora.records.pictures import Picture, read_png_text, save_png
@@ -31,7 +32,7 @@ from ngrpo_lora.seeds import consecutive_seeds
 if TYPE_CHECKING:
     from ngrpo_lora.adapters.header import AdapterInfo
 
-__all__ = ["compare_adapters", "distinct_prompts", "open_candidates"]
+__all__ = ["check_pictures", "compare_adapters", "distinct_prompts", "open_candidates"]
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,10 @@ def distinct_prompts(source: str, count: int, seed: int) -> list[Prompt]:
         prompts = open_prompts(source, seed)
     except ConfigError as error:
         raise ConfigError(f"--prompts {error}") from None
-    found: dict[str, Prompt] = {}
+    found: dict[tuple[str, SourcePicture | None], Prompt] = {}
     for index in range(20 * count):
         prompt = prompts.prompt(index)
-        found.setdefault(prompt.text, prompt)
+        found.setdefault((prompt.text, prompt.source), prompt)
         if len(found) == count:
             break
     return list(found.values())
@@ -184,6 +185,14 @@ def open_candidates(
     return found[0], found[1:]
 
 
+def check_pictures(prompts: Sequence[Prompt], candidate: Candidate) -> None:
+    """Check that every prompt has a source where the model edits pictures, and none where not; raises ConfigError."""
+    from ngrpo_lora.models._loading import family_class  # diffusers is slow to import
+
+    model = candidate.info.model
+    check_sources("--prompts", prompts, family_class(model).edits, model.path)
+
+
 def draw(candidate: Candidate, prompts: Sequence[Prompt], seeds: Sequence[int], folder: Path) -> list[Picture]:
     """Draw pictures into `folder`; one that is there already, from the same weights and settings, stays.
 
@@ -192,25 +201,29 @@ def draw(candidate: Candidate, prompts: Sequence[Prompt], seeds: Sequence[int], 
         seeds: (P * K,), prompt-major.
     """
     fingerprint, per_prompt = candidate.fingerprint(), len(seeds) // len(prompts)
+    size = candidate.info.model.width_px, candidate.info.model.height_px
+    shown = [prompt.shown(size) for prompt in prompts]
     pictures, missing = [], {}
     for row, seed in enumerate(seeds):
         number = row // per_prompt
-        picture = Picture(folder / f"{number:03d}-{seed}.png", prompts[number].text, prompts[number].metadata)
-        text = {"prompt": prompts[number].text, "seed": str(seed), "ngrpo": fingerprint}
+        prompt = prompts[number]
+        picture = Picture(folder / f"{number:03d}-{seed}.png", prompt.text, shown[number])
+        text = {"prompt": prompt.text, "seed": str(seed), "ngrpo": fingerprint}
+        if prompt.source is not None:
+            text["source"] = prompt.source.digest
         pictures.append(picture)
         if not text.items() <= read_png_text(picture.path).items():
-            missing[picture.path] = text
+            missing[picture.path] = prompt, text
     if missing:
         from ngrpo_lora.sampling.sampler import Sampler  # diffusers is slow to import
 
         folder.mkdir(parents=True, exist_ok=True)
-        texts = [text["prompt"] for text in missing.values()]
         sampler = Sampler(candidate.info, candidate.adapter)
-        images = sampler(texts, [int(text["seed"]) for text in missing.values()])
+        images = sampler([prompt for prompt, _ in missing.values()], [int(t["seed"]) for _, t in missing.values()])
         frames = sampler.family.num_frames  # of a video the middle one is compared
         middle = islice(images, frames // 2, None, frames)
         drawn = track(middle, f"drawing {candidate.label}", len(missing), console=console, transient=True)
-        for (path, text), image in zip(missing.items(), drawn, strict=True):
+        for (path, (_, text)), image in zip(missing.items(), drawn, strict=True):
             save_png(path, image, text)
     return pictures
 

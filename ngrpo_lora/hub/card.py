@@ -38,6 +38,7 @@ LICENSES: dict[str, tuple[str, str, str]] = {
     "Tongyi-MAI/Z-Image": ("apache-2.0", "", ""),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("apache-2.0", "", ""),
     "black-forest-labs/FLUX.1-Krea-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
+    "black-forest-labs/FLUX.1-Kontext-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
     "black-forest-labs/FLUX.1-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
     "black-forest-labs/FLUX.1-schnell": ("apache-2.0", "", ""),
     "black-forest-labs/FLUX.2-klein-base-4B": ("apache-2.0", "", ""),
@@ -61,6 +62,7 @@ class Adapter:
     family: str
     model: ModelConfig
     rollout: RolloutConfig
+    edits: bool = False
 
     @property
     def hub_id(self) -> str | None:
@@ -83,7 +85,7 @@ def read_pushed(path: Path) -> Adapter:
     """Read the header of an adapter that this package exported."""
     own = json.loads(read_metadata(path)["ngrpo"])
     model, rollout = ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"])
-    return Adapter(own["family"], model, rollout)
+    return Adapter(own["family"], model, rollout, own.get("edits", False))
 
 
 def shown_pictures(folder: Path) -> list[Shown]:
@@ -131,7 +133,7 @@ def write_card(
     """
     adapter, pictures = read_pushed(folder / FILE_NAME), shown_pictures(folder)
     base, video = adapter.hub_id, (adapter.model.num_frames or 1) > 1 or adapter.family == "wan"
-    task = "text-to-video" if video else "text-to-image"
+    task = "text-to-video" if video else "image-to-image" if adapter.edits else "text-to-image"
     family = adapter.family.replace("_", "-")
     gallery = [{"text": picture.prompt, "output": {"url": picture.after}} for picture in pictures]
     data = ModelCardData(
@@ -227,7 +229,8 @@ def usage(repo: str, revision: str | None, adapter: Adapter, pictures: Sequence[
     prompt, seed = (pictures[0].prompt, pictures[0].seed) if pictures else ("a red star", 0)
     rollout, model = adapter.rollout, adapter.model
     solver = "flow DPM-Solver++ 2M" if rollout.solver == "dpmpp_2m" else "Euler"
-    file = PIPELINE if has_pipeline(adapter.family) else SCHEDULER
+    file = PIPELINE if has_pipeline(adapter.family, adapter.edits) else SCHEDULER
+    source = " --source picture.png" if adapter.edits else ""
     exact = f"{rollout.num_steps} steps of {solver}, shift {rollout.shift:.4g}, guidance {model.guidance_scale:g}"
     reads = ", which it reads from the adapter, " if file == PIPELINE else " "
     text = (
@@ -238,11 +241,11 @@ def usage(repo: str, revision: str | None, adapter: Adapter, pictures: Sequence[
     )
     shell = "'" + " ".join(prompt.split()).replace("'", "'\\''") + "'"
     if revision is None:
-        text += f"```\nngrpo sample --adapter {repo} --prompt {shell} --seed {seed}\n```"
+        text += f"```\nngrpo sample --adapter {repo}{source} --prompt {shell} --seed {seed}\n```"
     else:
         text += (
             f"```\nhf download {repo} {FILE_NAME} --revision {revision} --local-dir .\n"
-            f"ngrpo sample --adapter {FILE_NAME} --prompt {shell} --seed {seed}\n```"
+            f"ngrpo sample --adapter {FILE_NAME}{source} --prompt {shell} --seed {seed}\n```"
         )
     if adapter.hub_id is None:
         return text
@@ -268,7 +271,9 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
     where = repr(repo) if revision is None else f"{repo!r}, revision={revision!r}"
     head = ["import torch", "from diffusers import DiffusionPipeline"]
     own = ["from ngrpo_lora.world import EMBEDDED"] if embedded else []
-    if has_pipeline(adapter.family):
+    image, opened = ("", []) if not adapter.edits else (", image=picture", ['picture = Image.open("picture.png")'])
+    head += ["from PIL import Image"] if adapter.edits else []
+    if has_pipeline(adapter.family, adapter.edits):
         branch = "" if revision is None else f"custom_revision={revision!r}, "
         lines = [
             *head,
@@ -278,7 +283,8 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
             f"    {base}, custom_pipeline={repo!r}, {branch}trust_remote_code=True, dtype=torch.{dtype}",
             f').to("{device}")',
             f"pipeline.load_lora_weights({where})",
-            f"image = pipeline({prompt!r}, seeds={seed}).images[0]",
+            *opened,
+            f"image = pipeline({prompt!r}, seeds={seed}{image}).images[0]",
             'image.save("image.png")',
         ]
         return "\n".join(lines)

@@ -133,9 +133,9 @@ def stage(run: Path, folder: Path, hub: HubConfig) -> int:
 
     adapter, repo = newest_adapter(run), str(hub.repo)
     link(adapter, folder / FILE_NAME)
-    family = read_pushed(folder / FILE_NAME).family
-    if has_pipeline(family):
-        (folder / PIPELINE).write_text(pipeline_file(family), encoding="utf-8")
+    pushed = read_pushed(folder / FILE_NAME)
+    if has_pipeline(pushed.family, pushed.edits):
+        (folder / PIPELINE).write_text(pipeline_file(pushed.family, pushed.edits), encoding="utf-8")
     else:
         (folder / SCHEDULER).write_text(scheduler_file(), encoding="utf-8")
     found = re.fullmatch(r"iteration-(\d+)", adapter.parent.name)

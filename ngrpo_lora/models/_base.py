@@ -22,10 +22,11 @@ from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.devices import lent, without_cudnn_attention
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import flow_sigmas
-from ngrpo_lora.errors import UserError
+from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models._offload import swap_blocks
 from ngrpo_lora.models._quantization import check_quantization, keep_inputs_whole, pipeline_quantization
 from ngrpo_lora.models._recent import RecentPrompts
+from ngrpo_lora.prompts.files import Prompt, as_prompt
 from ngrpo_lora.types import TextEmbeds
 
 Parts = Literal["all", "text", "image"]
@@ -36,7 +37,7 @@ RELOADABLE = {"height_px", "width_px", "num_frames", "guidance_scale", "max_sequ
 class PromptCache(Protocol):
     """Conditionings of prompts that were encoded before; `_embeddings.EmbeddingCache` keeps them on disk."""
 
-    def encode(self, prompts: Sequence[str], device: torch.device) -> TextEmbeds:
+    def encode(self, prompts: Sequence[str | Prompt], device: torch.device) -> TextEmbeds:
         """The conditioning of prompts on `device`, the same as `BaseFamily.encode` gives."""
         ...
 
@@ -72,6 +73,9 @@ class BaseFamily:
     distilled_guidance: ClassVar[bool] = False
     """Whether one forward pass is enough: guidance is distilled into the model, or it is drawn without guidance."""
 
+    edits: ClassVar[bool] = False
+    """Whether the model edits a source picture, which every prompt then has; `encode_edit` takes it in."""
+
     default_guidance: float
     """Guidance scale where the configuration gives none."""
 
@@ -104,7 +108,10 @@ class BaseFamily:
         self.draws = parts != "text"
         if self.draws:
             self.transformer: Any = self.pipeline.transformer.requires_grad_(False).eval()
-            self.vae: Any = self.pipeline.vae.requires_grad_(False).eval()
+        if self.draws or self.edits:
+            self.vae: Any = self.pipeline.vae.requires_grad_(False).eval().to(self.device)
+            if config.vae_tiling:
+                self.vae.enable_tiling()
         self.configure(config)
         if self.draws:
             self.place(base_is_sharded)
@@ -155,6 +162,10 @@ class BaseFamily:
         Sequences of other lengths are padded with zeros when prompts are put together: give the number of tokens
         as `lengths`, (1,) int64 on the CPU, and cut or mask by it in `forward`.
         """
+        raise NotImplementedError
+
+    def encode_edit(self, prompt: str, source: Image.Image) -> dict[str, Tensor]:
+        """Encode one prompt with its source, which has the model's size: as `encode_alone`, where a model edits."""
         raise NotImplementedError
 
     def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
@@ -223,7 +234,8 @@ class BaseFamily:
 
     def left_out(self, parts: Parts) -> tuple[str, ...]:
         """Names of the pipeline components that are not loaded for `parts`."""
-        return {"text": ("transformer", "vae"), "image": self.text_encoders, "all": ()}[parts]
+        to_encode = ("transformer",) if self.edits else ("transformer", "vae")
+        return {"text": to_encode, "image": self.text_encoders, "all": ()}[parts]
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -236,14 +248,11 @@ class BaseFamily:
         return str(self.config.path)
 
     def place(self, base_is_sharded: bool) -> None:
-        """Move transformer and VAE to the device; set block swapping, VAE tiling and attention as configured."""
+        """Move the transformer to the device; set block swapping and attention as configured."""
         if self.config.swap_blocks:
             swap_blocks(self.blocks, self.config.swap_blocks, self.device)
         if not base_is_sharded:
             self.transformer.to(self.device)
-        self.vae.to(self.device)
-        if self.config.vae_tiling:
-            self.vae.enable_tiling()
         if self.config.attention is not None:
             self.use_attention(self.config.attention)
 
@@ -308,27 +317,45 @@ class BaseFamily:
         return Schedule(self.sigmas(num_steps, shift), shift or self.shift(num_steps))
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> TextEmbeds:
+    def encode(self, prompts: Sequence[str | Prompt]) -> TextEmbeds:
         """Encode prompts: one row of conditioning for each, on the model's device, without gradient.
 
         Each prompt is encoded alone: kernels round differently for different batch sizes, and an image must not
         depend on what is drawn beside it.
+
+        Raises:
+            ConfigError: the model edits pictures, and a prompt has none that can be read; or it edits none.
         """
         if self.cache is not None:
             if self.guided and self.negative is None:
                 self.negative = self.cache.encode([self.config.negative_prompt], self.device)
             return self.cache.encode(prompts, self.device)
         if self.guided and self.negative is None:
-            self.negative = self.encode_each([self.config.negative_prompt])
-        return self.encode_each(prompts)
+            self.negative = self.encode_each([as_prompt(self.config.negative_prompt)])
+        return self.encode_each([*map(as_prompt, prompts)])
 
-    def encode_each(self, prompts: Sequence[str]) -> TextEmbeds:
+    def encode_each(self, prompts: Sequence[Prompt]) -> TextEmbeds:
         """Encode the prompts that were not met lately, and put all together."""
-        alone = self.recent.of(prompts)
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in alone]:
+        by_key = {prompt.condition: prompt for prompt in prompts}
+        alone = self.recent.of(by_key)
+        if new := [key for key in by_key if key not in alone]:
             with self.awake():
-                alone |= {prompt: self.recent.keep(prompt, self.encode_alone(prompt)) for prompt in new}
-        return TextEmbeds.join([alone[prompt] for prompt in prompts]).to(self.device)
+                alone |= {key: self.recent.keep(key, self.encode_one(by_key[key])) for key in new}
+        return TextEmbeds.join([alone[prompt.condition] for prompt in prompts]).to(self.device)
+
+    def encode_one(self, prompt: Prompt) -> dict[str, Tensor]:
+        """Encode one prompt, with its source where the model edits."""
+        if not self.edits and prompt.source is None:
+            return self.encode_alone(prompt.text)
+        if not self.edits or prompt.source is None:
+            rule = "must have a source picture" if self.edits else "must have no source picture"
+            found = "none" if prompt.source is None else repr(prompt.source.name)
+            raise ConfigError(f"a prompt for {self.config.path!r} {rule}, but {prompt.text!r:.120} has {found}")
+        return self.encode_edit(prompt.text, prompt.source.fitted(self.config.width_px, self.config.height_px))
+
+    def edited_size(self, source: Image.Image) -> tuple[int, int]:
+        """(height, width) in pixels at which a model that edits draws what becomes of a source best, about as large."""
+        raise NotImplementedError
 
     @contextmanager
     def awake(self) -> Iterator[None]:

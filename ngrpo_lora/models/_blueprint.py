@@ -23,13 +23,14 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from ngrpo_lora import registry
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.devices import resolve_device, resolve_dtype, use_device
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.models._index import family_of_pipeline, hub_file, model_index
+from ngrpo_lora.models._index import hub_file, model_index
+from ngrpo_lora.models._loading import family_class
 from ngrpo_lora.models._quantization import check_quantization, quantize_linears
+from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.types import TextEmbeds
 from ngrpo_lora.world import EMBEDDED
 
@@ -121,7 +122,7 @@ def make_family(blueprint: Blueprint, config: ModelConfig, device: str = "meta")
     """
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
-    family = registry.load(registry.MODELS, family_of_pipeline(config, blueprint.pipeline)).Family
+    family = family_class(config, blueprint.pipeline)
     parts: dict[str, Any] = {}
     for name, part in blueprint.parts.items():
         if name in ("transformer", "vae"):
@@ -176,7 +177,7 @@ class BlankPrompts:
     def __init__(self, family: BaseFamily):
         self.family = family
 
-    def encode(self, prompts: Sequence[str], device: torch.device) -> TextEmbeds:
+    def encode(self, prompts: Sequence[str | Prompt], device: torch.device) -> TextEmbeds:
         """A blank row for each prompt, at full length."""
         return blank_text(self.family, len(prompts)).to(device)
 

@@ -15,7 +15,7 @@ from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.downloads import hub_errors
 from ngrpo_lora.errors import UserError
 
-__all__ = ["family_of", "model_index", "model_json"]
+__all__ = ["family_of", "model_index", "model_json", "pipeline_of"]
 
 INDEX = "model_index.json"
 
@@ -26,9 +26,14 @@ def family_of(config: ModelConfig) -> str:
     Raises:
         UserError: no such model, no access to it, or no family for its pipeline.
     """
+    return family_of_pipeline(config, pipeline_of(config))
+
+
+def pipeline_of(config: ModelConfig) -> str:
+    """The name of the diffusers pipeline that a model is made for; otherwise as `family_of`."""
     if config.path == "embedded":
-        return family_of_pipeline(config, "FluxPipeline")
-    return family_of_pipeline(config, str(model_index(config.path, config.revision).get("_class_name")))
+        return "FluxPipeline"
+    return str(model_index(config.path, config.revision).get("_class_name"))
 
 
 def family_of_pipeline(config: ModelConfig, pipeline: str) -> str:
@@ -37,7 +42,7 @@ def family_of_pipeline(config: ModelConfig, pipeline: str) -> str:
     Raises:
         UserError: no family for it, or `model.family` is another one.
     """
-    known = {pipeline_class(name): name for name in registry.names(registry.MODELS)}
+    known = {kind: name for name in registry.names(registry.MODELS) for kind in pipeline_classes(name)}
     if config.family == "auto":
         if pipeline not in known:
             raise UserError(
@@ -53,13 +58,12 @@ def family_of_pipeline(config: ModelConfig, pipeline: str) -> str:
     return config.family
 
 
-def pipeline_class(name: str) -> str:
-    """The `pipeline_class` that a family's file assigns; the file is parsed and not imported."""
+def pipeline_classes(name: str) -> list[str]:
+    """Every `pipeline_class` that a family's file assigns; the file is parsed and not imported."""
     (path,) = (folder / f"{name}.py" for folder in map(Path, models.__path__) if (folder / f"{name}.py").is_file())
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "pipeline_class":
-            return ast.literal_eval(node.value)
-    raise AssertionError(f"{path} names no pipeline_class")
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    assigned = (node for node in nodes if isinstance(node, ast.Assign))
+    return [ast.literal_eval(one.value) for one in assigned if getattr(one.targets[0], "id", None) == "pipeline_class"]
 
 
 def model_index(path: str, revision: str | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from ngrpo_lora import registry
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.devices import resolve_device, resolve_dtype
 from ngrpo_lora.models._base import BaseFamily, Parts
-from ngrpo_lora.models._index import family_of
+from ngrpo_lora.models._index import family_of_pipeline, pipeline_of
 
 
 def load_family(config: ModelConfig, parts: Parts = "all", base_is_sharded: bool = False) -> BaseFamily:
@@ -23,4 +23,18 @@ def load_family(config: ModelConfig, parts: Parts = "all", base_is_sharded: bool
         logging.disable_progress_bar()
     device = resolve_device(config.device)
     config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, device)})
-    return registry.load(registry.MODELS, family_of(config)).Family(config, device, parts, base_is_sharded)
+    return family_class(config)(config, device, parts, base_is_sharded)
+
+
+def family_class(config: ModelConfig, pipeline: str | None = None) -> type[BaseFamily]:
+    """The class of a model's family: `Family`, or another one of its file that is for the model's pipeline.
+
+    Args:
+        pipeline: the model's; None looks it up.
+    Raises:
+        UserError: no such model, or no family for it.
+    """
+    pipeline = pipeline or pipeline_of(config)
+    module = registry.load(registry.MODELS, family_of_pipeline(config, pipeline))
+    kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, BaseFamily))
+    return next((kind for kind in kinds if vars(kind).get("pipeline_class") == pipeline), module.Family)

@@ -1,14 +1,20 @@
-"""FLUX.1 (dev, schnell, Krea) and the embedded model: the same classes at other sizes.
+"""FLUX.1 (dev, schnell, Krea, Kontext) and the embedded model: the same classes at other sizes.
 
-Source of the conventions: diffusers' `FluxPipeline`. Guidance is distilled into dev and Krea, so one pass is a guided
-one; schnell and the embedded model are drawn without.
+Source of the conventions: diffusers' `FluxPipeline` and, of Kontext, `FluxKontextPipeline`. Guidance is distilled into
+dev, Krea and Kontext, so one pass is a guided one; schnell and the embedded model are drawn without.
+
+Kontext edits: the tokens of the source, encoded by the VAE, stand behind those of the picture that is drawn, at the
+same places but with 1 for the first coordinate of their positions. The velocity is that of the drawn tokens.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from PIL import Image
 from torch import Tensor
 
 from ngrpo_lora.config import ModelConfig
@@ -81,7 +87,7 @@ class Family(BaseFamily):
             scale = float(self.settings["guidance_scale"])
             guidance = torch.full((batch,), scale, device=self.device, dtype=torch.float32)
         packed = self.transformer(
-            hidden_states=self.pipeline._pack_latents(latents, batch, channels, height, width),
+            hidden_states=self.tokens(self.pipeline._pack_latents(latents, *latents.shape), text),
             timestep=sigmas,
             guidance=guidance,
             pooled_projections=text.tensors["pooled_prompt_embeds"],
@@ -90,5 +96,47 @@ class Family(BaseFamily):
             img_ids=self.image_ids,
             return_dict=False,
         )[0]
-        tokens = packed.view(batch, height // 2, width // 2, channels, 2, 2)
+        tokens = packed[:, : height * width // 4].view(batch, height // 2, width // 2, channels, 2, 2)
         return tokens.permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
+
+    def tokens(self, drawn: Tensor, text: TextEmbeds) -> Tensor:
+        """What the transformer takes: the tokens (B, N, C) that are drawn, and those that they stand beside."""
+        return drawn
+
+
+class Kontext(Family):
+    """FLUX.1-Kontext, which edits a source picture of the size that it draws."""
+
+    pipeline_class = "FluxKontextPipeline"
+    edits = True
+    default_guidance = 2.5
+
+    def configure(self, config: ModelConfig) -> None:
+        """Apply the settings of `config`, and recompute the positions of the drawn tokens and of the source's."""
+        super().configure(config)
+        if self.draws:
+            places = self.image_ids[:, 1:]
+            self.image_ids = torch.cat([self.image_ids, torch.cat([torch.ones_like(places[:, :1]), places], 1)])
+
+    def encode_edit(self, prompt: str, source: Image.Image) -> dict[str, Tensor]:
+        """Encode one prompt as `encode_alone` does, and the source as tokens of its latents' mode."""
+        pixels = self.pipeline.image_processor.preprocess(source).to(self.device, self.vae.dtype)
+        latents = self.pipeline._encode_vae_image(pixels, generator=None)
+        packed = self.pipeline._pack_latents(latents, *latents.shape)
+        return self.encode_alone(prompt) | {"source_tokens": packed.to(self.dtype)}
+
+    def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the prompt's states, and of the tokens of a source."""
+        return super().text_shapes(tokens) | {"source_tokens": (self.image_tokens, self.transformer.config.in_channels)}
+
+    def tokens(self, drawn: Tensor, text: TextEmbeds) -> Tensor:
+        """The tokens that are drawn, and the source's behind them."""
+        return torch.cat([drawn, text.tensors["source_tokens"]], 1)
+
+    def edited_size(self, source: Image.Image) -> tuple[int, int]:
+        """(height, width): the one of Kontext's resolutions with the nearest aspect, scaled to the configured area."""
+        aspect, multiple = source.width / source.height, self.size_multiple
+        _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        scale = math.sqrt(self.config.height_px * self.config.width_px) / 1024
+        rows, columns = (max(1, round(side * scale / multiple)) for side in (height, width))
+        return rows * multiple, columns * multiple

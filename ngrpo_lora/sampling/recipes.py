@@ -17,6 +17,8 @@ from ngrpo_lora.adapters.header import AdapterInfo, code_version
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.prompts.files import Prompt, as_prompt
+from ngrpo_lora.prompts.pictures import SourcePicture
 from ngrpo_lora.records.files import digest
 from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.sampling.sampler import Sampler, draw
@@ -56,30 +58,46 @@ def columns_of(adapters: Sequence[tuple[Path, float]], apart: bool, base_too: bo
 
 
 def draw_columns(
-    info: AdapterInfo, columns: Sequence[Column], prompts: Sequence[str], seeds: Sequence[int]
+    info: AdapterInfo,
+    columns: Sequence[Column],
+    prompts: Sequence[str | Prompt],
+    seeds: Sequence[int],
+    follow_sources: bool = False,
 ) -> Iterator[Drawing]:
     """Draw every prompt with every seed (prompt-major) by every column, each when it is asked for.
 
+    Args:
+        follow_sources: whether an edit is as large as suits its source, in place of the configured size.
     Raises:
         UserError: no such model, or a file that is no adapter, or fits no layer of the model.
     """
     sampler = Sampler(info)
     for column in columns:  # an adapter that does not fit should be known before an hour of drawing
         sampler.use(column.adapters)
-    settings = shown_settings(info, sampler.family)
     digests = {path: digest(path) for column in columns for path, _ in column.adapters}
-    for number, prompt in enumerate(prompts):
-        text = sampler.family.encode([prompt])
+    for number, prompt in enumerate(map(as_prompt, prompts)):
+        sized = sampler.following(prompt) if follow_sources else sampler
+        settings = shown_settings(sized.info, sized.family) | {"source": described(prompt.source)}
+        text = sized.family.encode([prompt])
         for seed in seeds:
             for column in columns:
-                sampler.use(column.adapters)
-                frames = draw(sampler.family, text, [seed], sampler.solver, sampler.sigmas)
+                sized.use(column.adapters)
+                frames = draw(sized.family, text, [seed], sized.solver, sized.sigmas)
                 adapters = [
                     {"file": os.path.abspath(path), "sha256": digests[path], "strength": strength}
                     for path, strength in column.adapters
                 ]
                 own = {"ngrpo": json.dumps(settings | {"adapters": adapters}, sort_keys=True)}
-                yield Drawing(column, number, prompt, seed, frames, {"prompt": prompt, "seed": str(seed)} | own)
+                shown = {"prompt": prompt.text, "seed": str(seed)} | own
+                yield Drawing(column, number, prompt.text, seed, frames, shown)
+
+
+def described(source: SourcePicture | None) -> dict[str, str | None] | None:
+    """What a recipe says of a source: its name, its file where it has one of its own, and its digest."""
+    if source is None:
+        return None
+    file = os.path.abspath(source.content) if isinstance(source.content, Path) else None
+    return {"name": source.name, "file": file, "sha256": source.digest}
 
 
 def shown_settings(info: AdapterInfo, family: BaseFamily) -> dict[str, Any]:
@@ -92,21 +110,22 @@ def shown_settings(info: AdapterInfo, family: BaseFamily) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a picture was drawn: settings, adapters with their strengths, prompt and seed."""
+    """How a picture was drawn: settings, adapters with their strengths, prompt with its source, and seed."""
 
     info: AdapterInfo
     adapters: tuple[tuple[Path, float], ...]
-    prompt: str
+    prompt: Prompt
     seed: int
 
 
-def read_recipe(path: Path, same_adapters: bool = True) -> Recipe:
+def read_recipe(path: Path, same_adapters: bool = True, same_source: bool = True) -> Recipe:
     """Read the recipe that `ngrpo sample` wrote into a picture.
 
     Args:
         same_adapters: whether the LoRA files must be there, unchanged; if not, they are not looked at.
+        same_source: the same of the picture that was edited, where there is one.
     Raises:
-        UserError: the picture has no recipe, or an adapter is gone or has changed.
+        UserError: the picture has no recipe, or an adapter or the source is gone or has changed.
     """
     text = read_png_text(path)
     try:
@@ -114,10 +133,23 @@ def read_recipe(path: Path, same_adapters: bool = True) -> Recipe:
         info = AdapterInfo(ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"]))
         adapters = [(Path(one["file"]), one["sha256"], float(one["strength"])) for one in own["adapters"]]
         prompt, seed = text["prompt"], int(text["seed"])
+        edited = own.get("source")
+        source = edited and (edited["name"], edited["file"], edited["sha256"])
     except (ValidationError, ValueError, KeyError, TypeError):
         raise ConfigError(f"--like must be a PNG file that `ngrpo sample` wrote, but {str(path)!r} is none") from None
     for file, sha256, _ in adapters if same_adapters else []:
         if not file.is_file() or digest(file) != sha256:
             what = "has changed since" if file.is_file() else "is not there any more"
             raise UserError(f"{str(path)!r} was drawn with {str(file)!r}, which {what}; give the one with --adapter")
-    return Recipe(info, tuple((file, strength) for file, _, strength in adapters), prompt, seed)
+    picture = read_source(path, *source) if source and same_source else None
+    return Recipe(info, tuple((file, strength) for file, _, strength in adapters), Prompt(prompt, {}, picture), seed)
+
+
+def read_source(path: Path, name: str, file: str | None, sha256: str) -> SourcePicture:
+    """The picture that the picture `path` was edited from; UserError where it is gone or has changed."""
+    if file is None:
+        raise UserError(f"{str(path)!r} was edited from {name!r}, a picture within a dataset; give it with --source")
+    if not Path(file).is_file() or digest(Path(file)) != sha256:
+        what = "has changed since" if Path(file).is_file() else "is not there any more"
+        raise UserError(f"{str(path)!r} was edited from {file!r}, which {what}; give the picture with --source")
+    return SourcePicture(Path(file), name, str(path))

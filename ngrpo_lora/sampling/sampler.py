@@ -18,6 +18,7 @@ from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.sampling.settings import drawing_settings
 from ngrpo_lora.types import TextEmbeds
 
@@ -97,6 +98,18 @@ class Sampler:
         other.configure(info)
         return other
 
+    def following(self, prompt: Prompt) -> Sampler:
+        """A view of this sampler that draws at the size that suits the prompt's source; without one, this sampler.
+
+        Raises:
+            ConfigError: the source cannot be read.
+        """
+        if prompt.source is None or not self.family.edits:
+            return self
+        height, width = self.family.edited_size(prompt.source.load())
+        model = self.info.model.model_copy(update={"height_px": height, "width_px": width})
+        return self.with_settings(AdapterInfo(model, self.info.rollout))
+
     def use(self, adapters: Sequence[tuple[Path, float]]) -> None:
         """Draw with these LoRA files together, each at its strength, from now on; with none, the base itself.
 
@@ -122,7 +135,7 @@ class Sampler:
             self.family.pipeline.unload_lora_weights()
             self.names.clear()
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image.Image]:
+    def __call__(self, prompts: Sequence[str | Prompt], seeds: Sequence[int]) -> Iterator[Image.Image]:
         """Draw one image (of a video model `num_frames`) per prompt and its seed, each when it is asked for."""
         for prompt, rows in groupby(zip(prompts, seeds, strict=True), itemgetter(0)):
             text = self.family.encode([prompt])
@@ -133,7 +146,7 @@ class Sampler:
 def sample_images(
     adapter: str | Path | None,
     model: str | None,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     seeds: Sequence[int],
     strength: float = 1.0,
 ) -> list[Image.Image]:

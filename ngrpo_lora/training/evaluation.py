@@ -83,7 +83,7 @@ def draw_held_out(run: Run, own: range) -> list[Image.Image]:
         return images, torch.cat(finite)
 
     with run.counter.paused(), lora.swapped(run.family.transformer, run.lora_step.averaged):
-        text = run.family.encode([run.held_out[i].text for i in drawn])
+        text = run.family.encode([run.held_out[i] for i in drawn])
         images, finite = run.micro_batches.evaluation.fit(pictures)
     everywhere = torch.cat(run.processes.gather(finite[: len(own)]))
     check_finite(run, everywhere, f"evaluation at iteration {run.iteration}")

@@ -68,6 +68,7 @@ def describe_adapter(keys: list[str], family: BaseFamily, config: RunConfig) -> 
     own = {
         "code_version": code_version(),
         "family": type(family).__module__.rpartition(".")[2],
+        **({"edits": True} if family.edits else {}),
         "model": model.model_dump(mode="json"),
         "rollout": rollout.model_dump(mode="json"),
         "rewards": [reward.model_dump(mode="json") for reward in config.rewards.train],
@@ -115,7 +116,7 @@ def export(run: Run) -> Path:
         if run.processes.is_main:
             save_adapter(path, run.family, run.config)
         run.processes.gather(None)  # the file is there
-        text = run.family.encode([run.held_out[0].text])
+        text = run.family.encode([run.held_out[0]])
         latents = gaussian_noise((1, *run.family.latent_shape), 0).to(run.family.device)
         check_export(path, run.family, text, latents)
     return path

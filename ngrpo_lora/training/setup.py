@@ -19,9 +19,9 @@ from ngrpo_lora.devices import resolve_device, use_device
 from ngrpo_lora.errors import ConfigError, SharedError, UserError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._embeddings import EmbeddingCache
-from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.models._loading import family_class, load_family
 from ngrpo_lora.prompts.files import Prompt
-from ngrpo_lora.prompts.sources import PromptSource, count_longer, open_split
+from ngrpo_lora.prompts.sources import PromptSource, check_sources, count_longer, open_split
 from ngrpo_lora.ranks import process_device
 from ngrpo_lora.records.checkpoints import drop_after, resolve
 from ngrpo_lora.scoring.cache import ScoreCache
@@ -65,12 +65,13 @@ def prepare(config: RunConfig, *watchers: Watcher, family: BaseFamily | None = N
     own: list[Watcher] = [recorder := Recorder(), Tracking(recorder), Screen()] if processes.is_main else [Screen()]
     looking_on = Watchers([*own, *watchers])
     algorithm = open_algorithm(config)
+    prompts, held_out = open_prompts(config)
+    check_pictures(config, processes, prompts, held_out, family or family_class(config.model))
     # Rewards and measures come first: what they lack should be known before a large model is loaded.
     scorer, watching, score_cache = open_rewards(config, device, processes)
     with ExitStack() as failing:
         failing.callback(scorer.close)  # such as a page, which would otherwise stay open
         measures = open_measures(config.evaluation.measures, processes)
-        prompts, held_out = open_prompts(config)
         model = config.model.model_copy(update={"device": device})  # as this process has it
         family = family or load_model(config, model, processes, looking_on, prompts, held_out)
         check_shown(config, family)
@@ -180,6 +181,37 @@ def open_prompts(config: RunConfig) -> tuple[PromptSource, list[Prompt]]:
     return prompts, [held_out.prompt(i) for i in range(config.evaluation.num_prompts)]
 
 
+def training_prompts(config: RunConfig) -> range:
+    """The positions of all prompts that the run trains on."""
+    return range(config.trainer.num_iterations * config.rollout.prompts_per_iteration)
+
+
+def check_pictures(
+    config: RunConfig,
+    processes: Processes,
+    prompts: PromptSource,
+    held_out: list[Prompt],
+    family: BaseFamily | type[BaseFamily],
+) -> None:
+    """Check the source pictures of all prompts that the run needs; each process checks a share.
+
+    Where the model edits none, the first prompts show whether a table has a column of them.
+
+    Raises:
+        SharedError: one is missing or cannot be used, or the model edits no pictures.
+    """
+    count, problem = len(training_prompts(config)) if family.edits else 1000, None
+    needed = {"train": (prompts.prompt, count), "held_out": (held_out.__getitem__, len(held_out))}
+    try:
+        for key, (prompt, total) in needed.items():
+            own = map(prompt, processes.share(total))
+            check_sources(f"prompts.{key}", own, family.edits, config.model.path)
+    except ConfigError as error:
+        problem = str(error)
+    if problem := processes.agree(problem):
+        raise SharedError(problem)
+
+
 def load_model(
     config: RunConfig,
     model: ModelConfig,
@@ -193,9 +225,8 @@ def load_model(
     if model.text_encoders != "cache":
         return load_family(model, base_is_sharded=sharded)
     cache = EmbeddingCache(Path(config.output_dir) / "embeddings", model)
-    last = config.trainer.num_iterations * config.rollout.prompts_per_iteration
-    texts = [prompt.text for prompt in (*map(prompts.prompt, range(last)), *held_out)]
-    missing = cache.missing([*texts, model.negative_prompt])
+    negative = [] if family_class(model).edits else [model.negative_prompt]
+    missing = cache.missing([*map(prompts.prompt, training_prompts(config)), *held_out, *negative])
     mine = [missing[i] for i in processes.share(len(missing))]
     if mine:
         log.info("encoding %d prompts into %s", len(mine), cache.folder)

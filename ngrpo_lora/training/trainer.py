@@ -88,7 +88,7 @@ def iterate(run: Run) -> Metrics:
     stages, prompts = Stages(), prompts_of(run)
     run.counter.reset()
     with stages("rollout"):
-        text = run.family.encode([prompt.text for prompt in prompts])
+        text = run.family.encode(prompts)
         rollouts, pending, shown = [], [], []
         for prompt, rollout in zip(prompts, roll_out(run, text), strict=True):  # Eq. 2, 7
             rollouts.append(rollout.to("cpu"))  # is there when the stage ends

@@ -24,7 +24,7 @@ from ngrpo_lora.config import ModelConfig, RunConfig, load_config
 from ngrpo_lora.evaluation.statistics import compare_scores
 from ngrpo_lora.hub.card import LICENSES, base_license, cell, diffusers_usage, read_pushed, write_card
 from ngrpo_lora.hub.pipeline_file import has_pipeline
-from ngrpo_lora.models._index import pipeline_class
+from ngrpo_lora.models._index import pipeline_classes
 from ngrpo_lora.records.pictures import save_png
 
 FLUX = "black-forest-labs/FLUX.1-dev"
@@ -43,11 +43,11 @@ def make_config(*overrides: str, path: str = FLUX) -> RunConfig:
     return load_config(None, [f"model.path={path}", *settings, *overrides])
 
 
-def make_folder(folder: Path, config: RunConfig, prompts: list[str], family: str = "flux") -> Path:
+def make_folder(folder: Path, config: RunConfig, prompts: list[str], family: str = "flux", **header: object) -> Path:
     """What a push has staged when it writes the card."""
     model = config.model.model_copy(update={"guidance_scale": 3.5, "max_sequence_length": 512})
     rollout = config.rollout.model_copy(update={"shift": 3.1581})
-    own = {"family": family, "model": model.model_dump(), "rollout": rollout.model_dump()}
+    own = {"family": family, "model": model.model_dump(), "rollout": rollout.model_dump(), **header}
     save_file({"a": torch.zeros(1)}, folder / "pytorch_lora_weights.safetensors", {"ngrpo": json.dumps(own)})
     for part in ("first", "last"):
         (folder / "samples" / part).mkdir(parents=True)
@@ -187,6 +187,20 @@ def test_a_picture_of_another_prompt_is_not_shown_as_before(tmp_path: Path, diff
     assert len(card.data.to_dict()["widget"]) == 2
 
 
+def test_the_card_of_a_model_that_edits_says_what_to_edit(tmp_path: Path):
+    config = make_config(path="black-forest-labs/FLUX.1-Kontext-dev")
+    card = make_card(make_folder(tmp_path, config, ["a"], edits=True), config, [])
+    assert card.data.to_dict()["pipeline_tag"] == "image-to-image"
+    assert "ngrpo sample --adapter owner/my_lora --source picture.png --prompt 'a' --seed 1000" in card.text
+    code = card.text.partition("```python\n")[2].partition("```")[0]
+    assert "from PIL import Image\n" in code
+    assert code.index('picture = Image.open("picture.png")') < code.index("pipeline('a', seeds=1000, image=picture)")
+    plain = make_config()
+    (tmp_path / "plain").mkdir()
+    other = make_card(make_folder(tmp_path / "plain", plain, ["a"]), plain, [])
+    assert "picture.png" not in other.text
+
+
 def test_a_base_in_a_folder_is_named_without_its_place(tmp_path: Path):
     base = tmp_path / "secret" / "my-flux"
     base.mkdir(parents=True)
@@ -250,7 +264,7 @@ def test_the_snippet_calls_each_family_s_pipeline_by_names_that_it_has(family: s
         assert given == {"seeds": 7}
         assert ast.literal_eval(call.args[0]) == MISS
         return
-    kind = getattr(diffusers, pipeline_class(family))
+    kind = getattr(diffusers, pipeline_classes(family)[0])
     assert given.keys() <= inspect.signature(kind.__call__).parameters.keys()
     assert (given["prompt"], given["height"], given["width"]) == (MISS, 720, 704)
     assert (given["guidance_scale"], given["num_inference_steps"]) == (3.5, config.rollout.num_steps)

@@ -25,6 +25,7 @@ from ngrpo_lora.hub.pipeline_file import (
 )
 
 FAMILIES = ["flux", "qwen_image", "sd3", "z_image"]
+EDITING = {"flux_kontext": "flux"}
 
 
 def load(path: Path, source: str) -> ModuleType:
@@ -53,9 +54,10 @@ def test_families_with_a_pipeline_are_those_of_the_folder():
     assert [family for family in registry.names(registry.MODELS) if has_pipeline(family)] == FAMILIES
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *EDITING])
 def test_one_file_has_all_that_the_pipeline_needs(family: str, tmp_path: Path):
-    source = pipeline_file(family)
+    edits = family not in FAMILIES
+    source = pipeline_file(EDITING[family], edits) if edits else pipeline_file(family)
     tree = ast.parse(source)
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert imports

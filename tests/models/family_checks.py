@@ -33,6 +33,7 @@ from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.sampling.sampler import draw
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.setup import prepare
@@ -156,7 +157,7 @@ def noise_of(family: BaseFamily, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def check_velocities(family: BaseFamily, prompt: str, recording: Recording) -> None:
+def check_velocities(family: BaseFamily, prompt: str | Prompt, recording: Recording) -> None:
     """On the pipeline's own latents our guided velocity is what its scheduler got."""
     text = family.encode([prompt])
     for latents, sigma, expected in zip(recording.latents, recording.sigmas, recording.velocities, strict=False):
@@ -164,7 +165,7 @@ def check_velocities(family: BaseFamily, prompt: str, recording: Recording) -> N
 
 
 @torch.no_grad()
-def check_sampling(family: BaseFamily, prompt: str, recording: Recording, solver: str = "euler") -> None:
+def check_sampling(family: BaseFamily, prompt: str | Prompt, recording: Recording, solver: str = "euler") -> None:
     """From the same noise our solver on the family's own schedule takes the pipeline's path to its pictures."""
     sigmas = family.sigmas(len(recording.velocities))
     torch.testing.assert_close(sigmas, recording.sigmas.float(), rtol=1e-6, atol=1e-7)
@@ -182,7 +183,9 @@ def check_sampling(family: BaseFamily, prompt: str, recording: Recording, solver
 
 
 @torch.no_grad()
-def check_neighbours(family: BaseFamily, prompts: Sequence[str] = PROMPTS, tolerance: float = TOLERANCE) -> None:
+def check_neighbours(
+    family: BaseFamily, prompts: Sequence[str | Prompt] = PROMPTS, tolerance: float = TOLERANCE
+) -> None:
     """A picture is the same to the bit whatever is drawn beside it; a batch of velocities, to float rounding."""
     text, seeds, sigmas = family.encode(prompts), range(len(prompts)), family.sigmas(2)
     assert len(text) == len(prompts)
@@ -239,13 +242,16 @@ def check_targets(family: BaseFamily, attention: set[str], feed_forward: set[str
         assert names == expected
 
 
-def check_training(make_config: MakeConfig, folder: Path, output_dir: Path, *settings: str) -> Run:
+def check_training(
+    make_config: MakeConfig, folder: Path, output_dir: Path, *settings: str, prompts: Path | None = None
+) -> Run:
     """Two iterations train the LoRA and nothing else, and a stock pipeline draws with what is exported.
 
     Alpha is not the rank and weights are averaged, so that the file differs from the live parameters.
     """
-    prompts = output_dir / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
+    if prompts is None:
+        prompts = output_dir / "prompts.txt"
+        prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     common = [
         f"model.path={folder}",
         "model.device=cpu",
@@ -272,7 +278,7 @@ def check_training(make_config: MakeConfig, folder: Path, output_dir: Path, *set
         lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
     )
     with torch.no_grad(), lora.swapped(family.transformer, run.lora_step.averaged):
-        text = family.encode(PROMPTS[:1])
+        text = family.encode(run.held_out[:1])
         velocity = family.velocity(noise_of(family), 0.5, text)
         remember.remove()
         with lora.merged(family.transformer):

@@ -10,7 +10,8 @@ import pytest
 from ngrpo_lora import registry
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.models._index import family_of, model_index, pipeline_class
+from ngrpo_lora.models._index import family_of, model_index, pipeline_classes
+from ngrpo_lora.models._loading import family_class
 
 
 def folder_of(path: Path, pipeline: str) -> str:
@@ -20,10 +21,14 @@ def folder_of(path: Path, pipeline: str) -> str:
 
 @pytest.mark.parametrize("family", registry.names(registry.MODELS))
 def test_a_family_is_found_by_its_pipeline_which_is_read_and_not_imported(family: str, tmp_path: Path):
-    pipeline = registry.load(registry.MODELS, family).Family.pipeline_class
-    assert pipeline_class(family) == pipeline
-    path = folder_of(tmp_path, pipeline)
-    assert family_of(ModelConfig(path=path)) == family_of(ModelConfig(path=path, family=family)) == family
+    module = registry.load(registry.MODELS, family)
+    pipelines = pipeline_classes(family)
+    assert module.Family.pipeline_class in pipelines
+    for pipeline in pipelines:
+        config = ModelConfig(path=folder_of(tmp_path, pipeline))
+        assert family_of(config) == family_of(config.model_copy(update={"family": family})) == family
+        assert family_class(config).pipeline_class == pipeline
+        assert family_class(config).__module__ == module.__name__
 
 
 def test_the_embedded_model_is_flux():

@@ -149,7 +149,7 @@ def measure_export(config: RunConfig) -> Found:
         iterate(run)
         start, path = time.perf_counter(), run.output_dir / "adapter.safetensors"
         save_adapter(path, run.family, run.config)
-        text = run.family.encode([run.held_out[0].text])
+        text = run.family.encode([run.held_out[0]])
         latents = gaussian_noise((1, *run.family.latent_shape), 0).to(run.family.device)
         try:
             difference = check_export(path, run.family, text, latents)
