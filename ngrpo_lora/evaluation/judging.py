@@ -20,6 +20,8 @@ from ngrpo_lora.config import RewardConfig, load_config, parse_config
 from ngrpo_lora.console import console
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.evaluation.statistics import Scores, mean_interval
+from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.prompts.pictures import take_pictures
 from ngrpo_lora.records.metrics import finite
 from ngrpo_lora.records.pictures import Picture
 from ngrpo_lora.reports import grids
@@ -92,13 +94,26 @@ def judge(scorer: Scorer, pictures: Sequence[Picture], cache: ScoreCache, what: 
     scores: Scores = {label: [] for label in scorer.rewards}
     for part in (pictures[start : start + size] for start in starts):
         images, prompts = [picture.load() for picture in part], [picture.prompt or "" for picture in part]
-        samples = Samples(images, prompts, [picture.metadata for picture in part], group_size)
+        metadata = [shown(picture, image.size) for picture, image in zip(part, images, strict=True)]
+        samples = Samples(images, prompts, metadata, group_size)
         for label, raw in scorer(samples, cache).items():
             scores[label] += raw.tolist()
     for label, raw in scores.items():
         if all(map(math.isnan, raw)):
             raise UserError(f"reward {label} failed for all {len(raw)} {what}; the reasons are above")
     return scores
+
+
+def shown(picture: Picture, size: tuple[int, int]) -> dict[str, Any]:
+    """A picture's metadata as rewards get it: with the source and mask that it names, where their files are there.
+
+    Raises:
+        ConfigError: one of them is no picture that can be used.
+    """
+    metadata = dict(picture.metadata)
+    named = take_pictures(metadata, picture.path.parent, f"metadata of {str(picture.path)!r}")
+    pictures = {name: one for name, one in named.items() if isinstance(one.content, Path) and one.content.is_file()}
+    return Prompt(picture.prompt or "", metadata, **pictures).shown(size)
 
 
 def score_pictures(

@@ -1,4 +1,4 @@
-"""A vision-language model behind an OpenAI-compatible server (vLLM, SGLang), asked about one image at a time.
+"""A vision-language model behind an OpenAI-compatible server (vLLM, SGLang), asked about an image or an edit.
 
 Source of the protocol: https://platform.openai.com/docs/api-reference/chat; start a server with
 `vllm serve MODEL --limit-mm-per-prompt '{"image": 1}'`. The model's memory is the server's, none is needed here.
@@ -10,6 +10,7 @@ import asyncio
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -111,8 +112,8 @@ class VisionServer:
             )
         return wanted or offered[0]
 
-    async def answer(self, image: Image.Image, question: str) -> str:
-        """Ask about an image and return the model's answer, at temperature 0.
+    async def answer(self, images: Sequence[Image.Image], question: str) -> str:
+        """Ask about images, in this order, and return the model's answer, at temperature 0.
 
         Raises:
             ValueError: it is cut off at max_tokens.
@@ -120,7 +121,7 @@ class VisionServer:
         """
         completion = await self.client.chat.completions.create(
             model=self.model,
-            messages=await _messages(image, question),
+            messages=await _messages(images, question),
             temperature=0,
             max_tokens=self.config.max_tokens,
         )
@@ -130,7 +131,7 @@ class VisionServer:
             raise ValueError(f"the answer must end within max_tokens {self.config.max_tokens}, got {text[:200]!r}")
         return text
 
-    async def yes_probability(self, image: Image.Image, question: str) -> float:
+    async def yes_probability(self, images: Sequence[Image.Image], question: str) -> float:
         """P(yes) / (P(yes) + P(no)) of the first token of the answer, in [0, 1]; either word in upper or lower case.
 
         Raises:
@@ -139,7 +140,7 @@ class VisionServer:
         """
         completion = await self.client.chat.completions.create(
             model=self.model,
-            messages=await _messages(image, question),
+            messages=await _messages(images, question),
             temperature=0,
             max_tokens=1,
             logprobs=True,
@@ -158,14 +159,11 @@ class VisionServer:
         return yes / (yes + no)
 
 
-async def _messages(image: Image.Image, question: str) -> list[Any]:
-    url = f"data:image/png;base64,{await asyncio.to_thread(encode_png, image)}"
-    return [
-        {
-            "role": "user",
-            "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}],
-        }
-    ]
+async def _messages(images: Sequence[Image.Image], question: str) -> list[Any]:
+    encoded = [await asyncio.to_thread(encode_png, image) for image in images]
+    urls = [{"url": f"data:image/png;base64,{data}"} for data in encoded]
+    shown = [{"type": "image_url", "image_url": url} for url in urls]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
 
 
 def read_number(answer: str, pattern: str, score_range: tuple[float, float]) -> float:

@@ -27,9 +27,14 @@ class Reward:
 
     def __init__(self, config: Config, device: str):
         self.clip = load_clip(config, device)
-        of_path = "squash" if "DFN" in config.path else "crop"
-        self.resize: Literal["crop", "squash"] = of_path if config.resize == "auto" else config.resize
+        self.resize: Literal["crop", "squash"] = resize_of(config)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """(B,) float32, the cosine of each image with its prompt."""
         return self.clip.cosines(images, prompts, self.resize)
+
+
+def resize_of(config: Config) -> Literal["crop", "squash"]:
+    """How wide and tall images are made square, with `auto` decided."""
+    of_path = "squash" if "DFN" in config.path else "crop"
+    return of_path if config.resize == "auto" else config.resize

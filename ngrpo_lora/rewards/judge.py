@@ -4,13 +4,14 @@
 
 The score is the number that the model writes (`answer: number`), or the probability with which its answer begins with
 yes, P(yes) / (P(yes) + P(no)) (`answer: logprobs`): continuous, and one token instead of many. An answer without a
-score is a failed score. The licence and the memory are those of the model that the server runs.
+score is a failed score. Of an edit the source picture is sent before the edited one, with the question `edit_template`
+(vLLM: `--limit-mm-per-prompt '{"image": 2}'`). The licence and the memory are those of the model that the server runs.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 from pydantic import Field, field_validator
@@ -26,11 +27,22 @@ Rate how well the image shows what the description says, from 0 (nothing of it) 
 right and what is missing or wrong, in one sentence. Then end with a line of the form
 Score: N"""
 
+EDIT_TEMPLATE = """The first image was to be edited as follows; the second image is the result.
+
+Edit: {prompt}
+
+Rate the result from 0 to 10: does it show the edit, and is all else as it was in the first image? First name what is \
+right and what is missing, wrong or changed without need, in one sentence. Then end with a line of the form
+Score: N"""
+
 
 class Config(ServerConfig, frozen=True):
     """A question to a vision-language model and how its answer is read."""
 
     template: str = Field(default=TEMPLATE, description="The question; {prompt} is where the prompt goes.")
+    edit_template: str = Field(
+        default=EDIT_TEMPLATE, description="The question about an edit, beside its source picture and the result."
+    )
     answer: Literal["number", "logprobs"] = Field(
         default="number", description="number: what pattern finds in the answer; logprobs: how probable a yes is."
     )
@@ -42,7 +54,7 @@ class Config(ServerConfig, frozen=True):
         default=(0.0, 10.0), strict=False, description="[low, high] of the number; one outside is a failed score."
     )
 
-    @field_validator("template")
+    @field_validator("template", "edit_template")
     @classmethod
     def _holds_the_prompt(cls, value: str) -> str:
         if "{prompt}" not in value:
@@ -75,15 +87,18 @@ class Reward:
         self.config = config
         self.server = VisionServer(config)
 
-    async def __call__(self, image: Image.Image, prompt: str) -> float:
-        """Score one image: a number within `score_range`, or with `answer: logprobs` a probability.
+    async def __call__(self, image: Image.Image, prompt: str, metadata: dict[str, Any]) -> float:
+        """Score one image, beside its source where there is one, within `score_range`; for `logprobs` a probability.
 
         Raises:
             ValueError: the answer holds no score.
             openai.OpenAIError: the server failed, or took too long, at every attempt.
         """
-        question = self.config.template.replace("{prompt}", prompt)
+        source = metadata.get("source")
+        is_edit = isinstance(source, Image.Image)
+        images = [source, image] if is_edit else [image]
+        question = (self.config.edit_template if is_edit else self.config.template).replace("{prompt}", prompt)
         if self.config.answer == "logprobs":
-            return await self.server.yes_probability(image, question)
-        answer = await self.server.answer(image, question)
+            return await self.server.yes_probability(images, question)
+        answer = await self.server.answer(images, question)
         return read_number(answer, self.config.pattern, self.config.score_range)

@@ -158,13 +158,17 @@ class Client:
             RuntimeError: the server answers something else.
             requests.RequestException: the server did not answer at any attempt.
         """
+        pictures = [{name: one for name, one in row.items() if isinstance(one, Image.Image)} for row in metadata]
+        encoded = {id(one): encode_png(one) for row in pictures for one in row.values()}  # a group shares its source
         request = {
             "reward": self.name,
             "images": [encode_png(image) for image in images],
             "prompts": list(prompts),
-            "metadata": list(metadata),
+            "metadata": [{k: v for k, v in row.items() if not isinstance(v, Image.Image)} for row in metadata],
             "group_size": group_size,
         }
+        if encoded:
+            request["pictures"] = [{name: encoded[id(one)] for name, one in row.items()} for row in pictures]
         url = f"{self.config.url}/score"
         response = self.session.post(url, json=request, timeout=(FIRST_CONTACT_S, self.config.timeout_s))
         match _json(response):

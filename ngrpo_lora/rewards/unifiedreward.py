@@ -78,5 +78,5 @@ class Reward:
             ValueError: the answer holds no score.
             openai.OpenAIError: the server failed, or took too long, at every attempt.
         """
-        answer = await self.server.answer(image, self.question.replace("{prompt}", prompt))
+        answer = await self.server.answer([image], self.question.replace("{prompt}", prompt))
         return read_number(answer, self.pattern, (1.0, 5.0))

@@ -27,4 +27,4 @@ class Reward:
 
     async def __call__(self, image: Image.Image, prompt: str) -> float:
         """Probability of a yes, in [0, 1]; raises what `VisionServer.yes_probability` raises."""
-        return await self.server.yes_probability(image, QUESTION.replace("{prompt}", prompt))
+        return await self.server.yes_probability([image], QUESTION.replace("{prompt}", prompt))

@@ -7,6 +7,9 @@ import json
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig
@@ -34,7 +37,7 @@ class ScoreCache:
         keys = []
         for image, prompt, metadata in zip(samples.images, samples.prompts, samples.metadata, strict=True):
             what = [own, source, image.mode, image.size, prompt, metadata]
-            digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
+            digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=_text).encode())
             digest.update(image.tobytes())
             keys.append(digest.hexdigest())
         return keys
@@ -50,3 +53,10 @@ class ScoreCache:
         kept = [(key, score) for key, score in scores.items() if abs(score) < float("inf")]
         with self.connect() as connection:
             connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", kept)
+
+
+def _text(value: Any) -> str:
+    """What JSON cannot hold as text: a picture by its pixels, for two of them may have one name and place in memory."""
+    if isinstance(value, Image.Image):
+        return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return str(value)

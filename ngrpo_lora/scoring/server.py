@@ -2,13 +2,13 @@
 
     GET  /health  answers {"protocol": 1, "rewards": {"ocr": "single", ...}}: what each is called with
     POST /score   takes   {"reward": "ocr", "images": [base64 of PNG, WebP or JPEG], "prompts": ["..."],
-                           "metadata": [{...}], "group_size": 1}
+                           "metadata": [{...}], "group_size": 1, and of edits "pictures": [{"source": base64}, ...]}
                   answers {"scores": [0.875, null, ...]}, null where there is no score
 
-Each `group_size` images in a row are candidates of one prompt. An error is {"error": "why"} with status 400 (not such
-a request), 401, 404, 405, 408 (a body that stalls), 413 (too large), 415 or 500. Where NGRPO_REWARD_TOKEN is set,
-every request needs the header `Authorization: Bearer TOKEN`. What arrives is JSON and pixels: nothing is unpickled,
-nothing is run.
+Each `group_size` images in a row are candidates of one prompt; rewards get `pictures` as metadata. An error is
+{"error": "why"} with status 400 (not such a request), 401, 404, 405, 408 (a body that stalls), 413 (too large), 415 or
+500. Where NGRPO_REWARD_TOKEN is set, every request needs the header `Authorization: Bearer TOKEN`. What arrives is JSON
+and pixels: nothing is unpickled, nothing is run.
 
 Starlette and uvicorn speak HTTP; what they refuse themselves (400 for what is no HTTP, 503 above MAX_CONNECTIONS) is
 plain text.
@@ -70,12 +70,15 @@ class ScoreRequest(Section, frozen=True):
     prompts: list[str]
     metadata: list[dict[str, Any]]
     group_size: int = Field(default=1, ge=1)
+    pictures: list[dict[str, str]] | None = None
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> ScoreRequest:
         images, prompts, metadata = len(self.images), len(self.prompts), len(self.metadata)
         if not images == prompts == metadata:
             raise ValueError(f"images, prompts and metadata must be equally many, got {images}, {prompts}, {metadata}")
+        if self.pictures is not None and len(self.pictures) != images:
+            raise ValueError(f"pictures must be as many as images, got {len(self.pictures)} for {images}")
         if images % self.group_size:
             raise ValueError(f"images must be a multiple of group_size {self.group_size}, got {images}")
         return self
@@ -184,7 +187,15 @@ class RewardServer:
         if request.reward not in labels:
             known = f"{', '.join(labels)}{registry.nearest(request.reward, labels)}"
             raise HTTPException(404, f"no reward {request.reward!r} here, only {known}")
-        samples = Samples(_decode(request.images), request.prompts, request.metadata, request.group_size)
+        rows = request.pictures or [{}] * len(request.images)
+        distinct = list(dict.fromkeys(text for row in rows for text in row.values()))  # a group shares its source
+        images = _decode([*request.images, *distinct])
+        seen = dict(zip(distinct, images[len(request.images) :], strict=True))
+        metadata = [
+            own | {name: seen[text] for name, text in row.items()}
+            for own, row in zip(request.metadata, rows, strict=True)
+        ]
+        samples = Samples(images[: len(rows)], request.prompts, metadata, request.group_size)
         try:
             return self.scorer.rewards[request.reward](samples).tolist()
         except UserError as error:

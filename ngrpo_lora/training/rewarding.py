@@ -29,8 +29,10 @@ def samples(run: Run, prompts: Sequence[Prompt], images: list[Image.Image]) -> S
     count, total = scored_frames(run), run.family.num_frames
     chosen = [(2 * i + 1) * total // (2 * count) for i in range(count)]
     shown = [images[start + i] for start in range(0, len(images), total) for i in chosen]
+    size = run.config.model.width_px, run.config.model.height_px
+    metadata = {id(prompt): prompt.shown(size) for prompt in prompts}  # a group's prompt is one object
     repeated = [prompt for prompt in prompts for _ in chosen]
-    return Samples(shown, [p.text for p in repeated], [p.metadata for p in repeated], len(shown))
+    return Samples(shown, [p.text for p in repeated], [metadata[id(p)] for p in repeated], len(shown))
 
 
 def scored_frames(run: Run) -> int:

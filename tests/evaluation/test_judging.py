@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from pictures import paint
+from PIL import Image
 
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.evaluation import judging
-from ngrpo_lora.records.pictures import Picture
+from ngrpo_lora.records.pictures import Picture, collect
 from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.scorer import Scorer
 
@@ -35,6 +37,25 @@ def test_rewards_are_given_by_name_or_as_mappings():
 def test_a_bad_reward_is_named(texts: list[str], part: str):
     with pytest.raises(ConfigError, match=part):
         judging.parse_rewards(texts)
+
+
+def test_scored_pictures_have_the_sources_that_their_metadata_name(tmp_path: Path):
+    """By a path that counts from their folder; where there is no such file it is text like any other."""
+    folder, grey, black = tmp_path / "edited", Image.new("RGB", (64, 40), (51,) * 3), Image.new("RGB", (64, 40))
+    folder.mkdir()
+    grey.save(folder / "a.png")
+    black.save(tmp_path / "before.png")
+    line = {"file_name": "a.png", "prompt": "lighter", "source": "../before.png", "mask": "coco.png"}
+    (folder / "metadata.jsonl").write_text(json.dumps(line))
+    (picture,) = collect([folder])
+    seen = judging.shown(picture, (32, 32))
+    assert (seen["source"].size, seen["mask"]) == ((32, 32), "coco.png")
+    rewards = judging.parse_rewards(["preservation"])
+    judging.score_pictures([picture], rewards, tmp_path)
+    assert json.loads((tmp_path / "scores.json").read_text())["pictures"][0]["preservation"] == pytest.approx(0.8)
+    (tmp_path / "before.png").unlink()
+    with pytest.raises(UserError, match="reward preservation needs the source picture"):
+        judging.score_pictures([picture], rewards, tmp_path)
 
 
 def test_a_reward_that_fails_for_every_picture_is_an_error(tmp_path: Path):

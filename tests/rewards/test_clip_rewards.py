@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ngrpo_lora.config import ModelRewardConfig
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.rewards import _clip, aesthetic, clip_score, hpsv2, pickscore
+from ngrpo_lora.rewards import _clip, aesthetic, clip_directional, clip_score, hpsv2, pickscore
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.types import Samples
 
@@ -281,6 +281,53 @@ def test_pickscore_is_the_logit_of_transformers(folder, images):
 def test_clip_score_is_the_cosine_of_transformers(clip_config, folder, images):
     expected = transformers_logits(folder, images, PROMPTS) / torch.tensor(4.6).exp()
     torch.testing.assert_close(score(clip_config, images, PROMPTS), expected, atol=1e-6, rtol=0)
+
+
+def directions(folder: Path, images, prompts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Changes from each image and caption to the next, by transformers' own features."""
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    make = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    process = make(size={"shortest_edge": SIZE_PX}, crop_size={"height": SIZE_PX, "width": SIZE_PX})
+    tokens = CLIPTokenizer.from_pretrained(folder)(
+        prompts, padding=True, truncation=True, max_length=77, return_tensors="pt"
+    )
+    with torch.no_grad():
+        output = model(**tokens, pixel_values=process(images, return_tensors="pt")["pixel_values"])
+    return output.image_embeds.diff(dim=0).double(), output.text_embeds.diff(dim=0).double()
+
+
+def edit_samples(images, prompts) -> Samples:
+    metadata = [
+        {"source": images[i], "source_caption": prompts[i], "target_caption": prompts[i + 1]}
+        for i in range(len(images) - 1)
+    ]
+    return Samples(images[1:], ["make it so"] * len(metadata), metadata)
+
+
+def test_clip_directional_is_the_cosine_of_changes_by_transformers(clip_config, folder, images):
+    config = clip_directional.Config(name="clip_directional", path=str(folder))
+    scores = Scorer([config])(edit_samples(images, PROMPTS))["clip_directional"]
+    shown, said = directions(folder, images, PROMPTS)
+    expected = (shown * said).sum(1) / (shown.norm(dim=1) * said.norm(dim=1))
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+    assert expected.abs().max() > 0.1
+    unlike = Scorer([config])(edit_samples(images, PROMPTS[::-1]))["clip_directional"]
+    assert (unlike - expected).abs().max() > 0.01  # captions decide
+
+
+def test_clip_directional_of_a_picture_that_did_not_change_is_0(clip_config, folder, images):
+    config = clip_directional.Config(name="clip_directional", path=str(folder))
+    metadata = {"source": images[0], "source_caption": "a cat", "target_caption": "a dog"}
+    assert Scorer([config])(Samples([images[0]], [""], [metadata]))["clip_directional"].tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["source", "source_caption", "target_caption"])
+def test_clip_directional_says_what_a_prompt_lacks(clip_config, folder, images, name):
+    config = clip_directional.Config(name="clip_directional", path=str(folder))
+    metadata = {"source": images[0], "source_caption": "a cat", "target_caption": "a dog"}
+    del metadata[name]
+    with pytest.raises(UserError, match=rf"needs the columns source, .* but a prompt has no {name};"):
+        Scorer([config])(Samples([images[0]], [""], [metadata]))
 
 
 def test_clip_score_squashes_for_dfn(clip_config, folder, images, tmp_path):

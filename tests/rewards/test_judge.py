@@ -86,6 +86,20 @@ def test_an_image_of_any_mode_is_sent_as_rgb(serve: Serve, mode: str):
     assert np.array_equal(np.asarray(sent), np.asarray(NOISE.convert(mode).convert("RGB")))
 
 
+def test_of_an_edit_the_source_is_sent_before_the_result_with_a_question_of_its_own(serve: Serve):
+    server, source = serve(says("Score: 7"), says("Score: 2")), Image.new("RGB", (5, 3), (1, 2, 3))
+    reward = judge(server, edit_template="Was it {prompt}?")
+    edits = Samples([NOISE] * 2, ["made red"] * 2, [{"source": source}, {"source": "coco"}])
+    assert sorted(reward(edits).tolist()) == [2.0, 7.0]
+    contents = [request.body["messages"][0]["content"] for request in server.requests[CHAT]]
+    plain, edit = sorted(contents, key=len)
+    assert edit[2] == {"type": "text", "text": "Was it made red?"}
+    assert plain[1]["text"].startswith("This image was made for the following description.")
+    urls = [part["image_url"]["url"] for part in edit[:2]]
+    sent = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
+    assert [np.asarray(image).tolist() for image in sent] == [np.asarray(i).tolist() for i in (source, NOISE)]
+
+
 def test_the_model_that_is_named_is_asked(serve: Serve):
     server = serve(says("Score: 7"), listed=models("other", "mine"))
     judge(server, model="mine")(samples())

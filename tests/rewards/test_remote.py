@@ -81,6 +81,35 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 Serve = Callable[..., RewardServer]
 
+EDITS = """
+import numpy as np
+
+def changed(images, prompts, metadata):
+    pairs = [(np.asarray(i, int), np.asarray(m["source"], int)) for i, m in zip(images, metadata)]
+    return [float(np.abs(i - source).mean()) + m["n"] for (i, source), m in zip(pairs, metadata)]
+"""
+
+
+def test_source_pictures_travel_with_the_metadata(serve: Serve, tmp_path: Path):
+    (path := tmp_path / "edits.py").write_text(EDITS)
+    server = serve(f"{path}:changed")
+    sources = [NOISE[5], NOISE[5], NOISE[4]]
+    edits = Samples(NOISE[:3], ["red"] * 3, [{"source": source, "n": n} for n, source in enumerate(sources)])
+    expected = Scorer(configs(f"{path}:changed"))(edits)
+    found = Scorer(configs({"name": "remote", "url": server.url}))(edits)
+    assert [*found.values()][0].tolist() == [*expected.values()][0].tolist()
+    assert len({round(value, 6) for value in [*found.values()][0].tolist()}) == 3
+
+
+def test_pictures_must_be_as_many_as_images_and_be_pictures(serve: Serve, own: str):
+    server = serve(f"{own}:redness")
+    (label,) = server.scorer.rewards
+    body = {"reward": label, "images": [""], "prompts": [""], "metadata": [{}]}
+    for pictures, part in (([], "pictures must be as many as images, got 0 for 1"), ([{"source": "x"}], "images.")):
+        answer = requests.post(f"{server.url}/score", json=body | {"pictures": pictures}, timeout=30)
+        assert answer.status_code == 400
+        assert part in answer.json()["error"]
+
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:

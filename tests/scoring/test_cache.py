@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from red_samples import IMAGES, NAN, SAMPLES, assert_scores, red
 
 from ngrpo_lora.config import RewardConfig
@@ -43,6 +44,18 @@ def test_the_cache_asks_once_for_every_image_prompt_and_setting(tmp_path: Path, 
     assert run(range=(0.0, 300.0)) == 6
     path.write_text("# mended\n")
     assert run() == 6
+
+
+def test_a_picture_in_the_metadata_counts_by_its_pixels(tmp_path: Path):
+    cache, config = ScoreCache(tmp_path / "scores.sqlite"), RewardConfig(name="preservation")
+
+    def key(source: Image.Image) -> str:
+        return cache.keys(config, Samples([IMAGES[0]], ["a"], [{"source": source}]))[0]
+
+    grey = Image.new("RGB", (4, 4), (9, 9, 9))
+    others = [Image.new("RGB", (4, 4), (9, 9, 8)), Image.new("RGB", (2, 8), (9, 9, 9)), Image.new("L", (4, 12), 9)]
+    assert key(grey) == key(grey.copy())
+    assert len({key(grey), *map(key, others)}) == 4
 
 
 def test_the_cache_does_not_keep_failures(tmp_path: Path, make_reward: Callable[..., BoundReward]):

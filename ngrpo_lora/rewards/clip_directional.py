@@ -1,0 +1,50 @@
+"""Directional CLIP similarity, whether a picture has changed as its caption has: the cosine of the two changes.
+
+The changes are those of CLIP embeddings of length 1: of the source picture to the edited one, and of the caption of the
+one to the caption of the other, `source_caption` and `target_caption` in the metadata. In [-1, 1]; 0 where a picture or
+a caption has not changed. Source: StyleGAN-NADA (arXiv 2108.00946), section 4.1; InstructPix2Pix (arXiv 2211.09800)
+measures edits with it. The network, its licence and its memory are those of `clip_score`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ngrpo_lora.config.rewards.clip_directional import Config
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.rewards._clip import load_clip
+from ngrpo_lora.rewards.clip_score import resize_of
+
+CAPTIONS = ("source_caption", "target_caption")
+
+
+class Reward:
+    """Directional CLIP similarity: the cosine of a picture's change and its caption's, (B,) float32 in [-1, 1]."""
+
+    def __init__(self, config: Config, device: str):
+        self.config, self.clip = config, load_clip(config, device)
+        self.resize: Literal["crop", "squash"] = resize_of(config)
+
+    def __call__(self, images: Sequence[Image.Image], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        """(B,) float32, the cosine of each picture's change and its caption's; UserError where one of these lacks."""
+        for row in metadata:
+            self.check(row)
+        before = self.clip.image_embeds([row["source"] for row in metadata], self.resize)
+        after = self.clip.image_embeds(images, self.resize)
+        source, target = (self.clip.text_embeds([row[caption] for row in metadata]) for caption in CAPTIONS)
+        return F.cosine_similarity(after - before, target - source)
+
+    def check(self, metadata: dict[str, Any]) -> None:
+        """Raise UserError unless metadata hold a source picture and both captions."""
+        wanted = {"source": Image.Image, **dict.fromkeys(CAPTIONS, str)}
+        for name, kind in wanted.items():
+            if not isinstance(metadata.get(name), kind):
+                raise UserError(
+                    f"reward {self.config.key} needs the columns {', '.join(wanted)} in the prompts, but a prompt has "
+                    f"no {name}; add it, a picture of the source and texts that say what it shows before and after"
+                )
