@@ -48,7 +48,8 @@ def test_a_preset_keeps_the_papers_settings(name: str):
     assert config.rollout.num_steps == (4 if "schnell" in name else 8)
     algorithm = config.algorithm.model_dump()
     assert (algorithm["num_anchors"], algorithm["num_train_steps"], algorithm["perturbation_strength"]) == (4, 4, 0.3)
-    assert [reward.name for reward in config.rewards.train] == ["hpsv2", "pickscore", "imagereward"]
+    of_edits, of_pictures = ["clip_directional", "preservation"], ["hpsv2", "pickscore", "imagereward"]
+    assert [reward.name for reward in config.rewards.train] == (of_edits if "kontext" in name else of_pictures)
     lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
     assert max(map(len, lines)) <= 120
     if found := MEMORY.search(name):
