@@ -185,6 +185,18 @@ class Interface:
         """The texts of all open dialogs."""
         return self.page.locator(".p-dialog").all_inner_texts()
 
+    def add_by_search(self, words: str) -> None:
+        """Add the first node that the search finds to an empty graph."""
+        self.page.evaluate("() => app.graph.clear()")
+        self.page.mouse.dblclick(800, 600)
+        self.settle()
+        self.page.keyboard.type(words, delay=30)
+        self.settle()
+        self.page.keyboard.press("Enter")
+        self.settle()
+        self.page.mouse.click(800, 600)  # puts down what hangs at the pointer
+        self.page.wait_for_function("() => app.graph._nodes.length === 1")
+
     def alone(self, kind: str) -> Image.Image:
         """A new node of a class, as Vue draws it, alone in the graph."""
         self.page.evaluate(ALONE, kind)

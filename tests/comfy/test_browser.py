@@ -165,3 +165,35 @@ def test_the_interface_is_translated(newer: Comfy, browser: Browser):
     expected = texts["NGRPO_LoadAdapter"]
     assert shown["title"] == expected["display_name"]
     assert expected["inputs"]["strength"]["name"] in shown["labels"]
+
+
+def test_widgets_that_few_need_wait_for_a_click(newer: Comfy, browser: Browser):
+    with opened(newer, browser, vue=True) as interface:
+        interface.alone("NGRPO_LoadAdapter")
+        node = interface.page.locator("[data-node-id]")
+        assert "strength" in node.inner_text().splitlines()
+        assert "alpha" not in node.inner_text().splitlines()
+        node.get_by_text("Show advanced inputs").click()
+        node.get_by_text("alpha", exact=True).wait_for()
+
+
+def test_a_blueprint_is_found_and_becomes_a_node(newer: Comfy, browser: Browser):
+    with opened(newer, browser) as interface:
+        interface.add_by_search("adapter to picture")
+        widgets = interface.page.evaluate(
+            "() => Object.fromEntries(app.graph._nodes[0].widgets.map(({ name, value }) => [name, value]))"
+        )
+        prompt = interface.prompt()
+    assert widgets["lora_name"] == "ngrpo-demo.safetensors"
+    assert {"text", "strength", "batch_size", "noise_seed"} < widgets.keys()
+    kinds = {node["class_type"] for node in prompt.values()}
+    assert {"NGRPO_LoadAdapter", "SamplerCustomAdvanced", "VAEDecode"} < kinds
+
+
+def test_a_graph_is_an_app_too(newer: Comfy, browser: Browser):
+    with opened(newer, browser) as interface:
+        interface.open_template("sample-with-adapter")
+        interface.page.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
+        for label in ("text", "lora_name", "strength", "batch_size", "noise_seed"):
+            interface.page.get_by_text(label, exact=True).first.wait_for()
+        assert interface.page.get_by_text("upscale_method", exact=True).count() == 0
