@@ -62,9 +62,10 @@ def voting_page(interface: Interface) -> Image.Image:
     """The page of a graph that asks, with the first pictures."""
     interface.press_run()
     address = interface.page.locator(".ngrpo-vote a").first.get_attribute("href")
+    browser = interface.page.context.browser
     assert address is not None
-    tab = interface.page.context.new_page()
-    tab.set_viewport_size({"width": 640, "height": 640})
+    assert browser is not None
+    tab = browser.new_page(viewport={"width": 640, "height": 640})
     tab.goto(address)
     tab.locator(".picture").last.wait_for(timeout=300_000)
     tab.wait_for_timeout(1000)

@@ -49,7 +49,9 @@ def hearing(comfy: Comfy) -> Iterator[Events]:
                     message = messages.recv()
                 except Exception:  # it was closed
                     return
-                if isinstance(message, str) and (content := json.loads(message)).get("type") == "ngrpo.vote":
+                if not isinstance(message, str) or not message:  # binary, or the last one
+                    continue
+                if (content := json.loads(message))["type"] == "ngrpo.vote":
                     events.all.append(content["data"])
 
         threading.Thread(target=listen, daemon=True).start()
