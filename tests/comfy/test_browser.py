@@ -195,5 +195,5 @@ def test_a_graph_is_an_app_too(newer: Comfy, browser: Browser):
         interface.open_template("sample-with-adapter")
         interface.page.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
         for label in ("text", "lora_name", "strength", "batch_size", "noise_seed"):
-            interface.page.get_by_text(label, exact=True).first.wait_for()
-        assert interface.page.get_by_text("upscale_method", exact=True).count() == 0
+            interface.page.get_by_text(label, exact=True).locator("visible=true").first.wait_for()
+        assert interface.page.get_by_text("schedule", exact=True).locator("visible=true").count() == 0
