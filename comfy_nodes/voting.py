@@ -90,6 +90,8 @@ class VoteReward(io.ComfyNode):
                 chain_input(),
             ],
             outputs=[Rewards.Output(display_name="rewards")],
+            search_aliases=["human feedback", "preference", "rate", "reward", "rlhf", "taste"],
+            advanced=["port", "phone"],
         )
 
     @classmethod

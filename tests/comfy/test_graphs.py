@@ -75,6 +75,7 @@ def test_widgets_that_few_need_are_marked(ours: dict[str, Any]):
         "PipelineSample": ["solver", "shift"],
         "Score": ["metadata"],
         "VLMJudge": ["answer"],
+        "VoteReward": ["phone", "port"],
     }
 
 
