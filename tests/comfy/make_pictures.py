@@ -68,7 +68,7 @@ def voting_page(interface: Interface) -> Image.Image:
     tab = browser.new_page(viewport={"width": 640, "height": 640})
     tab.goto(address)
     tab.locator(".picture").last.wait_for(timeout=300_000)
-    tab.wait_for_timeout(1000)
+    tab.wait_for_function("() => [...document.images].every((image) => image.complete && image.naturalWidth)")
     picture = Image.open(BytesIO(tab.screenshot())).convert("RGB")
     tab.close()
     interface.comfy.interrupt()
