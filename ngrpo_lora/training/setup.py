@@ -98,12 +98,17 @@ def prepare(config: RunConfig, *watchers: Watcher, family: BaseFamily | None = N
             best=Best(config.trainer.keep_best, config.trainer.early_stopping_patience),
         )
         warn(run)
-        if config.resume is not None:
-            resume(run, config.resume)
-        elif processes.is_main:
-            drop_after(folder, -1)  # of a run that was killed before its first checkpoint
+        take_up(run)
         failing.pop_all()
     return run
+
+
+def take_up(run: Run) -> None:
+    """Bring a run that resumes to where its checkpoint was; a new one forgets what one that was killed has left."""
+    if run.config.resume is not None:
+        resume(run, run.config.resume)
+    elif run.processes.is_main:
+        drop_after(Path(run.config.output_dir), -1)  # before its first checkpoint
 
 
 def misfit(config: RunConfig, count: int) -> str | None:

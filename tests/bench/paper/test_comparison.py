@@ -177,11 +177,12 @@ def test_the_tables_runs_have_the_winners_of_the_search(tmp_path: Path, monkeypa
         return [(job, "no") for job in new if job.name.startswith("runs")]
 
     monkeypatch.setattr(comparison, "run_all", run_all)
-    with pytest.raises(UserError, match=r"1 of 6 runs failed, the first of them runs/flow-grpo/seed-0 \(no\)"):
+    with pytest.raises(UserError, match=r"1 of 8 runs failed, the first of them runs/flow-grpo/seed-0 \(no\)"):
         compare(plan, 1, ["ngrpo"], lambda line: None)
     assert made == [
         *(f"rate-{rate}-clip_range-1e-3" for rate in ("3e-4", "1e-3", "3e-3", "1e-2")),
         "rate-3e-3-clip_range-1e-4",
+        *(f"rate-{rate}-clip_range-1e-4-whole" for rate in ("1e-3", "3e-3")),
         "runs/flow-grpo/seed-0",
     ]
     assert search.tuned(plan, search.jobs(plan, comparison.length)) == {"flow-grpo": ("3e-3", "1e-4")}
@@ -202,6 +203,6 @@ def test_a_point_of_the_search_that_fails_is_passed_over(tmp_path: Path, monkeyp
         return [(job, "diverged") for job in failed]
 
     monkeypatch.setattr(comparison, "run_all", run_all)
-    with pytest.raises(UserError, match=r"2 of 6 runs failed, .*rate-3e-3-clip_range-1e-3 \(diverged\)"):
+    with pytest.raises(UserError, match=r"2 of 7 runs failed, .*rate-3e-3-clip_range-1e-3 \(diverged\)"):
         compare(plan, 1, ["ngrpo"], lambda line: None)
-    assert [rate for rate, _ in tried] == ["3e-4", "1e-3", "3e-3", "1e-4", "1e-4", "1e-4"]
+    assert [rate for rate, _ in tried] == ["3e-4", "1e-3", "3e-3", *["1e-4"] * 4]
