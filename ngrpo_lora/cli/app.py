@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # looking for plug-ins takes longer than checking a file
-if "OMP_WAIT_POLICY" not in os.environ:
-    # PyTorch's threads spin for some 6 ms where one of them has no core, as beside a reward's thread; here for 0.2 ms.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import typer  # noqa: E402
 from typer.core import TyperGroup  # noqa: E402

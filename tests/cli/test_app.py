@@ -30,18 +30,6 @@ def test_help_names_the_commands_and_loads_no_model_library(tmp_path: Path):
         assert command in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
-)
-def test_threads_that_wait_for_each_other_burn_no_core_unless_the_user_says_how(given: dict[str, str], expected: str):
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    environment = {name: value for name, value in os.environ.items() if name not in names} | given
-    code = "import os, sys, ngrpo_lora.cli; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert result.stdout.split() == [expected, "False"]
-
-
 def test_a_process_ends_with_status_2_and_one_line(tmp_path: Path):
     code = "from ngrpo_lora.cli import app; app(prog_name='ngrpo')"
     command = [sys.executable, "-c", code, "train", "rollout.group_size=1"]
