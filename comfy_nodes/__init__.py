@@ -51,5 +51,6 @@ class NeighborGRPOExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> NeighborGRPOExtension:
     """Make the extension; ComfyUI calls this function when it loads the package."""
-    voting.add_route(PromptServer.instance)
+    if (server := getattr(PromptServer, "instance", None)) is not None:  # none where nodes are only looked at
+        voting.add_route(server)
     return NeighborGRPOExtension()
