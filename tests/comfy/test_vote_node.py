@@ -115,7 +115,7 @@ def test_cancel_ends_a_run_that_waits_and_the_same_port_asks_only_what_was_not_s
         waited = time.monotonic() - asked
         until(lambda: events.path is None, "the page is still shown")
     assert result.status == "interrupted"
-    assert waited < max(1.0, (asked - started) / 10), waited  # the latter on a busy machine
+    assert waited < max(1.0, 2 * (asked - started)), waited  # on a busy machine, by what came before
     votes = run_of(server, "cancelled") / "votes.jsonl"
     assert [line["group"] for line in lines_of(votes)] == [first]
     with hearing(server) as events, server.listening() as (client, messages):
