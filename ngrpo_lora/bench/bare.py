@@ -21,6 +21,7 @@ from torch import Tensor
 from ngrpo_lora.bench.held import HeldAlgorithm
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.devices import without_cudnn_attention
+from ngrpo_lora.evaluation.statistics import Estimate, mean_interval
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.training.metering import STAGES
@@ -42,25 +43,31 @@ class Seconds(NamedTuple):
 
 
 class Bare(NamedTuple):
-    """Medians of an iteration and of its bare calls, by stage and of `all` of it.
+    """What an iteration costs, and its bare calls.
 
-    An iteration's stages have no CPU time, NaN: rewards work in threads beside the rollout.
+    iteration, calls: medians, by stage and of `all` of it. An iteration's stages have no CPU time, NaN: rewards work
+        in threads beside the rollout.
+    wall_ratio, cpu_ratio: `all` of an iteration over that of the calls measured after it, the mean over these pairs;
+        what slows both down is not in it.
     """
 
     iteration: dict[str, Seconds]
     calls: dict[str, Seconds]
+    wall_ratio: Estimate
+    cpu_ratio: Estimate
 
 
 def bare_table(config: RunConfig, iterations: int, tell: Callable[[str], None]) -> None:
-    """Measure and tell an iteration over its bare calls, as a Markdown table."""
+    """Measure and tell an iteration over its bare calls, as a Markdown table; intervals are over pairs of both."""
     found = measure_bare(config, iterations)
     tell(f"| | {' | '.join(STAGES)} | all | all, CPU time |")
     tell("|---|---|---|---|---|---|")
-    rows = [[*(part.wall for part in parts.values()), parts["all"].cpu] for parts in found]
+    rows = [[*(part.wall for part in parts.values()), parts["all"].cpu] for parts in (found.iteration, found.calls)]
     for name, row in zip(("iteration", "bare calls"), rows, strict=True):
         tell(f"| {name} | {' | '.join(f'{seconds:.3f} s' for seconds in row)} |")
-    ratios = [ours / bare for ours, bare in zip(*rows, strict=True)]
-    tell(f"| iteration / bare calls | {' | '.join(f'{ratio:.3f}' for ratio in ratios)} |")
+    stages = [f"{found.iteration[stage].wall / found.calls[stage].wall:.3f}" for stage in STAGES]
+    cells = [*stages, found.wall_ratio.show(), found.cpu_ratio.show()]
+    tell(f"| iteration / bare calls | {' | '.join(cells)} |")
 
 
 def measure_bare(config: RunConfig, iterations: int) -> Bare:
@@ -102,7 +109,9 @@ def in_turn(run: Run, iterations: int) -> Bare:
         ours.append(whole_iteration(run))
         with run.counter.paused():
             bare.append(bare_iteration(run, prompts, new))
-    return Bare(medians(ours[1:]), medians(bare[1:]))
+    pairs = [(one["all"], other["all"]) for one, other in zip(ours[1:], bare[1:], strict=True)]
+    wall, cpu = zip(*((one.wall / other.wall, one.cpu / other.cpu) for one, other in pairs), strict=True)
+    return Bare(medians(ours[1:]), medians(bare[1:]), *(mean_interval(few, range(iterations)) for few in (wall, cpu)))
 
 
 def medians(rows: list[dict[str, Seconds]]) -> dict[str, Seconds]:

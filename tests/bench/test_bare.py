@@ -67,13 +67,32 @@ def test_the_table_is_made_of_what_was_measured(
     assert not Path(config.output_dir).exists()
     assert [*found.iteration] == [*found.calls] == [*STAGES, "all"]
     assert all(math.isnan(found.iteration[stage].cpu) for stage in STAGES)
-    assert min(seconds.wall for parts in found for seconds in parts.values()) > 0
+    assert min(seconds.wall for parts in found[:2] for seconds in parts.values()) > 0
     lines: list[str] = []
     monkeypatch.setattr(bare, "measure_bare", lambda *_: found)
     bare.bare_table(config, 2, lines.append)
-    ratios = [float(cell) for cell in lines[-1].strip("| ").split(" | ")[1:]]
-    walls = [found.iteration[name].wall / found.calls[name].wall for name in found.iteration]
-    assert ratios == pytest.approx([*walls, found.iteration["all"].cpu / found.calls["all"].cpu], abs=5e-4)
+    *stages, wall, cpu = lines[-1].strip("| ").split(" | ")[1:]
+    expected = [found.iteration[stage].wall / found.calls[stage].wall for stage in STAGES]
+    assert [*map(float, stages)] == pytest.approx(expected, abs=5e-4)
+    assert (wall, cpu) == (found.wall_ratio.show(), found.cpu_ratio.show())
+
+
+def test_the_ratio_is_that_of_an_iteration_and_the_calls_after_it(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The machine is three times as slow in the last pair, which their ratio does not notice."""
+    paces = (9.0, 1.0, 3.0)  # the first pair warms up
+    ours, calls = iter([2.2 * pace for pace in paces]), iter([2.0 * pace for pace in paces])
+
+    def parts(wall: float, cpu: float) -> dict[str, bare.Seconds]:
+        return dict.fromkeys([*STAGES, "all"], bare.Seconds(wall, cpu))
+
+    monkeypatch.setattr(bare, "whole_iteration", lambda _: parts(wall := next(ours), wall + 1))
+    monkeypatch.setattr(bare, "bare_iteration", lambda *_: parts(wall := next(calls), wall + 1 / 1.1))
+    found = bare.measure_bare(make_config(tmp_path / "run"), 2)
+    for ratio in (found.wall_ratio, found.cpu_ratio):
+        assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1.1, 1.1, 1.1))
+    assert found.iteration["all"].wall == pytest.approx(4.4)
 
 
 def test_conditionings_of_a_cache_are_no_calls(make_config: MakeConfig, tmp_path: Path):

@@ -194,7 +194,8 @@ def test_a_graph_of_the_embedded_model_runs_to_the_end(comfy: Comfy, name: str):
         if node["class_type"] == "NGRPO_Train":
             kept = [line for line in node["inputs"]["overrides"].splitlines() if "num_prompts" not in line]
             node["inputs"] |= {"iterations": 2, "overrides": "\n".join([*kept, "evaluation.num_prompts=4"])}
-            node["inputs"]["earlier_run"] = "start anew beside it"  # a test of the interface may have run the same graph
+            # A test of the interface may have run the same graph.
+            node["inputs"]["earlier_run"] = "start anew beside it"
     with attended(comfy):  # by somebody who votes where a graph asks
         result = comfy.run(graph)
     assert result.status == "success", result.error
