@@ -59,6 +59,8 @@ class Settings:
     height: int
     width: int
     perturbation_strength: float | None
+    fused: tuple[str, ...] = ()
+    """LoRA files that the base had taken in."""
 
 
 class NeighborGRPOMixin(StockPipeline):
@@ -216,6 +218,11 @@ class NeighborGRPOMixin(StockPipeline):
         check_said(what, keys, header)
         source = self._without_texts(what, source, keys, header)
         self._check_fits(what, source)
+        if settings is not None and settings.fused and not self.num_fused_loras:
+            log.warning(
+                f"{what} was trained on a base with {', '.join(settings.fused)} in its weights: unless this base has "
+                "them, load these first, `fuse_lora(lora_scale=...)` and `unload_lora_weights()`"
+            )
         name = adapter_name or get_adapter_name(self.transformer)
         super().load_lora_weights(source, adapter_name=name, hotswap=hotswap, **options)
         others = {other: kept for other, kept in self._settings.items() if other != name}
@@ -594,6 +601,7 @@ def read_settings(path: Path, header: dict[str, str]) -> Settings | None:
             height=model["height_px"],
             width=model["width_px"],
             perturbation_strength=run.get("algorithm", {}).get("perturbation_strength"),
+            fused=tuple(f"{file} at {strength:g}" for file, strength in model.get("fuse", {}).items()),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

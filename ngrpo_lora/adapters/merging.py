@@ -168,7 +168,7 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
                 weights = load_file(shard)
                 for key in weights:
                     if (change := _change(merged, key)) is not None:
-                        weights[key] = _added(weights[key], change, key)
+                        weights[key] = added(weights[key], change, key)
                 metadata = {"format": "pt", "ngrpo_merged": merged.metadata["ngrpo_merged"]}
                 save_file(weights, folder / "transformer" / shard.name, metadata)
     except OSError as error:
@@ -184,7 +184,7 @@ def _change(merged: Merged, key: str) -> torch.Tensor | None:
     return {"weight": layer.delta, "bias": lambda: layer.folded_bias}.get(kind, lambda: None)()
 
 
-def _added(weight: torch.Tensor, change: torch.Tensor, key: str) -> torch.Tensor:
+def added(weight: torch.Tensor, change: torch.Tensor, key: str) -> torch.Tensor:
     """A weight with its change, in its own number type.
 
     Raises:

@@ -188,6 +188,8 @@ def _training(own: dict[str, Any], merged: list[Any]) -> dict[str, Any]:
         said["settings"] = {key: rollout.get(key) for key in ("num_steps", "shift", "solver")} | {
             key: model.get(key) for key in ("guidance_scale", "width_px", "height_px", "num_frames")
         }
+    if fused := numbers(mapping(model, "fuse")):
+        said["fused"] = fused
     if rewards := reward_weights(own):
         said["rewards"] = rewards
     if held_out := mapping(own, "held_out"):
@@ -207,6 +209,9 @@ def lines(said: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("file", said["file"]), ("SHA-256", said["sha256"]), ("trainer", said["trainer"])]
     if "base" in said:
         rows.append(("base", said["base"]))
+    if "fused" in said:
+        files = ", ".join(f"{path} at {strength:g}" for path, strength in said["fused"].items())
+        rows.append(("works beside", f"{files}, which its base had taken in: load it too, wherever you draw"))
     for name, part in said.get("text_encoders", {}).items():
         ranks = ", ".join(part["ranks"])
         rows.append((f"text encoder {name}", f"{part['kind']}; {part['layers']} layers of rank {ranks}; left out"))

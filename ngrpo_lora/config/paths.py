@@ -10,7 +10,7 @@ from pydantic import AfterValidator
 
 from ngrpo_lora import registry
 
-__all__ = ["FolderText", "PathText", "SourceText", "expanded", "expanded_source"]
+__all__ = ["AdapterText", "FolderText", "PathText", "SourceText", "expanded", "expanded_source"]
 
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^{}]*)\})", re.ASCII)
 MAX_NAME_BYTES = 255
@@ -61,9 +61,17 @@ def expanded_source(source: str) -> str:
 
 def from_anywhere(path: str) -> str:
     """The path of a folder that is there as it is from any other folder; all else, such as a Hub id, as it is."""
-    if registry.allow_modules and path != "embedded" and os.path.isdir(path):
-        return os.path.abspath(path)
-    return path
+    return absolute(path) if path != "embedded" and os.path.isdir(path) else path
+
+
+def file_from_anywhere(path: str) -> str:
+    """The same of a file or a folder."""
+    return absolute(path) if os.path.exists(path) else path
+
+
+def absolute(path: str) -> str:
+    """The path as it is from any other folder; where names come from strangers, as it is given."""
+    return os.path.abspath(path) if registry.allow_modules else path
 
 
 FolderText = Annotated[str, AfterValidator(expanded), AfterValidator(from_anywhere)]
@@ -71,3 +79,5 @@ FolderText = Annotated[str, AfterValidator(expanded), AfterValidator(from_anywhe
 
 PathText = Annotated[str, AfterValidator(expanded)]
 SourceText = Annotated[str, AfterValidator(expanded_source)]
+AdapterText = Annotated[str, AfterValidator(expanded), AfterValidator(file_from_anywhere)]
+"""A LoRA file, its folder or a name of the Hub, written down as `FolderText` is."""

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, mo
 
 from ngrpo_lora import registry
 from ngrpo_lora.config.hub import HubConfig, hub_section
-from ngrpo_lora.config.paths import FolderText, PathText, SourceText
+from ngrpo_lora.config.paths import AdapterText, FolderText, PathText, SourceText
 from ngrpo_lora.config.plugins import (
     AlgorithmConfig,
     RewardConfig,
@@ -45,6 +45,12 @@ class ModelConfig(Section, frozen=True):
         default="embedded", min_length=1, description="embedded, a local diffusers folder, or a Hub model id."
     )
     revision: str | None = Field(default=None, description="Hub branch, tag or commit; null: the default branch.")
+    fuse: dict[AdapterText, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default={},
+        description="LoRA files (owner/name/file.safetensors on the Hub) that are added into the frozen base as it is "
+        "loaded, with their strengths, {lightning.safetensors: 1.0}, or one name alone: what distils the base into few "
+        "steps, say. The trained adapter works beside them.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="float32",
         description="Number type of the frozen base; the LoRA is always float32. "
@@ -86,6 +92,12 @@ class ModelConfig(Section, frozen=True):
     )
     compile: bool = Field(default=False, description="torch.compile the transformer's repeated blocks.")
 
+    @field_validator("fuse", mode="before")
+    @classmethod
+    def _whole_strength(cls, value: object) -> object:
+        """A name stands for this one at strength 1."""
+        return {value: 1.0} if isinstance(value, str) else value
+
     @field_validator("family")
     @classmethod
     def _family_exists(cls, value: str) -> str:
@@ -97,6 +109,11 @@ class ModelConfig(Section, frozen=True):
     def _parts_fit(self) -> ModelConfig:
         if self.compile and self.quantization == "nf4":
             raise ValueError("model.compile must be false with model.quantization=nf4, got true; int8_torchao compiles")
+        if self.fuse and self.quantization != "none":
+            raise ValueError(
+                f"model.fuse must be empty with a quantised base, got {', '.join(self.fuse)}; `ngrpo merge FILE --base "
+                "FOLDER --output MERGED` writes a base that holds it and can be quantised"
+            )
         if self.swap_blocks and self.compile:
             raise ValueError(f"model.swap_blocks must be 0 with model.compile=true, got {self.swap_blocks}")
         if self.swap_blocks and self.quantization != "none":

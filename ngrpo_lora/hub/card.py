@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.adapters.fusing import python_lines
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig
 from ngrpo_lora.hub.pipeline_file import PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
@@ -282,6 +283,7 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
             "pipeline = DiffusionPipeline.from_pretrained(",
             f"    {base}, custom_pipeline={repo!r}, {branch}trust_remote_code=True, dtype=torch.{dtype}",
             f').to("{device}")',
+            *python_lines(model),
             f"pipeline.load_lora_weights({where})",
             *opened,
             f"image = pipeline({prompt!r}, seeds={seed}{image}).images[0]",
@@ -300,6 +302,7 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
         ")",
         f'pipeline = DiffusionPipeline.from_pretrained({base}, dtype=torch.{dtype}).to("{device}")',
         f"pipeline.scheduler = Scheduler.from_config(pipeline.scheduler.config, {scheduler_settings(adapter)})",
+        *python_lines(model),
         f"pipeline.load_lora_weights({where})",
         f"{'video' if video else 'image'} = pipeline(",
         *(f"    {name}={value!r}," for name, value in settings.items()),
@@ -366,6 +369,8 @@ def settings(config: RunConfig, adapter: Adapter, iterations: int) -> Iterator[t
     if optimizer.ema_decay:
         yield "average of the weights", optimizer.ema_decay
     yield "base", f"{model.dtype}" + ("" if model.quantization == "none" else f", {model.quantization}")
+    if model.fuse:
+        yield "in the base", ", ".join(f"{path} at {strength:g}" for path, strength in model.fuse.items())
     yield "seed", config.seed
 
 

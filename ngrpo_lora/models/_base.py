@@ -7,7 +7,7 @@ LoRA files are the same for all and are diffusers' own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -30,6 +30,7 @@ from ngrpo_lora.prompts.files import Prompt, as_prompt
 from ngrpo_lora.types import TextEmbeds
 
 Parts = Literal["all", "text", "image"]
+Fuse = Callable[["BaseFamily"], None] | None
 RELOADABLE = {"height_px", "width_px", "num_frames", "guidance_scale", "max_sequence_length", "negative_prompt"}
 """Settings of a model that may change while it is loaded."""
 
@@ -88,11 +89,14 @@ class BaseFamily:
     num_frames: int = 1
     """Number of frames of one sample: 1 for an image, more for a video."""
 
-    def __init__(self, config: ModelConfig, device: str, parts: Parts = "all", base_is_sharded: bool = False):
+    def __init__(
+        self, config: ModelConfig, device: str, parts: Parts = "all", base_is_sharded: bool = False, fuse: Fuse = None
+    ):
         """Load the pipeline, or only the part of it that encodes prompts, or only the part that draws.
 
         Args:
             base_is_sharded: the transformer stays in system memory, from where FSDP brings each process its pieces.
+            fuse: adds the files of `model.fuse` into the transformer, before it is placed on the device.
         Raises:
             UserError: not a model of this family, or it cannot be loaded, or the size does not fit it.
         """
@@ -114,6 +118,8 @@ class BaseFamily:
                 self.vae.enable_tiling()
         self.configure(config)
         if self.draws:
+            if fuse is not None:
+                fuse(self)
             self.place(base_is_sharded)
 
     def configure(self, config: ModelConfig) -> None:

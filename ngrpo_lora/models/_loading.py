@@ -8,12 +8,16 @@ from transformers.utils import logging as transformers_logging
 from ngrpo_lora import registry
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.devices import resolve_device, resolve_dtype
-from ngrpo_lora.models._base import BaseFamily, Parts
+from ngrpo_lora.models._base import BaseFamily, Fuse, Parts
 from ngrpo_lora.models._index import family_of_pipeline, pipeline_of
 
 
-def load_family(config: ModelConfig, parts: Parts = "all", base_is_sharded: bool = False) -> BaseFamily:
+def load_family(
+    config: ModelConfig, parts: Parts = "all", base_is_sharded: bool = False, fuse: Fuse = None
+) -> BaseFamily:
     """Load the model family of a configuration on its device, without the libraries' log lines and progress bars.
+
+    The LoRA files of `model.fuse` are not read here: `adapters.fusing.load_fused` gives what adds them.
 
     Raises:
         UserError: no such model, no family for it, or it cannot be loaded.
@@ -23,7 +27,7 @@ def load_family(config: ModelConfig, parts: Parts = "all", base_is_sharded: bool
         logging.disable_progress_bar()
     device = resolve_device(config.device)
     config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, device)})
-    return family_class(config)(config, device, parts, base_is_sharded)
+    return family_class(config)(config, device, parts, base_is_sharded, fuse)
 
 
 def family_class(config: ModelConfig, pipeline: str | None = None) -> type[BaseFamily]:

@@ -80,6 +80,7 @@ def _settings(config: RunConfig) -> Iterator[str]:
     yield from _model(config)
     yield from _packages(config)
     yield from _init_from(config)
+    yield from _fused(config)
 
 
 def _prompts(config: RunConfig) -> Iterator[str]:
@@ -124,20 +125,45 @@ def _init_from(config: RunConfig) -> Iterator[str]:
         return
 
     from ngrpo_lora.adapters.reading import read_adapter_file
-    from ngrpo_lora.models._index import family_of
 
     try:
-        family = family_of(config.model)
-    except UserError:  # which is told by another check
-        family = None
-    try:
-        layers = read_adapter_file(config.lora.init_from, family).layers
+        layers = read_adapter_file(config.lora.init_from, _known_family(config)).layers
     except UserError as error:
         yield f"lora.init_from: {error}"
         return
     rank, room = max(layer.rank for layer in layers.values()), config.lora.rank
     if rank > room:
         yield f"lora.rank must be at least {rank}, that of lora.init_from {config.lora.init_from!r}, got {room}"
+
+
+def _fused(config: RunConfig) -> Iterator[str]:
+    """Whether the LoRA files that the base takes in are there, and are of its family."""
+    if not config.model.fuse:
+        return
+
+    from ngrpo_lora.adapters.finding import find_adapter
+    from ngrpo_lora.adapters.fusing import check_fusible
+    from ngrpo_lora.adapters.reading import read_adapter_file
+
+    family = _known_family(config)
+    for path in config.model.fuse:
+        try:
+            check_fusible(file := read_adapter_file(find_adapter(path, "model.fuse"), family))
+        except UserError as error:
+            yield str(error) if "model.fuse" in str(error) else f"model.fuse: {error}"
+            continue
+        if family is not None and file.families and family not in file.families:
+            yield f"model.fuse must be LoRA files of {config.model.path!r}, but {path!r} is of {file.fits}"
+
+
+def _known_family(config: RunConfig) -> str | None:
+    """The model's family; None where it cannot be told, which another check says."""
+    from ngrpo_lora.models._index import family_of
+
+    try:
+        return family_of(config.model)
+    except UserError:
+        return None
 
 
 def _hub(config: RunConfig) -> Iterator[str]:

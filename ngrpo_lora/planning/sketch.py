@@ -138,7 +138,6 @@ def lora_sizes(layer: nn.Linear | nn.Conv2d, rank: int) -> Iterable[int]:
     return rank * math.prod(inputs), rank * outputs
 
 
-@lru_cache(maxsize=64)
 def sketch(config: ModelConfig, lora_config: LoraConfig) -> Sketch:
     """Sketch a configured model, once for all configurations that differ only in what does not change it.
 
@@ -146,7 +145,12 @@ def sketch(config: ModelConfig, lora_config: LoraConfig) -> Sketch:
         UserError: no such model, or it cannot be reached and the package does not know it.
     """
     plain = {"quantization": "none", "swap_blocks": 0, "compile": False, "text_encoders": "keep", "device": "cpu"}
-    needed = config.model_copy(update={**plain, "vae_tiling": False, "attention": None})
-    if needed != config:
-        return sketch(needed, lora_config)
+    needed = config.model_copy(update={**plain, "vae_tiling": False, "attention": None, "fuse": {}})
+    return sketch_once(needed.model_dump_json(), lora_config)
+
+
+@lru_cache(maxsize=64)
+def sketch_once(model: str, lora_config: LoraConfig) -> Sketch:
+    """The sketch of a model's configuration in JSON."""
+    config = ModelConfig.model_validate_json(model)
     return Sketch(read_blueprint(config), config, lora_config)

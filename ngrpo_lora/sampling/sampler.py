@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ngrpo_lora.adapters.fusing import load_fused
 from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.adapters.loading import load_adapter
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.sampling.settings import drawing_settings
 from ngrpo_lora.types import TextEmbeds
@@ -76,7 +76,7 @@ class Sampler:
     """A model, with an adapter or without, that draws as its settings say."""
 
     def __init__(self, info: AdapterInfo, adapter: str | Path | None = None, strength: float = 1.0):
-        self.family = load_family(info.model)
+        self.family = load_fused(info.model)
         self.names: dict[Path, str] = {}  # of the adapters that are on the model, active or not
         self.configure(info)
         if adapter is not None:

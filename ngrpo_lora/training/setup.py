@@ -12,6 +12,7 @@ from torch import nn
 
 from ngrpo_lora import registry
 from ngrpo_lora.adapters import lora
+from ngrpo_lora.adapters.fusing import load_fused
 from ngrpo_lora.adapters.loading import read_fitting
 from ngrpo_lora.algorithms._base import Algorithm
 from ngrpo_lora.config import ModelConfig, RunConfig
@@ -228,7 +229,7 @@ def load_model(
     """The model; with `model.text_encoders: cache` its encoders come and go before the transformer is loaded."""
     sharded = base_is_sharded(config.trainer.strategy, processes.count)
     if model.text_encoders != "cache":
-        return load_family(model, base_is_sharded=sharded)
+        return load_fused(model, base_is_sharded=sharded)
     cache = EmbeddingCache(Path(config.output_dir) / "embeddings", model)
     negative = [] if family_class(model).edits else [model.negative_prompt]
     missing = cache.missing([*map(prompts.prompt, training_prompts(config)), *held_out, *negative])
@@ -239,7 +240,7 @@ def load_model(
         attend(watchers, modules_of(*family.encoders))
         cache.fill(family, mine)
     processes.gather(None)  # all files are there
-    family = load_family(model, "image", sharded)
+    family = load_fused(model, "image", sharded)
     family.cache = cache
     return family
 

@@ -19,8 +19,9 @@ def test_the_dump_is_complete():
     values = yaml.safe_load(dump_config(RunConfig()))
 
     def keys(node: dict, prefix: str = "") -> set[str]:
+        inner = {f"{prefix}{k}": v for k, v in node.items()}
         return set().union(
-            *({f"{prefix}{k}"} if not isinstance(v, dict) else keys(v, f"{prefix}{k}.") for k, v in node.items())
+            *({k} if k in flat or not isinstance(v, dict) else keys(v, f"{k}.") for k, v in inner.items())
         )
 
     assert keys(values) == flat

@@ -45,7 +45,7 @@ def test_a_preset_keeps_the_papers_settings(name: str):
     config = load_config(name)
     assert config.output_dir == f"runs/{name}"
     assert (config.rollout.group_size, config.rollout.solver) == (12, "dpmpp_2m")
-    assert config.rollout.num_steps == (4 if "schnell" in name else 8)
+    assert config.rollout.num_steps == (4 if name.startswith(("flux-schnell", "qwen-image-lightning")) else 8)
     algorithm = config.algorithm.model_dump()
     assert (algorithm["num_anchors"], algorithm["num_train_steps"], algorithm["perturbation_strength"]) == (4, 4, 0.3)
     of_edits, of_pictures = ["clip_directional", "preservation"], ["hpsv2", "pickscore", "imagereward"]

@@ -412,6 +412,27 @@ def rewrite(adapter: Path, path: Path, factor: float = 1.0, **rollout: Any) -> P
     return path
 
 
+def test_an_adapter_whose_base_had_taken_in_a_lora_asks_for_it_until_it_is_fused(
+    pipeline: Any, flux: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    metadata = read_metadata(flux.adapter)
+    own = json.loads(metadata["ngrpo"])
+    own["model"]["fuse"] = {"few-steps.safetensors": 0.5}
+    path = tmp_path / "beside.safetensors"
+    save_file(load_file(flux.adapter), path, metadata | {"ngrpo": json.dumps(own)})
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(path, adapter_name="beside")
+    asked = "was trained on a base with few-steps.safetensors at 0.5 in its weights"
+    assert asked in caplog.text
+    caplog.clear()
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(rewrite(flux.adapter, tmp_path / "few-steps.safetensors"), adapter_name="few-steps")
+    pipeline.fuse_lora(lora_scale=0.5)
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(path, adapter_name="beside")
+    assert asked not in caplog.text
+
+
 def test_several_adapters_add_up_and_the_first_loaded_is_heard(
     case: Case, fresh: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

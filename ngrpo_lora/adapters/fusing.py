@@ -1,0 +1,83 @@
+"""Adds LoRA files into the frozen base as it is loaded (`model.fuse`), so that what is trained works beside them.
+
+A model that is distilled into few steps is often a LoRA of the whole one (Qwen-Image-Lightning, Hyper-FLUX, Wan's
+distilled LoRAs). Fused, it costs nothing in any pass, and the base of an adapter, which the reference term and every
+"before" picture are of, is the distilled model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ngrpo_lora.adapters.finding import find_adapter
+from ngrpo_lora.adapters.loading import read_fitting
+from ngrpo_lora.adapters.merging import added
+from ngrpo_lora.adapters.reading import AdapterFile
+from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.errors import UserError
+from ngrpo_lora.models._base import BaseFamily, Parts
+from ngrpo_lora.models._loading import load_family
+
+__all__ = ["check_fusible", "fuse", "load_fused", "python_lines"]
+
+
+def load_fused(model: ModelConfig, parts: Parts = "all", base_is_sharded: bool = False) -> BaseFamily:
+    """Load a model's family as `load_family` does, with the files of `model.fuse` in its transformer's weights.
+
+    Raises:
+        ConfigError: a file cannot be found.
+        UserError: it is no LoRA of this model, or it cannot be added; or as `load_family`.
+    """
+    files = [(find_adapter(path, "model.fuse"), strength) for path, strength in model.fuse.items()]
+
+    def add(family: BaseFamily) -> None:
+        for path, strength in files:
+            fuse(family.transformer, read_fitting(family, path), strength)
+
+    return load_family(model, parts, base_is_sharded, add)
+
+
+@torch.no_grad()
+def fuse(transformer: nn.Module, file: AdapterFile, strength: float) -> None:
+    """Add `strength` times a LoRA file that fits into a transformer's weights, each in its own number type.
+
+    Raises:
+        UserError: it is no sum of matrices and biases that this model has, or the sum is too large for the type.
+    """
+    check_fusible(file)
+    for name, layer in file.layers.items():
+        module = transformer.get_submodule(name)
+        changes: dict[str, Tensor | None] = {"weight": layer.delta(), "bias": layer.folded_bias}
+        for kind, change in changes.items():
+            if change is None:
+                continue
+            weight = getattr(module, kind)
+            if weight is None:
+                raise UserError(
+                    f"model.fuse {str(file.path)!r} changes the bias of {name!r}, which has none in this model; give a "
+                    "LoRA without biases"
+                )
+            weight.copy_(added(weight, strength * change.to(weight.device), f"{name}.{kind}"))
+
+
+def check_fusible(file: AdapterFile) -> None:
+    """Raise UserError for a DoRA, whose scales depend on the sum and on each other file that is added."""
+    if any(layer.magnitude is not None for layer in file.layers.values()):
+        raise UserError(f"model.fuse {str(file.path)!r} is a DoRA, which is no sum with the base; give a plain LoRA")
+
+
+def python_lines(model: ModelConfig) -> list[str]:
+    """Python code that adds the files of `model.fuse` into a diffusers pipeline as `model.fuse` does."""
+    lines = []
+    for path, strength in model.fuse.items():
+        repo, _, name = path.rpartition("/") if path.count("/") == 2 and not Path(path).exists() else ("", "", path)
+        source = f"{repo!r}, weight_name={name!r}" if repo else repr(f"path/to/{Path(path).name}")
+        lines += [
+            f"pipeline.load_lora_weights({source})",
+            f"pipeline.fuse_lora(lora_scale={strength:g})  # into the base, as in training",
+            "pipeline.unload_lora_weights()",
+        ]
+    return lines
