@@ -30,6 +30,7 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.planning.preflight import check_run, check_settings
+from ngrpo_lora.sampling.sampler import Sampler
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
 from ngrpo_lora.world import EMBEDDED
@@ -106,6 +107,7 @@ def test_an_adapter_is_trained_beside_what_its_base_has_taken_in(
     said = dict(lines(describe(path)))["works beside"]
     assert said.startswith(f"{files[0]} at 0.5")
 
+    assert relative_error(velocity(Sampler(read_adapter(path), path).family), live) <= 1e-5
     family = load_family(read_adapter(path).model)  # whose pipeline is diffusers' own
     assert isinstance(family.pipeline, FluxPipeline)
     code = "\n".join(python_lines(read_adapter(path).model))
