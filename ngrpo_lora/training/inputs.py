@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ngrpo_lora import registry
+from ngrpo_lora.adapters.finding import find_adapter
 from ngrpo_lora.config import RunConfig, named_functions
 from ngrpo_lora.records.files import digest, written
 
@@ -19,11 +20,13 @@ FILE = "inputs.json"
 
 
 def input_files(config: RunConfig) -> dict[str, Path]:
-    """Local files of prompts, rewards and measures, by the key of the configuration that names them."""
+    """Local files of the base's LoRAs, prompts, rewards and measures, by the configuration's key that names them."""
     return {key: path for key, path in _named(config) if path.is_file()}
 
 
 def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
+    for adapter in config.model.fuse:
+        yield f"model.fuse ({adapter})", find_adapter(adapter) if Path(adapter).exists() else Path(adapter)
     for key, sources in (("prompts.train", config.prompts.train), ("prompts.held_out", config.prompts.held_out)):
         names = [sources] if isinstance(sources, str) else [*sources] if isinstance(sources, dict) else []
         for source in names:

@@ -17,9 +17,12 @@ def test_a_file_that_changed_is_named_when_the_run_goes_on(
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "b.csv", "own.py", "other.py"):
         Path(name).write_text("prompt\nx\n")
+    (tmp_path / "adapter").mkdir()
+    Path("adapter/pytorch_lora_weights.safetensors").write_text("")
     config = load_config(
         None,
         [
+            "model.fuse={adapter: 0.5, owner/name: 1}",
             "prompts.train={a.txt: 1, b.csv#prompt: 2, world:train/color: 1}",
             "rewards=own.py:score",
             "evaluation.rewards=[other.py:score]",
@@ -27,6 +30,7 @@ def test_a_file_that_changed_is_named_when_the_run_goes_on(
         ],
     )
     assert {key: path.name for key, path in input_files(config).items()} == {
+        f"model.fuse ({tmp_path / 'adapter'})": "pytorch_lora_weights.safetensors",
         "prompts.train (a.txt)": "a.txt",
         "prompts.train (b.csv#prompt)": "b.csv",
         "rewards.train.0 (own.py:score)": "own.py",
