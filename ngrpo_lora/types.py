@@ -25,8 +25,8 @@ class TextEmbeds:
         return TextEmbeds({name: tensor[list(rows)] for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> TextEmbeds:
-        """These on another device, but for what decides shapes (`lengths`), which stays on the CPU."""
-        return TextEmbeds({name: x if name == "lengths" else x.to(device) for name, x in self.tensors.items()})
+        """These on another device, but for what decides shapes (`lengths`, of every kind), which stays on the CPU."""
+        return TextEmbeds({name: x if name.endswith("lengths") else x.to(device) for name, x in self.tensors.items()})
 
     @classmethod
     def join(cls, alone: Sequence[dict[str, Tensor]]) -> TextEmbeds:

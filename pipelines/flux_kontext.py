@@ -20,7 +20,10 @@ class NeighborGRPOFluxKontextPipeline(NeighborGRPOMixin, FluxKontextPipeline):
     unguided = None
     packs_latents = True
     edits = True
-    as_it_is = {"_auto_resize": False}
+
+    def as_it_is(self, width: int, height: int) -> dict[str, Any]:
+        """Arguments with which the stock pipeline takes a source of this size as it is."""
+        return {"_auto_resize": False, "max_area": height * width}
 
     def edited_size(self, source: Any, area: int) -> tuple[int, int]:
         """(height, width): the one of Kontext's resolutions with the nearest aspect, scaled to an area in pixels."""

@@ -73,10 +73,7 @@ class NeighborGRPOMixin(StockPipeline):
     """The stock pipeline of the same model that starts from an image; None where a model edits."""
 
     edits: ClassVar[bool] = False
-    """Whether the stock pipeline edits `image`; it then has `edited_size`, and `as_it_is` of its own."""
-
-    as_it_is: ClassVar[dict[str, Any]] = {}
-    """Arguments with which the stock pipeline that edits takes an image at its own size."""
+    """Whether the stock pipeline edits `image`; it then has `edited_size` of its own."""
 
     guided_by: ClassVar[str] = "guidance_scale"
     """Name of the call's argument that takes an adapter's guidance."""
@@ -151,9 +148,9 @@ class NeighborGRPOMixin(StockPipeline):
             raise ValueError(f"neighbors={neighbors} needs seeds, around which neighbours are drawn, got none")
         drawing, draw = self, super().__call__
         if self.edits:
-            sources = edit_sources(image, strength, len(prompts), width, height)
+            sources = edit_sources(image, strength, len(prompts), *self.source_size(width, height))
             prompts = [prompt | {"image": source} for prompt, source in zip(prompts, sources, strict=True)]
-            call, image, strength = call | self.as_it_is | {"max_area": height * width}, None, None
+            call, image, strength = call | self.as_it_is(width, height), None, None
         if image is not None or strength is not None:
             if neighbors is not None or "latents" in call:
                 raise ValueError("neighbors and latents are for pictures from noise: leave out either them or image")
@@ -190,7 +187,8 @@ class NeighborGRPOMixin(StockPipeline):
         """Encode as the stock pipeline does, but once for all pictures of a prompt."""
         if self._texts is None or call.get("prompt_embeds") is not None:
             return super().encode_prompt(*args, **call)
-        key = repr((args, call))
+        # Of all pictures of a prompt the image is the same, as another object in each.
+        key = repr((args, {name: value for name, value in call.items() if name != "image"}))
         if key not in self._texts:
             self._texts[key] = super().encode_prompt(*args, **call)
         return self._texts[key]
@@ -325,6 +323,14 @@ class NeighborGRPOMixin(StockPipeline):
         pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         pipeline.encode_prompt, pipeline.maybe_free_model_hooks = self.encode_prompt, self.maybe_free_model_hooks
         return pipeline
+
+    def source_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) in pixels at which a pipeline that edits takes the source of what is drawn at a size."""
+        return width, height
+
+    def as_it_is(self, width: int, height: int) -> dict[str, Any]:
+        """Arguments with which a stock pipeline takes a source of this size as it is, where it needs any."""
+        return {}
 
     def _default_side(self) -> int:
         """Height and width in pixels, where neither caller nor adapter says."""

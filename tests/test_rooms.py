@@ -85,6 +85,7 @@ TESTED_IN = {
     "config.section": "config/test_run.py",  # of sections: they cannot be changed
     "downloads": "adapters/test_finding.py",  # its messages, from a server that speaks the Hub's protocol
     "hub.watching": "hub/test_pushing.py",
+    "models._qwen_vl": "models/test_qwen_image_edit.py",
     "models._loading": "models/test_embeddings.py",  # the model in parts; whole ones in every test of a family
     "rewards._blip": "rewards/test_imagereward.py",
     "rewards._clip": "rewards/test_clip_rewards.py",

@@ -19,7 +19,7 @@ from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.adapters.fusing import python_lines
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig
-from ngrpo_lora.hub.pipeline_file import PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
+from ngrpo_lora.hub.pipeline_file import EDITING, PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
 from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.reports.tables import markdown_table
 
@@ -36,6 +36,7 @@ LICENSES: dict[str, tuple[str, str, str]] = {
     "embedded": ("apache-2.0", "", ""),
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": ("other", "nscl-v2-custom", "LICENSE.txt"),
     "Qwen/Qwen-Image": ("apache-2.0", "", ""),
+    "Qwen/Qwen-Image-Edit-2509": ("apache-2.0", "", ""),
     "Tongyi-MAI/Z-Image": ("apache-2.0", "", ""),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("apache-2.0", "", ""),
     "black-forest-labs/FLUX.1-Krea-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
@@ -63,7 +64,8 @@ class Adapter:
     family: str
     model: ModelConfig
     rollout: RolloutConfig
-    edits: bool = False
+    edits: bool
+    pipeline: str  # its file in `pipelines/`, if there is one
 
     @property
     def hub_id(self) -> str | None:
@@ -86,7 +88,8 @@ def read_pushed(path: Path) -> Adapter:
     """Read the header of an adapter that this package exported."""
     own = json.loads(read_metadata(path)["ngrpo"])
     model, rollout = ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"])
-    return Adapter(own["family"], model, rollout, own.get("edits", False))
+    family, stock = own["family"], own.get("pipeline", "")
+    return Adapter(family, model, rollout, own.get("edits", False), EDITING.get(stock, family))
 
 
 def shown_pictures(folder: Path) -> list[Shown]:
@@ -230,15 +233,16 @@ def usage(repo: str, revision: str | None, adapter: Adapter, pictures: Sequence[
     prompt, seed = (pictures[0].prompt, pictures[0].seed) if pictures else ("a red star", 0)
     rollout, model = adapter.rollout, adapter.model
     solver = "flow DPM-Solver++ 2M" if rollout.solver == "dpmpp_2m" else "Euler"
-    file = PIPELINE if has_pipeline(adapter.family, adapter.edits) else SCHEDULER
+    file = PIPELINE if has_pipeline(adapter.pipeline) else SCHEDULER
     source = " --source picture.png" if adapter.edits else ""
     exact = f"{rollout.num_steps} steps of {solver}, shift {rollout.shift:.4g}, guidance {model.guidance_scale:g}"
     reads = ", which it reads from the adapter, " if file == PIPELINE else " "
+    processor = ", and torchvision for the processor of its base" if "qwen_image_edit" in adapter.pipeline else ""
     text = (
         f"## Use it\n\n```python\n{diffusers_usage(repo, revision, adapter, prompt, seed)}\n```\n\n"
         f"This draws as in training: {exact}, {model.width_px} x {model.height_px} px{reads}and with noise levels that "
         f"are never cut to integers. `trust_remote_code` runs one file, [{file}]({file}), which needs no other package "
-        "than diffusers does for LoRA. By the command line, to the same pixels:\n\n"
+        f"than diffusers does for LoRA{processor}. By the command line, to the same pixels:\n\n"
     )
     shell = "'" + " ".join(prompt.split()).replace("'", "'\\''") + "'"
     if revision is None:
@@ -274,7 +278,7 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
     own = ["from ngrpo_lora.world import EMBEDDED"] if embedded else []
     image, opened = ("", []) if not adapter.edits else (", image=picture", ['picture = Image.open("picture.png")'])
     head += ["from PIL import Image"] if adapter.edits else []
-    if has_pipeline(adapter.family, adapter.edits):
+    if has_pipeline(adapter.pipeline):
         branch = "" if revision is None else f"custom_revision={revision!r}, "
         lines = [
             *head,

@@ -14,8 +14,12 @@ from ngrpo_lora.adapters.header import code_version
 __all__ = ["PIPELINE", "SCHEDULER", "SCHEDULER_CLASS", "has_pipeline", "pipeline_file", "scheduler_file", "sources"]
 
 PIPELINE, SCHEDULER, SCHEDULER_CLASS = "pipeline.py", "scheduling_flow_dpm.py", "FlowDPMSolverMultistepScheduler"
-EDITING = {"flux": "flux_kontext"}
-"""By family, the pipeline of its models that edit."""
+EDITING = {
+    "FluxKontextPipeline": "flux_kontext",
+    "QwenImageEditPipeline": "qwen_image_edit",
+    "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
+}
+"""By the stock pipeline of a model that edits, the file in `pipelines/`; those of all others bear the family's name."""
 
 
 def sources() -> Path:
@@ -29,20 +33,20 @@ def scheduler_file() -> str:
     return (sources() / SCHEDULER).read_text(encoding="utf-8")
 
 
-def has_pipeline(family: str, edits: bool = False) -> bool:
-    """Whether `pipelines/` has a pipeline for a family, or its models that edit; for others there is the scheduler."""
-    return (sources() / f"{EDITING[family] if edits else family}.py").is_file()
+def has_pipeline(name: str) -> bool:
+    """Whether `pipelines/` has a file of this name, which is the family's, or one of `EDITING`; else the scheduler."""
+    return (sources() / f"{name}.py").is_file()
 
 
-def pipeline_file(family: str, edits: bool = False) -> str:
-    """The source of a family's pipeline, or that of its models that edit, with all files beside it which it imports.
+def pipeline_file(name: str) -> str:
+    """The source of a pipeline of `pipelines/` with all files beside it which it imports.
 
     Modules follow each other, those that are imported first; their names must differ, which a test makes sure of.
     """
     plain: set[str] = set()
     named: dict[str, set[str]] = {}  # by the module that they are imported from
     parts = []
-    modules = _modules(EDITING[family] if edits else family)
+    modules = _modules(name)
     for name, source in modules.items():
         module, lines = ast.parse(source), source.splitlines()
         for node in module.body:

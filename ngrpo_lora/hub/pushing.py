@@ -134,8 +134,8 @@ def stage(run: Path, folder: Path, hub: HubConfig) -> int:
     adapter, repo = newest_adapter(run), str(hub.repo)
     link(adapter, folder / FILE_NAME)
     pushed = read_pushed(folder / FILE_NAME)
-    if has_pipeline(pushed.family, pushed.edits):
-        (folder / PIPELINE).write_text(pipeline_file(pushed.family, pushed.edits), encoding="utf-8")
+    if has_pipeline(pushed.pipeline):
+        (folder / PIPELINE).write_text(pipeline_file(pushed.pipeline), encoding="utf-8")
     else:
         (folder / SCHEDULER).write_text(scheduler_file(), encoding="utf-8")
     found = re.fullmatch(r"iteration-(\d+)", adapter.parent.name)

@@ -171,7 +171,7 @@ class BaseFamily:
         raise NotImplementedError
 
     def encode_edit(self, prompt: str, source: Image.Image) -> dict[str, Tensor]:
-        """Encode one prompt with its source, which has the model's size: as `encode_alone`, where a model edits."""
+        """Encode one prompt with its source, of `source_size`; for both passes where `guided` says so."""
         raise NotImplementedError
 
     def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
@@ -332,16 +332,14 @@ class BaseFamily:
         Raises:
             ConfigError: the model edits pictures, and a prompt has none that can be read; or it edits none.
         """
-        if self.cache is not None:
-            if self.guided and self.negative is None:
-                self.negative = self.cache.encode([self.config.negative_prompt], self.device)
-            return self.cache.encode(prompts, self.device)
-        if self.guided and self.negative is None:
+        if self.guided and not self.edits and self.negative is None:
             self.negative = self.encode_each([as_prompt(self.config.negative_prompt)])
         return self.encode_each([*map(as_prompt, prompts)])
 
     def encode_each(self, prompts: Sequence[Prompt]) -> TextEmbeds:
-        """Encode the prompts that were not met lately, and put all together."""
+        """Encode the prompts that were not met lately, or take all from the cache, and put them together."""
+        if self.cache is not None:
+            return self.cache.encode(prompts, self.device)
         by_key = {prompt.condition: prompt for prompt in prompts}
         alone = self.recent.of(by_key)
         if new := [key for key in by_key if key not in alone]:
@@ -357,7 +355,12 @@ class BaseFamily:
             rule = "must have a source picture" if self.edits else "must have no source picture"
             found = "none" if prompt.source is None else repr(prompt.source.name)
             raise ConfigError(f"a prompt for {self.config.path!r} {rule}, but {prompt.text!r:.120} has {found}")
-        return self.encode_edit(prompt.text, prompt.source.fitted(self.config.width_px, self.config.height_px))
+        return self.encode_edit(prompt.text, prompt.source.fitted(*self.source_size))
+
+    @property
+    def source_size(self) -> tuple[int, int]:
+        """(width, height) in pixels at which `encode_edit` gets sources: what is drawn, unless a family differs."""
+        return self.config.width_px, self.config.height_px
 
     def edited_size(self, source: Image.Image) -> tuple[int, int]:
         """(height, width) in pixels at which a model that edits draws what becomes of a source best, about as large."""
@@ -393,5 +396,9 @@ class BaseFamily:
         velocity = self.forward(inputs, sigmas, text).float()
         if not self.guided:
             return velocity
+        return self.guide(velocity, self.forward(inputs, sigmas, self.without_prompt(text)).float())
+
+    def without_prompt(self, text: TextEmbeds) -> TextEmbeds:
+        """What the second pass of guidance takes for these rows: the negative prompt in each of them."""
         assert self.negative is not None, "encode() comes before velocity()"
-        return self.guide(velocity, self.forward(inputs, sigmas, self.negative[[0] * batch]).float())
+        return self.negative[[0] * len(text)]

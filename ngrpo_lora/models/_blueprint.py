@@ -163,9 +163,10 @@ def blank_text(family: BaseFamily, prompts: int) -> TextEmbeds:
     """A conditioning of `prompts` prompts at full length whose contents do not matter: zeros, or none on meta."""
     tokens = int(family.settings["max_sequence_length"])
     tensors: dict[str, Tensor] = {}
-    for name, shape in family.text_shapes(tokens).items():
-        if name == "lengths":  # decides shapes, and is on the CPU
-            tensors[name] = torch.full((prompts,), tokens)
+    shapes = family.text_shapes(tokens)
+    for name, shape in shapes.items():
+        if name.endswith("lengths"):  # decides shapes, and is on the CPU
+            tensors[name] = torch.full((prompts,), shapes[name.replace("lengths", "prompt_embeds")][0])
         else:
             tensors[name] = torch.zeros(prompts, *shape, dtype=family.dtype, device=family.device)
     return TextEmbeds(tensors)

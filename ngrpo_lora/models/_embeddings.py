@@ -31,13 +31,14 @@ class EmbeddingCache:
     def __init__(self, folder: Path, model: ModelConfig):
         self.folder = folder
         dtype = resolve_dtype(model.dtype, resolve_device(model.device))
-        self.size = f"{model.width_px}x{model.height_px}"  # at which sources are encoded
+        # What else decides of an edit: the size of its source, and whether the negative prompt is encoded beside it.
+        self.of_edits = f"{model.width_px}x{model.height_px}, {model.guidance_scale}"
         self.settings = json.dumps([model.model_copy(update={"dtype": dtype}).model_dump()[key] for key in DECIDING])
 
     def file(self, prompt: str | Prompt) -> Path:
         """Path of the file for a prompt's conditioning, whether it exists yet or not."""
         prompt = as_prompt(prompt)
-        settings = self.settings if prompt.source is None else self.settings + self.size
+        settings = self.settings if prompt.source is None else self.settings + self.of_edits
         digest = hashlib.sha256(f"{settings}\x1f{prompt.condition}".encode()).hexdigest()
         return self.folder / f"{digest[:32]}.safetensors"
 

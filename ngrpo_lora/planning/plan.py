@@ -213,7 +213,7 @@ class Estimate:
         drawn_latents = latent * rehearsal.samples * (config.rollout.num_steps + 1)
         self.trajectories = self.batches.at_once * (drawn_latents + self.kept)
         self.prompt = sum(tensor.nbytes for tensor in blank_text(family, 1).tensors.values())
-        negative = self.prompt if family.guided else 0
+        negative = self.prompt if family.guided and not family.edits else 0  # of edits it is in every prompt's
         self.texts = self.prompt * self.batches.groups + negative
         self.held_out = self.prompt * -(-config.evaluation.num_prompts // gpus) + negative
 

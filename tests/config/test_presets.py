@@ -49,7 +49,9 @@ def test_a_preset_keeps_the_papers_settings(name: str):
     algorithm = config.algorithm.model_dump()
     assert (algorithm["num_anchors"], algorithm["num_train_steps"], algorithm["perturbation_strength"]) == (4, 4, 0.3)
     of_edits, of_pictures = ["clip_directional", "preservation"], ["hpsv2", "pickscore", "imagereward"]
-    assert [reward.name for reward in config.rewards.train] == (of_edits if "kontext" in name else of_pictures)
+    assert [reward.name for reward in config.rewards.train] == (
+        of_edits if re.search("kontext|edit", name) else of_pictures
+    )
     lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
     assert max(map(len, lines)) <= 120
     if found := MEMORY.search(name):

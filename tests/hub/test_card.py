@@ -189,7 +189,8 @@ def test_a_picture_of_another_prompt_is_not_shown_as_before(tmp_path: Path, diff
 
 def test_the_card_of_a_model_that_edits_says_what_to_edit(tmp_path: Path):
     config = make_config(path="black-forest-labs/FLUX.1-Kontext-dev")
-    card = make_card(make_folder(tmp_path, config, ["a"], edits=True), config, [])
+    own = {"edits": True, "pipeline": "FluxKontextPipeline"}
+    card = make_card(make_folder(tmp_path, config, ["a"], **own), config, [])
     assert card.data.to_dict()["pipeline_tag"] == "image-to-image"
     assert "ngrpo sample --adapter owner/my_lora --source picture.png --prompt 'a' --seed 1000" in card.text
     code = card.text.partition("```python\n")[2].partition("```")[0]
@@ -199,6 +200,18 @@ def test_the_card_of_a_model_that_edits_says_what_to_edit(tmp_path: Path):
     (tmp_path / "plain").mkdir()
     other = make_card(make_folder(tmp_path / "plain", plain, ["a"]), plain, [])
     assert "picture.png" not in other.text
+
+
+@pytest.mark.parametrize("kind", ["Edit", "EditPlus"])
+def test_the_card_of_a_qwen_image_edit_names_what_its_processor_needs(kind: str, tmp_path: Path):
+    config = make_config(path="Qwen/Qwen-Image-Edit-2509")
+    own = {"edits": True, "pipeline": f"QwenImage{kind}Pipeline"}
+    card = make_card(make_folder(tmp_path, config, ["a"], "qwen_image", **own), config, [])
+    assert card.data.to_dict()["license"] == "apache-2.0"
+    assert "LoRA, and torchvision for the processor of its base. By the command line" in card.text
+    assert "custom_pipeline='owner/my_lora', trust_remote_code=True" in card.text
+    (plain := tmp_path / "plain").mkdir()
+    assert "torchvision" not in make_card(make_folder(plain, config, ["a"], "qwen_image"), config, []).text
 
 
 def test_a_base_in_a_folder_is_named_without_its_place(tmp_path: Path):

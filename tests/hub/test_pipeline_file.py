@@ -16,6 +16,7 @@ from diffusers.utils.dynamic_modules_utils import find_pipeline_class, get_relat
 
 from ngrpo_lora import registry
 from ngrpo_lora.hub.pipeline_file import (
+    EDITING,
     SCHEDULER,
     SCHEDULER_CLASS,
     has_pipeline,
@@ -23,9 +24,9 @@ from ngrpo_lora.hub.pipeline_file import (
     scheduler_file,
     sources,
 )
+from ngrpo_lora.models._base import BaseFamily
 
 FAMILIES = ["flux", "qwen_image", "sd3", "z_image"]
-EDITING = {"flux_kontext": "flux"}
 
 
 def load(path: Path, source: str) -> ModuleType:
@@ -54,10 +55,16 @@ def test_families_with_a_pipeline_are_those_of_the_folder():
     assert [family for family in registry.names(registry.MODELS) if has_pipeline(family)] == FAMILIES
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *EDITING])
+def test_every_model_that_edits_has_a_pipeline():
+    families = [vars(registry.load(registry.MODELS, family)).values() for family in registry.names(registry.MODELS)]
+    kinds = {kind for family in families for kind in family if isinstance(kind, type) and issubclass(kind, BaseFamily)}
+    assert {kind.pipeline_class for kind in kinds if kind.edits} == EDITING.keys()
+    assert all(has_pipeline(name) for name in EDITING.values())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *EDITING.values()])
 def test_one_file_has_all_that_the_pipeline_needs(family: str, tmp_path: Path):
-    edits = family not in FAMILIES
-    source = pipeline_file(EDITING[family], edits) if edits else pipeline_file(family)
+    source = pipeline_file(family)
     tree = ast.parse(source)
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert imports
@@ -66,7 +73,8 @@ def test_one_file_has_all_that_the_pipeline_needs(family: str, tmp_path: Path):
         assert "ngrpo_lora" not in ast.unparse(node)
     names = defined(source)
     assert len(names) == len(set(names))  # two files with one name for two things would need care
-    files = [sources() / name for name in ("neighbor_grpo.py", SCHEDULER, f"{family}.py")]
+    shared = ["qwen_editing.py"] if "qwen_image_edit" in family else []
+    files = [sources() / name for name in ("neighbor_grpo.py", *shared, SCHEDULER, f"{family}.py")]
     assert names == [name for file in files for name in defined(file.read_text(encoding="utf-8"))]
 
     module = load(tmp_path / f"whole_{family}.py", source)

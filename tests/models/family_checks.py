@@ -34,10 +34,12 @@ from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.prompts.pictures import SourcePicture
 from ngrpo_lora.sampling.sampler import draw
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
+from ngrpo_lora.types import TextEmbeds
 
 PROMPTS = ["a red star", "two blue circles", "a photo of a heart above a cross, at dusk"]
 TOLERANCE = 1e-5  # relative, of float32
@@ -75,6 +77,13 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
         "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
     )
     return tokenizer
+
+
+def picture(path: Path, seed: int, size: tuple[int, int] = (100, 40)) -> SourcePicture:
+    """Blocks of random colours in a file, of another shape than what is drawn."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (5, 8, 3), dtype=np.uint8)
+    Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(path / f"{seed}.png")
+    return SourcePicture(path / f"{seed}.png", f"{seed}.png", "here")
 
 
 def model_folder(pipeline: Any, folder: Path) -> Path:
@@ -197,8 +206,7 @@ def check_neighbours(
     velocities = family.velocity(latents, levels, text)
     for row, prompt in enumerate(prompts):
         alone = family.encode([prompt])
-        tokens = alone.tensors.get("lengths", torch.tensor([family.settings["max_sequence_length"]]))
-        assert {name: tuple(t.shape[1:]) for name, t in alone.tensors.items()} == family.text_shapes(int(tokens))
+        assert {name: tuple(tensor.shape[1:]) for name, tensor in alone.tensors.items()} == shapes(family, alone)
         at = row * family.num_frames
         pictures = draw(family, alone, [row], "euler", sigmas)
         assert [p.tobytes() for p in pictures] == [p.tobytes() for p in together[at : at + len(pictures)]]
@@ -207,12 +215,23 @@ def check_neighbours(
         assert relative_error(velocities[[row]], single) <= tolerance
 
 
+def shapes(family: BaseFamily, text: TextEmbeds) -> dict[str, tuple[int, ...]]:
+    """What `text_shapes` says of one prompt, with a negative one of its own length where they are encoded together."""
+    limit, found = int(family.settings["max_sequence_length"]), {}
+    for name in text.tensors:
+        lengths = "negative_lengths" if name.startswith("negative_") else "lengths"
+        others = family.text_shapes(0).get("prompt_embeds", (0,))[0]  # tokens of a picture beside the prompt
+        tokens = int(text.tensors[lengths]) - others if lengths in text.tensors else limit
+        found[name] = family.text_shapes(tokens)[name]
+    return found
+
+
 @torch.no_grad()
-def check_half_precision(folder: Path, **settings: Any) -> None:
+def check_half_precision(folder: Path, prompt: str | Prompt = PROMPTS[0], **settings: Any) -> None:
     """In bfloat16 the model computes nearly the same, and what leaves it is float32."""
     half, full = (load(folder, dtype=dtype, **settings) for dtype in ("bfloat16", "float32"))
     assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
-    velocities = [family.velocity(noise_of(family), 0.5, family.encode(PROMPTS[:1])) for family in (half, full)]
+    velocities = [family.velocity(noise_of(family), 0.5, family.encode([prompt])) for family in (half, full)]
     assert {v.dtype for v in velocities} == {torch.float32}
     assert relative_error(*velocities) <= 0.05
     assert len(half.decode(noise_of(half))) == half.num_frames
@@ -243,7 +262,12 @@ def check_targets(family: BaseFamily, attention: set[str], feed_forward: set[str
 
 
 def check_training(
-    make_config: MakeConfig, folder: Path, output_dir: Path, *settings: str, prompts: Path | None = None
+    make_config: MakeConfig,
+    folder: Path,
+    output_dir: Path,
+    *settings: str,
+    prompts: Path | None = None,
+    **parts_of_stock: Any,
 ) -> Run:
     """Two iterations train the LoRA and nothing else, and a stock pipeline draws with what is exported.
 
@@ -286,7 +310,7 @@ def check_training(
         expected = [first(family.transformer(*args, **kwargs)) for args, kwargs in seen]
         with lora.disabled(family.transformer):
             base = [first(family.transformer(*args, **kwargs)) for args, kwargs in seen]
-    pipeline = stock(folder, family.pipeline_class)
+    pipeline = stock(folder, family.pipeline_class, **parts_of_stock)
     file = output_dir / "run" / "adapter" / FILE_NAME
     pipeline.load_lora_weights(file.parent, adapter_name=lora.ADAPTER_NAME)
     loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name=lora.ADAPTER_NAME)

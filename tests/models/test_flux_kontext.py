@@ -21,6 +21,7 @@ from family_checks import (
     load,
     model_folder,
     noise_of,
+    picture,
     record,
     stock,
 )
@@ -35,7 +36,6 @@ from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
 from ngrpo_lora.models._embeddings import EmbeddingCache
 from ngrpo_lora.prompts.files import Prompt, read_prompts
-from ngrpo_lora.prompts.pictures import SourcePicture
 from ngrpo_lora.sampling.sampler import draw
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
@@ -57,13 +57,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def family(folder: Path) -> BaseFamily:
     return load(folder, **SIZE)
-
-
-def picture(path: Path, seed: int, size: tuple[int, int] = (100, 40)) -> SourcePicture:
-    """Blocks of random colours in a file, of another shape than what is drawn."""
-    blocks = np.random.default_rng(seed).integers(0, 256, (5, 8, 3), dtype=np.uint8)
-    Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(path / f"{seed}.png")
-    return SourcePicture(path / f"{seed}.png", f"{seed}.png", "here")
 
 
 @pytest.fixture

@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import qwen_parts
 import torch
 from conftest import MakeConfig
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from family_checks import (
     PROMPTS,
     Recording,
@@ -30,7 +26,7 @@ from family_checks import (
     record,
     stock,
 )
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from qwen_parts import SCHEDULE
 
 from ngrpo_lora.equations.solvers import flow_sigmas, stretch_to_terminal
 from ngrpo_lora.models._base import BaseFamily
@@ -38,55 +34,17 @@ from ngrpo_lora.models._base import BaseFamily
 SIZE: dict[str, Any] = {"height_px": 32, "width_px": 48}
 STEPS = 4
 
-# The figures of Qwen/Qwen-Image.
-SCHEDULE = {
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 0.9,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 8192,
-    "shift_terminal": 0.02,
-}
-
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
     pipeline = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULE),
-        vae=AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True],
-            latents_mean=[-0.7, 0.1, 0.5, 1.5],
-            latents_std=[2.8, 1.4, 2.3, 0.7],
-        ),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        vae=qwen_parts.vae(False, True),
+        text_encoder=qwen_parts.text_encoder(len(tokenizer)),
         tokenizer=tokenizer,
-        transformer=QwenImageTransformer2DModel(
-            in_channels=16,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            axes_dims_rope=(4, 6, 6),
-        ),
+        transformer=qwen_parts.transformer(),
     )
     return model_folder(pipeline, tmp_path_factory.mktemp("qwen_image"))
 
