@@ -4,9 +4,10 @@ import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
 import { drawAnew } from "./results.js"
 
-const PREFIX = "NGRPO_"
+const KIND = "NGRPO_Train"
 const EVENT = "ngrpo.vote" // {node, path, others}, sent once a second; path is null when the page is closed
 const NAME = "vote"
+const SIZE = "ngrpo_size" // property of a node: how large it was without the page, also where the graph is saved with it
 const LEAST_PX = { width: 520, height: 640 } // six pictures, to be told apart
 const TOUCHABLE = "pointer-events: auto;" // from afar too, where Vue's first version (1.32) leaves widgets untouched
 
@@ -16,7 +17,7 @@ function nodeOf(id) {
   const node = String(id)
     .split(":")
     .reduce((inside, number) => (inside?.subgraph ?? inside)?.getNodeById?.(Number(number)), root)
-  return node?.type?.startsWith(PREFIX) ? node : null // another graph may be open
+  return node?.type === KIND ? node : null // another graph may be open
 }
 
 function linkTo(address) {
@@ -44,7 +45,7 @@ function addTo(node) {
     getMinHeight: () => LEAST_PX.height,
   })
   widget.serialize = false
-  widget.sizeBefore = [...node.size]
+  node.properties[SIZE] = [...node.size]
   const [width, height] = node.computeSize()
   node.setSize([Math.max(node.size[0], width, LEAST_PX.width), Math.max(node.size[1], height)])
   setTimeout(() => drawAnew(node, widget), 500)
@@ -65,13 +66,38 @@ function remove(node) {
   if (!widget) return
   node.removeWidget(widget)
   setTimeout(() => drawAnew(node, widget), 500)
-  node.setSize(widget.sizeBefore)
+  shrink(node)
+}
+
+function shrink(node) {
+  node.setSize(node.properties[SIZE])
+  delete node.properties[SIZE]
   node.setDirtyCanvas(true, true)
+}
+
+// The end of a run that nobody told this page of, as ComfyUI was gone or this machine asleep.
+async function removeIfGone(node) {
+  const frame = node.widgets?.find((widget) => widget.name === NAME)?.element.lastChild
+  const answer = frame && (await fetch(`${frame.src}state`).catch(() => null))
+  if (answer?.status === 404) remove(node)
+}
+
+function nodesIn(graph) {
+  return graph._nodes.flatMap((node) => [node, ...(node.subgraph ? nodesIn(node.subgraph) : [])])
 }
 
 app.registerExtension({
   name: "ngrpo-lora.vote",
+  beforeRegisterNodeDef(nodeType, definition) {
+    if (definition.name !== KIND) return
+    const { onConfigure } = nodeType.prototype
+    nodeType.prototype.onConfigure = function () {
+      onConfigure?.apply(this, arguments)
+      if (this.properties[SIZE]) shrink(this) // until it is told where the page is
+    }
+  },
   setup() {
+    api.addEventListener("reconnected", () => nodesIn(app.rootGraph ?? app.graph).forEach(removeIfGone))
     api.addEventListener(EVENT, ({ detail: { node: id, path, others } }) => {
       const node = nodeOf(id)
       if (node && path) show(node, [new URL(api.fileURL(path), location.href).href, ...others])

@@ -115,12 +115,13 @@ class Booth:
             self.said[name] = self.waiting.pop(name)
             self.last_event = time.monotonic()
 
-    def undo(self) -> None:
-        """Take back the last vote, whose group waits for one again, before all others; Gone where it is too late."""
+    def undo(self, name: str) -> None:
+        """Take back the vote on a group, which waits for one again, before all others; Gone where it is too late."""
         with self.lock:
-            if not self.said:
-                raise Gone("The run has learned from your last vote already; it cannot be taken back any more.")
-            name = next(reversed(self.said))
+            if name in self.waiting:
+                raise Gone("This vote has been taken back already, from another window.")
+            if name not in self.said:
+                raise Gone("The run has learned from this vote already; it cannot be taken back any more.")
             self.votes.undo(name)
             self.waiting = {name: self.said.pop(name)} | self.waiting
             self.last_event = time.monotonic()
@@ -175,8 +176,9 @@ class Booth:
                 "group": groups[0] if groups else None,
                 "next": groups[1]["pictures"] if len(groups) > 1 else [],
                 "waiting": len(self.waiting),
+                "names": [*self.waiting],
                 "votes": len(self.votes.ballots),
-                "undo": bool(self.said),
+                "undo": [*self.said],
                 "head": {
                     "predicted": found.count,
                     "accuracy": found.share if found.count else None,

@@ -4,7 +4,7 @@
     GET  /TOKEN/state               what it shows, as JSON
     GET  /TOKEN/pictures/NAME.png   a picture
     POST /TOKEN/ballot              {"group": "NAME", "said": "order", "orders": [[[2], [0, 1, 3]]]}
-    POST /TOKEN/undo                takes the last vote back
+    POST /TOKEN/undo                {"group": "NAME"}, whose vote is taken back
 
 Posts answer with the new state; an error is {"error": "why", "state": ...} with status 400 (not such a request), 409
 (the group is gone, or it is too late) or 507 (the vote cannot be written). Any other address has status 404.
@@ -18,7 +18,7 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import uvicorn
 from pydantic import ValidationError
@@ -58,6 +58,12 @@ class _Posted(Section, frozen=True):
     group: str
     said: Literal["order", "none", "skip"]
     orders: list[list[list[int]]] = []
+
+
+class _Undone(Section, frozen=True):
+    """The body of POST undo."""
+
+    group: str
 
 
 class PageServer:
@@ -146,20 +152,18 @@ class PageServer:
 
     async def post_ballot(self, request: Request) -> Response:
         """Take a vote."""
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise HTTPException(413, f"a vote has at most {MAX_BODY_BYTES} bytes")
-        try:
-            posted = _Posted.model_validate_json(bytes(body))
-        except ValidationError as error:
-            return await self.answered(_raising(error))
-        return await self.answered(lambda: self.booth.cast(posted.group, posted.said, posted.orders))
+        body = await _body(request)
+
+        def cast() -> None:
+            posted = _Posted.model_validate_json(body)
+            self.booth.cast(posted.group, posted.said, posted.orders)
+
+        return await self.answered(cast)
 
     async def post_undo(self, request: Request) -> Response:
-        """Take the last vote back."""
-        return await self.answered(self.booth.undo)
+        """Take a vote back."""
+        body = await _body(request)
+        return await self.answered(lambda: self.booth.undo(_Undone.model_validate_json(body).group))
 
     async def answered(self, action: Callable[[], None]) -> Response:
         """Do what was posted, and answer with the new state, and with the reason where it could not be done."""
@@ -183,11 +187,13 @@ def hosts_of(host: str) -> list[str]:
     return [*dict.fromkeys(hosts or [f"[{host}]" if ":" in host else host])]
 
 
-def _raising(error: Exception) -> Callable[[], Any]:
-    def action() -> None:
-        raise error
-
-    return action
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"a vote has at most {MAX_BODY_BYTES} bytes")
+    return bytes(body)
 
 
 def _refusal(request: Request, error: Exception) -> Response:

@@ -172,6 +172,57 @@ def test_two_browsers_show_the_same_group_and_the_slower_is_told(browser: Browse
         page.close()
 
 
+def test_whose_marks_are_overtaken_is_told_and_nobody_takes_back_a_vote_of_anothers(browser: Browser, voting: Voting):
+    voting.booth.undo_s = 3600
+    groups = [ask(voting), ask(voting, 1)]
+    pages = [opened(browser, voting) for _ in range(2)]
+    for page in pages:
+        expect(page.locator("#prompt")).to_have_text("picture 0")
+    picture(pages[1], 3).click()
+    picture(pages[0], 1).click()
+    pages[0].locator("#send").click()
+    expect(pages[1].locator(".message")).to_contain_text("Your marks do not count")
+    expect(pages[1].locator("#prompt")).to_have_text("picture 1")
+    picture(pages[1], 5).click()
+    pages[0].keyboard.press("u")  # the other one is not disturbed, nor its vote taken back afterwards
+    expect(pages[0].locator("#prompt")).to_have_text("picture 0")
+    pages[1].wait_for_timeout(2000)
+    expect(picture(pages[1], 5).locator(".badge")).to_have_text("✓")
+    pages[1].locator("#send").click()
+    expect(pages[1].locator(".message")).to_have_count(0)
+    expect(pages[1].locator("#prompt")).to_have_text("picture 0")
+    picture(pages[0], 2).click()
+    pages[0].locator("#send").click()
+    expect(pages[0].locator("#waiting")).to_be_visible()
+    pages[0].keyboard.press("u")
+    expect(pages[0].locator("#prompt")).to_have_text("picture 0")
+    expect(pages[0].locator("#undo")).to_be_disabled()
+    picture(pages[0], 2).click()
+    pages[0].locator("#send").click()
+    expect(pages[0].locator("#waiting")).to_be_visible()
+    voting.booth.undo_s = 0
+    assert [waiting.result(60).argmax() for waiting in groups] == [2, 5]
+    for page in pages:
+        page.close()
+
+
+def test_a_page_that_was_opened_again_takes_back_the_last_vote(browser: Browser, voting: Voting):
+    voting.booth.undo_s = 3600
+    waiting, page = ask(voting), opened(browser, voting)
+    picture(page, 1).click()
+    page.locator("#send").click()
+    expect(page.locator("#waiting")).to_be_visible()
+    page.close()
+    page = opened(browser, voting)
+    page.locator("#undo").click()
+    picture(page, 4).click()
+    page.locator("#send").click()
+    expect(page.locator("#waiting")).to_be_visible()
+    voting.booth.undo_s = 0
+    assert waiting.result(60).argmax() == 4
+    page.close()
+
+
 def test_a_run_that_is_gone_says_so_and_where_votes_are(browser: Browser, voting: Voting):
     ask(voting)
     page = opened(browser, voting)

@@ -54,17 +54,31 @@ def test_the_last_vote_can_be_taken_back_until_scores_follow(tmp_path: Path):
     for group in (first, second):
         booth.cast(group.name, "order", [[[0], [1]]])
     assert booth.scores(first.name) is None
-    booth.undo()
+    assert booth.state()["undo"] == [first.name, second.name]
+    booth.undo(second.name)
     assert (shown(booth), booth.state()["votes"]) == (second.name, 1)
-    booth.undo()
-    assert (shown(booth), booth.state()["votes"], booth.state()["undo"]) == (first.name, 0, False)
+    booth.undo(first.name)
+    assert (shown(booth), booth.state()["votes"], booth.state()["undo"]) == (first.name, 0, [])
+    with pytest.raises(Gone, match="taken back already, from another window"):
+        booth.undo(first.name)
     assert VotesFile(tmp_path / "votes.jsonl").ballots == {}
     booth.cast(first.name, "order", [[[3], [1]]])
     booth.cast(second.name, "skip")
     booth.undo_s = 0
     assert booth.scores(first.name)[3] > 0  # pyright: ignore
-    with pytest.raises(Gone, match="learned from your last vote already"):
-        booth.undo()
+    for name in (first.name, "never"):
+        with pytest.raises(Gone, match="learned from this vote already"):
+            booth.undo(name)
+
+
+def test_of_two_who_vote_each_takes_back_a_vote_of_their_own(tmp_path: Path):
+    booth, (first, second) = opened(tmp_path, undo_s=3600), (make_group(0), make_group(1))
+    for group in (first, second):
+        booth.show(group)
+        booth.cast(group.name, "order", [[[0], [1]]])
+    booth.undo(first.name)
+    assert booth.state()["names"] == [first.name]
+    assert [*VotesFile(tmp_path / "votes.jsonl").ballots] == [second.name]
 
 
 def test_a_vote_for_a_group_that_is_gone_or_taken_does_not_count(tmp_path: Path):

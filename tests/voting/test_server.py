@@ -76,9 +76,9 @@ def test_a_vote_is_on_the_disk_when_it_is_answered_and_can_be_taken_back(server:
     answer = post(server, "ballot", VOTE)
     assert (answer.status_code, answer.json()["votes"], answer.json()["group"]) == (200, 1, None)
     assert [*VotesFile(server.booth.votes.path).ballots] == [GROUP.name]
-    undone = post(server, "undo", {})
+    undone = post(server, "undo", {"group": GROUP.name})
     assert (undone.json()["votes"], undone.json()["group"]["name"]) == (0, GROUP.name)
-    late = post(server, "undo", {})
+    late = post(server, "undo", {"group": GROUP.name})
     assert late.status_code == 409
     assert late.json()["state"]["group"]["name"] == GROUP.name
 
@@ -128,8 +128,18 @@ def test_what_is_no_vote_is_refused_and_the_group_waits_on(body: object, server:
     assert not server.booth.votes.path.exists()
 
 
-def test_a_body_without_end_is_not_read(server: PageServer):
-    assert post(server, "ballot", b" " * (MAX_BODY_BYTES + 1)).status_code == 413
+@pytest.mark.parametrize("body", [b"", {}, {"group": 1}, {"group": GROUP.name, "more": 1}])
+def test_what_names_no_vote_takes_none_back(body: object, server: PageServer):
+    assert post(server, "ballot", VOTE).ok
+    answer = post(server, "undo", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]
+    assert answer.json()["state"]["votes"] == 1
+
+
+@pytest.mark.parametrize("path", ["ballot", "undo"])
+def test_a_body_without_end_is_not_read(path: str, server: PageServer):
+    assert post(server, path, b" " * (MAX_BODY_BYTES + 1)).status_code == 413
 
 
 def test_a_vote_that_cannot_be_written_says_so_and_the_group_waits_on(server: PageServer):
