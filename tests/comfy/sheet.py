@@ -19,8 +19,9 @@ BADGE, FRAME = 26, 16  # the line with the pack's name, for which one of them le
 GAP, MARGIN, HEADING = 24, 20, 50  # between nodes, around them in a group, and what a group's title needs
 STREET = 64  # between nodes where wires pass
 INSET = 10  # how far within a node its wires start and end
-NOTE = {"color": "#222", "bgcolor": "#353535"}  # as other nodes; a note's own brown leaves its text pale
-COLORS = {"model": "#3f789e", "text": "#8A8", "sample": "#b58b2a", "result": "#88A", "train": "#b06634"}
+NOTE = {"color": "", "bgcolor": ""}  # as other nodes, in every palette; a note's own brown leaves its text pale
+COLORS = {"model": "#3f789e", "text": "#4b7c4b", "sample": "#8d6c21", "result": "#6c6ca7", "train": "#a56031"}
+"""Of groups; their titles, of the same colour, are as legible on the light canvas as on the dark one."""
 
 
 @dataclass(frozen=True)
