@@ -1,14 +1,15 @@
 """Draw the graphs' thumbnails, the screenshots of the README and the help pages' pictures.
 
-python tests/comfy/make_pictures.py [GRAPH...] runs every graph that can run here, or those named, in ComfyUI's newer
-interface, and draws the nodes unless graphs are named; `make comfy-pictures` does it in the right environment.
+python tests/comfy/make_pictures.py [--folder FOLDER] [NAME...] runs every graph that can run here in ComfyUI's newer
+interface, and draws the nodes; or those named alone, as vote or NGRPO_Train. ComfyUI's files are in FOLDER, where runs
+that were cut off go on, or are forgotten. `make comfy-pictures` does it in the right environment.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from io import BytesIO
@@ -86,11 +87,11 @@ def put_empty_files(models: Path) -> None:
     (models / "loras" / MY_ADAPTER).touch()
 
 
-def draw_nodes(interface: Interface) -> None:
-    """The help pages' pictures: every node of ours alone."""
+def draw_nodes(interface: Interface, names: Sequence[str]) -> None:
+    """The help pages' pictures: every node of ours alone, or those named."""
     NODES.mkdir(exist_ok=True)
     for kind in interface.comfy.get("/object_info"):
-        if kind.startswith("NGRPO_"):
+        if kind.startswith("NGRPO_") and (kind in names or not names):
             interface.alone(kind).save(NODES / f"{kind}.webp", quality=80)
 
 
@@ -110,18 +111,26 @@ def draw_graph(interface: Interface, path: Path) -> None:
         interface.screenshot().save(IMAGES / SHOWN[path.stem], optimize=True)
 
 
+def draw(folder: Path, names: Sequence[str]) -> None:
+    """Everything, or what is named, by a server whose files are in a folder."""
+    put_empty_files(folder / "models")
+    graphs = [path for path in sorted(WORKFLOWS.glob("*.json")) if path.stem in names or not names]
+    server = start(folder, "--front-end-root", str(NEWER))
+    try:
+        with chromium() as browser:
+            with opened(server, browser, vue=True) as interface:
+                draw_nodes(interface, names)
+            with opened(server, browser, width=1920, height=1080) as interface:
+                for path in graphs:
+                    draw_graph(interface, path)
+    finally:
+        server.stop()
+
+
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as base:
-        put_empty_files(Path(base) / "models")
-        server = start(Path(base), "--front-end-root", str(NEWER))
-        try:
-            with chromium() as browser:
-                if not sys.argv[1:]:
-                    with opened(server, browser, vue=True) as interface:
-                        draw_nodes(interface)
-                with opened(server, browser, width=1920, height=1080) as interface:
-                    for path in sorted(WORKFLOWS.glob("*.json")):
-                        if not sys.argv[1:] or path.stem in sys.argv[1:]:
-                            draw_graph(interface, path)
-        finally:
-            server.stop()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as forgotten:
+        draw(given.folder or Path(forgotten), given.names)
