@@ -26,6 +26,7 @@ from . import (  # noqa: E402
     comparing,
     conditioning,
     embedded,
+    joining,
     pipelines,
     rewards,
     sampling,
@@ -44,7 +45,7 @@ class NeighborGRPOExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of ComfyUI's menu."""
-        judging = (rewards, voting, scoring, comparing)
+        judging = (rewards, voting, scoring, comparing, joining)
         subjects = (embedded, sampling, adapters, *judging, conditioning, pipelines, training)
         return [node for subject in subjects for node in subject.NODES]
 

@@ -80,6 +80,16 @@ def checked(check: Callable[..., Any], *arguments: Any) -> bool:
     return True
 
 
+def check_given(name: str, value: Any, kind: type, source: str) -> None:
+    """Check that an input has a tuple of a kind; outputs of any type, as Train's `lora_name`, connect to every input.
+
+    Raises:
+        ConfigError: it has something else.
+    """
+    if not isinstance(value, tuple) or not all(isinstance(one, kind) for one in value):
+        raise ConfigError(f"{name} must come from {source}, got {value!r}; connect another output")
+
+
 def show_progress(text: str, node: type[io.ComfyNode]) -> None:
     """Write how far a node is below its widgets, for as long as it runs; its result is `ui={"text": (...,)}`.
 

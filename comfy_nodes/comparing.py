@@ -16,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from ngrpo_lora.adapters.finding import adapter_label
+from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.contest import Contest, check_prompt
 from ngrpo_lora.evaluation.ranking import Ranking, check_samples, rank
 from ngrpo_lora.sampling.strengths import parse_schedule
 
-from ._api import checked, schema, to_images, to_pictures
+from ._api import check_given, checked, schema, to_images, to_pictures
 from .adapters import adapter_path, check_readable, fingerprint, lora_input
 from .fitting import read_fitting
 from .rewards import Entries, Rewards
@@ -108,6 +109,7 @@ class AdapterList(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora_name: str, strengths: str, adapters: Choice = (), schedule: str = "") -> io.NodeOutput:
+        check_given("adapters", adapters, Column, "Adapter List")
         parse_schedule(schedule)
         schedule = schedule.strip()
         return io.NodeOutput((*adapters, *(Column(lora_name, one, schedule) for one in parse_strengths(strengths))))
@@ -248,6 +250,8 @@ class Compare(io.ComfyNode):
         adapters: Choice = (),
         rewards: Entries | None = None,
     ) -> io.NodeOutput:
+        check_given("adapters", adapters, Column, "Adapter List")
+        check_given("rewards", rewards or (), RewardConfig, "a reward node")
         check_prompt(rewards or (), prompt)
         if cfg != 1 and negative is None:
             raise ConfigError(f"cfg must be 1 without negative, got {cfg:g}; connect a negative prompt")

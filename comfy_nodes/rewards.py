@@ -27,13 +27,7 @@ from ngrpo_lora.errors import ConfigError, first_line
 from ngrpo_lora.rewards.judge import TEMPLATE
 from ngrpo_lora.scoring.scorer import Scorer
 
-from ._api import (
-    check_path,
-    checked,
-    listed,
-    register_folder,
-    schema,
-)
+from ._api import check_given, check_path, checked, listed, register_folder, schema
 
 FUNCTIONS = "ngrpo_rewards"
 """Folder of models/ whose Python files hold the user's own rewards."""
@@ -170,6 +164,7 @@ def entry(name: str, weight: float, settings: str, own: dict[str, Any] | None = 
 
 def joined(earlier: Entries | None, reward: RewardConfig) -> Chosen:
     """Make a chain of rewards that is longer by one."""
+    check_given("rewards", earlier or (), RewardConfig, "a reward node")
     return Chosen(parse_reward_entries([*(earlier or ()), reward]))
 
 

@@ -12,14 +12,14 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ngrpo_lora.config import parse_settings
+from ngrpo_lora.config import RewardConfig, parse_settings
 from ngrpo_lora.config.words import settled
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.ranking import check_samples, each_its_own, rank
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.types import Samples
 
-from ._api import cancellable, checked, listed, make_room, schema, to_images, to_pictures
+from ._api import cancellable, check_given, checked, listed, make_room, schema, to_images, to_pictures
 from .rewards import Chosen, Entries, Rewards
 
 COMBINED = ["standardized", "raw"]
@@ -132,6 +132,7 @@ def mapping_of(line: str) -> dict[str, Any]:
 
 def loaded(rewards: Entries) -> Scorer:
     """Load a chain's rewards; where they find no room beside ComfyUI's models, once more without those."""
+    check_given("rewards", rewards, RewardConfig, "a reward node")
     chosen = rewards if isinstance(rewards, Chosen) else Chosen(rewards)
     with suppress(torch.OutOfMemoryError):
         return cancellable(chosen.load)

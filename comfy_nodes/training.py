@@ -16,7 +16,7 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.config import RunConfig, preset_names
+from ngrpo_lora.config import RewardConfig, RunConfig, preset_names
 from ngrpo_lora.devices import is_out_of_memory
 from ngrpo_lora.errors import ConfigError, OutOfMemory, UserError, first_line
 from ngrpo_lora.planning.preflight import check_settings
@@ -25,7 +25,7 @@ from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.reports.curves import shown_pictures
 from ngrpo_lora.reports.tables import figures, figures_table
 
-from ._api import schema, show_progress, to_images
+from ._api import check_given, schema, show_progress, to_images
 from .rewards import Chosen, Entries, Rewards
 from .runs import (
     ANEW,
@@ -245,6 +245,7 @@ class Train(io.ComfyNode):
         own = cls.hidden.prompt.get(cls.hidden.unique_id, {"inputs": {}})  # a node that a loop made is not in it
         if isinstance(own["inputs"].get("prompts"), list):
             prompt_lines(prompts)  # of another node, an empty text is no wish for the preset's
+        check_given("rewards", rewards, RewardConfig, "a reward node")
         check_name(name)
         name = free_name(name) if earlier_run == ANEW else name
         config = configure(preset, name, overrides, iterations, run_seed, prompts, rewards)

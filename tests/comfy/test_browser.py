@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,41 @@ RESULTS = [
 
 SHORT = "evaluation.num_prompts=2\nevaluation.strict=null\nrollout.num_steps=4"
 """Seconds of training, of the preset that asks."""
+
+
+GROW = """async ([kind, joining]) => {
+    const wait = () => new Promise((done) => setTimeout(done, 500)), found = []
+    const add = (kind) => app.graph.add(LiteGraph.createNode(kind)) && app.graph._nodes.at(-1)
+    const join = () => app.graph._nodes.find((node) => node.type === joining)
+    const note = async (node) => {
+        await wait()
+        const connected = node.inputs.filter((input) => input.link != null)
+        const places = connected.map((input) => Number(input.name.split("_")[1]))
+        found.push({ count: node.inputs.length, connected: places, height: node.size[1] })
+    }
+    app.graph.clear()
+    add(joining)
+    await note(join())
+    for (let count = 1; count <= 5; count++) {
+        add(kind).connect(0, join(), join().inputs.findIndex((input) => input.link == null))
+        await note(join())
+    }
+    join().disconnectInput(4)
+    join().disconnectInput(0)
+    await note(join())
+    await app.loadGraphData(structuredClone(app.graph.serialize()))
+    await note(join())
+    const copy = join().clone()
+    app.graph.add(copy)
+    await note(join())
+    await note(copy)
+    const name = joining === "NGRPO_JoinAdapters" ? "adapters" : "rewards"
+    const inputs = { [`${name}_1`]: ["1", 0], [`${name}_7`]: ["1", 0] }
+    await app.loadApiJson({ 1: { class_type: kind, inputs: {} }, 2: { class_type: joining, inputs } }, "read")
+    await note(join())
+    return found
+}"""
+"""Connect five nodes one after the other, disconnect two, save, open, copy, read an API format."""
 
 
 def what_runs(graph: Graph) -> Graph:
@@ -144,6 +180,26 @@ def test_a_page_that_is_opened_later_shows_the_frame_and_cancel_takes_it_away(ne
             newer.interrupt()
             for page in (interface.page, later.page):
                 expect(page.locator(".ngrpo-vote")).to_have_count(0, timeout=60_000)
+
+
+@pytest.mark.parametrize(("kind", "joining"), [("NGRPO_AdapterList", "adapters"), ("NGRPO_Reward", "rewards")])
+def test_inputs_grow_as_they_are_connected_and_a_saved_graph_has_those_it_had(
+    interface: Interface, kind: str, joining: str
+):
+    grown = interface.page.evaluate(GROW, [kind, f"NGRPO_Join{joining.title()}"])
+    expected = [
+        [[], [1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5]],  # one after the other
+        [[2, 3, 4], [2, 3, 4], [2, 3, 4], []],  # without the last and the first, saved and opened, a copy
+        [[1, 7]],  # of API format
+    ]
+    shown = [(max([1, *places]) + 1, places) for row in expected for places in row]
+    assert [(one["count"], one["connected"]) for one in grown] == [(count, places) for count, places in shown]
+    assert grown[-2]["height"] == grown[0]["height"] < grown[5]["height"]
+    inputs = next(node["inputs"] for node in interface.prompt().values() if "Join" in node["class_type"])
+    assert [*inputs] == [f"{joining}_1", f"{joining}_7"]
+    if interface.vue:
+        drawn = interface.page.locator("[data-node-id]", has_text=f"{joining}_8")
+        expect(drawn.get_by_text(re.compile(rf"^{joining}_\d+$"))).to_have_count(8)
 
 
 def test_run_draws_pictures(interface: Interface):

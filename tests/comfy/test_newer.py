@@ -55,11 +55,11 @@ def test_every_node_has_words_by_which_it_is_found(schemas: dict[str, Any]):
 @pytest.mark.parametrize(
     ("word", "found"),
     [
-        ("lora", {"LoadAdapter", "AdapterList", "Compare", "Train"}),
-        ("rl", {"Reward", "RewardFunction", "Train"}),
+        ("lora", {"LoadAdapter", "AdapterList", "JoinAdapters", "Compare", "Train"}),
+        ("rl", {"Reward", "RewardFunction", "JoinRewards", "Train"}),
         ("dpm++", {"FlowSampler"}),
         ("best of n", {"Score"}),
-        ("xy plot", {"AdapterList", "Compare"}),
+        ("xy plot", {"AdapterList", "JoinAdapters", "Compare"}),
         ("diffusers", {"EncodePrompt", "LoadPipeline", "PipelineSample"}),
     ],
 )
