@@ -64,7 +64,7 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
     """
     show_progress("loading", node)
     comfy.model_management.unload_all_models()
-    comfy.model_management.soft_empty_cache()
+    free_memory()
     from ngrpo_lora.evaluation.report.guard import Guard
     from ngrpo_lora.evaluation.report.watching import Reporter
     from ngrpo_lora.hub.watching import HubWatcher
@@ -90,8 +90,8 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
         logging.getLogger("ngrpo_lora").removeHandler(warnings)
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-        gc.collect()
-        comfy.model_management.soft_empty_cache()
+        if not isinstance(failure, comfy.model_management.InterruptProcessingException):
+            free_memory()  # Cancel does not wait for it: ComfyUI does the same right after, and so does the next run
     # Raised here, where no traceback holds the run's tensors.
     if failure is not None:
         state = state_in_words(config)
@@ -99,6 +99,12 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
         if isinstance(failure, UserError):
             failure = UserError("\n".join([worded(str(failure)), *(f"- {text}" for text in warnings.last), state]))
         raise failure
+
+
+def free_memory() -> None:
+    """Free what nothing holds any more."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
 
 
 def worded(message: str) -> str:

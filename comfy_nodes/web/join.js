@@ -9,11 +9,23 @@ function fit(node) {
   const last = node.inputs.findLastIndex((input) => input.link != null)
   const wanted = Math.min(Math.max(last + 2, LEAST), node.growing.length)
   if (!node.graph || node.inputs.length === wanted) return
-  const spare = node.size[1] - node.computeSize()[1]
   while (node.inputs.length > wanted) node.removeInput(node.inputs.length - 1)
   for (const { name, type, ...shown } of node.growing.slice(node.inputs.length, wanted)) node.addInput(name, type, shown)
-  node.setSize([node.size[0], node.computeSize()[1] + Math.max(spare, 0)])
+  resize(node)
+  setTimeout(() => drawAnew(node), 500)
+}
+
+function resize(node) {
+  node.setSize([node.size[0], node.computeSize()[1]])
   node.setDirtyCanvas(true, true)
+}
+
+// Vue's first version (interface 1.32) draws the inputs that a node had at first, until it is told of the node again.
+function drawAnew(node) {
+  const drawn = document.querySelector(`[data-node-id="${node.id}"]`)
+  if (!drawn || drawn.querySelectorAll(".lg-slot--input").length === node.inputs.length) return
+  node.graph?.onNodeAdded?.(node)
+  resize(node)
 }
 
 // Later, as all inputs are needed while a graph is being read: an API format may leave some free in between.

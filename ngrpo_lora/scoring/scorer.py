@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 Form = Literal["batch", "group", "single"]
 
-POLL_S = 0.2
+POLL_S = 0.1
 
 
 class Wait(Protocol):

@@ -119,7 +119,7 @@ class Booth:
         """Take back the vote on a group, which waits for one again, before all others; Gone where it is too late."""
         with self.lock:
             if name in self.waiting:
-                raise Gone("This vote has been taken back already, from another window.")
+                raise Gone("There is no vote to take back: these pictures wait for one.")
             if name not in self.said:
                 raise Gone("The run has learned from this vote already; it cannot be taken back any more.")
             self.votes.undo(name)

@@ -38,7 +38,7 @@ __all__ = ["PORT", "PageServer", "hosts_of"]
 PORT = 8770
 """Where the page is when no port was asked for and this one is free."""
 
-MAX_BODY_BYTES = 2**18  # the orders of a group, with much room
+MAX_BODY_BYTES = 2**14  # a thousand pairs; the likelihood of more takes seconds
 MAX_CONNECTIONS = 64
 STOPPING_S = 1
 
