@@ -6,7 +6,6 @@ All of it comes from the run's own files; a part whose data is missing is left o
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,15 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.adapters.fusing import python_lines
-from ngrpo_lora.adapters.reading import read_metadata
-from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig
-from ngrpo_lora.hub.pipeline_file import EDITING, PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
+from ngrpo_lora.config import RunConfig
+from ngrpo_lora.hub.usage import Adapter, read_pushed, usage
 from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.reports.tables import markdown_table
 
 if TYPE_CHECKING:
     from ngrpo_lora.evaluation.statistics import Difference
 
-__all__ = ["Adapter", "Shown", "base_license", "cell", "diffusers_usage", "read_pushed", "shown_pictures", "write_card"]
+__all__ = ["Shown", "base_license", "cell", "shown_pictures", "write_card"]
 
 HUB = "https://huggingface.co"
 PROMPT_CHARACTERS = 200  # of a prompt in a table; the gallery has all of it
@@ -58,23 +55,6 @@ CITATION = """\
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """Settings in the header of an exported adapter, with the values that the model recommended filled in."""
-
-    family: str
-    model: ModelConfig
-    rollout: RolloutConfig
-    edits: bool
-    pipeline: str  # its file in `pipelines/`, if there is one
-
-    @property
-    def hub_id(self) -> str | None:
-        """The base's name on the Hub; None for the embedded model and for a folder."""
-        path = self.model.path
-        return path if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists() else None
-
-
-@dataclass(frozen=True)
 class Shown:
     """A held-out picture after training, and before it where there is one; paths within the repository."""
 
@@ -82,14 +62,6 @@ class Shown:
     seed: int
     after: str
     before: str | None
-
-
-def read_pushed(path: Path) -> Adapter:
-    """Read the header of an adapter that this package exported."""
-    own = json.loads(read_metadata(path)["ngrpo"])
-    model, rollout = ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"])
-    family, stock = own["family"], own.get("pipeline", "")
-    return Adapter(family, model, rollout, own.get("edits", False), EDITING.get(stock, family))
 
 
 def shown_pictures(folder: Path) -> list[Shown]:
@@ -139,6 +111,7 @@ def write_card(
     base, video = adapter.hub_id, (adapter.model.num_frames or 1) > 1 or adapter.family == "wan"
     task = "text-to-video" if video else "image-to-image" if adapter.edits else "text-to-image"
     family = adapter.family.replace("_", "-")
+    prompt, seed = (pictures[0].prompt, pictures[0].seed) if pictures else ("a red star", 0)
     gallery = [{"text": picture.prompt, "output": {"url": picture.after}} for picture in pictures]
     data = ModelCardData(
         license=license.get("license"),
@@ -156,7 +129,7 @@ def write_card(
     sections = [
         introduction(repo, config, base, bool(pictures)),
         gains(differences, pictures, (folder / "summary.png").is_file(), iterations),
-        usage(repo, revision, adapter, pictures),
+        usage(repo, revision, adapter, prompt, seed),
         training(repo, revision, config, adapter, iterations),
         limitations(config, bool(differences)),
         f"## Citation\n\n```bibtex\n{CITATION}\n```",
@@ -226,119 +199,6 @@ def gains(differences: Sequence[Difference], pictures: Sequence[Shown], summary:
     if summary:
         parts.append("![The reward over the run, and held-out pictures before and after](summary.png)")
     return "\n\n".join(["## What it gained", *parts]) if parts else ""
-
-
-def usage(repo: str, revision: str | None, adapter: Adapter, pictures: Sequence[Shown]) -> str:
-    """Section of the card: how to draw with diffusers, `ngrpo sample` and ComfyUI."""
-    prompt, seed = (pictures[0].prompt, pictures[0].seed) if pictures else ("a red star", 0)
-    rollout, model = adapter.rollout, adapter.model
-    solver = "flow DPM-Solver++ 2M" if rollout.solver == "dpmpp_2m" else "Euler"
-    file = PIPELINE if has_pipeline(adapter.pipeline) else SCHEDULER
-    source = " --source picture.png" if adapter.edits else ""
-    exact = f"{rollout.num_steps} steps of {solver}, shift {rollout.shift:.4g}, guidance {model.guidance_scale:g}"
-    reads = ", which it reads from the adapter, " if file == PIPELINE else " "
-    processor = ", and torchvision for the processor of its base" if "qwen_image_edit" in adapter.pipeline else ""
-    text = (
-        f"## Use it\n\n```python\n{diffusers_usage(repo, revision, adapter, prompt, seed)}\n```\n\n"
-        f"This draws as in training: {exact}, {model.width_px} x {model.height_px} px{reads}and with noise levels that "
-        f"are never cut to integers. `trust_remote_code` runs one file, [{file}]({file}), which needs no other package "
-        f"than diffusers does for LoRA{processor}. By the command line, to the same pixels:\n\n"
-    )
-    shell = "'" + " ".join(prompt.split()).replace("'", "'\\''") + "'"
-    if revision is None:
-        text += f"```\nngrpo sample --adapter {repo}{source} --prompt {shell} --seed {seed}\n```"
-    else:
-        text += (
-            f"```\nhf download {repo} {FILE_NAME} --revision {revision} --local-dir .\n"
-            f"ngrpo sample --adapter {FILE_NAME}{source} --prompt {shell} --seed {seed}\n```"
-        )
-    if adapter.hub_id is None:
-        return text
-    sampler = "the sampler `euler`"
-    if rollout.solver == "dpmpp_2m":
-        sampler = (
-            "the node SamplerDPMPP_2M_SDE with eta 0, which is this solver (the sampler `dpmpp_2m` is not: it weights "
-            "its second-order term by the log of sigma alone)"
-        )
-    return (
-        f"{text}\n\n**ComfyUI**: put the file into `ComfyUI/models/loras`, load it with LoraLoaderModelOnly at "
-        f"strength 1.0, and sample with {rollout.num_steps} steps, shift {rollout.shift:.4g}, guidance "
-        f"{model.guidance_scale:g} and {sampler}."
-    )
-
-
-def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: int) -> str:
-    """Python code that draws one picture as in training, by the repository's pipeline or its scheduler alone."""
-    model, embedded = adapter.model, adapter.model.path == "embedded"
-    base = "EMBEDDED" if embedded else repr(adapter.hub_id or f"path/to/{Path(model.path).name}")
-    base += f", revision={model.revision!r}" if model.revision else ""
-    dtype, device = "bfloat16" if model.dtype == "auto" else model.dtype, "cpu" if embedded else "cuda"
-    where = repr(repo) if revision is None else f"{repo!r}, revision={revision!r}"
-    head = ["import torch", "from diffusers import DiffusionPipeline"]
-    own = ["from ngrpo_lora.world import EMBEDDED"] if embedded else []
-    image, opened = ("", []) if not adapter.edits else (", image=picture", ['picture = Image.open("picture.png")'])
-    head += ["from PIL import Image"] if adapter.edits else []
-    if has_pipeline(adapter.pipeline):
-        branch = "" if revision is None else f"custom_revision={revision!r}, "
-        lines = [
-            *head,
-            *own,
-            "",
-            "pipeline = DiffusionPipeline.from_pretrained(",
-            f"    {base}, custom_pipeline={repo!r}, {branch}trust_remote_code=True, dtype=torch.{dtype}",
-            f').to("{device}")',
-            *python_lines(model),
-            f"pipeline.load_lora_weights({where})",
-            *opened,
-            f"image = pipeline({prompt!r}, seeds={seed}{image}).images[0]",
-            'image.save("image.png")',
-        ]
-        return "\n".join(lines)
-    video, settings = adapter.family == "wan", {"prompt": prompt} | call_settings(adapter)
-    lines = [
-        *head,
-        *(["from diffusers.utils import export_to_video"] if video else []),
-        "from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module",
-        *own,
-        "",
-        "Scheduler = get_class_from_dynamic_module(",
-        f"    {where}, module_file={SCHEDULER!r}, class_name={SCHEDULER_CLASS!r}, trust_remote_code=True",
-        ")",
-        f'pipeline = DiffusionPipeline.from_pretrained({base}, dtype=torch.{dtype}).to("{device}")',
-        f"pipeline.scheduler = Scheduler.from_config(pipeline.scheduler.config, {scheduler_settings(adapter)})",
-        *python_lines(model),
-        f"pipeline.load_lora_weights({where})",
-        f"{'video' if video else 'image'} = pipeline(",
-        *(f"    {name}={value!r}," for name, value in settings.items()),
-        f'    generator=torch.Generator("cpu").manual_seed({seed}),',
-        ").frames[0]" if video else ").images[0]",
-        'export_to_video(video, "video.mp4", fps=16)' if video else 'image.save("image.png")',
-    ]
-    return "\n".join(lines)
-
-
-def call_settings(adapter: Adapter) -> dict[str, Any]:
-    """Settings with which a run draws, as arguments of a stock pipeline's call."""
-    model, rollout = adapter.model, adapter.rollout
-    settings: dict[str, Any] = {}
-    if model.negative_prompt and adapter.family != "flux2_klein":  # whose pipeline takes none
-        settings["negative_prompt"] = model.negative_prompt
-    settings |= {"height": model.height_px, "width": model.width_px, "num_inference_steps": rollout.num_steps}
-    settings |= {"guidance_scale": model.guidance_scale, "max_sequence_length": model.max_sequence_length}
-    if adapter.family == "wan" and model.num_frames:
-        settings["num_frames"] = model.num_frames
-    if adapter.family == "sana":  # its times begin at 0.999, and small sizes are not drawn larger
-        levels = [round(0.999 * (1 - step / rollout.num_steps), 6) for step in range(rollout.num_steps)]
-        settings |= {"sigmas": levels, "use_resolution_binning": False}
-    return settings
-
-
-def scheduler_settings(adapter: Adapter) -> str:
-    """A run's shift and solver as arguments of the scheduler; multistep configurations call the shift `flow_shift`."""
-    shift = f"flow_shift={adapter.rollout.shift!r}"
-    if adapter.family == "flux2_klein":
-        shift = f"shift={adapter.rollout.shift!r}, use_dynamic_shifting=False"
-    return shift if adapter.rollout.solver == "dpmpp_2m" else f"{shift}, solver_order=1"
 
 
 def training(repo: str, revision: str | None, config: RunConfig, adapter: Adapter, iterations: int) -> str:

@@ -128,8 +128,9 @@ def stage(run: Path, folder: Path, hub: HubConfig) -> int:
         How many iterations the adapter was trained for.
     """
     from ngrpo_lora.evaluation.runs import compare_evaluations
-    from ngrpo_lora.hub.card import base_license, read_pushed, write_card
+    from ngrpo_lora.hub.card import base_license, write_card
     from ngrpo_lora.hub.pipeline_file import PIPELINE, SCHEDULER, has_pipeline, pipeline_file, scheduler_file
+    from ngrpo_lora.hub.usage import read_pushed
 
     adapter, repo = newest_adapter(run), str(hub.repo)
     link(adapter, folder / FILE_NAME)

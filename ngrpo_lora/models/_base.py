@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Self
 
 import diffusers
 import torch
@@ -25,7 +25,7 @@ from ngrpo_lora.equations.solvers import flow_sigmas
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models._offload import swap_blocks
 from ngrpo_lora.models._quantization import check_quantization, keep_inputs_whole, pipeline_quantization
-from ngrpo_lora.models._recent import RecentPrompts
+from ngrpo_lora.models._recent import PromptCache, RecentPrompts
 from ngrpo_lora.prompts.files import Prompt, as_prompt
 from ngrpo_lora.types import TextEmbeds
 
@@ -33,14 +33,6 @@ Parts = Literal["all", "text", "image"]
 Fuse = Callable[["BaseFamily"], None] | None
 RELOADABLE = {"height_px", "width_px", "num_frames", "guidance_scale", "max_sequence_length", "negative_prompt"}
 """Settings of a model that may change while it is loaded."""
-
-
-class PromptCache(Protocol):
-    """Conditionings of prompts that were encoded before; `_embeddings.EmbeddingCache` keeps them on disk."""
-
-    def encode(self, prompts: Sequence[str | Prompt], device: torch.device) -> TextEmbeds:
-        """The conditioning of prompts on `device`, the same as `BaseFamily.encode` gives."""
-        ...
 
 
 class BaseFamily:

@@ -1,16 +1,29 @@
-"""Conditionings of prompts that were encoded not long ago, in system memory: captions repeat, evaluations always do."""
+"""Conditionings of prompts that were encoded before: kept in system memory for a while, as captions repeat."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["RecentPrompts"]
+from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.types import TextEmbeds
+
+__all__ = ["PromptCache", "RecentPrompts"]
 
 MAX_BYTES = 2**29
 """More than a hundred prompts of FLUX.1 in bfloat16, and every caption of the embedded model."""
+
+
+class PromptCache(Protocol):
+    """Conditionings of prompts that were encoded before; `_embeddings.EmbeddingCache` keeps them on disk."""
+
+    def encode(self, prompts: Sequence[str | Prompt], device: torch.device) -> TextEmbeds:
+        """The conditioning of prompts on `device`, the same as `BaseFamily.encode` gives."""
+        ...
 
 
 class RecentPrompts:

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import huggingface_hub
 import pytest
-import torch
+from card_folders import FLUX, MISS, make_config, make_folder
 from hub_server import HubServer, Repository
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
-from safetensors.torch import save_file
 
-from ngrpo_lora import registry
 from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.config import ModelConfig, RunConfig, load_config
+from ngrpo_lora.config import ModelConfig, RunConfig
 from ngrpo_lora.evaluation.statistics import compare_scores
-from ngrpo_lora.hub.card import LICENSES, base_license, cell, diffusers_usage, read_pushed, write_card
-from ngrpo_lora.hub.pipeline_file import has_pipeline
-from ngrpo_lora.models._index import pipeline_classes
+from ngrpo_lora.hub.card import LICENSES, base_license, cell, write_card
+from ngrpo_lora.hub.usage import read_pushed
 from ngrpo_lora.records.pictures import save_png
 
-FLUX = "black-forest-labs/FLUX.1-dev"
-MISS = 'a "red" star\n---\nlicense: mit | two | `x` <b>bold</b> *three* _four_ [a](b) $x$ \\'
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 PROMPTS = [
     MISS,
@@ -36,28 +27,6 @@ PROMPTS = [
     "- item: {a: 'b'}\n- !!python/object:x",
     "word " * 300,
 ]
-
-
-def make_config(*overrides: str, path: str = FLUX) -> RunConfig:
-    settings = ["model.dtype=bfloat16", "model.height_px=720", "model.width_px=704", "rewards=[hpsv2, pickscore]"]
-    return load_config(None, [f"model.path={path}", *settings, *overrides])
-
-
-def make_folder(folder: Path, config: RunConfig, prompts: list[str], family: str = "flux", **header: object) -> Path:
-    """What a push has staged when it writes the card."""
-    model = config.model.model_copy(update={"guidance_scale": 3.5, "max_sequence_length": 512})
-    rollout = config.rollout.model_copy(update={"shift": 3.1581})
-    own = {"family": family, "model": model.model_dump(), "rollout": rollout.model_dump(), **header}
-    save_file({"a": torch.zeros(1)}, folder / "pytorch_lora_weights.safetensors", {"ngrpo": json.dumps(own)})
-    for part in ("first", "last"):
-        (folder / "samples" / part).mkdir(parents=True)
-        for index, prompt in enumerate(prompts):
-            text = {"prompt": prompt, "seed": str(1000 + index)}
-            save_png(folder / "samples" / part / f"{index}.png", Image.new("RGB", (8, 8)), text)
-    Image.new("RGB", (8, 8)).save(folder / "summary.png")
-    for name in ("config.yaml", "evaluation.csv", "pipeline.py"):
-        (folder / name).touch()
-    return folder
 
 
 def make_card(folder: Path, config: RunConfig, differences: list[Any], repo: str = "owner/my_lora") -> ModelCard:
@@ -263,37 +232,3 @@ def test_the_licence_is_the_base_s_own_where_it_can_be_read(monkeypatch: pytest.
         assert base_license("a/linked")["license_link"] == "https://example.org/x"
         assert base_license("a/none") == base_license("a/broken") == base_license("a/gone") == {}
         assert base_license("Qwen/Qwen-Image") == {"license": "apache-2.0"}
-
-
-@pytest.mark.parametrize("family", registry.names(registry.MODELS))
-def test_the_snippet_calls_each_family_s_pipeline_by_names_that_it_has(family: str, tmp_path: Path):
-    frames = ["model.num_frames=17"] if family == "wan" else []
-    config = make_config("model.negative_prompt=blurry", *frames)
-    adapter = read_pushed(make_folder(tmp_path, config, [], family) / "pytorch_lora_weights.safetensors")
-    code = ast.parse(diffusers_usage("owner/name", None, adapter, MISS, 7))
-    (call,) = [n for n in ast.walk(code) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "pipeline"]
-    given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg and k.arg != "generator"}
-    if has_pipeline(family):  # which reads the rest from the adapter
-        assert given == {"seeds": 7}
-        assert ast.literal_eval(call.args[0]) == MISS
-        return
-    kind = getattr(diffusers, pipeline_classes(family)[0])
-    assert given.keys() <= inspect.signature(kind.__call__).parameters.keys()
-    assert (given["prompt"], given["height"], given["width"]) == (MISS, 720, 704)
-    assert (given["guidance_scale"], given["num_inference_steps"]) == (3.5, config.rollout.num_steps)
-    assert given.get("negative_prompt") == (None if family == "flux2_klein" else "blurry")
-    assert (family == "wan") == ("num_frames" in given)
-
-
-def test_an_adapter_on_a_branch_is_used_from_there(tmp_path: Path):
-    config = make_config()
-    folder = make_folder(tmp_path, config, ["a"])
-    text = write_card(folder, "owner/name", config, 300, [], {}, "v1").text
-    for part in (
-        "custom_pipeline='owner/name', custom_revision='v1'",
-        "load_lora_weights('owner/name', revision='v1')",
-        "hf download owner/name pytorch_lora_weights.safetensors --revision v1 --local-dir .",
-        "hf download owner/name config.yaml --revision v1 --local-dir .",
-    ):
-        assert part in text
-    assert "revision" not in write_card(folder, "owner/name", config, 300, [], {}).text

@@ -34,8 +34,8 @@ from ngrpo_lora.adapters.loading import load_adapter
 from ngrpo_lora.adapters.reading import read_adapter_file, read_metadata
 from ngrpo_lora.adapters.writing import Format, convert, save_tensors
 from ngrpo_lora.equations.solvers import SOLVERS
-from ngrpo_lora.hub.card import diffusers_usage, read_pushed
 from ngrpo_lora.hub.pipeline_file import SCHEDULER, pipeline_file, scheduler_file
+from ngrpo_lora.hub.usage import diffusers_usage, read_pushed
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.models.flux import EMBEDDED

@@ -1,0 +1,67 @@
+"""The code on a card: it calls what is there, and loads what the run was made of."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import diffusers
+import pytest
+from card_folders import MISS, make_config, make_folder
+
+from ngrpo_lora import registry
+from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.hub.card import write_card
+from ngrpo_lora.hub.pipeline_file import has_pipeline
+from ngrpo_lora.hub.usage import diffusers_usage, read_pushed
+from ngrpo_lora.models._index import pipeline_classes
+
+
+@pytest.mark.parametrize("family", registry.names(registry.MODELS))
+def test_the_snippet_calls_each_family_s_pipeline_by_names_that_it_has(family: str, tmp_path: Path):
+    frames = ["model.num_frames=17"] if family == "wan" else []
+    config = make_config("model.negative_prompt=blurry", *frames)
+    adapter = read_pushed(make_folder(tmp_path, config, [], family) / "pytorch_lora_weights.safetensors")
+    code = ast.parse(diffusers_usage("owner/name", None, adapter, MISS, 7))
+    (call,) = [n for n in ast.walk(code) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "pipeline"]
+    given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg and k.arg != "generator"}
+    if has_pipeline(family):  # which reads the rest from the adapter
+        assert given == {"seeds": 7}
+        assert ast.literal_eval(call.args[0]) == MISS
+        return
+    kind = getattr(diffusers, pipeline_classes(family)[0])
+    assert given.keys() <= inspect.signature(kind.__call__).parameters.keys()
+    assert (given["prompt"], given["height"], given["width"]) == (MISS, 720, 704)
+    assert (given["guidance_scale"], given["num_inference_steps"]) == (3.5, config.rollout.num_steps)
+    assert given.get("negative_prompt") == (None if family == "flux2_klein" else "blurry")
+    assert (family == "wan") == ("num_frames" in given)
+
+
+def test_an_adapter_on_a_branch_is_used_from_there(tmp_path: Path):
+    config = make_config()
+    folder = make_folder(tmp_path, config, ["a"])
+    text = write_card(folder, "owner/name", config, 300, [], {}, "v1").text
+    for part in (
+        "custom_pipeline='owner/name', custom_revision='v1'",
+        "load_lora_weights('owner/name', revision='v1')",
+        "hf download owner/name pytorch_lora_weights.safetensors --revision v1 --local-dir .",
+        "hf download owner/name config.yaml --revision v1 --local-dir .",
+    ):
+        assert part in text
+    assert "revision" not in write_card(folder, "owner/name", config, 300, [], {}).text
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])  # with a pipeline of ours, and without
+def test_what_the_base_had_taken_in_is_fused_before_the_adapter_is_loaded(family: str, tmp_path: Path):
+    config = make_config("model.fuse={owner/few/steps.safetensors: 0.75}")
+    folder = make_folder(tmp_path, config, ["a"], family)
+    lines = diffusers_usage("owner/name", None, read_pushed(folder / FILE_NAME), "a", 7).splitlines()
+    start = lines.index("pipeline.load_lora_weights('owner/few', weight_name='steps.safetensors')")
+    assert lines[start + 1].startswith("pipeline.fuse_lora(lora_scale=0.75)")
+    assert lines[start + 2 : start + 4] == [
+        "pipeline.unload_lora_weights()",
+        "pipeline.load_lora_weights('owner/name')",
+    ]
+    text = write_card(folder, "owner/name", config, 300, [], {}).text
+    assert "owner/few/steps.safetensors at 0.75" in text
