@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +128,35 @@ def test_cancel_ends_a_run_that_waits_and_the_same_port_asks_only_what_was_not_s
         assert page.vote(second).ok
         succeeded(server.follow(prompt, messages))
     assert [line["group"] for line in lines_of(votes)] == [first, second]
+
+
+def test_two_vote_at_once_and_after_a_kill_nobody_is_asked_again(tmp_path: Path):
+    votes = tmp_path / "output" / "ngrpo" / "killed" / "votes.jsonl"
+    killed = start(tmp_path)
+    with hearing(killed) as events:
+        killed.submit(train("killed"))
+        pages = [VotingPage(killed, events) for _ in range(2)]
+        first, second = pages[0].groups(2)["names"]
+        with ThreadPoolExecutor() as pool:
+            answers = pool.map(lambda voter: pages[voter % 2].vote(first, [[[voter], [3]]]).status_code, range(3))
+        assert sorted(answers) == [200, 409, 409]
+        assert pages[0].take_back(second).status_code == 409  # nobody has voted on it
+        assert pages[1].take_back(first).ok
+        assert pages[0].state()["names"] == [first, second]
+        assert pages[0].vote(first, [[[2], [0]]]).ok
+        os.kill(killed.process.pid, signal.SIGKILL)
+        killed.process.wait()
+    again = start(tmp_path)
+    with hearing(again) as events, again.listening() as (client, messages):
+        prompt = again.submit(train("killed"), client)
+        page = VotingPage(again, events)
+        assert page.groups(1)["names"] == [second]
+        assert "from another window" in page.vote(first).json()["error"]
+        assert page.vote(second).ok
+        succeeded(again.follow(prompt, messages))
+    again.stop()
+    assert VotesFile(votes).ballots[first].orders == (((2,), (0,)),)
+    assert [*VotesFile(votes).ballots] == [first, second]
 
 
 def test_what_is_no_vote_is_said_at_the_page_and_the_run_waits_on(server: Comfy):

@@ -79,6 +79,10 @@ class VotingPage:
         ballot = {"group": group, "said": said, "orders": orders}
         return requests.post(f"{self.address}ballot", json=ballot, timeout=60)
 
+    def take_back(self, group: str) -> requests.Response:
+        """Take a vote back."""
+        return requests.post(f"{self.address}undo", json={"group": group}, timeout=60)
+
 
 @contextmanager
 def attended(comfy: Comfy) -> Iterator[Events]:
