@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from rich.progress import track
 
 from ngrpo_lora.adapters.finding import adapter_label
@@ -93,6 +94,21 @@ def compare_adapters(
     return differences
 
 
+def save_sources(pictures: Sequence[Picture], folder: Path) -> list[dict[str, str]]:
+    """Write what was edited to `sources/` of a folder, as rewards saw it; of each picture `source`, its file there."""
+    found: list[dict[str, str]] = []
+    for picture in pictures:
+        source = picture.metadata.get("source")
+        if not isinstance(source, Image.Image):
+            found.append({})
+            continue
+        path = folder / "sources" / f"{hashlib.sha256(source.tobytes()).hexdigest()[:16]}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(path, source, {})
+        found.append({"source": path.relative_to(folder).as_posix()})
+    return found
+
+
 def write_results(
     everyone: Sequence[Candidate],
     pictures: dict[str, list[Picture]],
@@ -104,8 +120,10 @@ def write_results(
     """Write `results.json`, `results.csv` and the two pages; the first of everyone is the baseline."""
     labels = [one.label for one in everyone]
     texts = [picture.prompt for picture in pictures[labels[0]]]
+    sources = save_sources(pictures[labels[0]], output)
     rows = [
-        {
+        sources[row]
+        | {
             "prompt": texts[row],
             "seed": seeds[row],
             "files": {label: pictures[label][row].path.relative_to(output).as_posix() for label in labels},

@@ -25,7 +25,7 @@ class PictureProcessor:
         self.tokenizer, self.image_processor = tokenizer, image_processor
 
     def __call__(
-        self, text: Sequence[str], images: Image.Image | Sequence[Image.Image], padding: bool, return_tensors: str
+        self, text: Sequence[str], images: list[Image.Image], padding: bool, return_tensors: str
     ) -> BatchFeature:
         """Tokens of one text (1, L) and patches of the one picture that it has a place for.
 

@@ -140,11 +140,9 @@ class Edit(Family):
 
     def load(self, parts: Parts) -> Any:
         """Load the pipeline as all families do, with a processor for pictures alone."""
-        pipeline = super().load(parts)
+        pipeline, revision = super().load(parts), self.config.revision or "main"
         try:
-            found = Qwen2VLImageProcessorPil.from_pretrained(
-                self.source, subfolder="processor", revision=self.config.revision
-            )
+            found = Qwen2VLImageProcessorPil.from_pretrained(self.source, subfolder="processor", revision=revision)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"model.path {self.config.path!r} must have the settings of its image processor in processor/, which "

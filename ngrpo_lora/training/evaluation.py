@@ -12,7 +12,7 @@ from torch import Tensor
 from ngrpo_lora.adapters import lora
 from ngrpo_lora.errors import SharedError, UserError
 from ngrpo_lora.records.metrics import save_scores
-from ngrpo_lora.reports.grids import save_grid, save_shown
+from ngrpo_lora.reports.grids import NUM_SHOWN, save_grid, save_shown
 from ngrpo_lora.sampling.sampler import draw
 from ngrpo_lora.training.measuring import measure
 from ngrpo_lora.training.metering import Stages
@@ -121,4 +121,8 @@ def leave_records(run: Run, own: range, images: list[Image.Image], scores: dict[
         folder = run.output_dir / "samples"
         save_grid(folder / f"{stem}.png", shown, texts[: len(shown)])
         save_shown(folder / ("last" if run.iteration else "first"), shown, texts, seeds)
+        if run.family.edits:
+            size = run.config.model.width_px, run.config.model.height_px
+            sources = [prompt.shown(size)["source"] for prompt in run.held_out[: min(len(shown), NUM_SHOWN)]]
+            save_shown(folder / "sources", sources, texts, seeds)
         save_scores(run.output_dir / "evaluations" / f"{stem}.jsonl", texts, seeds, scores)

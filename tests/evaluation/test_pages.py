@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     pages.write(results, folder)
     return results | {"folder": folder}
+
+
+@pytest.fixture(scope="module")
+def edits(results: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same comparison of edits, but for its last picture, whose pages are in another `folder`."""
+    folder = tmp_path_factory.mktemp("edits")
+    shutil.copytree(results["folder"], folder, dirs_exist_ok=True)
+    (folder / "sources").mkdir()
+    Image.new("RGB", (16, 16), "green").save(folder / "sources" / "a.png")
+    pictures = [picture | {"source": "sources/a.png"} for picture in results["pictures"][:-1]]
+    edits = results | {"pictures": [*pictures, results["pictures"][-1]], "folder": folder}
+    pages.write({key: value for key, value in edits.items() if key != "folder"}, folder)
+    return edits
 
 
 class Page(HTMLParser):
@@ -92,6 +106,17 @@ def test_a_page_asks_for_nothing_and_no_prompt_breaks_out(name: str, results: di
     assert HOSTILE in json.dumps(json.loads(data), ensure_ascii=False).replace('\\"', '"')
     assert script.strip() == (pages.HERE / name.replace(".html", ".js")).read_text(encoding="utf-8").strip()
     assert "$" not in "".join(re.findall(r"<style>.*?</style>|<title>.*?</title>", path.read_text("utf-8"), re.S))
+
+
+@pytest.mark.parametrize("name", ["side_by_side.html", "blind.html"])
+def test_an_edit_comes_with_its_source(name: str, edits: dict[str, Any], results: dict[str, Any]):
+    data = json.loads(Page(edits["folder"] / name).scripts[0])
+    assert data["images"]["sources/a.png"].startswith("data:image/webp;base64,")
+    rows = data.get("pictures") or [pair for ballot in data["ballots"] for pair in ballot["pairs"]]
+    others = [row["seed"] for row in rows if "source" not in row]
+    assert {row["source"] for row in rows if "source" in row} == {"sources/a.png"}
+    assert set(others) == {results["pictures"][-1]["seed"]}
+    assert "source" not in Page(results["folder"] / name).scripts[0]
 
 
 @pytest.mark.parametrize(("size", "difference"), [((256, 256), 0), ((257, 40), 12)])

@@ -18,7 +18,7 @@ SCHEDULE = {
 }
 
 
-def text_encoder(vocabulary: int, **tokens: int) -> Qwen2_5_VLForConditionalGeneration:
+def text_encoder(vocabulary: int, **tokens: Any) -> Qwen2_5_VLForConditionalGeneration:
     """Qwen2.5-VL of two layers and one that sees; `tokens` are the numbers of its special ones."""
     text: dict[str, Any] = {
         "vocab_size": vocabulary,

@@ -32,6 +32,7 @@ from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import ConfigError, SharedError
 from ngrpo_lora.evaluation import comparison
+from ngrpo_lora.evaluation.report.record import Record
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
 from ngrpo_lora.models._embeddings import EmbeddingCache
@@ -300,7 +301,8 @@ def test_rewards_see_the_source_as_the_model_does(folder: Path, make_config: Mak
     sources = [f"prompts.train={prompts}", f"prompts.held_out={prompts}", "evaluation.strict=null", "model.device=cpu"]
     settings = [f"model.{key}={value}" for key, value in SIZE.items()] + [f"model.path={folder}"]
     rewards = f"rewards=[preservation, {{name: '{seen}:score'}}]"
-    complete(prepare(make_config(tmp_path / "run", *sources, *settings, rewards, "trainer.num_iterations=1")))
+    run = prepare(make_config(tmp_path / "run", *sources, *settings, rewards, "trainer.num_iterations=1"))
+    complete(run)
     rows = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
     edits = {prompt.text: prompt for prompt in read_prompts(str(prompts)).prompts}
     assert len(rows) >= 8 + 2 * 2
@@ -311,3 +313,11 @@ def test_rewards_see_the_source_as_the_model_does(folder: Path, make_config: Mak
         assert pixels == source.fitted(48, 32).tobytes().hex()
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert 0 < metrics[-1]["eval/preservation_mean"] < 1
+    record = Record.read(tmp_path / "run", run.config, is_running=False)
+    assert len(record.shown) == 2
+    for shown in record.shown:
+        assert shown.source is not None
+        with Image.open(shown.source) as kept:
+            source = edits[shown.prompt].source
+            assert source is not None
+            assert kept.tobytes() == source.fitted(48, 32).tobytes()

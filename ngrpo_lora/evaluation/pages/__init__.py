@@ -29,6 +29,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
         results: what `results.json` holds; its pictures' files are relative to `folder`.
     """
     files = [file for picture in results["pictures"] for file in picture["files"].values()]
+    files += [picture["source"] for picture in results["pictures"] if "source" in picture]  # of an edit
     images = {file: data_uri(folder / file) for file in files}
     title = f"{', '.join(results['labels'][1:])} against {results['labels'][0]}"
     _fill(folder / "side_by_side.html", title, results | {"images": images})
@@ -50,6 +51,7 @@ def ballots(results: dict[str, Any]) -> dict[str, Any]:
             picture, side = results["pictures"][row], ("left", "right")[position % 2]
             sides = {side: label, ("left", "right")[1 - position % 2]: reference}
             pair = {where: picture["files"][who] for where, who in sides.items()}
+            pair |= {"source": picture["source"]} if "source" in picture else {}
             pairs.append(pair | {"prompt": picture["prompt"], "seed": picture["seed"], "side": side})
         found.append({"label": label, "reference": reference, "pairs": pairs})
     return {"comparison": results["comparison"], "shuffle_seed": shuffle_seed, "ballots": found}

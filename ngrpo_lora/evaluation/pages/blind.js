@@ -87,6 +87,8 @@ function start(data) {
     if (done) return showResult(label, reference, tally(cast));
     const pair = pairs[cast.length];
     $("prompt").textContent = pair.prompt;
+    $("source").hidden = pair.source === undefined;
+    if (pair.source !== undefined) $("source").firstElementChild.src = data.images[pair.source];
     for (const side of ["left", "right"]) $(side).firstElementChild.src = data.images[pair[side]];
   }
 

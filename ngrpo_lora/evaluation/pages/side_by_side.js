@@ -43,8 +43,14 @@ function start(data) {
     return made;
   }
 
+  /** What was edited, where the pictures are edits of one. */
+  function edited({ source, prompt }) {
+    if (source === undefined) return [];
+    return [element("div", "", image(source, `source: ${prompt}`), element("div", "score", element("span", "faint", "source")))];
+  }
+
   function pair(picture) {
-    return element("div", "row", ...data.labels.map((label) => {
+    return element("div", "row", ...edited(picture), ...data.labels.map((label) => {
       const score = picture.scores[label][$("reward").value];
       const text = element("div", "score", element("span", "faint", label), score === null ? "failed" : score.toFixed(3));
       return element("div", "", image(picture.files[label], `${label}: ${picture.prompt}`), text);

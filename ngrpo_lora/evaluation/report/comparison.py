@@ -79,7 +79,9 @@ def pictures(named: dict[str, Record]) -> Html:
     first = next(iter(named.values()))
     rows = []
     for shown in first.shown:
-        cells = [cell("before", picture(shown.before, f"before: {shown.prompt}", GROUP_PX))]
+        source = shown.source
+        cells = [cell("source", picture(source, f"source: {shown.prompt}", GROUP_PX))] if source else []
+        cells += [cell("before", picture(shown.before, f"before: {shown.prompt}", GROUP_PX))]
         for name, record in named.items():
             same = [one for one in record.shown if (one.prompt, one.seed) == (shown.prompt, shown.seed) and one.after]
             cells += [cell(name, picture(one.after, f"{name}: {one.prompt}", GROUP_PX)) for one in same if one.after]

@@ -28,12 +28,16 @@ GROUP_PX = 512  # kept pictures of a group have at most this size
 
 @dataclass(frozen=True)
 class Shown:
-    """A held-out prompt's picture by the base, and by the last evaluation where there is a later one."""
+    """A held-out prompt's picture by the base, and by the last evaluation where there is a later one.
+
+    source: what both were edited from, of a model that edits.
+    """
 
     prompt: str
     seed: str
     before: Path
     after: Path | None
+    source: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,9 @@ class Record:
         for before in sorted((self.folder / "samples" / "first").glob("*.png"), key=lambda path: int(path.stem)):
             after, text = self.folder / "samples" / "last" / before.name, read_png_text(before)
             there = after if later and after.is_file() else None
-            found.append(Shown(text.get("prompt", ""), text.get("seed", ""), before, there))
+            source = self.folder / "samples" / "sources" / before.name
+            same = source.is_file() and read_png_text(source).get("prompt") == text.get("prompt")
+            found.append(Shown(text.get("prompt", ""), text.get("seed", ""), before, there, source if same else None))
         return found
 
     @cached_property

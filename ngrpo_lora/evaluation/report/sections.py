@@ -23,7 +23,7 @@ from ngrpo_lora.world.scenes import TASKS, parse
 
 __all__ = ["in_minutes", "sections", "slider"]
 
-SHOWN_PX, GROUP_PX = 768, 320  # pictures in the page have at most this size
+SHOWN_PX, GROUP_PX, SOURCE_PX = 768, 320, 256  # pictures in the page have at most this size
 ALL, OTHER = "all", "other prompts"
 
 
@@ -124,9 +124,13 @@ def slider(shown: Shown, told: str = "") -> Html:
             f'<input type="range" min="0" max="100" value="50" aria-label="before and after: {escaped(shown.prompt)}">'
         )
     below = " · ".join(text for text in (f"seed {shown.seed}" if shown.seed else "", told) if text)
+    source = ""
+    if shown.source is not None:
+        edited = picture(shown.source, f"source: {shown.prompt}", SOURCE_PX)
+        source = f'<span class="faint">edited from</span><div class="source">{edited}</div>'
     return Html(
         f'<figure><div class="pair">{inner}</div><figcaption><span dir="auto">{escaped(shown.prompt)}</span>'
-        f'<br><span class="faint">{escaped(below)}</span></figcaption></figure>'
+        f'<br><span class="faint">{escaped(below)}</span>{source}</figcaption></figure>'
     )
 
 

@@ -6,11 +6,13 @@ import re
 
 import pytest
 from conftest import MakeConfig
+from PIL import Image
 
-from ngrpo_lora.evaluation.report import sections
+from ngrpo_lora.evaluation.report import comparison, sections
 from ngrpo_lora.evaluation.report.record import Record
 from ngrpo_lora.evaluation.statistics import share_interval
 from ngrpo_lora.records.files import digest
+from ngrpo_lora.records.pictures import save_png
 
 
 def cells(html: str) -> list[list[str]]:
@@ -41,6 +43,20 @@ def test_sliders_have_both_pictures_their_scores_and_a_name_for_the_keyboard(wri
     assert page.count('<input type="range"') == page.count('<div class="over">') == 2
     assert "seed 7 · world 0.25 → 0.75" in page
     assert 'aria-label="before and after: a red star"' in page
+
+
+def test_an_edit_is_shown_beside_its_source(write_run):
+    record = write_run()
+    assert "edited from" not in sections.before_and_after(record)
+    (sources := record.folder / "samples" / "sources").mkdir()
+    for i, prompt in ((0, record.shown[0].prompt), (2, "of another run")):
+        save_png(sources / f"{i}.png", Image.new("RGB", (64, 64), "green"), {"prompt": prompt, "seed": "7"})
+    again = Record.read(record.folder, record.config, is_running=False)
+    page = sections.before_and_after(again)
+    assert page.count("edited from") == page.count('alt="source: a red star"') == 1
+    both = comparison.pictures({"one": again, "two": again})
+    assert both.count("<figure>") == 2 * 3 + 1
+    assert both.index('alt="source: a red star"') < both.index('alt="before: a red star"')
 
 
 def test_a_group_is_ranked(write_run):
