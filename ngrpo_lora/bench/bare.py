@@ -104,8 +104,9 @@ def in_turn(run: Run, iterations: int) -> Bare:
     bare: list[dict[str, Seconds]] = []
     for _ in range(1 + iterations):
         prompts = prompts_of(run)
-        new = {prompt.text for prompt in prompts} if run.family.cache is None else set[str]()
-        new -= {*run.family.recent.of(new)}
+        by_key = {prompt.condition: prompt for prompt in prompts} if run.family.cache is None else dict[str, Prompt]()
+        met = run.family.recent.of(by_key)
+        new = [prompt for key, prompt in by_key.items() if key not in met]
         ours.append(whole_iteration(run))
         with run.counter.paused():
             bare.append(bare_iteration(run, prompts, new))
@@ -136,7 +137,7 @@ def whole_iteration(run: Run) -> dict[str, Seconds]:
 
 
 @without_cudnn_attention()
-def bare_iteration(run: Run, prompts: Sequence[Prompt], new: Collection[str]) -> dict[str, Seconds]:
+def bare_iteration(run: Run, prompts: Sequence[Prompt], new: Collection[Prompt]) -> dict[str, Seconds]:
     """The time of the calls of one iteration, and of nothing else.
 
     Args:
@@ -156,7 +157,7 @@ def bare_iteration(run: Run, prompts: Sequence[Prompt], new: Collection[str]) ->
     @torch.no_grad()
     def draw() -> None:
         for prompt in new:
-            family.encode_alone(prompt)
+            family.encode_one(prompt)
         for batch in (b for n in chunk_sizes(count, at_once) for b in chunk_sizes(n, size)):
             for sigma in run.schedule.sigmas.tolist()[:-1]:
                 velocity(batch, sigma)

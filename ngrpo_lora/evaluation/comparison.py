@@ -121,7 +121,7 @@ def write_results(
     labels = [one.label for one in everyone]
     texts = [picture.prompt for picture in pictures[labels[0]]]
     sources = save_sources(pictures[labels[0]], output)
-    rows = [
+    rows: list[dict[str, Any]] = [
         sources[row]
         | {
             "prompt": texts[row],

@@ -38,7 +38,7 @@ def read_pushed(path: Path) -> Adapter:
     """Read the header of an adapter that this package exported."""
     own = json.loads(read_metadata(path)["ngrpo"])
     model, rollout = ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"])
-    pipeline = EDITING.get(own.get("pipeline", ""), own["family"])
+    pipeline = str(EDITING.get(own.get("pipeline", ""), own["family"]))
     return Adapter(own["family"], model, rollout, own.get("edits", False), pipeline)
 
 

@@ -54,7 +54,7 @@ def test_bare_calls_are_those_of_the_iteration(shape: str, make_config: MakeConf
     iterate(run)
     expected = calls.copy()
     calls.clear()
-    bare.bare_iteration(run, prompts, {prompt.text for prompt in prompts})
+    bare.bare_iteration(run, prompts, {prompt.condition: prompt for prompt in prompts}.values())
     assert calls == expected
     assert any(with_gradient for _, _, with_gradient in calls)
 

@@ -42,6 +42,7 @@ from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProces
 
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.adapters.header import AdapterInfo
+from ngrpo_lora.bench.bare import measure_bare
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import ConfigError, SharedError, UserError
 from ngrpo_lora.evaluation import comparison
@@ -303,6 +304,21 @@ def test_a_run_trains_the_lora_alone_and_diffusers_loads_it(
     own = json.loads(header["ngrpo"])
     assert (own["family"], own["edits"], own["pipeline"]) == ("qwen_image", True, run.family.pipeline_class)
     assert header["modelspec.architecture"] == f"{run.family.architecture}/lora"
+
+
+@pytest.mark.usefixtures("small")
+def test_an_iteration_is_timed_beside_its_bare_calls(
+    folder: Path, make_config: MakeConfig, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encoded, encode_edit = [], qwen_image.Edit.encode_edit
+    monkeypatch.setattr(
+        qwen_image.Edit, "encode_edit", lambda self, *of: encoded.append(of[0]) or encode_edit(self, *of)
+    )
+    settings = [f"model.{key}={value}" for key, value in SIZE.items()] + [f"model.path={folder}", "model.device=cpu"]
+    sources = [f"prompts.train={prompts}", f"prompts.held_out={prompts}", "evaluation.strict=null"]
+    found = measure_bare(make_config(tmp_path / "run", *settings, *sources, "rollout.group_size=2"), 1)
+    assert found.iteration.keys() == found.calls.keys()
+    assert len(encoded) == 2 * len(PROMPTS)  # once for the trainer, once as a bare call
 
 
 def test_pictures_are_checked_before_a_model_is_loaded(
