@@ -33,7 +33,8 @@ from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._qwen_vl import PICTURE, PictureProcessor
 from ngrpo_lora.types import TextEmbeds
 
-MAX_ASPECT = 16  # of an edit; Qwen2.5-VL takes no picture beyond 200, and rounding makes strips longer
+MAX_ASPECT = 32  # of an edit; Qwen2.5-VL takes no picture beyond 200
+SOURCE_ASPECT = 16  # at most followed, as rounding to multiples of 32 makes small strips longer
 
 
 class Family(BaseFamily):
@@ -236,8 +237,8 @@ class Edit(Family):
         return [*super().grids, (1, height, width)]
 
     def edited_size(self, source: Image.Image) -> tuple[int, int]:
-        """(height, width) of the source's shape, at most `MAX_ASPECT`, and of the configured area."""
-        aspect = min(max(source.width / source.height, 1 / MAX_ASPECT), MAX_ASPECT)
+        """(height, width) of the source's shape, at most `SOURCE_ASPECT`, and of the configured area."""
+        aspect = min(max(source.width / source.height, 1 / SOURCE_ASPECT), SOURCE_ASPECT)
         width, height = dimensions(self.config.height_px * self.config.width_px, aspect)
         return height, width
 

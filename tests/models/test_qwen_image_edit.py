@@ -217,6 +217,10 @@ def test_the_size_of_an_edit_is_that_of_diffusers(folder: Path):
     for size, expected in (((4000, 32), (256, 4096)), ((32, 90000), (4096, 256))):  # cut to 16 : 1
         assert large.edited_size(Image.new("RGB", size)) == expected
     assert family.edited_size(Image.new("RGB", (4000, 32))) == (32, 320)
+    for side in range(16, 1025, 16):  # whatever is configured, a strip is drawn
+        sized = family.with_settings(ModelConfig(height_px=side, width_px=side))
+        height, width = sized.edited_size(Image.new("RGB", (9000, 32)))
+        assert sized.with_settings(ModelConfig(height_px=height, width_px=width)).draws
 
 
 def test_diffusers_keeps_a_source_as_it_is_given(folder: Path):
@@ -231,10 +235,10 @@ def test_diffusers_keeps_a_source_as_it_is_given(folder: Path):
 
 
 def test_a_strip_is_refused(family: BaseFamily):
-    for height, width in ((32, 544), (544, 32)):
-        with pytest.raises(UserError, match=r"must be at most 16 : 1 for this model, got \d+ and \d+; make"):
+    for height, width in ((32, 1056), (1056, 32)):
+        with pytest.raises(UserError, match=r"must be at most 32 : 1 for this model, got \d+ and \d+; make"):
             family.with_settings(ModelConfig(height_px=height, width_px=width))
-    assert family.with_settings(ModelConfig(height_px=32, width_px=512)).latent_shape == (4, 2, 32)
+    assert family.with_settings(ModelConfig(height_px=32, width_px=1024)).latent_shape == (4, 2, 64)
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
