@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,7 +113,8 @@ def test_an_adapter_is_trained_beside_what_its_base_has_taken_in(
     assert isinstance(family.pipeline, FluxPipeline)
     code = "\n".join(python_lines(read_adapter(path).model))
     assert f"path/to/{Path(files[0]).name}" in code
-    exec(code.replace(f"path/to/{Path(files[0]).name}", files[0]), {"pipeline": family.pipeline})
+    (script := tmp_path / "fuse.py").write_text(code.replace(f"path/to/{Path(files[0]).name}", files[0]))
+    runpy.run_path(str(script), {"pipeline": family.pipeline})
     alone = velocity(family)
     family.pipeline.load_lora_weights(str(path))
     assert relative_error(velocity(family), live) <= 1e-4 < relative_error(alone, live)
