@@ -146,7 +146,7 @@ def test_an_adapter_is_compared_with_its_base_and_nothing_is_drawn_twice(
     for page in ("side_by_side.html", "blind.html"):
         assert (out / page).stat().st_size > 20_000
 
-    monkeypatch.setattr(sampler, "load_family", lambda config: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sampler, "load_fused", lambda config: pytest.fail("a model was loaded"))
     assert "| world_strict |" in run(*words, "--reward", "world_strict")
     again = json.loads((out / "results.json").read_text())
     assert again["comparison"] == results["comparison"]  # so votes go on
@@ -195,7 +195,7 @@ def test_votes_are_counted_without_anything_else(tmp_path: Path):
 )
 def test_bad_input_is_one_clear_line(words: str, part: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder.parent)
-    monkeypatch.setattr(sampler, "load_family", lambda config: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sampler, "load_fused", lambda config: pytest.fail("a model was loaded"))
     monkeypatch.setattr(judging, "Scorer", lambda *_: pytest.fail("a reward was loaded"))
     for name in ("empty", "run", "bad"):
         Path(name).mkdir()

@@ -55,7 +55,7 @@ def test_only_what_is_missing_or_of_other_weights_or_settings_is_drawn(
 
     assert drawn(None, 1, 2, 3, 4) == ["1", "2", "3", "4"]
     with monkeypatch.context() as patch:
-        patch.setattr(sampler, "load_family", lambda config: pytest.fail("a model was loaded"))
+        patch.setattr(sampler, "load_fused", lambda config: pytest.fail("a model was loaded"))
         assert drawn(None, 1, 2, 3, 4) == []
     (tmp_path / "pictures" / "001-3.png").unlink()
     torn = tmp_path / "pictures" / "001-4.png"

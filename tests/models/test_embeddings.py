@@ -79,7 +79,8 @@ def test_encoders_are_gone_before_the_transformer_is_loaded(
         encoders.extend(weakref.ref(parameter) for encoder in family.encoders for parameter in encoder.parameters())
         return family
 
-    monkeypatch.setattr(setup, "load_family", load)
+    monkeypatch.setattr(setup, "load_family", load)  # of the encoders alone
+    monkeypatch.setattr(setup, "load_fused", load)
     family: Any = prepare(make_config(tmp_path, *SHORT, "model.text_encoders=cache")).family
     assert loaded == ["text", "image"]
     assert len(encoders) > 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +396,8 @@ def test_the_pipeline_draws_the_trainers_edits(
     folder: Path, edits: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for module in [name for name in sys.modules if name.startswith("diffusers_modules")]:  # of another test's folder
+        monkeypatch.delitem(sys.modules, module)
     family: Any = load(folder, **SIZE, max_sequence_length=250, negative_prompt="a blur")
     name = {"QwenImageEditPipeline": "qwen_image_edit", "QwenImageEditPlusPipeline": "qwen_image_edit_plus"}
     file = str(Path(__file__).parents[2] / "pipelines" / f"{name[family.pipeline_class]}.py")

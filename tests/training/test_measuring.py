@@ -97,7 +97,7 @@ def test_a_function_that_cannot_be_is_refused_before_a_model_loads(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(setup, "load_family", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(setup, "load_fused", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=message):
         prepare(make_config(tmp_path / "run", f"evaluation.measures={reference.format(file=file)}"))
 
