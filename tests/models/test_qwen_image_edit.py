@@ -396,7 +396,9 @@ def test_the_pipeline_draws_the_trainers_edits(
     folder: Path, edits: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    for module in [name for name in sys.modules if name.startswith("diffusers_modules")]:  # of another test's folder
+    # Modules that another test has left in its own folder would be found first.
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not Path(place, "diffusers_modules").is_dir()])
+    for module in [name for name in sys.modules if name.startswith("diffusers_modules")]:
         monkeypatch.delitem(sys.modules, module)
     family: Any = load(folder, **SIZE, max_sequence_length=250, negative_prompt="a blur")
     name = {"QwenImageEditPipeline": "qwen_image_edit", "QwenImageEditPlusPipeline": "qwen_image_edit_plus"}
