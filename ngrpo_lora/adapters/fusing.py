@@ -7,12 +7,13 @@ distilled LoRAs). Fused, it costs nothing in any pass, and the base of an adapte
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ngrpo_lora.adapters.finding import find_adapter
+from ngrpo_lora.adapters.finding import HUB_FILE, find_adapter
 from ngrpo_lora.adapters.loading import read_fitting
 from ngrpo_lora.adapters.merging import added
 from ngrpo_lora.adapters.reading import AdapterFile
@@ -21,7 +22,7 @@ from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._loading import load_family
 
-__all__ = ["check_fusible", "fuse", "load_fused", "python_lines"]
+__all__ = ["check_fusible", "fuse", "load_fused", "python_lines", "shown"]
 
 
 def load_fused(model: ModelConfig, parts: Parts = "all", base_is_sharded: bool = False) -> BaseFamily:
@@ -73,11 +74,22 @@ def python_lines(model: ModelConfig) -> list[str]:
     """Python code that adds the files of `model.fuse` into a diffusers pipeline as `model.fuse` does."""
     lines = []
     for path, strength in model.fuse.items():
-        repo, _, name = path.rpartition("/") if path.count("/") == 2 and not Path(path).exists() else ("", "", path)
-        source = f"{repo!r}, weight_name={name!r}" if repo else repr(f"path/to/{Path(path).name}")
+        found = on_hub(path)
+        source = ", weight_name=".join(repr(part) for part in found if part) if found else repr(shown(path))
         lines += [
             f"pipeline.load_lora_weights({source})",
             f"pipeline.fuse_lora(lora_scale={strength:g})  # into the base, as in training",
             "pipeline.unload_lora_weights()",
         ]
     return lines
+
+
+def on_hub(path: str) -> tuple[str, str | None] | None:
+    """The repository of a name of the Hub and its file, if it names one; None for what is here, or no such name."""
+    found = None if Path(path).exists() else re.fullmatch(HUB_FILE, path)
+    return found and (found[1], found[2])
+
+
+def shown(path: str) -> str:
+    """A name of the Hub as it is, and a path without its place on this machine."""
+    return path if on_hub(path) else f"path/to/{Path(path).name}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.adapters.fusing import shown
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.hub.usage import Adapter, read_pushed, usage
 from ngrpo_lora.records.pictures import read_png_text
@@ -234,7 +235,7 @@ def settings(config: RunConfig, adapter: Adapter, iterations: int) -> Iterator[t
         yield "average of the weights", optimizer.ema_decay
     yield "base", f"{model.dtype}" + ("" if model.quantization == "none" else f", {model.quantization}")
     if model.fuse:
-        yield "in the base", ", ".join(f"{path} at {strength:g}" for path, strength in model.fuse.items())
+        yield "in the base", ", ".join(f"{shown(path)} at {strength:g}" for path, strength in model.fuse.items())
     yield "seed", config.seed
 
 

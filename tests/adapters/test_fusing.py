@@ -128,6 +128,19 @@ def test_a_file_of_the_hub_is_loaded_by_its_name_there():
     ]
 
 
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("owner/name", "'owner/name'"),
+        ("owner/name/few/steps.safetensors", "'owner/name', weight_name='few/steps.safetensors'"),
+        ("/home/steps.safetensors", "'path/to/steps.safetensors'"),
+        ("/home/me/steps.safetensors", "'path/to/steps.safetensors'"),
+    ],
+)
+def test_names_of_the_hub_are_told_from_places_of_this_machine(path: str, source: str):
+    assert python_lines(ModelConfig(fuse={path: 1.0}))[0] == f"pipeline.load_lora_weights({source})"
+
+
 def test_one_name_stands_for_the_whole_strength_and_a_file_is_written_down_absolute(
     files: list[str], monkeypatch: pytest.MonkeyPatch
 ):

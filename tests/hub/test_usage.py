@@ -65,3 +65,13 @@ def test_what_the_base_had_taken_in_is_fused_before_the_adapter_is_loaded(family
     ]
     text = write_card(folder, "owner/name", config, 300, [], {}).text
     assert "owner/few/steps.safetensors at 0.75" in text
+
+
+def test_a_file_that_the_base_had_taken_in_is_named_without_its_place(tmp_path: Path):
+    path = tmp_path / "secret" / "steps.safetensors"
+    path.parent.mkdir()
+    path.touch()
+    config = make_config(f"model.fuse={path}")
+    text = write_card(make_folder(tmp_path, config, ["a"]), "owner/name", config, 300, [], {}).text
+    assert "path/to/steps.safetensors at 1" in text
+    assert "secret" not in text
