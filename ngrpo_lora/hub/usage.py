@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.adapters.fusing import python_lines
+from ngrpo_lora.adapters.fusing import python_lines, shown
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.hub.pipeline_file import EDITING, PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
@@ -73,9 +73,10 @@ def usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: 
             "the node SamplerDPMPP_2M_SDE with eta 0, which is this solver (the sampler `dpmpp_2m` is not: it weights "
             "its second-order term by the log of sigma alone)"
         )
+    beside = "".join(f", `{shown(file)}` before it at {strength:g}" for file, strength in model.fuse.items())
     return (
         f"{text}\n\n**ComfyUI**: put the file into `ComfyUI/models/loras`, load it with LoraLoaderModelOnly at "
-        f"strength 1.0, and sample with {rollout.num_steps} steps, shift {rollout.shift:.4g}, guidance "
+        f"strength 1.0{beside}, and sample with {rollout.num_steps} steps, shift {rollout.shift:.4g}, guidance "
         f"{model.guidance_scale:g} and {sampler}."
     )
 

@@ -65,6 +65,7 @@ def test_what_the_base_had_taken_in_is_fused_before_the_adapter_is_loaded(family
     ]
     text = write_card(folder, "owner/name", config, 300, [], {}).text
     assert "owner/few/steps.safetensors at 0.75" in text
+    assert "LoraLoaderModelOnly at strength 1.0, `owner/few/steps.safetensors` before it at 0.75, and" in text
 
 
 def test_a_file_that_the_base_had_taken_in_is_named_without_its_place(tmp_path: Path):
