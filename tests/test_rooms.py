@@ -98,6 +98,8 @@ TESTED_IN = {
     "rewards.pickscore": "rewards/test_clip_rewards.py",
     "rewards.unifiedreward": "rewards/test_judge.py",
     "rewards.vqascore": "rewards/test_judge.py",
+    "rewards.world_edit": "rewards/test_world.py",
+    "rewards.world_edit_strict": "rewards/test_world.py",
     "rewards.world_manifold": "rewards/test_world.py",
     "rewards.world_strict": "rewards/test_world.py",
     "scoring.server": "rewards/test_remote.py",  # with its client

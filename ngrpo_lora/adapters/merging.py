@@ -19,7 +19,7 @@ from ngrpo_lora.adapters.report import header_value, reward_weights
 from ngrpo_lora.adapters.writing import peft_metadata, state_dict
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.records.files import digest, written_folder
-from ngrpo_lora.world import EMBEDDED
+from ngrpo_lora.world import MODELS
 
 __all__ = ["Merged", "merge", "merge_into_base"]
 
@@ -146,17 +146,17 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
     One file of weights is in memory at a time.
 
     Args:
-        base: `embedded`, or a folder as diffusers' `save_pretrained` writes it.
+        base: `embedded`, `embedded-edit`, or a folder as diffusers' `save_pretrained` writes it.
         output: the new folder, which must not exist yet.
     Raises:
         UserError: no such model, its weights are quantised, or it lacks a layer or has it in another size.
     """
-    source = EMBEDDED if base == "embedded" else Path(base)
+    source = MODELS.get(base, Path(base))
     shards = sorted((source / "transformer").glob("*.safetensors"))
     if not shards:
         raise ConfigError(
-            f"--base must be embedded or a diffusers folder, but {base!r} holds no transformer/*.safetensors; "
-            "`hf download` fetches a model of the Hub"
+            f"--base must be {' or '.join(MODELS)}, or a diffusers folder, but {base!r} holds no "
+            "transformer/*.safetensors; `hf download` fetches a model of the Hub"
         )
     if output.exists():
         raise ConfigError(f"--output must be a new folder with --base, but {str(output)!r} is there")

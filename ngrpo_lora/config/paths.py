@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from ngrpo_lora import registry
+from ngrpo_lora.world import MODELS
 
 __all__ = ["AdapterText", "FolderText", "PathText", "SourceText", "expanded", "expanded_source"]
 
@@ -61,7 +62,7 @@ def expanded_source(source: str) -> str:
 
 def from_anywhere(path: str) -> str:
     """The path of a folder that is there as it is from any other folder; all else, such as a Hub id, as it is."""
-    return absolute(path) if path != "embedded" and os.path.isdir(path) else path
+    return absolute(path) if path not in MODELS and os.path.isdir(path) else path
 
 
 def file_from_anywhere(path: str) -> str:

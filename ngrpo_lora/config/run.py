@@ -42,7 +42,9 @@ class ModelConfig(Section, frozen=True):
         default="auto", description="Model family: a file in ngrpo_lora/models; auto: by the pipeline's class."
     )
     path: FolderText = Field(
-        default="embedded", min_length=1, description="embedded, a local diffusers folder, or a Hub model id."
+        default="embedded",
+        min_length=1,
+        description="embedded, embedded-edit, a local diffusers folder, or a Hub model id.",
     )
     revision: str | None = Field(default=None, description="Hub branch, tag or commit; null: the default branch.")
     fuse: dict[AdapterText, Annotated[float, Field(allow_inf_nan=False)]] = Field(
@@ -143,10 +145,11 @@ class PromptsConfig(Section, frozen=True):
 
     train: PromptSources = Field(
         default="world:train",
-        description="world:train, world:held_out, one task of them (world:train/color); a UTF-8 file: .txt (one prompt "
-        "a line), .jsonl, .csv, .tsv, .parquet; a dataset of the Hub, hf:owner/name?split=train; hpdv2:train, "
-        "hpdv2:test, one of its styles (hpdv2:test/anime). The column is prompt, caption or text, or named by #column; "
-        "the others are metadata. Or several of these with their weights, {a.txt: 3, b.csv#title: 1}.",
+        description="world:train, world:held_out, edits:train, edits:held_out, one task of them (world:train/color); a "
+        "UTF-8 file: .txt (one prompt a line), .jsonl, .csv, .tsv, .parquet; a dataset of the Hub, "
+        "hf:owner/name?split=train; hpdv2:train, hpdv2:test, one of its styles (hpdv2:test/anime). The column is "
+        "prompt, caption or text, or named by #column; the others are metadata. Or several of these with their "
+        "weights, {a.txt: 3, b.csv#title: 1}.",
     )
     held_out: PromptSources | Annotated[float, Field(gt=0, lt=1)] = Field(
         default="world:held_out",

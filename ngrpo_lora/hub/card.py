@@ -20,6 +20,7 @@ from ngrpo_lora.config import RunConfig
 from ngrpo_lora.hub.usage import Adapter, read_pushed, usage
 from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.reports.tables import markdown_table
+from ngrpo_lora.world import MODELS
 
 if TYPE_CHECKING:
     from ngrpo_lora.evaluation.statistics import Difference
@@ -31,7 +32,7 @@ PROMPT_CHARACTERS = 200  # of a prompt in a table; the gallery has all of it
 
 # By the base of the shipped presets, for when its own card cannot be read: license, license_name, file of the licence.
 LICENSES: dict[str, tuple[str, str, str]] = {
-    "embedded": ("apache-2.0", "", ""),
+    **dict.fromkeys(MODELS, ("apache-2.0", "", "")),
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": ("other", "nscl-v2-custom", "LICENSE.txt"),
     "Qwen/Qwen-Image": ("apache-2.0", "", ""),
     "Qwen/Qwen-Image-Edit-2509": ("apache-2.0", "", ""),
@@ -80,7 +81,7 @@ def base_license(base: str) -> dict[str, str]:
     """`license`, `license_name` and `license_link` of a base, by its own card, else by our table, else none."""
     local = Path(base) / "README.md"
     license, name, link = LICENSES.get(base, ("", "", ""))
-    if base != "embedded":
+    if base not in MODELS:
         # No network, no such card, or one that cannot be parsed: of many kinds, and none is worth a failed push.
         with contextlib.suppress(Exception):
             own = ModelCard.load(local if local.is_file() else base, ignore_metadata_errors=True).data.to_dict()
@@ -143,7 +144,7 @@ def evaluations(differences: Sequence[Difference], task: str, config: RunConfig)
     """The last evaluation's mean of each reward, as the Hub shows it beside the model."""
     held_out = config.prompts.held_out
     name = "held-out prompts"
-    if isinstance(held_out, str) and held_out.startswith(("world:", "hf:", "hpdv2:")):
+    if isinstance(held_out, str) and held_out.startswith(("world:", "edits:", "hf:", "hpdv2:")):
         name = held_out
     return [
         EvalResult(
@@ -161,7 +162,7 @@ def evaluations(differences: Sequence[Difference], task: str, config: RunConfig)
 def introduction(repo: str, config: RunConfig, base: str | None, gallery: bool) -> str:
     """Section of the card: its title, one sentence, and the gallery where there are pictures."""
     model = f"[{base}]({HUB}/{base})" if base else "the model embedded in ngrpo-lora"
-    if not base and config.model.path != "embedded":
+    if not base and config.model.path not in MODELS:
         model = cell(Path(config.model.path).name)
     rewards = ", ".join(f"`{reward.key}`" for reward in config.rewards.train)
     text = (

@@ -13,6 +13,7 @@ from ngrpo_lora.adapters.fusing import python_lines, shown
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.hub.pipeline_file import EDITING, PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
+from ngrpo_lora.world import MODELS
 
 __all__ = ["Adapter", "diffusers_usage", "read_pushed", "usage"]
 
@@ -83,13 +84,13 @@ def usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: 
 
 def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: int) -> str:
     """Python code that draws one picture as in training, by the repository's pipeline or its scheduler alone."""
-    model, embedded = adapter.model, adapter.model.path == "embedded"
-    base = "EMBEDDED" if embedded else repr(adapter.hub_id or f"path/to/{Path(model.path).name}")
+    model, embedded = adapter.model, adapter.model.path in MODELS
+    base = f"MODELS[{adapter.model.path!r}]" if embedded else repr(adapter.hub_id or f"path/to/{Path(model.path).name}")
     base += f", revision={model.revision!r}" if model.revision else ""
     dtype, device = "bfloat16" if model.dtype == "auto" else model.dtype, "cpu" if embedded else "cuda"
     where = repr(repo) if revision is None else f"{repo!r}, revision={revision!r}"
     head = ["import torch", "from diffusers import DiffusionPipeline"]
-    own = ["from ngrpo_lora.world import EMBEDDED"] if embedded else []
+    own = ["from ngrpo_lora.world import MODELS"] if embedded else []
     image, opened = ("", []) if not adapter.edits else (", image=picture", ['picture = Image.open("picture.png")'])
     head += ["from PIL import Image"] if adapter.edits else []
     if has_pipeline(adapter.pipeline):

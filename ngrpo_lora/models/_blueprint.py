@@ -32,7 +32,7 @@ from ngrpo_lora.models._loading import family_class
 from ngrpo_lora.models._quantization import check_quantization, quantize_linears
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.types import TextEmbeds
-from ngrpo_lora.world import EMBEDDED
+from ngrpo_lora.world import MODELS
 
 __all__ = ["BlankPrompts", "Blueprint", "blank_text", "make_family", "random_family", "read_blueprint"]
 
@@ -93,7 +93,7 @@ def architectures() -> dict[str, dict[str, Any]]:
 @cache
 def read_files(path: str, revision: str | None) -> Blueprint:
     """Read a blueprint from `model_index.json` and the `config.json` of every part."""
-    folder = EMBEDDED if path == "embedded" else Path(path)
+    folder = MODELS.get(path, Path(path))
     local = folder.is_dir()
     index = model_index(str(folder) if local else path, revision)
     parts: dict[str, dict[str, Any]] = {}

@@ -14,6 +14,7 @@ from ngrpo_lora import models, registry
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.downloads import hub_errors
 from ngrpo_lora.errors import UserError
+from ngrpo_lora.world import MODELS
 
 __all__ = ["family_of", "model_index", "model_json", "pipeline_of"]
 
@@ -31,9 +32,7 @@ def family_of(config: ModelConfig) -> str:
 
 def pipeline_of(config: ModelConfig) -> str:
     """The name of the diffusers pipeline that a model is made for; otherwise as `family_of`."""
-    if config.path == "embedded":
-        return "FluxPipeline"
-    return str(model_index(config.path, config.revision).get("_class_name"))
+    return str(model_index(str(MODELS.get(config.path, config.path)), config.revision).get("_class_name"))
 
 
 def family_of_pipeline(config: ModelConfig, pipeline: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.types import TextEmbeds
-from ngrpo_lora.world import EMBEDDED
+from ngrpo_lora.world import MODELS
 
 
 class Family(BaseFamily):
@@ -46,8 +46,8 @@ class Family(BaseFamily):
 
     @property
     def source(self) -> str:
-        """The embedded model's folder in the package, or the configured folder or Hub id."""
-        return str(EMBEDDED) if self.config.path == "embedded" else self.config.path
+        """The folder of an embedded model in the package, or the configured folder or Hub id."""
+        return str(MODELS.get(self.config.path, self.config.path))
 
     def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
         """(C, H, W) of the VAE's latents; the transformer takes 2 x 2 of their cells as one token."""

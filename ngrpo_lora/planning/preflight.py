@@ -14,6 +14,7 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.prompts.sources import read_split
 from ngrpo_lora.records.checkpoints import checkpoints, find, resolve
 from ngrpo_lora.records.ownership import owner
+from ngrpo_lora.world import MODELS
 
 __all__ = ["check_functions", "check_resumable", "check_run", "check_settings"]
 
@@ -105,8 +106,9 @@ def _model(config: RunConfig) -> Iterator[str]:
             yield f"model.path must be a diffusers folder, but {str(path)!r} holds no model_index.json"
     elif path.is_file():
         yield f"model.path must be a folder, but {str(path)!r} is a file; give its diffusers folder"
-    elif config.model.path != "embedded" and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path):
-        yield f"model.path must be embedded, an existing folder or a Hub id (owner/name), got {config.model.path!r}"
+    elif config.model.path not in MODELS and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path):
+        known = " or ".join(MODELS)
+        yield f"model.path must be {known}, an existing folder or a Hub id (owner/name), got {config.model.path!r}"
 
 
 def _family(config: RunConfig) -> Iterator[str]:

@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.prompts.pictures import SourcePicture, is_picture_column, take_pictures
 from ngrpo_lora.records.texts import decoded, parse_json
+from ngrpo_lora.world.edits import EDIT_TASKS
 from ngrpo_lora.world.scenes import TASKS
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BUILTIN_SOURCES", "Prompt", "PromptTable", "as_prompt", "prompt_key", "read_prompts"]
 
-SPLITS = ("world:train", "world:held_out")
-BUILTIN_SOURCES = (*SPLITS, *(f"{split}/{task}" for split in SPLITS for task in TASKS))
+TASKS_OF = {"world:train": TASKS, "world:held_out": TASKS, "edits:train": EDIT_TASKS, "edits:held_out": EDIT_TASKS}
+BUILTIN_SOURCES = (*TASKS_OF, *(f"{split}/{task}" for split, tasks in TASKS_OF.items() for task in tasks))
 
 COLUMNS = ("prompt", "caption", "text")
 SOURCE = "source"
@@ -183,7 +184,7 @@ def _rows(source: str) -> tuple[Rows, str]:
     except FileNotFoundError:
         close = difflib.get_close_matches(source, BUILTIN_SOURCES + HPDV2_SOURCES, n=1, cutoff=0.8)
         raise ConfigError(
-            f"must be {', '.join(SPLITS)}, one task of them ({SPLITS[0]}/{TASKS[0]}), hpdv2:train, hpdv2:test, "
+            f"must be {', '.join(TASKS_OF)}, one task of them ({BUILTIN_SOURCES[4]}), hpdv2:train, hpdv2:test, "
             f"hf:owner/name or a text file (.txt, .jsonl, .csv, .tsv, .parquet), but there is no file {path!r}"
             + (f"; did you mean {close[0]}?" if close else "")
         ) from None

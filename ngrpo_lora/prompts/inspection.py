@@ -17,7 +17,7 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.prompts.files import BUILTIN_SOURCES, Prompt, PromptTable, read_prompts
 from ngrpo_lora.prompts.sources import divide, open_prompts, token_lengths
 from ngrpo_lora.seeds import derive_seed
-from ngrpo_lora.world import EMBEDDED
+from ngrpo_lora.world import MODELS
 
 __all__ = ["inspect_sources", "load_tokenizers"]
 
@@ -71,7 +71,7 @@ def load_tokenizers(model: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
     from transformers import AutoTokenizer
 
-    path = EMBEDDED if model == "embedded" else Path(model)
+    path = MODELS.get(model, Path(model))
     try:
         if path.is_dir():
             index, name = path / "model_index.json", str(path)
@@ -81,8 +81,8 @@ def load_tokenizers(model: str) -> dict[str, Any]:
         return {folder: AutoTokenizer.from_pretrained(name, subfolder=folder) for folder in folders}
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--model must be embedded, a diffusers folder or a Hub id (owner/name), but the tokenizers of {model!r} "
-            f"could not be loaded: {error}"
+            f"--model must be {' or '.join(MODELS)}, a diffusers folder or a Hub id (owner/name), but the tokenizers "
+            f"of {model!r} could not be loaded: {error}"
         ) from error
 
 

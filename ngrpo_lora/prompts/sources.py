@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -9,16 +10,19 @@ from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
 from ngrpo_lora.config import PromptsConfig
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.prompts.files import BUILTIN_SOURCES, Prompt, PromptTable, read_prompts
+from ngrpo_lora.prompts.files import BUILTIN_SOURCES, TASKS_OF, Prompt, PromptTable, read_prompts
 from ngrpo_lora.prompts.pictures import SourcePicture
 from ngrpo_lora.seeds import derive_seed
+from ngrpo_lora.world.edits import EDIT_TASKS, EditTask, choose_source, split_edits
 from ngrpo_lora.world.scenes import TASKS, TEMPLATES, Task, split_scenes
 
 __all__ = [
     "BUILTIN_SOURCES",
+    "EditPrompts",
     "Prompt",
     "PromptList",
     "PromptMix",
@@ -78,6 +82,24 @@ class WorldPrompts:
         return Prompt(TEMPLATES[rng.integers(len(TEMPLATES))].format(pool[rng.integers(len(pool))].caption))
 
 
+class EditPrompts:
+    """Random edits of rendered pictures of the embedded world, whose tasks take turns."""
+
+    def __init__(self, held_out: bool, seed: int, tasks: Sequence[EditTask] = EDIT_TASKS):
+        self.seed, self.tasks = seed, tasks
+        self.edits = {task: split_edits(task)[held_out] for task in tasks}
+
+    def prompt(self, index: int) -> Prompt:
+        """A random edit of task `tasks[index mod len(tasks)]` with a random source."""
+        rng = np.random.default_rng(derive_seed(self.seed, "prompt", index))
+        pool = self.edits[self.tasks[index % len(self.tasks)]]
+        edit = pool[rng.integers(len(pool))]
+        png = io.BytesIO()
+        Image.fromarray(choose_source(edit, rng).render()).save(png, "PNG")
+        name = f"source-{index}.png"
+        return Prompt(edit.instruction, {"source": name}, SourcePicture(png.getvalue(), name, f"prompt {index}"))
+
+
 class PromptMix:
     """Several sources mixed: of every `sum(weights)` prompts, each gives its weight's number, evenly spread."""
 
@@ -95,7 +117,7 @@ class PromptMix:
 
 
 def open_prompts(source: Sources, seed: int, tables: Mapping[str, PromptTable] | None = None) -> PromptSource:
-    """The prompts of a built-in source (`world:train`, `world:held_out/color`), of a file or dataset, or of several.
+    """The prompts of a built-in source (`world:train`, `edits:held_out/recolor`), of a file or dataset, or of several.
 
     Args:
         source: one name, or the weight of each.
@@ -108,7 +130,8 @@ def open_prompts(source: Sources, seed: int, tables: Mapping[str, PromptTable] |
         return PromptMix(parts, list(source.values()))
     if source in BUILTIN_SOURCES:
         split, _, task = source.partition("/")
-        return WorldPrompts(split == "world:held_out", seed, [t for t in TASKS if not task or t == task])
+        kind = EditPrompts if split.startswith("edits:") else WorldPrompts
+        return kind(split.endswith(":held_out"), seed, [t for t in TASKS_OF[split] if not task or t == task])
     table = read_prompts(source) if tables is None else tables[source]
     return PromptList(table.prompts, seed)
 

@@ -9,6 +9,7 @@ from ngrpo_lora.adapters.header import AdapterInfo, read_adapter
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import load_config
 from ngrpo_lora.models._blueprint import architectures
+from ngrpo_lora.world import MODELS
 
 __all__ = ["Recommendation", "recommend"]
 
@@ -46,5 +47,5 @@ def recommend(path: Path, family: str) -> Recommendation:
         info = AdapterInfo(preset.model, preset.rollout)
         return Recommendation(info, preset.model.path, f"not in the file; those of the preset {PRESETS[family]}")
     info = read_adapter(path)  # its shift is the one that was trained with, so any model of the family will do
-    known = info.model.path == "embedded" or info.model.path in architectures()
+    known = info.model.path in MODELS or info.model.path in architectures()
     return Recommendation(info, info.model.path if known else preset.model.path, "as in training")

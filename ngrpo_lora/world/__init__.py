@@ -8,3 +8,9 @@ from pathlib import Path
 
 EMBEDDED = Path(__file__).parent / "model"
 """The diffusers folder behind `model.path: embedded`."""
+
+EMBEDDED_EDIT = Path(__file__).parent / "edit_model"
+"""The diffusers folder behind `model.path: embedded-edit`."""
+
+MODELS = {"embedded": EMBEDDED, "embedded-edit": EMBEDDED_EDIT}
+"""The folders in the package, by `model.path`."""

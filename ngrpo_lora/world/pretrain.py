@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +67,14 @@ log = logging.getLogger(__name__)
 MAX_TOKENS, BATCH = 16, 96
 
 
-def make_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
-    """Two tokenizers that know every word of the world as one token and fall back to letters."""
+def all_captions() -> list[str]:
+    """Every caption of the world, in every template."""
     scenes = [scene for task in TASKS for pool in split_scenes(task) for scene in pool]
-    corpus = [template.format(scene.caption) for scene in scenes for template in TEMPLATES]
+    return [template.format(scene.caption) for scene in scenes for template in TEMPLATES]
+
+
+def make_tokenizers(corpus: Sequence[str], max_tokens: int = MAX_TOKENS) -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """Two tokenizers that know every word of a corpus as one token and fall back to letters."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
 
     words = sorted({word for text in corpus for word in text.split()})
@@ -86,11 +90,11 @@ def make_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
                 vocab.append(suffix)
     vocab += ["<|startoftext|>", "<|endoftext|>"]
     clip = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=merges)
-    clip.model_max_length = MAX_TOKENS
+    clip.model_max_length = max_tokens
 
     pieces = [(f"\u2581{word}", -2.0) for word in words] + [(piece, -10.0) for piece in ("\u2581", *letters)]
     t5 = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces], extra_ids=0)
-    t5.model_max_length = MAX_TOKENS
+    t5.model_max_length = max_tokens
     return clip, t5
 
 
@@ -297,7 +301,7 @@ def main() -> None:
     vae = train_vae(args.work_dir / "vae.safetensors", args.vae_steps)
     packed, captions, scale = encode_scenes(args.work_dir / "scenes.safetensors", vae, args.scenes)
     torch.manual_seed(0)
-    clip, t5 = tokenizers = make_tokenizers()
+    clip, t5 = tokenizers = make_tokenizers(all_captions())
     transformer = make_transformer()
     flow = Flow(transformer, make_text_encoders(len(clip), clip.eos_token_id, len(t5)), tokenizers)
     learn_to_read(args.work_dir / "read.safetensors", flow, args.read_steps)

@@ -202,9 +202,19 @@ def holds(relation: Relation, a: Placed, b: Placed) -> bool:
 
 def draw(placed: list[Placed], rng: np.random.Generator) -> np.ndarray:
     """Paint objects on a pale gradient. Returns (64, 64, 3) uint8."""
+    tint, shade = choose_backdrop(rng)
+    return paint(tint, shade, placed, [choose_fill(obj.color, rng) for obj in placed])
+
+
+def choose_backdrop(rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """A pale background as `paint` takes it: its tint (3,) at the top, and by what it falls to the foot, of 255."""
     hue, light, shade = rng.uniform(0, 2 * math.pi), rng.uniform(*LIGHT), rng.uniform(*SHADE)
-    fills = [[min(c * rng.uniform(*FILL), 255.0) for c in COLORS[obj.color]] for obj in placed]
-    return paint(light + TINT * np.cos(hue + np.array([0, 2, 4]) * math.pi / 3), shade, placed, fills)
+    return light + TINT * np.cos(hue + np.array([0, 2, 4]) * math.pi / 3), shade
+
+
+def choose_fill(color: str, rng: np.random.Generator) -> list[float]:
+    """A fill (3,) of 255 that goes by the name of a colour."""
+    return [min(c * rng.uniform(*FILL), 255.0) for c in COLORS[color]]
 
 
 def paint(tint: np.ndarray, shade: float, placed: Sequence[Placed], fills: Sequence[Sequence[float]]) -> np.ndarray:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,13 +105,7 @@ def verify(image: NDArray[np.uint8], scene: Scene) -> Verdict:
     blobs = find_blobs(coverage, color_share)
     scores, promised, matched = match(scene, blobs)
 
-    covered = np.zeros_like(coverage, dtype=bool)
-    for i in matched:
-        covered |= blobs[i][1]
-    # Averaged over 3x3, so that noise is no clutter.
-    ghosts = (ndimage.uniform_filter(coverage, 3) > GHOST) & ~grown(covered, 2)
-    clutter_px = float(coverage[ghosts].sum())
-
+    clutter_px = find_clutter(coverage, [blobs[i][1] for i in matched])
     # `promised` is sorted, so `pairs` keeps the order of the caption.
     pairs = [(blobs[i][0], scene.objects[p]) for p, i in zip(promised, matched, strict=True)]
     complete = len(pairs) == len(scene.objects)
@@ -123,12 +118,22 @@ def verify(image: NDArray[np.uint8], scene: Scene) -> Verdict:
     soft = float(objects * math.exp(-clutter_px / CLUTTER_WIDTH_PX) * (1 + relation) / 2)
     strict = (
         complete
-        and all(_is_match(found, obj) for found, obj in pairs)
+        and all(is_match(found, obj) for found, obj in pairs)
         and angle_deg <= MAX_ANGLE_DEG
         and clutter_px <= MAX_CLUTTER_PX
     )
     graded = 0.75 + 0.25 * soft if strict else 0.75 * soft
     return Verdict(strict, graded, tuple(found for found, _ in blobs), clutter_px)
+
+
+def find_clutter(coverage: Floats, objects: Iterable[Mask]) -> float:
+    """The painted area in px that belongs to no promised object, given their masks."""
+    covered = np.zeros_like(coverage, dtype=bool)
+    for mask in objects:
+        covered |= mask
+    # Averaged over 3x3, so that noise is no clutter.
+    ghosts = (ndimage.uniform_filter(coverage, 3) > GHOST) & ~grown(covered, 2)
+    return float(coverage[ghosts].sum())
 
 
 def to_channels(image: NDArray[np.uint8]) -> Floats:
@@ -153,7 +158,7 @@ def match(scene: Scene, blobs: list[tuple[Found, Mask]]) -> tuple[Floats, Labels
     Returns:
         The scores (objects, blobs), and the indices of the objects and of the blobs that belong together.
     """
-    scores = np.array([[_soft_match(found, obj) for found, _ in blobs] for obj in scene.objects])
+    scores = np.array([[soft_match(found, obj) for found, _ in blobs] for obj in scene.objects])
     scores = scores.reshape(len(scene.objects), len(blobs))
     return scores, *linear_sum_assignment(scores, maximize=True)
 
@@ -349,13 +354,14 @@ def _shape_and_color(found: Found, obj: Object) -> tuple[float, float, float]:
     return iou, iou - other, color
 
 
-def _soft_match(found: Found, obj: Object) -> float:
+def soft_match(found: Found, obj: Object) -> float:
     """How well an object fits a promise, in [0, 1]; a wrong colour halves it, a wrong shape takes nearly all."""
     iou, margin, color = _shape_and_color(found, obj)
     shape = expit((iou - MIN_IOU[obj.shape]) / IOU_WIDTH) * expit((margin - MIN_MARGIN) / MARGIN_WIDTH)
     return shape * (1 + color) / 2
 
 
-def _is_match(found: Found, obj: Object) -> bool:
+def is_match(found: Found, obj: Object) -> bool:
+    """Whether an object is what is promised, by the strict thresholds."""
     iou, margin, color = _shape_and_color(found, obj)
     return iou >= MIN_IOU[obj.shape] and margin >= MIN_MARGIN and color >= MIN_COLOR

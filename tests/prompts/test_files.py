@@ -69,7 +69,8 @@ def test_a_file_that_is_not_utf_8_is_an_error_that_names_the_byte(suffix: str):
 
 def test_a_source_that_does_not_exist_is_an_error_that_names_all_kinds_and_the_nearest():
     problem = refused("gone.txt")
-    assert problem.startswith("must be world:train, world:held_out, one task of them (world:train/single), hpdv2:train")
+    assert problem.startswith("must be world:train, world:held_out, edits:train, edits:held_out, one task of them (")
+    assert "(world:train/single), hpdv2:train, hpdv2:test" in problem
     assert problem.endswith("but there is no file 'gone.txt'")
     assert refused("world:train/colour").endswith("did you mean world:train/color?")
     assert refused("hpdv2:test/photos").endswith("did you mean hpdv2:test/photo?")

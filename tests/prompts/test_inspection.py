@@ -100,7 +100,10 @@ def test_inspect_shows_the_prompts_in_the_order_in_which_training_takes_them(mak
         (["mine.txt", "--held-out", "1"], "--held-out must be more than 0 and less than 1, got 1"),
         (["more.jsonl", "--held-out", "0.0001"], "--held-out=0.0001 of 'more.jsonl' must leave prompts on both sides"),
         (["world:train", "--held-out", "0.1"], "--held-out must divide files or datasets, but world:train is neither"),
-        (["mine.txt", "--model", "./nowhere"], "--model must be embedded, a diffusers folder or a Hub id"),
+        (
+            ["mine.txt", "--model", "./nowhere"],
+            "--model must be embedded or embedded-edit, a diffusers folder or a Hub id",
+        ),
     ],
 )
 def test_inspect_refuses_bad_input_with_a_message(words: list[str], message: str):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -17,6 +18,7 @@ from ngrpo_lora.prompts.files import Prompt, read_prompts
 from ngrpo_lora.prompts.sources import (
     PromptList,
     PromptSource,
+    check_sources,
     count_longer,
     divide,
     open_prompts,
@@ -25,6 +27,8 @@ from ngrpo_lora.prompts.sources import (
     token_lengths,
 )
 from ngrpo_lora.world import EMBEDDED
+from ngrpo_lora.world.edit_verifier import look, promises
+from ngrpo_lora.world.edits import EDIT_TASKS, parse_edit
 from ngrpo_lora.world.scenes import TASKS, parse
 
 Write = Callable[..., str]
@@ -106,6 +110,29 @@ def test_one_task_of_the_world(task: str):
     train = {parse(text) for text in texts(open_prompts(f"world:train/{task}", 0), 200)}
     assert {scene.task for scene in held_out | train} == {task}
     assert not train & held_out
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_edits_take_turns_and_each_has_a_picture_that_it_can_be_asked_of(split: str):
+    source = open_prompts(f"edits:{split}", 0)
+    prompts = [source.prompt(index) for index in range(24)]
+    assert [parse_edit(prompt.text).task for prompt in prompts] == list(EDIT_TASKS) * 6
+    for prompt in prompts:
+        assert prompt.source is not None
+        assert promises(parse_edit(prompt.text), look(np.asarray(prompt.source.load())).found) is not None
+    check_sources("prompts.train", prompts, edits=True, model="embedded-edit")
+    assert len({prompt.key for prompt in prompts}) == 24
+    again = open_prompts(f"edits:{split}", 0)
+    assert [again.prompt(index) for index in reversed(range(24))] == prompts[::-1]
+    assert source.prompt(0).key != open_prompts(f"edits:{split}", 1).prompt(0).key
+
+
+@pytest.mark.parametrize("task", EDIT_TASKS)
+def test_one_task_of_edits(task: str):
+    held_out = {parse_edit(text) for text in texts(open_prompts(f"edits:held_out/{task}", 0), 60)}
+    train = {parse_edit(text) for text in texts(open_prompts(f"edits:train/{task}", 0), 60)}
+    assert {edit.task for edit in held_out | train} == {task}
+    assert not {edit.meaning for edit in train} & {edit.meaning for edit in held_out}
 
 
 def test_a_mix_gives_every_source_its_weight_in_every_cycle(write: Write):

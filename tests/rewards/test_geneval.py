@@ -23,7 +23,7 @@ from ngrpo_lora.rewards import geneval
 from ngrpo_lora.rewards.geneval import Detection
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.types import Samples
-from ngrpo_lora.world.pretrain import make_tokenizers
+from ngrpo_lora.world.pretrain import all_captions, make_tokenizers
 
 BUS, DOG = geneval.CLASSES.index("bus"), geneval.CLASSES.index("dog")
 
@@ -227,7 +227,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> geneval.Config:
         detector.class_predictor.bias[[BUS, DOG]] += torch.tensor([7.0, 6.0])
         detector.model.pixel_level_module.decoder.mask_projection.weight *= 60
     detector.save_pretrained(folder / "detector")
-    tokenizer, _ = make_tokenizers()
+    tokenizer, _ = make_tokenizers(all_captions())
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     clip = CLIPModel(
@@ -308,7 +308,7 @@ def test_clip_sees_each_object_alone_on_grey(reward, two_objects):
 
 def test_a_colour_is_the_mean_of_three_sentences(reward, config, two_objects):
     reward.name_colors(picture((120, 90)), "bus", two_objects)
-    clip, tokenizer = CLIPModel.from_pretrained(config.color_model).eval(), make_tokenizers()[0]
+    clip, tokenizer = CLIPModel.from_pretrained(config.color_model).eval(), make_tokenizers(all_captions())[0]
     for color, embed in zip(geneval.COLORS, reward.color_embeds["bus"], strict=True):
         texts = [f"a photo of a {color} bus", f"a photo of a {color}-colored bus", f"a photo of a {color} object"]
         with torch.no_grad():
