@@ -21,11 +21,14 @@ from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.models._base import RELOADABLE
 from ngrpo_lora.models._blueprint import architectures
 from ngrpo_lora.models._index import INDEX
+from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.sampling.sampler import Sampler, solve
 from ngrpo_lora.sampling.settings import own_settings, with_settings
+from ngrpo_lora.world import MODELS
 
 from ._api import checked, listed, make_room, schema, to_images
 from .adapters import adapter_path, fingerprint
+from .sources import check_edits, with_sources
 
 Pipeline = io.Custom("NGRPO_PIPELINE")  # an `ngrpo_lora.sampling.sampler.Sampler`
 
@@ -59,17 +62,17 @@ class LoadPipeline(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=["embedded", *local_models(), *architectures()],
+                    options=[*MODELS, *local_models(), *architectures()],
                     default="embedded",
-                    tooltip="The small model that ships with ngrpo-lora; a folder below models/diffusers; or a model "
-                    "of the Hub, which is downloaded once.",
+                    tooltip="The small models that ship with ngrpo-lora, one that draws and one that edits; a folder "
+                    "below models/diffusers; or a model of the Hub, which is downloaded once.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=["auto", "float32", "bfloat16", "float16"],
                     default="auto",
                     tooltip="Number type. auto: bfloat16 where the device computes in it, else float32; of the "
-                    "embedded model float32.",
+                    "embedded models float32.",
                 ),
                 io.Combo.Input(
                     "quantization",
@@ -119,8 +122,8 @@ class LoadPipeline(io.ComfyNode):
             ConfigError: a model that is not in the list, or settings that do not fit each other.
         """
         local = local_models()
-        listed("model", model, ["embedded", *local, *architectures()])
-        if model == "embedded" and dtype == "auto":
+        listed("model", model, [*MODELS, *local, *architectures()])
+        if model in MODELS and dtype == "auto":
             dtype = "float32"
         section = {"path": str(local.get(model, model)), "dtype": dtype} | options
         try:
@@ -153,7 +156,10 @@ class PipelineSample(io.ComfyNode):
             inputs=[
                 Pipeline.Input("pipeline", tooltip="Of Load Diffusers Pipeline."),
                 io.String.Input(
-                    "prompt", default="", multiline=True, tooltip="What to draw; every line is a prompt of its own."
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="What to draw, or how to edit the source; every line is a prompt of its own.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -165,7 +171,12 @@ class PipelineSample(io.ComfyNode):
                 ),
                 io.Int.Input("batch", default=1, min=1, max=4096, tooltip="Pictures of every prompt."),
                 io.Int.Input(
-                    "width", default=0, min=0, max=16384, step=16, tooltip="Pixels; 0: the LoRA's or model's."
+                    "width",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    step=16,
+                    tooltip="Pixels; 0: the LoRA's or model's, or what suits the source.",
                 ),
                 io.Int.Input("height", default=0, min=0, max=16384, step=16, tooltip="Pixels; 0: see width."),
                 io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Solver steps; 0: the LoRA's or model's."),
@@ -214,6 +225,12 @@ class PipelineSample(io.ComfyNode):
                     tooltip="Noise in place of the seed's, such as that of Neighbor Noise: one row a picture, the same "
                     "for every prompt.",
                 ),
+                io.Image.Input(
+                    "source",
+                    optional=True,
+                    tooltip="What a model that edits (FLUX.1-Kontext, Qwen-Image-Edit, embedded-edit) starts from: one "
+                    "picture, or one for each prompt.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="Prompt by prompt; of a video all frames."),
@@ -257,16 +274,21 @@ class PipelineSample(io.ComfyNode):
         lora: str,
         strength: float,
         noise: Any = None,
+        source: Tensor | None = None,
         **numbers: float,
     ) -> io.NodeOutput:
         cls.check(prompt, solver, lora)
-        prompts = [line.strip() for line in prompt.splitlines() if line.strip()]
+        check_edits(pipeline.family.edits, source, Path(pipeline.info.model.path).name)
+        lines = [line.strip() for line in prompt.splitlines() if line.strip()]
+        prompts = with_sources([*map(Prompt, lines)], source)
         adapter = None if lora == NO_LORA else adapter_path(lora)
         changes = {name: value or None for name, value in numbers.items()}
         info = settings(pipeline, adapter, changes | {"solver": None if solver == OWN else solver})
         make_room(pipeline.family.device)
         with torch.inference_mode(False), torch.no_grad():
             sampler = pipeline.with_settings(info)
+            if not (numbers["width"] or numbers["height"]):
+                sampler = sampler.following(prompts[0])  # all sources are of one size
             shape = sampler.family.latent_shape
             if noise is None:
                 rows = torch.cat([gaussian_noise((1, *shape), seed + row) for row in range(batch)])
@@ -277,8 +299,8 @@ class PipelineSample(io.ComfyNode):
                 images, latents = draw(sampler, prompts, rows, cls)
             finally:
                 sampler.remove_adapters()
-        lines = [text for text in prompts for _ in range(batch * sampler.family.num_frames)]
-        return io.NodeOutput(to_images(images), {"samples": latents}, "\n".join(lines))
+        shown = [text for text in lines for _ in range(batch * sampler.family.num_frames)]
+        return io.NodeOutput(to_images(images), {"samples": latents}, "\n".join(shown))
 
 
 def settings(pipeline: Sampler, adapter: Path | None, changes: dict[str, Any]) -> AdapterInfo:
@@ -295,7 +317,7 @@ def settings(pipeline: Sampler, adapter: Path | None, changes: dict[str, Any]) -
 
 
 def draw(
-    sampler: Sampler, prompts: list[str], noises: Tensor, node: type[io.ComfyNode]
+    sampler: Sampler, prompts: list[Prompt], noises: Tensor, node: type[io.ComfyNode]
 ) -> tuple[list[Image.Image], Tensor]:
     """Draw every prompt from every noise, each alone in its batch, with progress, previews and Cancel.
 

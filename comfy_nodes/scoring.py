@@ -16,11 +16,13 @@ from ngrpo_lora.config import RewardConfig, parse_settings
 from ngrpo_lora.config.words import settled
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.ranking import check_samples, each_its_own, rank
+from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.types import Samples
 
 from ._api import cancellable, check_given, checked, listed, make_room, schema, to_images, to_pictures
 from .rewards import Chosen, Entries, Rewards
+from .sources import with_sources
 
 COMBINED = ["standardized", "raw"]
 
@@ -64,6 +66,11 @@ class Score(io.ComfyNode):
                 io.Int.Input(
                     "sheet_px", default=256, min=64, max=2048, tooltip="Width of a picture on the contact sheet."
                 ),
+                io.Image.Input(
+                    "source",
+                    optional=True,
+                    tooltip="For rewards of edits: what the pictures were edited from, one for all or one for each.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="sorted", tooltip="All pictures, best first."),
@@ -91,8 +98,9 @@ class Score(io.ComfyNode):
         combine: Literal["standardized", "raw"],
         metadata: str,
         sheet_px: int,
+        source: Tensor | None = None,
     ) -> io.NodeOutput:
-        samples = samples_of(to_pictures(images), prompt, metadata)
+        samples = samples_of(to_pictures(images), prompt, metadata, source)
         listed("combine", combine, COMBINED)
         scorer = loaded(rewards)
         check_samples(scorer, samples)
@@ -104,17 +112,20 @@ class Score(io.ComfyNode):
         return io.NodeOutput(ordered, ordered[:n], table, ranking.best, ranking.mean, sheet, ui=shown)
 
 
-def samples_of(pictures: Sequence[Image.Image], prompt: str, metadata: str) -> Samples:
-    """Make samples of pictures, with their prompts and metadata read from text.
+def samples_of(pictures: Sequence[Image.Image], prompt: str, metadata: str, source: Tensor | None = None) -> Samples:
+    """Make samples of pictures, with their prompts and metadata read from text, and the sources of edits.
 
     Raises:
-        ConfigError: there is neither one line nor one for each picture, or metadata is no mapping.
+        ConfigError: there is neither one line or source nor one for each picture, or metadata is no mapping.
     """
     lines = [line.strip() for line in prompt.splitlines() if line.strip()] or [""]
     prompts = each_its_own(lines, len(pictures), "prompt")
     mappings = [mapping_of(line) for line in metadata.splitlines() if line.strip()] or [{}]
-    group_size = len(pictures) if len({*prompts}) == 1 else 1
-    return Samples(pictures, prompts, each_its_own(mappings, len(pictures), "metadata"), group_size)
+    rows = each_its_own(mappings, len(pictures), "metadata")
+    edited = with_sources([*map(Prompt, prompts, rows)], source)
+    group_size = len(pictures) if len({prompt.condition for prompt in edited}) == 1 else 1
+    shown = [prompt.shown(picture.size) for prompt, picture in zip(edited, pictures, strict=True)]
+    return Samples(pictures, prompts, shown, group_size)
 
 
 def mapping_of(line: str) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from ngrpo_lora.cli import app
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.equations.noise import gaussian_noise, neighbor_noise
 from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.prompts.sources import open_prompts
+from ngrpo_lora.rewards import world_edit
 from ngrpo_lora.seeds import derive_seed
 
 OTHER = "a red circle"
@@ -135,6 +137,58 @@ def test_neighbours_come_from_the_noise_input(comfy: Comfy):
     assert relative_error(ours, native) <= rounding
     alone = latents_of(comfy, comfy.run(sampling(seed=5)))
     torch.testing.assert_close(ours[:1], alone, rtol=0, atol=0)  # the middle is the seed's picture
+
+
+def editing(comfy: Comfy, source: Image.Image, **widgets: Any) -> Graph:
+    """An edit of a picture in ComfyUI's input folder."""
+    source.save(comfy.base / "input" / "source.png")
+    graph = sampling(**widgets) | {
+        "pipeline": pipeline("embedded-edit"),
+        "load": node("LoadImage", image="source.png"),
+    }
+    graph["sample"]["inputs"]["source"] = ["load", 0]
+    return graph
+
+
+def test_an_edit_is_that_of_the_command_and_a_reward_of_edits_sees_its_source(comfy: Comfy, tmp_path: Path):
+    prompt = open_prompts("edits:train/recolor", 0).prompt(0)
+    assert prompt.source is not None
+    source = prompt.source.load()
+    graph = editing(comfy, source, prompt=prompt.text, batch=2)
+    graph["reward"] = node("NGRPO_Reward", name="world_edit", weight=1.0, settings="")
+    score = {"prompt": prompt.text, "n": 1, "combine": "standardized", "metadata": "", "sheet_px": 64}
+    links = {"images": ["sample", 0], "rewards": ["reward", 0], "source": ["load", 0]}
+    graph["score"] = node("NGRPO_Score", **score, **links)
+    result = comfy.run(graph)
+    drawn = shown(comfy, result)
+    where = ["--source", str(comfy.base / "input" / "source.png"), "--model", "embedded-edit"]
+    assert drawn == command(tmp_path, "-p", prompt.text, "--seed", "7", "--num-images", "2", *where)
+    pictures = [Image.fromarray(np.array(one, np.uint8)) for one in drawn]
+    expected = world_edit.score(pictures, [prompt.text] * 2, [{"source": source}] * 2)
+    table = "".join(result.outputs["score"]["text"])
+    assert all(f"{value:.4g}"[:5] in table for value in expected), (table, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"sample": "source"}, "source must be connected for embedded-edit, which edits pictures"),
+        ({"pipeline": "model"}, "source must be left unconnected for embedded, which edits no pictures"),
+        ({"sample": "prompt"}, "source must be one picture, or one for each of the 3 prompts, got 2"),
+    ],
+)
+def test_a_source_too_many_or_too_few_is_refused(comfy: Comfy, change: dict[str, str], reason: str):
+    graph = editing(comfy, Image.new("RGB", (64, 64), "white"))
+    if change == {"sample": "source"}:
+        del graph["sample"]["inputs"]["source"]
+    elif change == {"pipeline": "model"}:
+        graph["pipeline"] = pipeline()
+    else:
+        graph["twice"] = node("RepeatImageBatch", image=["load", 0], amount=2)
+        graph["sample"]["inputs"] |= {"source": ["twice", 0], "prompt": "add a star\nadd a heart\nadd a cross"}
+    result = comfy.run(graph)
+    assert result.status == "error"
+    assert reason in str(result.error)
 
 
 def test_progress_counts_steps_and_cancel_ends_within_one(comfy: Comfy):
