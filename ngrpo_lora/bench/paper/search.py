@@ -144,7 +144,7 @@ def tuned(plan: Plan, jobs: Sequence[Job]) -> dict[str, Point]:
     """
     known = {name: point_of(entry) for name, entry in plan.given.items()} | kept(plan)
     found = [validated(job for job in jobs if job.whole == whole) for whole in (True, False)]
-    chosen = {m.name: (choose(m, some.get(m.name, {})) for some in found) for m in plan.searched}
+    chosen = {m.name: [choose(m, some.get(m.name, {})) for some in found] for m in plan.searched}
     return {m.name: known.get(m.name) or next(filter(None, chosen[m.name]), m.untuned) for m in plan.searched}
 
 

@@ -104,6 +104,17 @@ def test_a_rate_that_a_long_run_does_not_survive_is_not_chosen(tmp_path: Path):
     assert [shown[rate, "clip_range 1e-3"][0][:5] for rate in ("3e-4", "1e-3", "3e-3")] == ["0.530", "0.600", "0.800"]
 
 
+def test_each_method_has_its_own_winner(tmp_path: Path):
+    plan = small_plan(tmp_path, "flow-grpo", "nft", profile="default", budget=4000.0)
+    best, knobs = {"flow-grpo": "3e-4", "nft": "1e-3"}, {method.name: method.untuned[1] for method in METHODS}
+    while jobs := [job for job in search.jobs(plan, cost_of_8) if not is_complete(job)]:
+        for job in jobs:
+            reward = 0.5 + 0.2 * (job.point == (best[job.method], knobs[job.method]))
+            leave(job, lambda picture, step, reward=reward: reward)
+    winners = search.tuned(plan, search.jobs(plan, cost_of_8))
+    assert winners == {name: (rate, knobs[name]) for name, rate in best.items()}
+
+
 def test_winners_and_all_points_are_written_and_shown(tmp_path: Path):
     plan = small_plan(tmp_path, "flow-grpo", profile="default", budget=400.0)
     jobs = search.jobs(plan, cost_of_8)
