@@ -119,7 +119,7 @@ def hacking(record: Record) -> Iterator[Finding]:
         if found.reward not in trained and worse:
             yield Finding(
                 found.reward,
-                f"The trained reward rises while {found.reward} gets worse, by {found.difference.show('+.3f')}: the "
+                f"The trained reward rises while {found.reward} gets worse, by {found.difference.show('+.2g')}: the "
                 "run may be pleasing its reward at the cost of what that does not see. Look at the pictures; train "
                 "less long, or on both.",
             )

@@ -55,4 +55,4 @@ def test_a_resumed_run_is_judged_by_all_its_iterations(write_run, told):
 
 def test_a_watched_reward_that_falls_is_told_at_the_evaluation_that_shows_it(write_run, told):
     (line,) = told(write_run(watched=-2.0))
-    assert line.startswith("iteration 10: The trained reward rises while world_manifold gets worse, by -2.000")
+    assert line.startswith("iteration 10: The trained reward rises while world_manifold gets worse, by -2 ")

@@ -30,7 +30,7 @@ def test_what_leaves_the_healthy_range_is_told_with_its_value(write_run, metric:
 
 def test_a_watched_reward_that_falls_beyond_its_interval_is_told(write_run):
     (told,) = warnings(write_run(watched=-2.0))
-    assert "world_manifold gets worse, by -2.000 [-2.000, -2.000]" in told
+    assert "world_manifold gets worse, by -2 [-2, -2]" in told
     assert warnings(write_run("rising", watched=2.0)) == []
 
 
