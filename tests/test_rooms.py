@@ -52,6 +52,8 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
 # Modules without a test file of their own name, and where they are tested.
 TESTED_IN = {
     "algorithms._dealing": "algorithms/test_dance.py",
+    "algorithms._opening": "training/test_setup.py",
+    "algorithms._steps": "models/test_experts.py",
     "algorithms._window": "algorithms/test_mix.py",
     "bench.gpu.results": "bench/gpu/test_running.py",
     "bench.paper.figures": "bench/paper/test_report.py",  # with the page that shows them
@@ -82,9 +84,12 @@ TESTED_IN = {
     "config.rewards.imagereward": "rewards/test_imagereward.py",
     "config.rewards.pickscore": "rewards/test_clip_rewards.py",
     "config.rewards.vote": "rewards/test_vote.py",
+    "config.model": "config/test_run.py",
     "config.section": "config/test_run.py",  # of sections: they cannot be changed
     "downloads": "adapters/test_finding.py",  # its messages, from a server that speaks the Hub's protocol
     "hub.watching": "hub/test_pushing.py",
+    "models._attention": "models/test_base.py",
+    "models._levels": "models/test_base.py",  # and in every test of a family
     "models._qwen_vl": "models/test_qwen_image_edit.py",
     "models._loading": "models/test_embeddings.py",  # the model in parts; whole ones in every test of a family
     "rewards._blip": "rewards/test_imagereward.py",

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ngrpo_lora.adapters.finding import HUB_FILE, find_adapter
-from ngrpo_lora.adapters.loading import read_fitting
+from ngrpo_lora.adapters.loading import expert_of, read_fitting, said_expert
 from ngrpo_lora.adapters.merging import added
-from ngrpo_lora.adapters.reading import AdapterFile
-from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.adapters.reading import AdapterFile, read_metadata
+from ngrpo_lora.config import Expert, ModelConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._loading import load_family
@@ -36,7 +36,8 @@ def load_fused(model: ModelConfig, parts: Parts = "all", base_is_sharded: bool =
 
     def add(family: BaseFamily) -> None:
         for path, strength in files:
-            fuse(family.transformer, read_fitting(family, path), strength)
+            file = read_fitting(family, path)
+            fuse(family.transformer_of(expert_of(file, family)), file, strength)
 
     return load_family(model, parts, base_is_sharded, add)
 
@@ -76,12 +77,23 @@ def python_lines(model: ModelConfig) -> list[str]:
     for path, strength in model.fuse.items():
         found = on_hub(path)
         source = ", weight_name=".join(repr(part) for part in found if part) if found else repr(shown(path))
+        second = model.expert is not None and fused_into(path) == "low_noise"
+        into, parts = (", load_into_transformer_2=True", "['transformer_2'], ") if second else ("", "")
         lines += [
-            f"pipeline.load_lora_weights({source})",
-            f"pipeline.fuse_lora(lora_scale={strength:g})  # into the base, as in training",
+            f"pipeline.load_lora_weights({source}{into})",
+            f"pipeline.fuse_lora({parts}lora_scale={strength:g})  # into the base, as in training",
             "pipeline.unload_lora_weights()",
         ]
     return lines
+
+
+def fused_into(path: str) -> Expert | None:
+    """The transformer of a pair that a file of `model.fuse` says it is for; its name alone counts once it is gone."""
+    try:
+        header = read_metadata(find_adapter(path, "model.fuse"))
+    except UserError:
+        header = {}
+    return said_expert(Path(path).name, header)
 
 
 def on_hub(path: str) -> tuple[str, str | None] | None:

@@ -21,6 +21,10 @@ from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities
 class Algorithm(Protocol):
     """The contract of an algorithm: its rollout, advantages, transitions and loss; shapes as in `ngrpo_lora.types`.
 
+    It is made with its settings, the rollout's and, where it can do with a part of the schedule, `steps: range`, the
+    positions of the solver steps that can be trained: those at which the transformer with the adapter computes. One
+    that takes no `steps` trains a model that has a single transformer alone.
+
     One that also has `losses`, with the arguments and results of the function below, is asked for a whole micro-batch.
     """
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_lora.algorithms._dealing import deal, with_advantage
+from ngrpo_lora.algorithms._steps import before_last
 from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms._sde import SdeConfig
 from ngrpo_lora.equations import sde
@@ -52,8 +53,9 @@ class SdeAlgorithm(ABC, Generic[Settings]):
     shares_noise = True
     """Whether the samples of a group start at the same noise."""
 
-    def __init__(self, config: Settings, rollout: RolloutConfig):
+    def __init__(self, config: Settings, rollout: RolloutConfig, steps: range | None = None):
         self.config = config
+        self.trainable = before_last(steps, rollout.num_steps)
         self.group_size, self.num_steps = rollout.group_size, rollout.num_steps
         self.needs_reference = config.reference_weight > 0
         self.needs_old = not config.reuse_velocities

@@ -14,6 +14,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from ngrpo_lora.algorithms._sde import SdeAlgorithm
+from ngrpo_lora.algorithms._steps import check_steps
+from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms._window import WindowConfig
 from ngrpo_lora.equations import sde
 from ngrpo_lora.seeds import derive_seed
@@ -24,10 +26,14 @@ Settings = TypeVar("Settings", bound=WindowConfig)
 class WindowAlgorithm(SdeAlgorithm[Settings]):
     """See `_base.Algorithm` for the contract; a method may fill in `rest`."""
 
+    def __init__(self, config: Settings, rollout: RolloutConfig, steps: range | None = None):
+        super().__init__(config, rollout, steps)
+        check_steps("algorithm.window_size", config.window_size, self.trainable, rollout)
+
     def window(self, iteration: int) -> range:
         """The window of an iteration, of `window_size` steps."""
         config = self.config
-        positions = self.num_steps - config.window_size  # the last step stays free
+        positions = len(self.trainable) - config.window_size + 1
         match config.window:
             case "frozen":
                 start = 0
@@ -37,7 +43,7 @@ class WindowAlgorithm(SdeAlgorithm[Settings]):
                 start = derive_seed("window", iteration) % positions
             case "decayed":
                 start = self.decayed_start(iteration, positions)
-        return range(start, start + config.window_size)
+        return self.trainable[start : start + config.window_size]
 
     def decayed_start(self, iteration: int, positions: int) -> int:
         """The window's first step where it stays `tau * exp(-k * max(l - lambda, 0))` iterations at step l."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ngrpo_lora.algorithms._sde import SdeAlgorithm
+from ngrpo_lora.algorithms._steps import check_steps
 from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms.dance import Config
 from ngrpo_lora.equations import sde
@@ -17,13 +18,14 @@ from ngrpo_lora.equations import sde
 class Algorithm(SdeAlgorithm[Config]):
     """See `_base.Algorithm` for the contract."""
 
-    def __init__(self, config: Config, rollout: RolloutConfig):
-        super().__init__(config, rollout)
-        self.count = config.steps_trained(rollout)
+    def __init__(self, config: Config, rollout: RolloutConfig, steps: range | None = None):
+        super().__init__(config, rollout, steps)
+        check_steps("algorithm.train_share", None, self.trainable, rollout)
+        self.count = max(1, int(len(self.trainable) * config.train_share))
 
     def window(self, iteration: int) -> range:
         """The steps that may be trained: all but the last, which has no noise or noise that stays in the picture."""
-        return range(self.num_steps - 1)
+        return self.trainable
 
     def steps_trained(self, window: int) -> int:
         """`int((K - 1) * train_share)`: 9 of 15 with the published settings."""

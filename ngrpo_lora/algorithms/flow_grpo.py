@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ngrpo_lora.algorithms._sde import SdeAlgorithm
+from ngrpo_lora.algorithms._steps import check_steps
+from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms.flow_grpo import Config
 from ngrpo_lora.equations import sde
 from ngrpo_lora.equations.advantages import globally_scaled_advantages
@@ -25,9 +27,13 @@ class Algorithm(SdeAlgorithm[Config]):
 
     shares_noise = False
 
+    def __init__(self, config: Config, rollout: RolloutConfig, steps: range | None = None):
+        super().__init__(config, rollout, steps)
+        check_steps("algorithm.num_train_steps", config.num_train_steps, self.trainable, rollout)
+
     def window(self, iteration: int) -> range:
         """The steps that may be trained: all but the last, which has no noise or noise that stays in the picture."""
-        return range(self.num_steps - 1)
+        return self.trainable
 
     def steps_trained(self, window: int) -> int:
         """How many of the `window` steps are trained for each sample: `num_train_steps` of them, or all."""
@@ -49,8 +55,8 @@ class Algorithm(SdeAlgorithm[Config]):
         velocities: list[Tensor],
         seeds: Sequence[int],
     ) -> Tensor:
-        """The last step, which is not trained: Euler's, or with noise that stays in the picture, as published."""
-        if not self.config.noise_last_step:
+        """What is not trained: Euler's steps, or the last one with noise that stays in the picture, as published."""
+        if not self.config.noise_last_step or window.stop < self.num_steps - 1:
             return super().rest(velocity_fn, schedule, window, trajectory, velocities, seeds)
         latents, last = trajectory[-1], window.stop
         step = self.step(latents, velocity_fn(latents, schedule.sigmas[last].item()), schedule.sigmas, last)

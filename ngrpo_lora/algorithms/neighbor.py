@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ngrpo_lora.algorithms._steps import check_steps
 from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms.neighbor import Config
 from ngrpo_lora.equations.advantages import batch_deviation, group_advantages
@@ -39,6 +40,8 @@ MAX_VALUES = 2**22
 class NeighborRollout(Rollout):
     """A rollout with what its W steps are trained by.
 
+    Its latents and its sigmas, both W + 1, are those of these steps alone.
+
     velocities: (W, G, C, H, W) float32 at their starts; (0, ...) where they are computed again.
     temperatures: (W,) float64, the mean squared distance between two candidates of each; (0,) where it is given.
     """
@@ -52,11 +55,14 @@ class Algorithm:
 
     metric_names = ("policy/clip_fraction", "policy/max_abs_log_ratio", "policy/entropy")
 
-    def __init__(self, config: Config, rollout: RolloutConfig):
+    def __init__(self, config: Config, rollout: RolloutConfig, steps: range | None = None):
         self.config = config
         self.group_size, self.num_steps = rollout.group_size, rollout.num_steps
         self.solve = SOLVERS[rollout.solver]
-        self.window = config.train_window or rollout.num_steps  # W
+        steps = steps or range(rollout.num_steps)
+        check_steps("algorithm.train_window", config.train_window, steps, rollout)
+        check_steps("algorithm.num_train_steps", config.num_train_steps, steps, rollout)
+        self.window = steps[: config.train_window]  # W steps
         self.keeps_velocities = config.reuse_velocities or config.distance == "clean"
         self.needs_old = not config.reuse_velocities
         self.needs_reference = config.reference_weight > 0
@@ -72,27 +78,29 @@ class Algorithm:
     ) -> list[Rollout]:
         """Neighbours of each group's noise (Eq. 7), followed by the deterministic solver to the end."""
         noise = torch.stack([self.neighborhood(latent_shape, seed) for seed in seeds]).to(device)  # (P, G, C, H, W)
-        window, sigmas, velocities = self.window, schedule.sigmas, []
+        window, velocities = self.window, []
+        sigmas = schedule.sigmas[window.start : window.stop + 1]  # (W + 1,)
+        trained = sigmas[:-1].tolist()
 
         def recorded(latents: Tensor, sigma: float) -> Tensor:
             velocity = velocity_fn(latents, sigma)
-            if self.keeps_velocities and len(velocities) < window:
+            if self.keeps_velocities and sigma in trained:
                 velocities.append(velocity)
             return velocity
 
-        steps = self.solve(recorded, noise, sigmas)
-        latents, final = torch.stack(steps[: window + 1], 1), steps[-1]  # (P, W + 1, G, C, H, W), (P, G, C, H, W)
+        points = self.solve(recorded, noise, schedule.sigmas)
+        latents = torch.stack(points[window.start : window.stop + 1], 1)  # (P, W + 1, G, C, H, W)
         kept = torch.stack(velocities, 1) if velocities else latents[:, :0]  # (P, W or 0, G, C, H, W)
         return [
             self.with_temperatures(NeighborRollout(group, sigmas, end, own, sigmas[:0].double()))
-            for group, end, own in zip(latents, final, kept, strict=True)
+            for group, end, own in zip(latents, points[-1], kept, strict=True)
         ]
 
     def with_temperatures(self, rollout: NeighborRollout) -> NeighborRollout:
         """The rollout with the temperature of each of its steps, where they are `auto`."""
         if self.config.temperature != "auto":
             return rollout
-        found = [mean_squared_distance(self.candidates(rollout, step)) for step in range(self.window)]
+        found = [mean_squared_distance(self.candidates(rollout, step)) for step in range(len(self.window))]
         return replace(rollout, temperatures=torch.stack(found))
 
     def candidates(self, rollout: NeighborRollout, step: int) -> Tensor:
@@ -120,7 +128,7 @@ class Algorithm:
 
     def updates(self, advantages: Tensor, seed: int, iteration: int) -> list[list[Transition]]:
         """B anchors a group that has advantages (symmetric sampling), K steps each, dealt out to the updates."""
-        generator = torch.Generator().manual_seed(seed)
+        generator, steps = torch.Generator().manual_seed(seed), len(self.window)
         updates: list[list[Transition]] = [[] for _ in range(self.config.updates_per_rollout)]
         for group, row in enumerate(advantages):
             order = torch.randperm(self.group_size, generator=generator)
@@ -128,7 +136,7 @@ class Algorithm:
             transitions = [
                 Transition(group, anchor, step)
                 for anchor in anchors.tolist()
-                for step in torch.randperm(self.window, generator=generator)[: self.config.num_train_steps].tolist()
+                for step in torch.randperm(steps, generator=generator)[: self.config.num_train_steps].tolist()
             ]
             for position, index in enumerate(torch.randperm(len(transitions), generator=generator).tolist()):
                 updates[position % len(updates)].append(transitions[index])

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ngrpo_lora.algorithms._dealing import deal, with_advantage
 from ngrpo_lora.algorithms._forward import ForwardAlgorithm, clean_error
+from ngrpo_lora.algorithms._steps import before_last, check_steps
+from ngrpo_lora.config import RolloutConfig
 from ngrpo_lora.config.algorithms.nft import Config
 from ngrpo_lora.equations.advantages import globally_scaled_advantages
 from ngrpo_lora.equations.schedule import Schedule
@@ -30,9 +32,14 @@ class Algorithm(ForwardAlgorithm[Config]):
     needs_old = True
     metric_names = ("policy/positive_error", "policy/negative_error")
 
+    def __init__(self, config: Config, rollout: RolloutConfig, steps: range | None = None):
+        super().__init__(config, rollout)
+        self.trainable = before_last(steps, rollout.num_steps)
+        check_steps("algorithm.num_train_steps", config.num_train_steps, self.trainable, rollout)
+
     def levels(self, schedule: Schedule, seed: int) -> Tensor:
         """The schedule's own noise levels at which steps start, but the last."""
-        return schedule.sigmas[:-2]
+        return schedule.sigmas[self.trainable.start : self.trainable.stop]
 
     def advantages(self, batch: RewardBatch) -> Tensor:
         """Rewards minus their group's mean, divided by the standard deviation of all of them: (P, G)."""
@@ -41,7 +48,7 @@ class Algorithm(ForwardAlgorithm[Config]):
 
     def updates(self, advantages: Tensor, seed: int, iteration: int) -> list[list[Transition]]:
         """All samples that have an advantage, dealt out to the updates, each with its noise levels."""
-        levels = self.num_steps - 1
+        levels = len(self.trainable)
         return deal(
             with_advantage(advantages),
             levels,

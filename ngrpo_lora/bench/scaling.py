@@ -190,12 +190,14 @@ def variant(run: Run, case: Case) -> Run:
     """
     config = case.config
     family = run.family.with_settings(config.model)
+    schedule = family.schedule(config.rollout.num_steps, config.rollout.shift)
+    algorithm = open_algorithm(config, family.trained_steps(schedule.sigmas))
     return replace(
         run,
         config=config,
         family=family,
-        algorithm=HeldAlgorithm(open_algorithm(config), case.transitions),
-        schedule=family.schedule(config.rollout.num_steps, config.rollout.shift),
+        algorithm=HeldAlgorithm(algorithm, case.transitions),
+        schedule=schedule,
     )
 
 

@@ -7,6 +7,7 @@ line per problem comes out. Nothing here loads a model or touches the output fol
 from ngrpo_lora.config.description import Option, describe, describe_reward
 from ngrpo_lora.config.functions import named_functions
 from ngrpo_lora.config.hub import HubConfig
+from ngrpo_lora.config.model import Expert, ModelConfig
 from ngrpo_lora.config.plugins import AlgorithmConfig, ModelRewardConfig, RewardConfig, RewardsConfig, RolloutConfig
 from ngrpo_lora.config.problems import show_value
 from ngrpo_lora.config.reading import (
@@ -23,7 +24,6 @@ from ngrpo_lora.config.reading import (
 from ngrpo_lora.config.run import (
     EvaluationConfig,
     LoraConfig,
-    ModelConfig,
     OptimizerConfig,
     PromptsConfig,
     RunConfig,
@@ -37,6 +37,7 @@ __all__ = [
     "AlgorithmConfig",
     "ConfigError",
     "EvaluationConfig",
+    "Expert",
     "HubConfig",
     "LoraConfig",
     "ModelConfig",

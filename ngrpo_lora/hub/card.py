@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.adapters.fusing import shown
 from ngrpo_lora.config import RunConfig
-from ngrpo_lora.hub.usage import Adapter, read_pushed, usage
+from ngrpo_lora.hub.usage import Adapter, read_pushed, shown_guidance, usage
 from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.reports.tables import markdown_table
 from ngrpo_lora.world import MODELS
@@ -38,6 +38,7 @@ LICENSES: dict[str, tuple[str, str, str]] = {
     "Qwen/Qwen-Image-Edit-2509": ("apache-2.0", "", ""),
     "Tongyi-MAI/Z-Image": ("apache-2.0", "", ""),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("apache-2.0", "", ""),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": ("apache-2.0", "", ""),
     "black-forest-labs/FLUX.1-Krea-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
     "black-forest-labs/FLUX.1-Kontext-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
     "black-forest-labs/FLUX.1-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
@@ -228,7 +229,9 @@ def settings(config: RunConfig, adapter: Adapter, iterations: int) -> Iterator[t
     yield "an iteration", f"{prompts} prompts x {group} candidates = {prompts * group} images"
     yield "images seen", iterations * prompts * group
     yield "solver", f"{rollout.solver}, {rollout.num_steps} steps, shift {rollout.shift:.4g}"
-    yield "guidance", f"{model.guidance_scale:g}"
+    yield "guidance", shown_guidance(model)
+    if model.expert is not None:
+        yield "trained transformer", model.expert
     yield "size", f"{model.width_px} x {model.height_px} px"
     yield "LoRA", f"rank {config.lora.rank}, alpha {config.lora.resolved_alpha:g}, {config.lora.targets}"
     yield "optimizer", f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, {optimizer.schedule}"

@@ -49,7 +49,8 @@ def usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: 
     solver = "flow DPM-Solver++ 2M" if rollout.solver == "dpmpp_2m" else "Euler"
     file = PIPELINE if has_pipeline(adapter.pipeline) else SCHEDULER
     source = " --source picture.png" if adapter.edits else ""
-    exact = f"{rollout.num_steps} steps of {solver}, shift {rollout.shift:.4g}, guidance {model.guidance_scale:g}"
+    guidance = shown_guidance(model)
+    exact = f"{rollout.num_steps} steps of {solver}, shift {rollout.shift:.4g}, guidance {guidance}"
     reads = ", which it reads from the adapter, " if file == PIPELINE else " "
     processor = ", and torchvision for the processor of its base" if "qwen_image_edit" in adapter.pipeline else ""
     text = (
@@ -75,11 +76,19 @@ def usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: 
             "its second-order term by the log of sigma alone)"
         )
     beside = "".join(f", `{shown(file)}` before it at {strength:g}" for file, strength in model.fuse.items())
+    of_pair = "" if model.expert is None else f" on the {model.expert.replace('_', '-')} model"
     return (
         f"{text}\n\n**ComfyUI**: put the file into `ComfyUI/models/loras`, load it with LoraLoaderModelOnly at "
-        f"strength 1.0{beside}, and sample with {rollout.num_steps} steps, shift {rollout.shift:.4g}, guidance "
-        f"{model.guidance_scale:g} and {sampler}."
+        f"strength 1.0{of_pair}{beside}, and sample with {rollout.num_steps} steps, shift {rollout.shift:.4g}, "
+        f"guidance {guidance} and {sampler}."
     )
+
+
+def shown_guidance(model: ModelConfig) -> str:
+    """The guidance scale in words; of a model with two transformers both."""
+    if model.expert is None:
+        return f"{model.guidance_scale:g}"
+    return f"{model.guidance_scale:g} (high noise) and {model.guidance_scale_2:g} (low noise)"
 
 
 def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: int) -> str:
@@ -122,7 +131,7 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
         f'pipeline = DiffusionPipeline.from_pretrained({base}, dtype=torch.{dtype}).to("{device}")',
         f"pipeline.scheduler = Scheduler.from_config(pipeline.scheduler.config, {scheduler_settings(adapter)})",
         *python_lines(model),
-        f"pipeline.load_lora_weights({where})",
+        f"pipeline.load_lora_weights({where}{', load_into_transformer_2=True' if model.expert == 'low_noise' else ''})",
         f"{'video' if video else 'image'} = pipeline(",
         *(f"    {name}={value!r}," for name, value in settings.items()),
         f'    generator=torch.Generator("cpu").manual_seed({seed}),',
@@ -140,6 +149,8 @@ def call_settings(adapter: Adapter) -> dict[str, Any]:
         settings["negative_prompt"] = model.negative_prompt
     settings |= {"height": model.height_px, "width": model.width_px, "num_inference_steps": rollout.num_steps}
     settings |= {"guidance_scale": model.guidance_scale, "max_sequence_length": model.max_sequence_length}
+    if model.expert is not None:
+        settings["guidance_scale_2"] = model.guidance_scale_2
     if adapter.family == "wan" and model.num_frames:
         settings["num_frames"] = model.num_frames
     if adapter.family == "sana":  # its times begin at 0.999, and small sizes are not drawn larger

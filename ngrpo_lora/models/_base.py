@@ -6,7 +6,6 @@ LoRA files are the same for all and are diffusers' own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
@@ -14,16 +13,15 @@ from typing import Any, ClassVar, Literal, Self
 
 import diffusers
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from PIL import Image
 from torch import Tensor, nn
 
-from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.config import Expert, ModelConfig
 from ngrpo_lora.devices import lent, without_cudnn_attention
-from ngrpo_lora.equations.schedule import Schedule
-from ngrpo_lora.equations.solvers import flow_sigmas
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.models._offload import swap_blocks
+from ngrpo_lora.models._attention import use_attention
+from ngrpo_lora.models._levels import NoiseLevels
+from ngrpo_lora.models._offload import blocks_of, swap_blocks
 from ngrpo_lora.models._quantization import check_quantization, keep_inputs_whole, pipeline_quantization
 from ngrpo_lora.models._recent import PromptCache, RecentPrompts
 from ngrpo_lora.prompts.files import Prompt, as_prompt
@@ -31,11 +29,14 @@ from ngrpo_lora.types import TextEmbeds
 
 Parts = Literal["all", "text", "image"]
 Fuse = Callable[["BaseFamily"], None] | None
-RELOADABLE = {"height_px", "width_px", "num_frames", "guidance_scale", "max_sequence_length", "negative_prompt"}
+RELOADABLE = {
+    *("height_px", "width_px", "num_frames", "guidance_scale", "guidance_scale_2"),
+    *("max_sequence_length", "negative_prompt"),
+}
 """Settings of a model that may change while it is loaded."""
 
 
-class BaseFamily:
+class BaseFamily(NoiseLevels):
     """A flow model with text encoders and VAE. Latents are unpacked (B, C, H, W), of video (B, C, F, H, W), float32.
 
     A subclass sets the class attributes and defines `latent_shape_of`, `encode_alone`, `text_shapes`, `forward`,
@@ -103,7 +104,11 @@ class BaseFamily:
                 encoder.to(self.device)
         self.draws = parts != "text"
         if self.draws:
-            self.transformer: Any = self.pipeline.transformer.requires_grad_(False).eval()
+            for transformer in self.transformers:
+                transformer.requires_grad_(False).eval()
+                if config.quantization == "int8":
+                    keep_inputs_whole(transformer)
+            self.transformer: Any = self.transformers[0]
         if self.draws or self.edits:
             self.vae: Any = self.pipeline.vae.requires_grad_(False).eval().to(self.device)
             if config.vae_tiling:
@@ -124,7 +129,7 @@ class BaseFamily:
         self.negative: TextEmbeds | None = None  # of guidance by two passes, encoded with the first prompts
         self.recent = RecentPrompts()
         guidance = self.default_guidance if config.guidance_scale is None else config.guidance_scale
-        self.settings: dict[str, float | int] = {
+        self.settings: dict[str, Any] = {
             "guidance_scale": guidance,
             "max_sequence_length": config.max_sequence_length or self.max_tokens(),
         }
@@ -226,8 +231,6 @@ class BaseFamily:
             raise UserError(
                 f"model.path {config.path!r} could not be loaded as a {self.pipeline_class}: {error}"
             ) from error
-        if config.quantization == "int8" and parts != "text":
-            keep_inputs_whole(pipeline.transformer)
         return pipeline
 
     def left_out(self, parts: Parts) -> tuple[str, ...]:
@@ -246,36 +249,36 @@ class BaseFamily:
         return str(self.config.path)
 
     def place(self, base_is_sharded: bool) -> None:
-        """Move the transformer to the device; set block swapping and attention as configured."""
-        if self.config.swap_blocks:
-            swap_blocks(self.blocks, self.config.swap_blocks, self.device)
-        if not base_is_sharded:
-            self.transformer.to(self.device)
+        """Move every transformer to the device; set block swapping and attention as configured."""
+        for transformer in self.transformers:
+            if self.config.swap_blocks:
+                swap_blocks(blocks_of(transformer), self.config.swap_blocks, self.device)
+            if not base_is_sharded:
+                transformer.to(self.device)
         if self.config.attention is not None:
-            self.use_attention(self.config.attention)
+            for transformer in self.transformers:
+                use_attention(transformer, self.config.attention, self.device, self.dtype)
 
-    def use_attention(self, backend: str) -> None:
-        """Compute attention with one of diffusers' backends, such as `flash`.
+    @property
+    def transformers(self) -> list[Any]:
+        """The transformer that the adapter is for, and where another one shares the noise levels with it, that one."""
+        return [self.pipeline.transformer]
 
-        Raises:
-            UserError: there is none of that name, or it cannot run here, or has no backward pass.
-        """
-        try:
-            self.transformer.set_attention_backend(backend)
-            probe = torch.randn(1, 64, 2, 64, device=self.device, dtype=self.dtype, requires_grad=True)
-            # Some kernels are for inference only: gradients would leave out all that passes through attention.
-            dispatch_attention_fn(probe, probe, probe).sum().backward()
-        except Exception as error:  # packages of others raise what they like
-            raise UserError(f"model.attention={backend} cannot be used for training here: {error}") from error
+    def transformer_of(self, expert: Expert | None) -> Any:
+        """The transformer that draws a part of the noise levels; for None the adapter's."""
+        return self.transformer if expert in (None, self.expert) else self.transformers[1]
+
+    def load_lora(self, source: Any, name: str, expert: Expert | None = None) -> None:
+        """Put a LoRA file or its tensors beside what is adapted, with diffusers' loader, named `name`."""
+        self.pipeline.load_lora_weights(source, adapter_name=name)
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer's repeated blocks, in the order in which they run: the entries of its lists of modules."""
-        lists = [child for child in self.transformer.children() if isinstance(child, nn.ModuleList)]
-        return [block for blocks in lists for block in blocks]
+        """The repeated blocks of every transformer, in the order in which they run."""
+        return [block for transformer in self.transformers for block in blocks_of(transformer)]
 
     def compile_blocks(self) -> None:
-        """Compile each of the transformer's blocks by itself with torch.compile."""
+        """Compile each transformer's blocks one by one with torch.compile."""
         # A block has a variant for every batch size, with gradient and without; beyond 8 it would run uncompiled.
         torch._dynamo.config.cache_size_limit = 64
         for block in self.blocks:
@@ -285,34 +288,6 @@ class BaseFamily:
         """The layers that a value of `lora.targets` means: (suffixes to adapt, full names to leave out)."""
         layers = self.attention + self.feed_forward if targets == "attention+feed_forward" else self.attention
         return [*layers], [name for name in self.not_adapted if name.endswith(layers)]
-
-    def shift(self, num_steps: int) -> float:
-        """The timestep shift of the model's own scheduler at this size: `exp(mu)`, or a constant."""
-        scheduler = self.pipeline.scheduler.config
-        if scheduler.get("use_dynamic_shifting", False):
-            return math.exp(self.mu(num_steps))
-        return scheduler.get("shift") or scheduler.get("flow_shift") or 1.0
-
-    def mu(self, num_steps: int) -> float:
-        """Log of the dynamic shift, linear in image tokens between the scheduler's two points (FLUX.1, Qwen-Image)."""
-        scheduler = self.pipeline.scheduler.config
-        slope = (scheduler.max_shift - scheduler.base_shift) / (
-            scheduler.max_image_seq_len - scheduler.base_image_seq_len
-        )
-        return scheduler.base_shift + slope * (self.image_tokens - scheduler.base_image_seq_len)
-
-    @property
-    def image_tokens(self) -> int:
-        """Tokens of one sample: patches of 2 x 2 latents, unless a family says otherwise."""
-        return math.prod(self.latent_shape[1:]) // 4
-
-    def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:
-        """(K + 1,) noise levels, spaced by `shift`, or by the model's own shift where it is None."""
-        return flow_sigmas(num_steps, shift or self.shift(num_steps))
-
-    def schedule(self, num_steps: int, shift: float | None = None) -> Schedule:
-        """The noise levels of `sigmas` with the shift that spaced them."""
-        return Schedule(self.sigmas(num_steps, shift), shift or self.shift(num_steps))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str | Prompt]) -> TextEmbeds:

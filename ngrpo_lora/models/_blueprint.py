@@ -37,6 +37,8 @@ from ngrpo_lora.world import MODELS
 __all__ = ["BlankPrompts", "Blueprint", "blank_text", "make_family", "random_family", "read_blueprint"]
 
 ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
+TRANSFORMERS = ("transformer", "transformer_2")
+"""Parts that compute velocities; the second one is there where two share the noise levels."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Blueprint:
         """Build a part: without contents on the meta device, with random weights on another."""
         kind, config = self.parts[name]["class"], self.parts[name]["config"]
         with torch.device(device):
-            if name in ("transformer", "vae"):
+            if name in (*TRANSFORMERS, "vae"):
                 return getattr(diffusers, kind).from_config(config)
             model = getattr(transformers, kind)
             return model(model.config_class.from_dict(config))
@@ -125,7 +127,7 @@ def make_family(blueprint: Blueprint, config: ModelConfig, device: str = "meta")
     family = family_class(config, blueprint.pipeline)
     parts: dict[str, Any] = {}
     for name, part in blueprint.parts.items():
-        if name in ("transformer", "vae"):
+        if name in (*TRANSFORMERS, "vae"):
             parts[name] = in_dtype(blueprint.make(name, device), getattr(torch, config.dtype))
         elif name == "scheduler":
             parts[name] = getattr(diffusers, part["class"]).from_config(part["config"])
@@ -206,5 +208,6 @@ def random_family(model: ModelConfig) -> BaseFamily:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
 
         kind = Int8WeightOnlyConfig if model.quantization == "int8_torchao" else Float8WeightOnlyConfig
-        quantize_(family.transformer, kind())
+        for transformer in family.transformers:
+            quantize_(transformer, kind())
     return family

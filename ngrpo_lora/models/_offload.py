@@ -23,10 +23,16 @@ from torch.autograd.graph import increment_version
 
 from ngrpo_lora.errors import UserError
 
-__all__ = ["swap_blocks"]
+__all__ = ["blocks_of", "swap_blocks"]
 
 ALIGNMENT = 512  # bytes, as CUDA's allocator: kernels are chosen by it
 PIECE = 1 << 24  # bytes; PyTorch rounds pinned memory up to a power of two
+
+
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    """A transformer's repeated blocks, in the order in which they run: the entries of its lists of modules."""
+    lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks]
 
 
 def swap_blocks(blocks: Sequence[nn.Module], count: int, device: torch.device) -> None:

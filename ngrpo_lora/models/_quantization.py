@@ -45,7 +45,7 @@ def check_quantization(kind: str, device: str) -> None:
 
 
 def pipeline_quantization(kind: str, dtype: torch.dtype) -> PipelineQuantizationConfig | None:
-    """The `quantization_config` for `from_pretrained`, with a transformer that computes in `dtype`; None for `none`."""
+    """The `quantization_config` for `from_pretrained`, with transformers that compute in `dtype`; None for `none`."""
     if kind == "none":
         return None
     from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
@@ -63,7 +63,7 @@ def pipeline_quantization(kind: str, dtype: torch.dtype) -> PipelineQuantization
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]  # of the extra torchao
 
         config = TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8_torchao" else Float8WeightOnlyConfig())
-    return PipelineQuantizationConfig(quant_mapping={"transformer": config})
+    return PipelineQuantizationConfig(quant_mapping={"transformer": config, "transformer_2": config})
 
 
 def keep_inputs_whole(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Wan text-to-video (Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan2.1-T2V-14B-Diffusers, Wan2.2-TI2V-5B-Diffusers).
+"""Wan text-to-video (Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan2.1-T2V-14B, Wan2.2-TI2V-5B, Wan2.2-T2V-A14B).
 
 Source of the conventions: diffusers' `WanPipeline` (pipelines/wan/pipeline_wan.py). The transformer takes
 1000 * sigma and gives `noise - clean`. Latents are (C, 1 + (frames - 1) / 4, H / 8, W / 8), of Wan 2.2 H / 16 and
@@ -6,9 +6,9 @@ W / 16, standardised channel by channel (`latents_mean`, `latents_std`). UMT5's 
 and padded with zeros to 512 tokens, which are not masked. Without a first picture all timesteps of Wan 2.2's
 `expand_timesteps` are equal: one a sample says the same.
 
-Guidance by two passes, 5.0 recommended. Sigmas run from 1 linearly to 0 before `flow_shift`, as in Wan's own code;
-diffusers' UniPC scheduler starts 1e-6 lower and is up to 0.001 higher before the shift. Wan 2.2's A14B models, a
-pair of transformers of which each draws one part of the steps, are refused.
+Guidance by two passes, 5.0 recommended; of Wan 2.2 A14B, a pair of transformers of which each draws one part of the
+steps (`_experts.py`), 4.0 at high noise and 3.0 at low. Sigmas run from 1 linearly to 0 before `flow_shift`, as in
+Wan's own code; diffusers' UniPC scheduler starts 1e-6 lower and is up to 0.001 higher before the shift.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.models._base import BaseFamily, Parts
-from ngrpo_lora.models._index import model_index
+from ngrpo_lora.models._base import Parts
+from ngrpo_lora.models._experts import ExpertsFamily
 from ngrpo_lora.types import TextEmbeds
 
 
-class Family(BaseFamily):
+class Family(ExpertsFamily):
     """The Wan text-to-video family; `_base.BaseFamily` documents its members."""
 
     pipeline_class = "WanPipeline"
@@ -35,6 +35,7 @@ class Family(BaseFamily):
     attention = ("to_q", "to_k", "to_v", "to_out.0")
     feed_forward = ("ffn.net.0.proj", "ffn.net.2")
     default_guidance = 5.0
+    default_guidances = (4.0, 3.0)
 
     def configure(self, config: ModelConfig) -> None:
         """Apply the settings of `config`, whose number of frames must be one that latents can have."""
@@ -44,13 +45,7 @@ class Family(BaseFamily):
 
     def load(self, parts: Parts) -> Any:
         """Load the pipeline; what this family cannot draw is refused before weights are read."""
-        config = self.config
-        check_frames(config)
-        if model_index(config.path, config.revision).get("transformer_2", [None])[0] is not None:
-            raise UserError(
-                f"model.path {config.path!r} has two transformers, and one LoRA cannot train both; give Wan 2.1 or "
-                "Wan2.2-TI2V-5B"
-            )
+        check_frames(self.config)
         return super().load(parts)
 
     @property
@@ -60,12 +55,14 @@ class Family(BaseFamily):
 
     @property
     def architecture(self) -> str:
-        """`modelspec.architecture`; of Wan 2.2 only TI2V-5B has a single transformer."""
+        """`modelspec.architecture`: Wan 2.2's models are a single transformer for tokens of their own, and a pair."""
+        if self.expert is not None:
+            return "wan2.2-t2v-a14b"
         return "wan2.2-ti2v-5b" if self.pipeline.config.expand_timesteps else "wan2.1"
 
     @property
     def num_frames(self) -> int:
-        """Configured number of frames, else those of five seconds at 16 frames a second, 24 for Wan 2.2."""
+        """Configured number of frames, else those of five seconds at 16 frames a second, 24 for TI2V-5B."""
         return self.config.num_frames or (121 if self.pipeline.config.expand_timesteps else 81)
 
     @property

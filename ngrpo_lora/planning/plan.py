@@ -19,8 +19,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ngrpo_lora import registry
-from ngrpo_lora.algorithms._base import Algorithm
+from ngrpo_lora.algorithms._opening import open_algorithm
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.devices import resolve_dtype
 from ngrpo_lora.equations.schedule import Schedule
@@ -138,10 +137,13 @@ class Rehearsal:
         return Evaluations(self.samples * groups, rollout, rollout + extra, theta)
 
 
-def rehearse(config: RunConfig) -> Rehearsal:
-    """Make a dry run of an iteration: roll out one group, score all groups at random, and count the updates."""
-    module = registry.load(registry.ALGORITHMS, config.algorithm.name)
-    algorithm: Algorithm = module.Algorithm(config.algorithm, config.rollout)
+def rehearse(config: RunConfig, steps: range | None = None) -> Rehearsal:
+    """Make a dry run of an iteration: roll out one group, score all groups at random, and count the updates.
+
+    Args:
+        steps: those of a rollout that can be trained; None: all.
+    """
+    algorithm = open_algorithm(config, steps)
     calls, schedule = 0, Schedule(flow_sigmas(config.rollout.num_steps), 1.0)
 
     def velocity_fn(latents: Tensor, sigma: float) -> Tensor:
@@ -288,11 +290,11 @@ def make_plan(config: RunConfig, gpus: int = 1) -> Plan:
     dtype = resolve_dtype(model.dtype, "cpu") if on_cpu else model.dtype.replace("auto", "bfloat16")
     drawn = sketch(model.model_copy(update={"dtype": dtype}), config.lora)
     family, blueprint = drawn.family, drawn.blueprint
-    if model.swap_blocks > len(drawn.blocks):
+    if model.swap_blocks > (most := len(drawn.blocks[0])):
         raise ConfigError(
-            f"model.swap_blocks must be at most {len(drawn.blocks)}, the blocks of this model, got {model.swap_blocks}"
+            f"model.swap_blocks must be at most {most}, the blocks of this model, got {model.swap_blocks}"
         )
-    rehearsal = rehearse(config)
+    rehearsal = rehearse(config, family.trained_steps(family.sigmas(config.rollout.num_steps, config.rollout.shift)))
     estimate = Estimate(config, drawn, rehearsal, gpus, on_cpu)
     batches = estimate.batches
     evaluations = rehearsal.evaluations(config.rollout.prompts_per_iteration, drawn.passes)
@@ -303,7 +305,8 @@ def make_plan(config: RunConfig, gpus: int = 1) -> Plan:
     networks_of_model = [name for name in (*family.text_encoders, "vae") if name in blueprint.parts]
     return Plan(
         origin=blueprint.origin,
-        parameters={"transformer": drawn.parameters, "LoRA": sum(drawn.lora)}
+        parameters=drawn.parameters
+        | {"LoRA": sum(drawn.lora)}
         | {name: blueprint.parameters(name) for name in networks_of_model},
         gpus=gpus,
         on_cpu=on_cpu,

@@ -107,7 +107,7 @@ def suggest(config: RunConfig, gpu_memory: float, gpus: int = 1) -> list[str] | 
 
 def ways(config: RunConfig, gpus: int) -> Iterator[Settings]:
     """Settings that make a run need less memory, cheapest first, but for those that it has already."""
-    blocks = len(sketch(config.model, config.lora).blocks)
+    blocks = len(sketch(config.model, config.lora).blocks[0])
     ways: list[Settings] = [
         {"rollout.micro_batch_size": 1},
         {"trainer.micro_batch_size": 1},

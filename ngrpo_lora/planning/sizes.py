@@ -20,15 +20,17 @@ REWARD_PARAMETERS = {
 
 
 def base_sizes(config: RunConfig, drawn: Sketch, gpus: int) -> tuple[float, float, float]:
-    """Bytes of the transformer: on each GPU while it is used, there while it is loaded, and in system memory."""
+    """Bytes of all transformers: on each GPU while it is used, there while it is loaded, and in system memory."""
     weights = drawn.quantized(config.model.quantization)
     if count := config.model.swap_blocks:
-        away = sum(drawn.blocks[-count:])
-        base = weights - away + max(drawn.blocks[-count:]) * min(count, 2)  # the room that they visit
+        away = sum(sum(blocks[-count:]) for blocks in drawn.blocks)
+        room = sum(max(blocks[-count:]) * min(count, 2) for blocks in drawn.blocks)  # that they visit
+        base = weights - away + room
         return base, base, away
     if config.trainer.strategy == "fsdp" and gpus > 1:
-        in_blocks = sum(drawn.blocks)  # whole are the one that computes, the one that is next, and what is in no block
-        share = in_blocks / gpus + 2 * max(drawn.blocks) + weights - in_blocks
+        in_blocks = sum(map(sum, drawn.blocks))
+        # Whole are the one that computes, the one that is next, and what is in no block.
+        share = in_blocks / gpus + 2 * max(map(max, drawn.blocks)) + weights - in_blocks
         return share, share, 0
     return weights, weights, 0
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from ngrpo_lora.adapters import lora
 from ngrpo_lora.config import LoraConfig, ModelConfig
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.models._blueprint import Blueprint, blank_text, make_family, read_blueprint
+from ngrpo_lora.models._blueprint import TRANSFORMERS, Blueprint, blank_text, make_family, read_blueprint
+from ngrpo_lora.models._offload import blocks_of
 from ngrpo_lora.planning.meter import Meter, attention_on_meta, thin
 
 __all__ = ["Cost", "Sketch", "packed_size", "sketch"]
@@ -29,22 +31,22 @@ class Cost:
 
 
 class Sketch:
-    """A transformer with its adapter, and a VAE: sizes in bytes, and costs of passes.
+    """A model's transformers, one of them with its adapter, and its VAE: sizes in bytes, and costs of passes.
 
-    weights, vae: bytes of the whole networks. blocks: bytes of each of the transformer's blocks. linear: layers that a
-    quantiser packs. adapted: the layers with a LoRA. lora: elements of every LoRA weight.
+    weights, vae: bytes of all transformers, and of the VAE. parameters: those of each transformer by its name.
+    blocks: bytes of the blocks of each transformer, that of the adapter first. linear: layers that a quantiser packs.
+    adapted: the layers with a LoRA. lora: elements of every LoRA weight.
     """
 
     def __init__(self, blueprint: Blueprint, config: ModelConfig, lora_config: LoraConfig):
         self.blueprint = blueprint
         self.family: BaseFamily = make_family(blueprint, config)
-        transformer = self.family.transformer
-        self.weights, self.vae = size_of(transformer), size_of(self.family.vae)
-        self.blocks = [size_of(block) for block in self.family.blocks]
-        self.parameters = sum(weight.numel() for weight in transformer.parameters())
-        layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-        in_float32 = transformer._keep_in_fp32_modules or []
-        self.linear = [m for name, m in layers.items() if not any(part in in_float32 for part in name.split("."))]
+        transformer, transformers = self.family.transformer, self.family.transformers
+        self.weights, self.vae = sum(map(size_of, transformers)), size_of(self.family.vae)
+        self.blocks = [[size_of(block) for block in blocks_of(one)] for one in transformers]
+        named = {name: getattr(self.family.pipeline, name) for name in TRANSFORMERS if name in blueprint.parts}
+        self.parameters = {name: sum(weight.numel() for weight in one.parameters()) for name, one in named.items()}
+        self.linear = [layer for one in transformers for layer in packed_layers(one)]
         self.adapted = adapted_layers(self.family, lora_config.targets)
         self.lora = [elements for layer in self.adapted for elements in lora_sizes(layer, lora_config.rank)]
         self.counts = thin(transformer)
@@ -73,7 +75,7 @@ class Sketch:
                 weight.grad = torch.zeros_like(weight)
             latents = self.blank_latents(batch)
             with attention_on_meta(), Meter(self.counts) as meter, torch.set_grad_enabled(backward):
-                velocity = family.velocity(latents, 0.5, text)
+                velocity = family.velocity(latents, family.probe_sigma, text)
                 if backward:
                     velocity.sum().backward()
             self.velocities[key] = Cost(meter.peak, meter.flops)
@@ -96,12 +98,20 @@ class Sketch:
         return torch.zeros(batch, *self.family.latent_shape, device="meta")
 
     def quantized(self, kind: str) -> int:
-        """Bytes of the transformer's weights under a `model.quantization`; for `none` those in its number type."""
+        """Bytes of the transformers' weights under a `model.quantization`; for `none` those in its number type."""
         if kind == "none":
             return self.weights
         plain = sum(layer.weight.nbytes for layer in self.linear)
         packed = sum(packed_size(layer.weight.numel(), layer.out_features, kind) for layer in self.linear)
         return self.weights - plain + packed
+
+
+def packed_layers(transformer: Any) -> Iterator[nn.Linear]:
+    """The linear layers that a quantiser packs: all but those that stay in float32."""
+    in_float32 = transformer._keep_in_fp32_modules or []
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear) and not any(part in in_float32 for part in name.split(".")):
+            yield module
 
 
 def size_of(module: nn.Module) -> int:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ngrpo_lora.adapters import lora
 from ngrpo_lora.adapters.fusing import load_fused
 from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.adapters.loading import load_adapter
@@ -123,11 +124,10 @@ class Sampler:
                 load_adapter(self.family, path, strength, name)
                 self.names[path] = name
             strengths[self.names[path]] = strengths.get(self.names[path], 0.0) + strength
+        for transformer in self.family.transformers:
+            lora.switch(transformer, bool(strengths))
         if strengths:
-            self.family.transformer.enable_adapters()
             self.family.pipeline.set_adapters([*strengths], [*strengths.values()])
-        elif self.names:
-            self.family.transformer.disable_adapters()
 
     def remove_adapters(self) -> None:
         """Take all LoRA files off the model, so that their memory is free and changed files are read again."""

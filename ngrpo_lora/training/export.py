@@ -131,19 +131,20 @@ def check_export(path: Path, family: BaseFamily, text: TextEmbeds, latents: Tens
     Raises:
         UserError: the file does not do what the live adapter does.
     """
-    live = family.velocity(latents, 0.5, text)
+    sigma = family.probe_sigma
+    live = family.velocity(latents, sigma, text)
     # A 16-bit pipeline rounds the adapter on loading, and with it everything that is computed from there on; in a deep
     # model, with guidance, that is several times the rounding of a single number.
     rounded = {name: p.to(family.dtype).float() for name, p in lora.parameters(family.transformer).items()}
     with lora.swapped(family.transformer, rounded):
-        noise = rms(family.velocity(latents, 0.5, text) - live)
+        noise = rms(family.velocity(latents, sigma, text) - live)
     with lora.disabled(family.transformer):
-        effect = rms(live - family.velocity(latents, 0.5, text))
+        effect = rms(live - family.velocity(latents, sigma, text))
     try:
         with lora.beside_another():
-            family.pipeline.load_lora_weights(str(path), adapter_name="exported")
+            family.load_lora(str(path), "exported")
         family.pipeline.set_adapters("exported")
-        difference = rms(family.velocity(latents, 0.5, text) - live)
+        difference = rms(family.velocity(latents, sigma, text) - live)
     finally:
         lora.remove(family.transformer, "exported")
     tolerance = 1e-3 if family.dtype == torch.float32 else 0.1

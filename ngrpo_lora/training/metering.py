@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,13 +18,14 @@ STAGES = ("rollout", "reward", "update")
 
 
 class EvaluationCounter:
-    """Counts samples through a module, separately for passes with and without gradients: NFE_theta and NFE_old."""
+    """Counts samples through modules, separately for passes with and without gradients: NFE_theta and NFE_old."""
 
-    def __init__(self, module: nn.Module, processes: Processes):
+    def __init__(self, modules: Iterable[nn.Module], processes: Processes):
         self.processes = processes
         self.old = self.theta = 0
         self.active = True
-        module.register_forward_pre_hook(self._count, with_kwargs=True)
+        for module in modules:
+            module.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.active:

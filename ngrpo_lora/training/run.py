@@ -78,9 +78,9 @@ class Run:
     def start(self) -> Start:
         """What watchers are told before the run goes on."""
         trained = sum(p.numel() for p in self.lora_step.parameters.values())
-        frozen = sum(p.numel() for p in self.family.transformer.parameters()) - trained
+        total = sum(p.numel() for transformer in self.family.transformers for p in transformer.parameters())
         processes, voting = self.processes, self.scorer.voting
-        return Start(self.config, self.iteration, processes.count, processes.is_main, trained, frozen, voting)
+        return Start(self.config, self.iteration, processes.count, processes.is_main, trained, total - trained, voting)
 
     @property
     def groups(self) -> range:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ngrpo_lora import registry
 from ngrpo_lora.adapters import lora
 from ngrpo_lora.adapters.fusing import load_fused
-from ngrpo_lora.adapters.loading import read_fitting
-from ngrpo_lora.algorithms._base import Algorithm
+from ngrpo_lora.adapters.loading import read_initial
+from ngrpo_lora.algorithms._opening import open_algorithm
 from ngrpo_lora.config import ModelConfig, RunConfig
 from ngrpo_lora.devices import resolve_device, use_device
 from ngrpo_lora.errors import ConfigError, SharedError, UserError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._embeddings import EmbeddingCache
 from ngrpo_lora.models._loading import family_class, load_family
+from ngrpo_lora.models._offload import blocks_of
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.sources import PromptSource, check_sources, count_longer, open_split
 from ngrpo_lora.ranks import process_device
@@ -65,7 +64,8 @@ def prepare(config: RunConfig, *watchers: Watcher, family: BaseFamily | None = N
         raise SharedError(problem)
     own: list[Watcher] = [recorder := Recorder(), Tracking(recorder), Screen()] if processes.is_main else [Screen()]
     looking_on = Watchers([*own, *watchers])
-    algorithm = open_algorithm(config)
+    steps = foreseen_steps(config, family)
+    algorithm = open_algorithm(config, steps)
     prompts, held_out = open_prompts(config)
     check_pictures(config, processes, prompts, held_out, family or family_class(config.model))
     # Rewards and measures come first: what they lack should be known before a large model is loaded.
@@ -79,7 +79,7 @@ def prepare(config: RunConfig, *watchers: Watcher, family: BaseFamily | None = N
         watch_passes(looking_on, family)
         parameters = add_lora(config, family, processes.count)
         lora_step = LoraStep(config.optimizer, parameters, processes, family.dtype, family.device)
-        counter = EvaluationCounter(family.transformer, processes)
+        counter = EvaluationCounter(family.transformers, processes)
         run = Run(
             config,
             processes,
@@ -127,28 +127,15 @@ def misfit(config: RunConfig, count: int) -> str | None:
     return None
 
 
-def open_algorithm(config: RunConfig) -> Algorithm:
-    """Make the algorithm that the configuration names, with its settings.
+def foreseen_steps(config: RunConfig, family: BaseFamily | None) -> range:
+    """The steps of a rollout at which the adapter can be trained, known before the model is loaded.
 
     Raises:
-        ConfigError: its module was written for another contract than that of `algorithms/_base.py`.
+        UserError: `model.expert` does not fit the model, or there are no such steps.
     """
-    name = config.algorithm.name
-    kind = registry.load(registry.ALGORITHMS, name).Algorithm
-    for method in ("rollout", "advantages", "updates", "loss"):
-        wanted = [*inspect.signature(getattr(Algorithm, method)).parameters]
-        found = [*inspect.signature(getattr(kind, method)).parameters] if hasattr(kind, method) else []
-        if found != wanted:
-            raise ConfigError(
-                f"algorithm.name={name}: Algorithm.{method} must have the parameters {', '.join(wanted)}, as in "
-                f"algorithms/_base.py, got {', '.join(found) or 'no such method'}; change the module"
-            )
-    algorithm = kind(config.algorithm, config.rollout)
-    if lacking := [key for key in ("needs_reference", "needs_old", "metric_names") if not hasattr(algorithm, key)]:
-        raise ConfigError(
-            f"algorithm.name={name}: Algorithm must have {', '.join(lacking)}, as in algorithms/_base.py; add them"
-        )
-    return algorithm
+    if family is None:
+        return family_class(config.model).foreseen_steps(config.model, config.rollout)
+    return family.trained_steps(family.sigmas(config.rollout.num_steps, config.rollout.shift))
 
 
 def open_rewards(config: RunConfig, device: str, processes: Processes) -> tuple[Scorer, Scorer, ScoreCache | None]:
@@ -258,7 +245,7 @@ def watch_passes(watchers: Watchers, family: BaseFamily) -> None:
     """Let watchers know of every pass through a block of the transformer and a part of the VAE and the encoders."""
     # A compiled block would have the call in its graph.
     blocks = [] if family.config.compile else family.blocks
-    attend(watchers, [family.transformer, *blocks, *modules_of(family.vae, *family.encoders)])
+    attend(watchers, [*family.transformers, *blocks, *modules_of(family.vae, *family.encoders)])
 
 
 def modules_of(*networks: nn.Module) -> list[nn.Module]:
@@ -278,12 +265,13 @@ def add_lora(config: RunConfig, family: BaseFamily, num_processes: int) -> dict[
     suffixes, excluded = family.lora_targets(config.lora.targets)
     lora.inject(transformer, config.lora, suffixes, excluded, derive_seed(config.seed, "lora"))
     if config.lora.init_from is not None and config.resume is None:
-        lora.start_from(transformer, read_fitting(family, config.lora.init_from), excluded)
+        lora.start_from(transformer, read_initial(family, config.lora.init_from), excluded)
     if config.trainer.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     parameters = lora.parameters(transformer)
     if base_is_sharded(config.trainer.strategy, num_processes):
-        shard(transformer, family.blocks, set(parameters.values()), family.device)
+        for one in family.transformers:
+            shard(one, blocks_of(one), set(parameters.values()), family.device)
     if config.model.compile:
         family.compile_blocks()
     return parameters

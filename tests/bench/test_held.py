@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ngrpo_lora.algorithms._opening import open_algorithm
 from ngrpo_lora.bench.held import HeldAlgorithm
 from ngrpo_lora.config import parse_config
-from ngrpo_lora.training.setup import open_algorithm
 from ngrpo_lora.types import RewardBatch
 
 

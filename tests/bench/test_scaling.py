@@ -12,12 +12,12 @@ import torch
 from conftest import MakeConfig
 
 from ngrpo_lora import registry
+from ngrpo_lora.algorithms._opening import open_algorithm
 from ngrpo_lora.bench import scaling
 from ngrpo_lora.bench.held import HeldAlgorithm
 from ngrpo_lora.bench.scaling import Case, Sweep, fit
 from ngrpo_lora.config import RunConfig, changed_keys, load_config
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.training.setup import open_algorithm
 from ngrpo_lora.types import RewardBatch
 
 

@@ -76,3 +76,24 @@ def test_a_file_that_the_base_had_taken_in_is_named_without_its_place(tmp_path: 
     text = write_card(make_folder(tmp_path, config, ["a"]), "owner/name", config, 300, [], {}).text
     assert "path/to/steps.safetensors at 1" in text
     assert "secret" not in text
+
+
+@pytest.mark.parametrize(("expert", "into"), [("high_noise", ""), ("low_noise", ", load_into_transformer_2=True")])
+def test_an_adapter_of_one_of_two_transformers_is_loaded_into_that_one(expert: str, into: str, tmp_path: Path):
+    settings = [f"model.expert={expert}", "model.guidance_scale_2=2.5", "model.num_frames=17"]
+    fuse = "model.fuse={owner/fast/high_noise.safetensors: 0.5, owner/fast/low_noise.safetensors: 0.75}"
+    config = make_config(*settings, fuse)
+    adapter = read_pushed(make_folder(tmp_path, config, ["a"], "wan") / FILE_NAME)
+    code = diffusers_usage("owner/name", None, adapter, "a", 7)
+    ast.parse(code)
+    lines = code.splitlines()
+    assert f"pipeline.load_lora_weights('owner/name'{into})" in lines
+    assert "    guidance_scale_2=2.5," in lines
+    first = lines.index("pipeline.load_lora_weights('owner/fast', weight_name='high_noise.safetensors')")
+    assert lines[first + 1].startswith("pipeline.fuse_lora(lora_scale=0.5)")
+    low = "weight_name='low_noise.safetensors', load_into_transformer_2=True)"
+    assert lines[first + 3] == f"pipeline.load_lora_weights('owner/fast', {low}"
+    assert lines[first + 4].startswith("pipeline.fuse_lora(['transformer_2'], lora_scale=0.75)")
+    text = write_card(tmp_path, "owner/name", config, 300, [], {}).text
+    assert "trained transformer | " + expert.replace("_", r"\_") in text
+    assert "(high noise) and 2.5 (low noise)" in text

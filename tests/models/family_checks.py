@@ -89,8 +89,9 @@ def picture(path: Path, seed: int, size: tuple[int, int] = (100, 40)) -> SourceP
 def model_folder(pipeline: Any, folder: Path) -> Path:
     """Save a tiny pipeline whose every weight is random: what starts as zero would hide what is wrong with it."""
     generator = torch.Generator().manual_seed(0)
+    transformers = [pipeline.transformer, getattr(pipeline, "transformer_2", None)]
     with torch.no_grad():
-        for parameter in pipeline.transformer.parameters():
+        for parameter in (p for transformer in filter(None, transformers) for p in transformer.parameters()):
             if not parameter.any():
                 parameter.normal_(std=0.02, generator=generator)
     pipeline.save_pretrained(folder)
@@ -289,7 +290,8 @@ def check_training(
     ]
     run = prepare(make_config(output_dir / "run", *common, *settings))
     family, trained = run.family, set(run.lora_step.parameters)
-    parts = {"transformer": family.transformer, "vae": family.vae} | dict(enumerate(family.encoders))
+    others = [*family.transformers[1:], *family.encoders]
+    parts = {"transformer": family.transformer, "vae": family.vae} | dict(enumerate(others))
     start = {(part, name): w.clone() for part, module in parts.items() for name, w in module.state_dict().items()}
     complete(run)
     for part, module in parts.items():
@@ -303,20 +305,22 @@ def check_training(
     )
     with torch.no_grad(), lora.swapped(family.transformer, run.lora_step.averaged):
         text = family.encode(run.held_out[:1])
-        velocity = family.velocity(noise_of(family), 0.5, text)
+        velocity = family.velocity(noise_of(family), family.probe_sigma, text)
         remember.remove()
         with lora.merged(family.transformer):
-            assert relative_error(family.velocity(noise_of(family), 0.5, text), velocity) <= TOLERANCE
+            assert relative_error(family.velocity(noise_of(family), family.probe_sigma, text), velocity) <= TOLERANCE
         expected = [first(family.transformer(*args, **kwargs)) for args, kwargs in seen]
         with lora.disabled(family.transformer):
             base = [first(family.transformer(*args, **kwargs)) for args, kwargs in seen]
     pipeline = stock(folder, family.pipeline_class, **parts_of_stock)
     file = output_dir / "run" / "adapter" / FILE_NAME
-    pipeline.load_lora_weights(file.parent, adapter_name=lora.ADAPTER_NAME)
-    loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name=lora.ADAPTER_NAME)
+    second = {"load_into_transformer_2": True} if family.expert == "low_noise" else {}
+    pipeline.load_lora_weights(file.parent, adapter_name=lora.ADAPTER_NAME, **second)
+    transformer = pipeline.transformer_2 if second else pipeline.transformer
+    loaded = get_peft_model_state_dict(transformer, adapter_name=lora.ADAPTER_NAME)
     assert {f"transformer.{name}" for name in loaded} == set(load_file(file))
     with torch.no_grad():
-        actual = [first(pipeline.transformer(*args, **kwargs)) for args, kwargs in seen]
+        actual = [first(transformer(*args, **kwargs)) for args, kwargs in seen]
     for ours, theirs, bare in zip(expected, actual, base, strict=True):
         assert relative_error(theirs, ours) <= TOLERANCE
         assert relative_error(bare, ours) > 10 * TOLERANCE

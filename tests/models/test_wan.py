@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import MakeConfig
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from family_checks import (
     PROMPTS,
     GivenSigmas,
@@ -22,15 +20,13 @@ from family_checks import (
     check_training,
     check_velocities,
     load,
-    model_folder,
     noise_of,
     record,
     stock,
-    t5_tokenizer,
 )
 from PIL import Image, ImageSequence
-from transformers import UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
+from wan_parts import LARGE, SMALL, make_folder
 
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.cli import app
@@ -46,8 +42,6 @@ from ngrpo_lora.training.rollouts import decode, roll_out
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.setup import prepare
 
-SMALL: dict[str, Any] = {"height_px": 16, "width_px": 32, "num_frames": 5, "max_sequence_length": 64}
-LARGE: dict[str, Any] = dict(SMALL, height_px=32, width_px=64)  # as many latents, of cells twice as wide
 SETTINGS = [f"model.{key}={value}" for key, value in SMALL.items()]
 
 # Redness; its calls are written down, and what `broken` says of the images of a group, counted from 0, has no score.
@@ -66,40 +60,6 @@ def group(images, prompt, metadata):
 def broken(images, prompt, metadata):
     return [float("nan") if i == 3 else redness for i, redness in enumerate(group(images, prompt, metadata))]
 """
-
-
-def make_folder(folder: Path, second: bool) -> Path:
-    """A model like Wan 2.1, or with `second` like Wan 2.2 TI2V."""
-    torch.manual_seed(0)
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    patches: dict[str, Any] = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12}
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[-0.5, 0.1, 0.9, -0.3],
-        latents_std=[0.6, 1.5, 2.0, 1.1],
-        scale_factor_spatial=16 if second else 8,
-        **(patches if second else {}),
-    )
-    hub: dict[str, Any] = {  # the classes of the models on the Hub, not of the pipeline's annotations
-        "tokenizer": t5_tokenizer(),
-        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-    }
-    pipeline = WanPipeline(text_encoder=encoder, vae=vae, transformer=transformer, expand_timesteps=second, **hub)
-    return model_folder(pipeline, folder)
 
 
 @pytest.fixture(scope="session")
@@ -187,14 +147,6 @@ def test_one_frame_is_a_picture(wan21: Path):
 def test_sizes_are_multiples_of_a_patch(wan22: Path):
     with pytest.raises(UserError, match=r"model.height_px must be a multiple of 32 for this model, got 16"):
         load(wan22, **SMALL)
-
-
-def test_a_pair_of_transformers_is_refused_before_it_is_read(wan21: Path, tmp_path: Path):
-    index = json.loads((wan21 / "model_index.json").read_text())
-    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"two transformers, and one LoRA cannot train both; give Wan 2.1 or"):
-        load(tmp_path, **SMALL)
 
 
 def test_lora_adapts_the_blocks_and_nothing_else(family: BaseFamily):

@@ -15,10 +15,10 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from ngrpo_lora.algorithms._opening import open_algorithm
 from ngrpo_lora.config import RunConfig, parse_config
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import shifted
-from ngrpo_lora.training.setup import open_algorithm
 from ngrpo_lora.types import RewardBatch
 
 __all__ = ["TRAINED", "Cost", "cost_of", "length", "total"]
