@@ -90,19 +90,29 @@ class RewardBatch:
 
 @dataclass(frozen=True)
 class Samples:
-    """N images and what they should show; each `group_size` in a row are candidates of one prompt."""
+    """N images and what they should show; each `group_size` in a row are candidates of one prompt.
+
+    videos: N, all frames of the video that each image is a frame of, one object for all images of a video; empty where
+    the images are no frames.
+    """
 
     images: Sequence[Image.Image]
     prompts: Sequence[str]
     metadata: Sequence[dict[str, Any]]
     group_size: int = 1
+    videos: Sequence[Sequence[Image.Image]] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, rows: Sequence[int]) -> Samples:
-        images = [self.images[row] for row in rows]
-        return Samples(images, [self.prompts[r] for r in rows], [self.metadata[r] for r in rows], self.group_size)
+        images, videos = [self.images[row] for row in rows], [self.videos[row] for row in rows if self.videos]
+        prompts, metadata = [self.prompts[row] for row in rows], [self.metadata[row] for row in rows]
+        return Samples(images, prompts, metadata, self.group_size, videos)
+
+    def video(self, row: int) -> Sequence[Image.Image]:
+        """All frames of the video that an image is of; of a picture itself alone."""
+        return self.videos[row] if self.videos else [self.images[row]]
 
 
 class Transition(NamedTuple):

@@ -7,6 +7,7 @@ A file here holds either a function `score`, or `class Config(RewardConfig)` and
     score(images, prompts, metadata)   B PIL images, B strings, B dictionaries -> B numbers
     score(image, prompt, metadata)     one of each -> a number
     score(images, prompt, metadata)    all G candidates of a prompt -> G numbers
+    score(video, prompt, metadata)     all frames of one video -> a number
 
 `prompt` and `metadata` may be left out, and all of them may be `async def`. `ngrpo_lora/scoring` calls them.
 """

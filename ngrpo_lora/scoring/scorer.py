@@ -17,6 +17,7 @@ from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -40,7 +41,7 @@ __all__ = ["Scorer", "Wait", "load_reward"]
 log = logging.getLogger(__name__)
 
 
-Form = Literal["batch", "group", "single"]
+Form = Literal["batch", "group", "single", "video"]
 
 POLL_S = 0.1
 
@@ -141,7 +142,7 @@ class BoundReward:
 
     def __call__(self, samples: Samples, cache: ScoreCache | None = None) -> Tensor:
         """Scores (N,) float64, from the cache where that has them, NaN where the reward failed."""
-        if cache is None or not self.config.cache or self.form == "group":
+        if cache is None or not self.config.cache or self.form in ("group", "video"):
             return self.score(samples)
         keys = cache.keys(self.config, samples)
         known = cache.read(keys)
@@ -187,7 +188,10 @@ class BoundReward:
         return error
 
     def parts(self, samples: Samples) -> Iterator[list[int]]:
-        """Row numbers of each call: one image, one group, or `batch_size` images."""
+        """Row numbers of each call: one image, one group, the frames of one video, or `batch_size` images."""
+        if self.form == "video":
+            yield from ([*rows] for _, rows in groupby(range(len(samples)), lambda row: id(samples.video(row))))
+            return
         size = {"single": 1, "group": samples.group_size, "batch": self.config.batch_size or max(1, len(samples))}[
             self.form
         ]
@@ -203,9 +207,13 @@ class BoundReward:
         if not self.guest.trusted:
             images, metadata = [image.copy() for image in part.images], deepcopy([*part.metadata])
             part = replace(part, images=images, metadata=metadata)
+            if self.form == "video":
+                part = replace(part, videos=[[frame.copy() for frame in part.video(0)]])
         given = {"images": part.images, "prompts": part.prompts, "metadata": part.metadata}
         if self.form == "single":
             given = {"image": part.images[0], "prompt": part.prompts[0], "metadata": part.metadata[0]}
+        if self.form == "video":
+            given = {"video": part.video(0), "prompt": part.prompts[0], "metadata": part.metadata[0]}
         if self.form == "group":
             given = {"images": part.images, "prompt": part.prompts[0], "metadata": part.metadata[0]}
         return {name: given[name] for name in self.parameters}
@@ -252,10 +260,10 @@ class BoundReward:
         A score out of range is a UserError before the reward has given any score, and NaN afterwards.
         """
         scores = numbers(returned)
-        if self.form == "single" and scores.ndim == 0:
-            scores = scores[None]
+        if self.form in ("single", "video") and scores.ndim == 0:
+            scores = scores.expand(count)  # of a video, the score of each of its images
         if scores.shape != (count,):
-            wanted = "a number" if self.form == "single" else f"{count} numbers for {count} images"
+            wanted = "a number" if self.form in ("single", "video") else f"{count} numbers for {count} images"
             raise UserError(f"reward {self.label} must return {wanted}, got {shown(returned)}")
         if self.config.range is not None:
             low, high = self.config.range
@@ -276,6 +284,8 @@ FORMS: dict[tuple[str, ...], Form] = {
     ("images",): "batch",
     ("image", "prompt"): "single",
     ("image",): "single",
+    ("video", "prompt"): "video",
+    ("video",): "video",
 }
 
 
@@ -294,8 +304,9 @@ def call_form(name: str, function: Callable[..., Any]) -> tuple[Form, list[str]]
     form = FORMS.get(tuple(name for name in wanted if name != "metadata"))
     if form is None or not plain:
         raise UserError(
-            f"reward {name} must have the parameters (images, prompts, metadata), (image, prompt, metadata) or, for "
-            f"whole groups, (images, prompt, metadata), got {inspect.signature(function)}"
+            f"reward {name} must have the parameters (images, prompts, metadata), (image, prompt, metadata), for whole "
+            "videos (video, prompt, metadata) or, for whole groups, (images, prompt, metadata), got "
+            f"{inspect.signature(function)}"
         )
     return form, wanted
 

@@ -25,14 +25,16 @@ def submit(run: Run, prompt: Prompt, images: list[Image.Image]) -> Wait:
 
 
 def samples(run: Run, prompts: Sequence[Prompt], images: list[Image.Image]) -> Samples:
-    """What rewards see of one sample a prompt: its image, or some frames of its video, evenly spaced."""
+    """What rewards see of one sample a prompt: its image, or some frames of its video, evenly spaced, beside all."""
     count, total = scored_frames(run), run.family.num_frames
     chosen = [(2 * i + 1) * total // (2 * count) for i in range(count)]
-    shown = [images[start + i] for start in range(0, len(images), total) for i in chosen]
+    videos = [images[start : start + total] for start in range(0, len(images), total)]
+    shown = [video[i] for video in videos for i in chosen]
     size = run.config.model.width_px, run.config.model.height_px
     metadata = {id(prompt): prompt.shown(size) for prompt in prompts}  # a group's prompt is one object
     repeated = [prompt for prompt in prompts for _ in chosen]
-    return Samples(shown, [p.text for p in repeated], [metadata[id(p)] for p in repeated], len(shown))
+    texts, rows = [prompt.text for prompt in repeated], [metadata[id(prompt)] for prompt in repeated]
+    return Samples(shown, texts, rows, len(shown), [video for video in videos for _ in chosen] if total > 1 else ())
 
 
 def scored_frames(run: Run) -> int:
