@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from ngrpo_lora.records.files import written
-from ngrpo_lora.records.pictures import save_png
+from ngrpo_lora.records.pictures import FRAME_RATE, save_png
 
 CELL_PX, CAPTION_LINES, LINE_PX = 160, 2, 17
 NUM_SHOWN = 4
+CLIP_PX = 384
 FRAME = "#1a9c3f"
 CAPTION_PX = CAPTION_LINES * LINE_PX
 
@@ -70,3 +72,14 @@ def save_shown(folder: Path, images: Sequence[Image.Image], prompts: Sequence[st
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images[:NUM_SHOWN]):
         save_png(folder / f"{index}.png", image, {"prompt": prompts[index], "seed": str(seeds[index])})
+
+
+def clip(frames: Sequence[Image.Image]) -> bytes:
+    """A video as an animated WebP picture that repeats, no longer on a side than CLIP_PX, for the report."""
+    small = [frame.copy() for frame in frames]
+    for frame in small:
+        frame.thumbnail((CLIP_PX, CLIP_PX))
+    buffer, first = io.BytesIO(), small[0]
+    duration_ms = round(1000 / FRAME_RATE)
+    first.save(buffer, "WEBP", save_all=True, append_images=small[1:], duration=duration_ms, loop=0, quality=80)
+    return buffer.getvalue()

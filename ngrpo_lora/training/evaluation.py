@@ -12,7 +12,7 @@ from torch import Tensor
 from ngrpo_lora.adapters import lora
 from ngrpo_lora.errors import SharedError, UserError
 from ngrpo_lora.records.metrics import save_scores
-from ngrpo_lora.reports.grids import NUM_SHOWN, save_grid, save_shown
+from ngrpo_lora.reports.grids import NUM_SHOWN, clip, save_grid, save_shown
 from ngrpo_lora.sampling.sampler import draw
 from ngrpo_lora.training.measuring import measure
 from ngrpo_lora.training.metering import Stages
@@ -116,13 +116,24 @@ def leave_records(run: Run, own: range, images: list[Image.Image], scores: dict[
     count, stem = run.config.evaluation.num_samples, f"{run.iteration:06d}"
     sent = middle_frames(run, images)[: max(0, min(len(own), count - own.start))]
     shown = [image for share in run.processes.gather(sent) for image in share]
+    clips = [made for share in run.processes.gather(own_clips(run, own, images)) for made in share]
     if run.processes.is_main:
         texts, seeds = [prompt.text for prompt in run.held_out], held_out_seeds(run)
         folder = run.output_dir / "samples"
         save_grid(folder / f"{stem}.png", shown, texts[: len(shown)])
-        save_shown(folder / ("last" if run.iteration else "first"), shown, texts, seeds)
+        part = folder / ("last" if run.iteration else "first")
+        save_shown(part, shown, texts, seeds)
+        for index, made in enumerate(clips):  # each beside its middle frame
+            (part / f"{index}.webp").write_bytes(made)
         if run.family.edits:
             size = run.config.model.width_px, run.config.model.height_px
             sources = [prompt.shown(size)["source"] for prompt in run.held_out[: min(len(shown), NUM_SHOWN)]]
             save_shown(folder / "sources", sources, texts, seeds)
         save_scores(run.output_dir / "evaluations" / f"{stem}.jsonl", texts, seeds, scores)
+
+
+def own_clips(run: Run, own: range, images: list[Image.Image]) -> list[bytes]:
+    """The clips of this process's held-out prompts that the report shows; none of pictures."""
+    total, count = run.family.num_frames, min(NUM_SHOWN, run.config.evaluation.num_samples)
+    first = range(max(0, min(len(own), count - own.start))) if total > 1 else range(0)
+    return [clip(images[index * total : (index + 1) * total]) for index in first]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,9 @@ from wan_parts import LARGE, SMALL, make_folder
 
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.cli import app
-from ngrpo_lora.errors import UserError
+from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.evaluation.report.page import write_report
+from ngrpo_lora.evaluation.report.record import Record
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.records.metrics import read_metrics
@@ -41,6 +46,7 @@ from ngrpo_lora.training.rewarding import collect, mean_of_frames, samples
 from ngrpo_lora.training.rollouts import decode, roll_out
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.setup import prepare
+from ngrpo_lora.training.trainer import complete
 
 SETTINGS = [f"model.{key}={value}" for key, value in SMALL.items()]
 
@@ -213,6 +219,42 @@ def test_the_grid_shows_middle_frames(run: Run, wan21: Path, tmp_path: Path):
         Image.open(run.output_dir / "samples" / "000000.png") as grid,
     ):
         assert expected.tobytes() == grid.tobytes()
+
+
+def test_the_report_shows_clips(run: Run, tmp_path: Path):
+    """Of the first evaluation and the last, each as long as its video, and the middle frame beside it."""
+    for part in ("first", "last"):
+        with Image.open(run.output_dir / "samples" / part / "0.webp") as clip:
+            assert (clip.size, getattr(clip, "n_frames", 1), clip.info["loop"]) == ((32, 16), 5, 0)
+            clip.seek(2)
+            middle = np.asarray(clip.convert("RGB")).astype(int)
+        with Image.open(run.output_dir / "samples" / part / "0.png") as frame:
+            assert np.abs(np.asarray(frame.convert("RGB")) - middle).mean() < 20  # WebP loses some
+    page = write_report([Record.read(run.output_dir, run.config, False)], tmp_path / "report.html").read_text()
+    clips = [base64.b64decode(text) for text in re.findall(r"data:image/webp;base64,([\w+/=]+)", page)]
+    lengths = [getattr(Image.open(io.BytesIO(clip)), "n_frames", 1) for clip in clips]
+    assert lengths.count(5) == 2 * len(run.held_out)
+
+
+def test_motion_is_seen_in_all_frames_beside_rewards_of_some(make_config: MakeConfig, wan21: Path, tmp_path: Path):
+    """A function of videos is given five frames of each sample, and its score is the sample's."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "mine.py").write_text(
+        "def length(video, prompt, metadata):\n    return len(video) + video[0].getpixel((0, 0))[0] / 1000\n"
+    )
+    sources = [f"prompts.{key}={tmp_path / 'prompts.txt'}" for key in ("train", "held_out")]
+    rewards = f"rewards={{train: ['jpeg', 'motion', '{tmp_path / 'mine.py'}:length'], frames: 2}}"
+    model = [f"model.path={wan21}", "evaluation.strict=null", *SETTINGS]
+    run = prepare(make_config(tmp_path / "run", *model, *sources, rewards))
+    complete(run)
+    metrics = read_metrics(run.output_dir / "metrics.jsonl")[-1]
+    assert 0 <= metrics["rollout/motion_mean"] <= 1
+    assert 5 < metrics["rollout/length_mean"] < 6
+    assert metrics["rollout/failed_share"] == 0
+    with pytest.raises(
+        ConfigError, match=r"reward motion is of videos, but model.path 'embedded' draws single pictures"
+    ):
+        prepare(make_config(tmp_path / "pictures", "rewards=motion", "evaluation.strict=null"))
 
 
 def test_a_frame_without_a_score_masks_its_video(make_config: MakeConfig, wan21: Path, tmp_path: Path):

@@ -65,7 +65,12 @@ def data_uri(path: Path, longest_px: int | None = None) -> str:
     if longest_px is not None:
         shown.thumbnail((longest_px, longest_px))
     shown.save(buffer, "WEBP", quality=90, lossless=max(shown.size) <= LOSSLESS_PX)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return webp_uri(buffer.getvalue())
+
+
+def webp_uri(data: bytes) -> str:
+    """The contents of a WebP file as a `data:` URI."""
+    return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
 
 
 def _fill(path: Path, title: str, data: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ngrpo_lora.evaluation.pages import data_uri
+from ngrpo_lora.evaluation.pages import data_uri, webp_uri
 
 __all__ = ["Html", "escaped", "picture", "section", "table", "warning"]
 
@@ -48,7 +48,9 @@ def warning(text: str) -> Html:
 
 
 def picture(path: Path, alt: str, longest_px: int) -> Html:
-    """A picture of a file, within the page."""
+    """A picture of a file, within the page; of a video the clip that lies beside its frame."""
     with Image.open(path) as image:
         small = ' class="small"' if max(image.size) <= SMALL_PX else ""
-    return Html(f'<img{small} src="{data_uri(path, longest_px)}" alt="{escaped(alt)}">')
+    clip = path.with_suffix(".webp")
+    uri = webp_uri(clip.read_bytes()) if clip.is_file() else data_uri(path, longest_px)
+    return Html(f'<img{small} src="{uri}" alt="{escaped(alt)}">')
