@@ -95,7 +95,9 @@ def judge(scorer: Scorer, pictures: Sequence[Picture], cache: ScoreCache, what: 
     for part in (pictures[start : start + size] for start in starts):
         images, prompts = [picture.load() for picture in part], [picture.prompt or "" for picture in part]
         metadata = [shown(picture, image.size) for picture, image in zip(part, images, strict=True)]
-        samples = Samples(images, prompts, metadata, group_size)
+        of_videos = any(reward.form == "video" for reward in scorer.rewards.values())
+        videos = [picture.frames() for picture in part] if of_videos else ()
+        samples = Samples(images, prompts, metadata, group_size, videos)
         for label, raw in scorer(samples, cache).items():
             scores[label] += raw.tolist()
     for label, raw in scores.items():

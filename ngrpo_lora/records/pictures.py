@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
 from ngrpo_lora.errors import ConfigError, UserError
@@ -51,6 +51,21 @@ class Picture:
         except UNREADABLE as error:
             raise UserError(f"{str(self.path)!r} must be a readable image, but it is not: {error}") from None
         return image if self.box is None else image.crop(self.box)
+
+    def frames(self) -> list[Image.Image]:
+        """All frames of a video, of each the part that `load` gives of the middle one; of a picture itself alone.
+
+        Raises:
+            UserError: as `load`.
+        """
+        try:
+            with Image.open(self.path) as file:
+                if file.format not in VIDEOS or getattr(file, "n_frames", 1) == 1:
+                    return [self.load()]
+                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(file)]
+        except UNREADABLE as error:
+            raise UserError(f"{str(self.path)!r} must be a readable video, but it is not: {error}") from None
+        return frames if self.box is None else [frame.crop(self.box) for frame in frames]
 
 
 def collect(sources: Sequence[Path], prompt: str | None = None, grid: tuple[int, int] | None = None) -> list[Picture]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from typer.testing import CliRunner
 
+from ngrpo_lora.cli import app
 from ngrpo_lora.errors import UserError
+from ngrpo_lora.records.pictures import save_png
 from ngrpo_lora.rewards.motion import Config, Reward
 
 HEIGHT, WIDTH, FRAMES = 72, 128, 9
@@ -105,6 +110,24 @@ def test_a_pan_may_be_ignored_and_what_moves_in_it_not():
 def test_videos_of_every_length_are_scored(count: int):
     frames = [Image.fromarray(seen(2 * i).astype(np.uint8)) for i in range(count)]
     assert score(frames) == pytest.approx(2 / HEIGHT / 0.05, rel=0.03)
+
+
+def test_videos_on_disk_are_scored_by_the_command(tmp_path: Path):
+    """As `ngrpo sample` writes them; a reward of pictures beside it sees the middle frame of each."""
+    for name, step in (("still", 0), ("moving", 2)):
+        # Pillow drops frames that are quite alike.
+        first, *following = video(lambda i, step=step: seen(step * i) + 0.05 * NOISE[i])
+        save_png(tmp_path / f"{name}.png", first, {}, following)
+    command = ["score", str(tmp_path), "-r", "motion", "-r", "jpeg", "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "scores.json").read_text())["pictures"]
+    assert {Path(row["picture"]).stem: row["motion"] for row in rows} == {"still": 0.0, "moving": 1.0}
+    assert len({row["jpeg"] for row in rows}) == 2
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    result = CliRunner().invoke(app, ["score", str(tmp_path / "picture.png"), "-r", "motion"])
+    assert result.exit_code == 2
+    assert "reward motion needs a video of two frames or more, got a single picture" in result.stderr
 
 
 def test_a_picture_is_no_video():

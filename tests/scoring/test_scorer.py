@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,27 @@ def test_the_parameters_say_how_a_reward_is_called(make_reward: Callable[..., Bo
         ("group", "b", {"n": 3}),
         *[("object", n) for n in range(6)],
     ]
+
+
+def test_a_reward_of_videos_is_given_all_frames_once_and_its_score_is_that_of_every_image(
+    make_reward: Callable[..., BoundReward],
+):
+    seen: list[Any] = []
+    videos = [SAMPLES.images[:4], SAMPLES.images[2:]]
+    samples = replace(SAMPLES, videos=[videos[row // 3] for row in range(6)])
+
+    def of_video(video, prompt, metadata):
+        seen.append((len(video), prompt, metadata))
+        score = sum(map(red, video))
+        video[0].putpixel((0, 0), (7, 7, 7))  # of a copy
+        return score
+
+    for _ in range(2):
+        assert_scores(make_reward(of_video)(samples), *[300] * 3, *[700] * 3)
+    assert seen == [(4, "a", {"n": 0}), (4, "b", {"n": 3})] * 2
+    assert_scores(make_reward(lambda video: len(video))(SAMPLES), *[1] * 6)  # a picture is a video of one frame
+    with pytest.raises(UserError, match=r"must return a number, got \[1.0, 2.0\]"):
+        make_reward(lambda video: [1.0, 2.0])(samples[[0]])
 
 
 def test_what_has_a_default_is_not_given(make_reward: Callable[..., BoundReward]):
