@@ -125,7 +125,9 @@ def test_videos_on_disk_are_scored_by_the_command(tmp_path: Path):
     assert {Path(row["picture"]).stem: row["motion"] for row in rows} == {"still": 0.0, "moving": 1.0}
     assert len({row["jpeg"] for row in rows}) == 2
     Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
-    result = CliRunner().invoke(app, ["score", str(tmp_path / "picture.png"), "-r", "motion"])
+    result = CliRunner().invoke(
+        app, ["score", str(tmp_path / "picture.png"), "-r", "motion", "--output", str(tmp_path / "out")]
+    )
     assert result.exit_code == 2
     assert "reward motion needs a video of two frames or more, got a single picture" in result.stderr
 
