@@ -46,8 +46,9 @@ class EditFlow(Flow):
 
     def __init__(self, *parts: Any):
         super().__init__(*parts)
-        source_ids = self.img_ids + torch.tensor([1.0, 0, 0])  # the same places, apart by the first coordinate
-        self.register_buffer("img_ids", torch.cat([self.img_ids, source_ids]), persistent=False)
+        drawn = self.get_buffer("img_ids")
+        source = drawn + torch.tensor([1.0, 0, 0])  # the same places, apart by the first coordinate
+        self.register_buffer("img_ids", torch.cat([drawn, source]), persistent=False)
 
     def forward(self, packed: Tensor, source: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
         """As of `Flow`, with the tokens (B, 16, 64) of the source behind those that are drawn."""
