@@ -127,7 +127,7 @@ def slider(shown: Shown, told: str = "") -> Html:
     source = ""
     if shown.source is not None:
         edited = picture(shown.source, f"source: {shown.prompt}", SOURCE_PX)
-        source = f'<span class="faint">edited from</span><div class="source">{edited}</div>'
+        source = f'<br><span class="faint">edited from</span><div class="source">{edited}</div>'
     return Html(
         f'<figure><div class="pair">{inner}</div><figcaption><span dir="auto">{escaped(shown.prompt)}</span>'
         f'<br><span class="faint">{escaped(below)}</span>{source}</figcaption></figure>'
