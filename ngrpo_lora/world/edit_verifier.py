@@ -39,8 +39,8 @@ from ngrpo_lora.world.verifier import (
 # Strict thresholds, each with the width over which its soft score fades.
 MAX_MOVE_PX, MOVE_WIDTH_PX = 3.0, 6.0  # of an object that was to stay where it is
 MAX_GROWTH, GROWTH_WIDTH = 1.4, 0.5  # of its area, as a ratio either way, and as a logarithm
-# Of the background's lightness, of 255. Its tint may be another: the embedded VAE keeps the one and not the other, and a
-# reward that asks for what no model in its latents can draw is settled by the source alone.
+# Of the background's lightness, of 255. Its tint may be another: the embedded VAE keeps the one and not the other, and
+# a reward that asks for what no model in its latents can draw is settled by the source alone.
 MAX_SHIFT, SHIFT_WIDTH = 5.0, 20.0
 
 
