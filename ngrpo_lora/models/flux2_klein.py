@@ -1,13 +1,13 @@
-"""FLUX.2 klein (black-forest-labs/FLUX.2-klein-4B and -9B, distilled; FLUX.2-klein-base-4B and -base-9B).
+"""FLUX.2: klein (black-forest-labs/FLUX.2-klein-4B and -9B, distilled; FLUX.2-klein-base-4B and -base-9B) and dev.
 
-Source of the conventions: diffusers' `Flux2KleinPipeline` (pipelines/flux2/pipeline_flux2_klein.py). The transformer
+Source of the conventions: diffusers' `Flux2KleinPipeline` and `Flux2Pipeline` (pipelines/flux2). The transformer
 takes sigma in [0, 1] and gives `noise - clean`. Latents are the VAE's 2 x 2 cells as channels, (128, H / 16, W / 16),
 standardised by the running statistics of its batch norm; one cell is one token. Prompts are padded to the full length
-and not masked; their embedding is three hidden layers of Qwen3 side by side.
+and not masked in the transformer; their embedding is three hidden layers of Qwen3, for dev of Mistral, side by side.
 
-Guidance: the distilled models (`is_distilled` in model_index.json, 4 steps) are drawn without; the base models (50
-steps) by two passes, 4.0 recommended. LoRA stays within the blocks: for the layers that modulate all of them ComfyUI
-has no LoRA keys.
+Guidance: klein's distilled models (`is_distilled` in model_index.json, 4 steps) are drawn without; its base models (50
+steps) by two passes, 4.0 recommended. Into dev (50 steps) it is distilled: one pass, 4.0. LoRA stays within the blocks:
+for the layers that modulate all of them ComfyUI has no LoRA keys.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import math
 from typing import Any
 
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from PIL import Image
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.errors import UserError
+from ngrpo_lora.errors import UserError, first_line
 from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._index import model_index
 from ngrpo_lora.types import TextEmbeds
 
 
-class Family(BaseFamily):
-    """The FLUX.2 klein family; `_base.BaseFamily` documents its members."""
+class Flux2(BaseFamily):
+    """What klein and dev have in common; `_base.BaseFamily` documents its members."""
 
-    pipeline_class = "Flux2KleinPipeline"
     text_encoders = ("text_encoder",)
     attention = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
@@ -40,12 +40,83 @@ class Family(BaseFamily):
 
     def configure(self, config: ModelConfig) -> None:
         """Apply the settings of `config`, and recompute the positions of text and image tokens."""
-        check_guidance(config, self.distilled_guidance)
         super().configure(config)
         tokens = int(self.settings["max_sequence_length"])
         self.text_ids = self.pipeline._prepare_text_ids(torch.empty(1, tokens, 1)).to(self.device)
         if self.draws:
             self.image_ids = self.pipeline._prepare_latent_ids(torch.empty(1, *self.latent_shape)).to(self.device)
+
+    def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
+        """(C, H, W) of the patchified latents, each cell of which holds 2 x 2 cells of the VAE."""
+        cell_px = 2 * self.pipeline.vae_scale_factor
+        return (self.transformer.config.in_channels, config.height_px // cell_px, config.width_px // cell_px)
+
+    @property
+    def image_tokens(self) -> int:
+        """Number of tokens of one sample, one for each cell of the latents."""
+        return math.prod(self.latent_shape[1:])
+
+    def mu(self, num_steps: int) -> float:
+        """Logarithm of the shift, by Black Forest Labs' fit to resolution and number of steps."""
+        return compute_empirical_mu(self.image_tokens, num_steps)
+
+    def lora_targets(self, targets: str) -> tuple[list[str], list[str]]:
+        """The usual layers and the single blocks' `to_out`, by full names: in double blocks it is a list of modules."""
+        layers, left_out = super().lora_targets(targets)
+        blocks = range(len(self.transformer.single_transformer_blocks))
+        return [*layers, *(f"single_transformer_blocks.{block}.attn.to_out" for block in blocks)], left_out
+
+    def encode_alone(self, prompt: str) -> dict[str, Tensor]:
+        """Encode one prompt: the text encoder's states at full length, those of the padding included."""
+        embeds, _ = self.pipeline.encode_prompt(
+            [prompt], device=self.device, max_sequence_length=int(self.settings["max_sequence_length"])
+        )
+        return {"prompt_embeds": embeds}
+
+    def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shape of the text encoder's states for a prompt of `tokens` tokens."""
+        return {"prompt_embeds": (tokens, self.transformer.config.joint_attention_dim)}
+
+    def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
+        """Velocity of the latents, whose cells the transformer takes as a sequence of tokens."""
+        tokens = self.transformer(
+            hidden_states=self.pipeline._pack_latents(latents),
+            timestep=sigmas,
+            guidance=self.embedded_guidance(len(latents)),
+            encoder_hidden_states=text.tensors["prompt_embeds"],
+            txt_ids=self.text_ids,
+            img_ids=self.image_ids,
+            return_dict=False,
+        )[0]
+        return tokens.transpose(1, 2).reshape(latents.shape)
+
+    def embedded_guidance(self, batch: int) -> Tensor | None:
+        """Guidance scales (batch,) that the transformer takes as an input; None for a model that takes none."""
+        return None
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Undo the batch norm and the 2 x 2 patches of clean latents, then decode them to images."""
+        norm = self.vae.bn
+        std = (norm.running_var.float() + norm.eps).sqrt().view(-1, 1, 1)
+        cells = self.pipeline._unpatchify_latents(latents * std + norm.running_mean.float().view(-1, 1, 1))
+        pixels = self.vae.decode(cells.to(self.vae.dtype), return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(pixels, "pil")
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """The latents unchanged, since ComfyUI's VAE undoes batch norm and patches itself."""
+        return latents
+
+
+class Family(Flux2):
+    """FLUX.2 klein, distilled and base."""
+
+    pipeline_class = "Flux2KleinPipeline"
+
+    def configure(self, config: ModelConfig) -> None:
+        """Apply the settings of `config`; UserError for guidance that a distilled model cannot follow."""
+        check_guidance(config, self.distilled_guidance)
+        super().configure(config)
 
     def load(self, parts: Parts) -> Any:
         """Load the pipeline; guidance that a distilled model cannot follow is refused before its weights are read."""
@@ -78,26 +149,6 @@ class Family(BaseFamily):
         """The value of `ss_base_model_version` in the header of an export, as musubi-tuner writes it."""
         return f"flux_2_klein_{self.size}"
 
-    def latent_shape_of(self, config: ModelConfig) -> tuple[int, ...]:
-        """(C, H, W) of the patchified latents, each cell of which holds 2 x 2 cells of the VAE."""
-        cell_px = 2 * self.pipeline.vae_scale_factor
-        return (self.transformer.config.in_channels, config.height_px // cell_px, config.width_px // cell_px)
-
-    @property
-    def image_tokens(self) -> int:
-        """Number of tokens of one sample, one for each cell of the latents."""
-        return math.prod(self.latent_shape[1:])
-
-    def mu(self, num_steps: int) -> float:
-        """Logarithm of the shift, by Black Forest Labs' fit to resolution and number of steps."""
-        return compute_empirical_mu(self.image_tokens, num_steps)
-
-    def lora_targets(self, targets: str) -> tuple[list[str], list[str]]:
-        """The usual layers and the single blocks' `to_out`, by full names: in double blocks it is a list of modules."""
-        layers, left_out = super().lora_targets(targets)
-        blocks = range(len(self.transformer.single_transformer_blocks))
-        return [*layers, *(f"single_transformer_blocks.{block}.attn.to_out" for block in blocks)], left_out
-
     def tokenizers(self) -> dict[str, tuple[Any, int]]:
         """Qwen3's tokenizer, and the number of tokens that its chat template leaves to a prompt."""
         tokenizer = self.pipeline.tokenizer
@@ -107,41 +158,48 @@ class Family(BaseFamily):
         left = int(self.settings["max_sequence_length"]) - len(tokenizer(template)["input_ids"])
         return {"Qwen3": (tokenizer, left)}
 
-    def encode_alone(self, prompt: str) -> dict[str, Tensor]:
-        """Encode one prompt: Qwen3's states at full length, those of the padding included."""
-        embeds, _ = self.pipeline.encode_prompt(
-            [prompt], device=self.device, max_sequence_length=int(self.settings["max_sequence_length"])
-        )
-        return {"prompt_embeds": embeds}
 
-    def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """Shape of Qwen3's states for a prompt of `tokens` tokens."""
-        return {"prompt_embeds": (tokens, self.transformer.config.joint_attention_dim)}
+class Dev(Flux2):
+    """FLUX.2-dev, whose prompts Mistral reads behind the system message of diffusers."""
 
-    def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
-        """Velocity of the latents, whose cells the transformer takes as a sequence of tokens."""
-        tokens = self.transformer(
-            hidden_states=self.pipeline._pack_latents(latents),
-            timestep=sigmas,
-            encoder_hidden_states=text.tensors["prompt_embeds"],
-            txt_ids=self.text_ids,
-            img_ids=self.image_ids,
-            return_dict=False,
-        )[0]
-        return tokens.transpose(1, 2).reshape(latents.shape)
+    pipeline_class = "Flux2Pipeline"
+    architecture = "Flux.2-dev"
+    kohya_version = "flux_2_dev"
+    default_guidance = 4.0
+    distilled_guidance = True
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Undo the batch norm and the 2 x 2 patches of clean latents, then decode them to images."""
-        norm = self.vae.bn
-        std = (norm.running_var.float() + norm.eps).sqrt().view(-1, 1, 1)
-        cells = self.pipeline._unpatchify_latents(latents * std + norm.running_mean.float().view(-1, 1, 1))
-        pixels = self.vae.decode(cells.to(self.vae.dtype), return_dict=False)[0]
-        return self.pipeline.image_processor.postprocess(pixels, "pil")
+    def load(self, parts: Parts) -> Any:
+        """Load the pipeline with the tokenizer of its processor, whose part for pictures would need torchvision.
 
-    def vae_latents(self, latents: Tensor) -> Tensor:
-        """The latents unchanged, since ComfyUI's VAE undoes batch norm and patches itself."""
-        return latents
+        Raises:
+            UserError: as `BaseFamily.load`, or the tokenizer cannot be read.
+        """
+        pipeline = super().load(parts)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.source, subfolder="tokenizer", revision=self.config.revision)
+        except (OSError, ValueError, KeyError) as error:  # what transformers raises for bad folders
+            raise UserError(
+                f"model.path {self.config.path!r}: its folder tokenizer cannot be read ({first_line(error)}); copy "
+                "the folder from the model that it was made from"
+            ) from None
+        pipeline.register_modules(tokenizer=tokenizer)
+        return pipeline
+
+    def left_out(self, parts: Parts) -> tuple[str, ...]:
+        """Names of the pipeline components that are not loaded for `parts`, and the processor."""
+        return (*super().left_out(parts), "tokenizer")
+
+    def tokenizers(self) -> dict[str, tuple[Any, int]]:
+        """Mistral's tokenizer, and the number of tokens that system message and chat template leave to a prompt."""
+        tokenizer = self.pipeline.tokenizer
+        (template,) = tokenizer.apply_chat_template(
+            format_input([""], self.pipeline.system_message), tokenize=True, return_dict=True
+        )["input_ids"]
+        return {"Mistral": (tokenizer, int(self.settings["max_sequence_length"]) - len(template))}
+
+    def embedded_guidance(self, batch: int) -> Tensor:
+        """Guidance scales (batch,) in float32, as the pipeline gives them."""
+        return torch.full((batch,), float(self.settings["guidance_scale"]), device=self.device)
 
 
 def check_guidance(config: ModelConfig, distilled: bool) -> None:
