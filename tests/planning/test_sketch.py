@@ -71,6 +71,7 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 PUBLISHED = {  # billions of parameters; Stability AI counts the table of positions too
     "black-forest-labs/FLUX.1-dev": 11.90,
+    "black-forest-labs/FLUX.2-dev": 32.2,
     "black-forest-labs/FLUX.2-klein-base-4B": 3.88,
     "black-forest-labs/FLUX.2-klein-base-9B": 9.08,
     "stabilityai/stable-diffusion-3.5-medium": 2.47,
