@@ -411,7 +411,7 @@ END_TO_END = """if True:
     from huggingface_hub import ModelCard, hf_hub_download
     from safetensors.torch import load_file
     from ngrpo_lora.cli import app
-    from ngrpo_lora.models.flux import EMBEDDED
+    from ngrpo_lora.world import EMBEDDED
     from ngrpo_lora.sampling.sampler import sample_images
 
     status = app(sys.argv[1:], standalone_mode=False)

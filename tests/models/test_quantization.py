@@ -24,12 +24,13 @@ from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models import _quantization
-from ngrpo_lora.models.flux import EMBEDDED, Family
+from ngrpo_lora.models.flux import Family
 from ngrpo_lora.planning.plan import make_plan
 from ngrpo_lora.planning.preflight import check_run
 from ngrpo_lora.sampling import settings
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
+from ngrpo_lora.world import EMBEDDED
 
 KINDS = ["nf4", "int8", "int8_torchao", "float8_torchao"]
 

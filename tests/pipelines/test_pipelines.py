@@ -38,13 +38,13 @@ from ngrpo_lora.hub.pipeline_file import SCHEDULER, pipeline_file, scheduler_fil
 from ngrpo_lora.hub.usage import diffusers_usage, read_pushed
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import load_family
-from ngrpo_lora.models.flux import EMBEDDED
 from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.sampling.sampler import sample_images, solve
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.rollouts import roll_out
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
+from ngrpo_lora.world import EMBEDDED
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 

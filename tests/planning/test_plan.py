@@ -16,6 +16,7 @@ from ngrpo_lora.planning.plan import GIB, Plan, make_plan
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
+from ngrpo_lora.world import MODELS
 
 
 def plan(*overrides: str, gpus: int = 1, config: str | None = "flux") -> Plan:
@@ -144,5 +145,5 @@ def test_no_weights_are_read(monkeypatch: pytest.MonkeyPatch):
 def test_every_preset_can_be_planned_without_the_hub():
     from ngrpo_lora.models._blueprint import architectures
 
-    paths = {load_config(name).model.path for name in preset_names()} - {"embedded"}
+    paths = {load_config(name).model.path for name in preset_names()} - {*MODELS}
     assert paths <= set(architectures())

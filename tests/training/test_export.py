@@ -22,11 +22,11 @@ from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, parse_config
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._loading import load_family
-from ngrpo_lora.models.flux import EMBEDDED
 from ngrpo_lora.sampling.sampler import draw, sample_images
 from ngrpo_lora.training.export import check_export
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
+from ngrpo_lora.world import EMBEDDED
 
 PROMPTS = ["a red star", "two blue circles"]
 
