@@ -148,6 +148,8 @@ def main() -> None:
     torch.manual_seed(0)
     flow = make_editor(base)
     train(args.work_dir / "flow.safetensors", flow, packed, instructions, args.steps, 2e-3)
+    for part in (flow.transformer, base.vae):  # where they are from, and no folder of this machine
+        part.register_to_config(_name_or_path="ngrpo_lora/world/model")
     drawing = assemble(flow, base.vae, base.vae.config.scaling_factor)
     FluxKontextPipeline(**drawing.components).save_pretrained(args.output_dir)
 

@@ -82,6 +82,15 @@ def test_a_few_steps_make_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyP
         num_inference_steps=2, max_sequence_length=MAX_TOKENS,
     ).images[0]  # fmt: skip
     assert drawn.size == (64, 64)
+    configs = [path.read_text(encoding="utf-8") for path in (tmp_path / "model").rglob("*config.json")]
+    assert not any(str(EMBEDDED) in text for text in configs)
+
+
+@pytest.mark.parametrize("folder", [EMBEDDED, EMBEDDED_EDIT])
+def test_no_file_of_a_model_names_a_folder_of_the_machine_that_made_it(folder: Path):
+    for path in folder.rglob("*.json"):
+        if not path.name.startswith("tokenizer"):
+            assert '"/' not in path.read_text(encoding="utf-8"), path
 
 
 def test_the_committed_model_shares_the_decoder_of_the_one_that_draws():
