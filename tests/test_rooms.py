@@ -94,6 +94,7 @@ TESTED_IN = {
     "models._loading": "models/test_embeddings.py",  # the model in parts; whole ones in every test of a family
     "rewards._blip": "rewards/test_imagereward.py",
     "rewards._clip": "rewards/test_clip_rewards.py",
+    "rewards._edits": "world/test_edit_verifier.py",
     "rewards._http": "rewards/test_remote.py",
     "rewards._openai": "rewards/test_judge.py",
     "rewards.aesthetic": "rewards/test_clip_rewards.py",

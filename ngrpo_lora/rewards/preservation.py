@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import Field
 
 from ngrpo_lora.config import RewardConfig
-from ngrpo_lora.errors import UserError
+from ngrpo_lora.rewards._edits import source_of
 
 
 class Config(RewardConfig, frozen=True):
@@ -43,12 +43,7 @@ class Reward:
 
     def score(self, image: Image.Image, metadata: dict[str, Any]) -> float:
         """The score of one picture."""
-        source, mask = metadata.get("source"), metadata.get("mask")
-        if not isinstance(source, Image.Image):
-            raise UserError(
-                f"reward {self.config.key} needs the source picture of every prompt, but there is none; name it in a "
-                "column source of the prompts"
-            )
+        source, mask = source_of(self.config.key, metadata), metadata.get("mask")
         changed = np.abs(levels(image, "RGB") - levels(source, "RGB")).mean(2)  # (H, W)
         if isinstance(mask, Image.Image):
             kept = changed[levels(mask, "L") < 0.5]

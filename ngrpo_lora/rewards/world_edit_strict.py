@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from ngrpo_lora.world.edit_verifier import verdicts
+from ngrpo_lora.rewards._edits import verdicts
 
 
 def score(images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:

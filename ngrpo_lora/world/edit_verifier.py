@@ -11,15 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from ngrpo_lora.errors import UserError
-from ngrpo_lora.world.edits import Edit, parse_edit
+from ngrpo_lora.world.edits import Edit
 from ngrpo_lora.world.scenes import Object
 from ngrpo_lora.world.verifier import (
     CLUTTER_WIDTH_PX,
@@ -34,6 +31,7 @@ from ngrpo_lora.world.verifier import (
     read_paint,
     soft_match,
     to_channels,
+    verdict_of,
 )
 
 # Strict thresholds, each with the width over which its soft score fades.
@@ -144,37 +142,7 @@ def verify_edit(image: NDArray[np.uint8], source: Seen, edit: Edit) -> Verdict:
         and clutter_px <= MAX_CLUTTER_PX
         and shift <= MAX_SHIFT
     )
-    graded = 0.75 + 0.25 * soft if strict else 0.75 * soft
-    return Verdict(strict, graded, tuple(found for found, _ in blobs), clutter_px)
-
-
-def verdicts(
-    reward: str, images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
-) -> list[Verdict]:
-    """The verdicts of B pictures, for rewards; equal sources, as of a group, are read once.
-
-    Args:
-        reward: its name, for messages.
-    Raises:
-        UserError: a prompt is no instruction of the world, or its source is missing or does not show what it names.
-    """
-    seen: dict[bytes, Seen] = {}
-    judged = []
-    for image, prompt, row in zip(images, prompts, metadata, strict=True):
-        source = row.get("source")
-        if not isinstance(source, Image.Image):
-            raise UserError(
-                f"reward {reward} needs the source picture of every prompt, but there is none; name it in a column "
-                "source of the prompts"
-            )
-        pixels = np.asarray(source)
-        try:
-            edit, key = parse_edit(prompt), pixels.tobytes()
-            seen[key] = seen[key] if key in seen else look(pixels)
-            judged.append(verify_edit(np.asarray(image), seen[key], edit))
-        except ValueError as error:
-            raise UserError(f"reward {reward}: {error}") from None
-    return judged
+    return verdict_of(strict, soft, blobs, clutter_px)
 
 
 def score(found: Found, promise: Promise) -> float:

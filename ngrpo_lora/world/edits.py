@@ -8,8 +8,6 @@ the `numpy.random.Generator` in hand, so a seed is a pair of pictures.
 from __future__ import annotations
 
 import functools
-import hashlib
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,6 +24,7 @@ from ngrpo_lora.world.scenes import (
     choose_fill,
     paint,
     place,
+    split_by_meaning,
 )
 
 EditTask = Literal["recolor", "replace", "remove", "add"]
@@ -75,11 +74,8 @@ def all_edits(task: EditTask) -> list[Edit]:
 
 
 def split_edits(task: EditTask, held_out_share: float = 0.2) -> tuple[list[Edit], list[Edit]]:
-    """(train, held-out) edits of a task, with no meaning in both; the same on every machine (by SHA-256)."""
-    edits = all_edits(task)
-    meanings = sorted({e.meaning for e in edits}, key=lambda text: hashlib.sha256(text.encode()).digest())
-    held_out = set(meanings[: math.ceil(held_out_share * len(meanings))])
-    return [e for e in edits if e.meaning not in held_out], [e for e in edits if e.meaning in held_out]
+    """(train, held-out) edits of a task, as `scenes.split_by_meaning` divides them."""
+    return split_by_meaning(all_edits(task), held_out_share)
 
 
 def parse_edit(prompt: str) -> Edit:

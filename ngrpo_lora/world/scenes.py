@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -40,6 +40,16 @@ SUPERSAMPLE = 4
 
 LIGHT, TINT, SHADE = (225.0, 248.0), 7.0, (4.0, 14.0)  # of 255: the background's light, tint and fall from top to foot
 FILL = (0.94, 1.04)  # by what every channel of a colour may differ from COLORS
+
+
+class HasMeaning(Protocol):
+    """What can be said in several ways, all of the same meaning."""
+
+    @property
+    def meaning(self) -> str: ...
+
+
+Told = TypeVar("Told", bound=HasMeaning)
 
 
 @dataclass(frozen=True)
@@ -118,11 +128,15 @@ def all_scenes(task: Task) -> list[Scene]:
 
 
 def split_scenes(task: Task, held_out_share: float = 0.2) -> tuple[list[Scene], list[Scene]]:
-    """(train, held-out) scenes of a task, with no meaning in both; the same on every machine (by SHA-256)."""
-    scenes = all_scenes(task)
-    meanings = sorted({s.meaning for s in scenes}, key=lambda text: hashlib.sha256(text.encode()).digest())
+    """(train, held-out) scenes of a task, as `split_by_meaning` divides them."""
+    return split_by_meaning(all_scenes(task), held_out_share)
+
+
+def split_by_meaning(items: Sequence[Told], held_out_share: float) -> tuple[list[Told], list[Told]]:
+    """(train, held-out) items, with no meaning in both; the same on every machine (by SHA-256)."""
+    meanings = sorted({item.meaning for item in items}, key=lambda text: hashlib.sha256(text.encode()).digest())
     held_out = set(meanings[: math.ceil(held_out_share * len(meanings))])
-    return [s for s in scenes if s.meaning not in held_out], [s for s in scenes if s.meaning in held_out]
+    return [i for i in items if i.meaning not in held_out], [i for i in items if i.meaning in held_out]
 
 
 def parse(prompt: str) -> Scene:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,6 +122,11 @@ def verify(image: NDArray[np.uint8], scene: Scene) -> Verdict:
         and angle_deg <= MAX_ANGLE_DEG
         and clutter_px <= MAX_CLUTTER_PX
     )
+    return verdict_of(strict, soft, blobs, clutter_px)
+
+
+def verdict_of(strict: bool, soft: float, blobs: Sequence[tuple[Found, Mask]], clutter_px: float) -> Verdict:
+    """The verdict on what was seen; `graded` is `soft` in [0, 1] below 0.75, and above it where `strict`."""
     graded = 0.75 + 0.25 * soft if strict else 0.75 * soft
     return Verdict(strict, graded, tuple(found for found, _ in blobs), clutter_px)
 

@@ -12,8 +12,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from ngrpo_lora.errors import UserError
+from ngrpo_lora.rewards._edits import verdicts
 from ngrpo_lora.world import EMBEDDED_EDIT
-from ngrpo_lora.world.edit_verifier import Seen, look, promises, verdicts, verify_edit
+from ngrpo_lora.world.edit_verifier import Seen, look, promises, verify_edit
 from ngrpo_lora.world.edits import EDIT_TASKS, Edit, Picture, all_edits, apply, choose_source, parse_edit
 from ngrpo_lora.world.scenes import COLORS, SHAPES, Placed, choose_fill
 
