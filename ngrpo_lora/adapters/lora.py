@@ -123,15 +123,16 @@ def merged(transformer: Any) -> Iterator[None]:
     kept: list[torch.Tensor] = [base.weight.data for base in base_layers]
     if not all(weight.is_floating_point() for weight in kept):
         raise UserError("rollout.merge_adapter=true needs a base whose weights are not quantised; set it to false")
-    with disabled(transformer):
-        try:
-            with torch.no_grad():
-                for layer, base, weight in zip(layers, base_layers, kept, strict=True):
-                    base.weight.data = (weight.float() + layer.get_delta_weight(ADAPTER_NAME)).to(weight.dtype)
-            yield
-        finally:
-            for base, weight in zip(base_layers, kept, strict=True):
-                base.weight.data = weight
+    try:
+        with torch.no_grad():
+            for layer, base, weight in zip(layers, base_layers, kept, strict=True):
+                base.weight.data = (weight.float() + layer.get_delta_weight(ADAPTER_NAME)).to(weight.dtype)
+                layer.merged_adapters.append(ADAPTER_NAME)  # PEFT calls the base's layer alone then
+        yield
+    finally:
+        for layer, base, weight in zip(layers, base_layers, kept, strict=True):
+            layer.merged_adapters.clear()
+            base.weight.data = weight
 
 
 @contextlib.contextmanager

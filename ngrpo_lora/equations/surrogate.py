@@ -27,8 +27,8 @@ class Leap(NamedTuple):
 
 def leaping_logits(candidates: Tensor, anchor: Tensor, temperature: float) -> Tensor:
     """`-||x_i - x_anchor||^2 / tau` (Eq. 8 before the softmax): (G, ...), (...) -> (G,) float64."""
-    offsets = (candidates - anchor).flatten(1)
-    return offsets.square().sum(1, dtype=torch.float64) / -temperature
+    offsets = (candidates - anchor).flatten(1).double()
+    return torch.linalg.vecdot(offsets, offsets) / -temperature
 
 
 def leaping_log_ratio(candidates: Tensor, anchor_old: Tensor, displacement: Tensor, temperature: float) -> Tensor:
@@ -73,9 +73,9 @@ def leap(
         temperatures: tau > 0, one of all, or (M, 1).
         present: (M, G) bool, the candidates that there are; others have the probability 0, and any finite values.
     """
-    offsets = (candidates - anchors_old[:, None]).flatten(2)  # (M, G, D)
-    delta = (offsets * displacements.flatten(1)[:, None]).sum(2, dtype=torch.float64) * (2 / temperatures)  # (M, G)
-    logits = offsets.square().sum(2, dtype=torch.float64) / -temperatures
+    offsets = (candidates - anchors_old[:, None]).flatten(2).double()  # (M, G, D)
+    delta = (offsets @ displacements.flatten(1).double()[..., None])[..., 0] * (2 / temperatures)  # (M, G)
+    logits = torch.linalg.vecdot(offsets, offsets) / -temperatures
     if present is not None:
         logits, delta = logits.where(present, -torch.inf), delta.where(present, 0.0)
     old = torch.log_softmax(logits, 1)

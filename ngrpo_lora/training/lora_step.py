@@ -67,8 +67,6 @@ class LoraStep:
         Args:
             finite: whether every loss of this step was finite, on all processes.
             empty: whether no process had a loss; nothing moves then but the average.
-        Raises:
-            SharedError: the adapter's weights are not finite any more.
         Returns:
             The gradient's norm before it was clipped; NaN where the step was skipped, as it was not finite.
         """
@@ -83,7 +81,6 @@ class LoraStep:
         if finite and math.isfinite(norm):
             if not empty:
                 self.scaler.step(self.optimizer)
-                self._check_weights()
             self.taken, self.skipped_in_a_row = self.taken + 1, 0
             self._average()
         else:
@@ -94,22 +91,19 @@ class LoraStep:
         return norm
 
     def check_progress(self) -> None:
-        """End a run that has not moved for long.
+        """End a run that has moved out of the numbers, or has not moved for long.
 
         Raises:
-            SharedError: too many steps in a row were skipped.
+            SharedError: the adapter's weights are not finite any more, or too many steps in a row were skipped.
         """
+        largest = torch.stack([*torch._foreach_norm([p.detach() for p in self.parameters.values()], math.inf)])
+        if not bool(largest.isfinite().all()):
+            raise SharedError(f"the adapter's weights are no longer finite; {advice(self.config.learning_rate)}")
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise SharedError(
                 f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite; "
                 f"{advice(self.config.learning_rate)}"
             )
-
-    @torch.no_grad()
-    def _check_weights(self) -> None:
-        largest = torch.stack([*torch._foreach_norm([*self.parameters.values()], math.inf)])
-        if not bool(largest.isfinite().all()):
-            raise SharedError(f"the adapter's weights are no longer finite; {advice(self.config.learning_rate)}")
 
     @torch.no_grad()
     def _average(self) -> None:

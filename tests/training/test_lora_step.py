@@ -149,6 +149,8 @@ def test_weights_that_are_no_longer_finite_end_the_run_by_name():
     config = OptimizerConfig(learning_rate=1e37, weight_decay=0)
     step = LoraStep(config, {"weight": parameter}, Processes(), torch.float32, torch.device("cpu"))
     step.set_rate(0, 1)
+    step.check_progress()
     step.backward(-parameter.sum() * 1e-3)
+    step.take(finite=True, empty=False)
     with pytest.raises(UserError, match="weights are no longer finite; lower optimizer.learning_rate"):
-        step.take(finite=True, empty=False)
+        step.check_progress()
