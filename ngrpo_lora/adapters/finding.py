@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.world import ADAPTERS
 
 __all__ = ["adapter_label", "find_adapter", "finite_strength", "parse_weighted"]
 
@@ -24,7 +25,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def find_adapter(path: str | Path, what: str = "adapter") -> Path:
     """The path of a LoRA file, given that file, its folder, its run's folder or its repository on the Hub.
 
-    A local path comes first; otherwise `owner/name` is a repository, and `owner/name/file.safetensors` a file of one.
+    A local path comes first; otherwise `embedded-turbo` is the package's own, `owner/name` a repository, and
+    `owner/name/file.safetensors` a file of one.
 
     Raises:
         ConfigError: nothing there, or several adapters in a place that names none of them as diffusers or PEFT do.
@@ -33,6 +35,8 @@ def find_adapter(path: str | Path, what: str = "adapter") -> Path:
     path = Path(path)
     if path.is_file():
         return path
+    if not path.is_dir():
+        path = ADAPTERS.get(str(path), path)
     if not path.is_dir():
         if (found := re.fullmatch(HUB_FILE, path.as_posix())) is None:
             raise ConfigError(f"{what} must be {PLACES}, but {str(path)!r} does not exist")

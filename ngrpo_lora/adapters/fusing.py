@@ -21,6 +21,7 @@ from ngrpo_lora.config import Expert, ModelConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.world import ADAPTERS
 
 __all__ = ["check_fusible", "fuse", "load_fused", "python_lines", "shown"]
 
@@ -77,6 +78,7 @@ def python_lines(model: ModelConfig) -> list[str]:
     for path, strength in model.fuse.items():
         found = on_hub(path)
         source = ", weight_name=".join(repr(part) for part in found if part) if found else repr(shown(path))
+        source = f"ADAPTERS[{path!r}]" if path in ADAPTERS else source
         second = model.expert is not None and fused_into(path) == "low_noise"
         into, parts = (", load_into_transformer_2=True", "['transformer_2'], ") if second else ("", "")
         lines += [
@@ -103,5 +105,5 @@ def on_hub(path: str) -> tuple[str, str | None] | None:
 
 
 def shown(path: str) -> str:
-    """A name of the Hub as it is, and a path without its place on this machine."""
-    return path if on_hub(path) else f"path/to/{Path(path).name}"
+    """A name of the Hub or of the package as it is, and a path without its place on this machine."""
+    return path if on_hub(path) or path in ADAPTERS else f"path/to/{Path(path).name}"

@@ -13,7 +13,7 @@ from ngrpo_lora.adapters.fusing import python_lines, shown
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.hub.pipeline_file import EDITING, PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
-from ngrpo_lora.world import MODELS
+from ngrpo_lora.world import ADAPTERS, MODELS
 
 __all__ = ["Adapter", "diffusers_usage", "read_pushed", "usage"]
 
@@ -99,7 +99,8 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
     dtype, device = "bfloat16" if model.dtype == "auto" else model.dtype, "cpu" if embedded else "cuda"
     where = repr(repo) if revision is None else f"{repo!r}, revision={revision!r}"
     head = ["import torch", "from diffusers import DiffusionPipeline"]
-    own = ["from ngrpo_lora.world import MODELS"] if embedded else []
+    names = ["ADAPTERS"] * any(one in ADAPTERS for one in model.fuse) + ["MODELS"] * embedded
+    own = [f"from ngrpo_lora.world import {', '.join(names)}"] if names else []
     image, opened = ("", []) if not adapter.edits else (", image=picture", ['picture = Image.open("picture.png")'])
     head += ["from PIL import Image"] if adapter.edits else []
     if has_pipeline(adapter.pipeline):

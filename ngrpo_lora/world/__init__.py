@@ -12,5 +12,11 @@ EMBEDDED = Path(__file__).parent / "model"
 EMBEDDED_EDIT = Path(__file__).parent / "edit_model"
 """The diffusers folder behind `model.path: embedded-edit`."""
 
+EMBEDDED_TURBO = Path(__file__).parent / "turbo"
+"""The folder of the LoRA behind `model.fuse: embedded-turbo`, which distils the embedded model into four steps."""
+
 MODELS = {"embedded": EMBEDDED, "embedded-edit": EMBEDDED_EDIT}
 """The folders in the package, by `model.path`."""
+
+ADAPTERS = {"embedded-turbo": EMBEDDED_TURBO}
+"""The folders of LoRAs in the package, by the names that stand for them wherever an adapter is asked for."""

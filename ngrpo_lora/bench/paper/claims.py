@@ -39,6 +39,7 @@ class Pair:
     """A claim about two methods: that the first is better than the second, or as good.
 
     trained: on prompts of the trained tasks (True), of those left out (False), or on all (None).
+    score: the label of another score than the verifier's graded one.
     equal: at equal compute, after the last iteration that both have evaluated, or where the first reward that both
         were trained on is as high with the second as it is at the end of the first.
     """
@@ -50,6 +51,7 @@ class Pair:
     trained: bool | None = None
     equal: Literal["compute", "iterations", "reward"] = "compute"
     as_good: bool = False
+    score: str | None = None
 
 
 NOT_THERE = "not in the paper"
@@ -74,6 +76,12 @@ PAIRS = (
          equal="iterations", as_good=True),
     Pair("p = 0.8 leaves more of what is not rewarded than p = 2, at equal vividness", "UnifiedReward 3.166, 3.132",
          "vivid-p-0.8", "vivid-p-2", equal="reward"),
+    *(
+        Pair(f"of four steps: {claim} {name}", NOT_THERE, "turbo-neighbor", f"turbo-{other}", score=score)
+        for other, name in (("flow-grpo", "Flow-GRPO"), ("flow-cps", "Flow-CPS"), ("dance", "DanceGRPO"),
+                            ("nft", "DiffusionNFT"))
+        for claim, score in (("better than", None), ("nearer to what the renderer can draw than", "world_manifold"))
+    ),
 )  # fmt: skip
 
 
@@ -138,7 +146,7 @@ def compared(plan: Plan, pair: Pair, runs: Runs) -> Row:
     """The difference between two methods, and the verdict."""
     prompts = runs[0][0].prompts
     kept = [i for i, prompt in enumerate(prompts) if pair.trained is None or is_trained(prompt) == pair.trained]
-    label = runs[0][0].graded
+    label = pair.score or runs[0][0].graded
     differences = []
     for own, other in runs:
         first, second = steps_of(plan, pair, own, other)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ngrpo_lora.bench.paper.methods import METHODS
+from ngrpo_lora.bench.paper.methods import ALL
 from ngrpo_lora.errors import ConfigError
 
 __all__ = ["KNOBS", "RATE", "Given", "is_entry", "point_of", "read_given"]
@@ -17,7 +17,7 @@ Given = Mapping[str, Mapping[str, Any]]
 """The entry of each method in an earlier comparison's `tuning.json`, by the method's name."""
 
 RATE = "optimizer.learning_rate"
-KNOBS = {method.name: method.knob for method in METHODS}
+KNOBS = {method.name: method.knob for method in ALL}
 
 
 def read_given(path: Path) -> Given:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from ngrpo_lora import registry
 from ngrpo_lora.errors import ConfigError
 
-__all__ = ["BASELINE", "METHODS", "TABLES", "WATCHED", "Method", "find", "rows"]
+__all__ = ["ALL", "BASELINE", "METHODS", "TABLES", "WATCHED", "Method", "find", "rows"]
 
 LEARNING_RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
 """What a search can reach; it begins with the three in the middle."""
@@ -221,24 +221,54 @@ CHANGES = (
     _variant("held-early", "the pull, and the first five steps", **ABLATION, **REFERENCE, algorithm__train_window="5"),
 )  # fmt: skip
 
+FOUR_STEPS = {
+    "model.fuse": "embedded-turbo",
+    "rollout.solver": "euler",
+    "rollout.num_steps": "4",
+    "evaluation.solver": "euler",
+    "evaluation.num_steps": "4",
+    "evaluation.measures": "[ngrpo_lora.world.freedom:freedom, ngrpo_lora.world.sharpness:sharpness]",
+}
+
+
+def _distilled(name: str, of: str, **settings: str) -> Method:
+    """A method on the model that is distilled into four steps, with a search of its own."""
+    method = next(one for one in METHODS if one.name == of)
+    label = method.label.partition(",")[0] + (", held to the base" if of == "neighbor-held" else "")
+    return replace(method, name=name, label=label, settings=method.settings | FOUR_STEPS | _dotted(settings))
+
+
+DISTILLED = (
+    _distilled("turbo-neighbor", BASELINE, algorithm__num_train_steps="2"),  # half of the steps, as of eight
+    _distilled("turbo-held", "neighbor-held", algorithm__num_train_steps="2"),
+    _distilled("turbo-flow-grpo", "flow-grpo"),
+    _distilled("turbo-flow-cps", "flow-cps"),
+    _distilled("turbo-dance", "dance"),
+    _distilled("turbo-nft", "nft"),
+)
+
+ALL = (*METHODS, *DISTILLED)
+"""The methods that are searched, by whose names `--method` chooses."""
+
 TABLES: dict[int, tuple[Method, ...]] = {
-    1: METHODS, 2: HACKABLE, 3: METHODS, 4: RADII, 5: ANCHORS, 6: POWERS, 7: CHANGES
+    1: METHODS, 2: HACKABLE, 3: METHODS, 4: RADII, 5: ANCHORS, 6: POWERS, 7: CHANGES, 8: DISTILLED
 }  # fmt: skip
-"""The rows of the paper's tables by number; Table 7 is ours: what may be changed of Neighbor GRPO, one by one."""
+"""The rows of the paper's tables by number; Tables 7 and 8 are ours: what may be changed of Neighbor GRPO, one by one,
+and what becomes of a model that is distilled into four steps."""
 
 
 def rows(table: int, chosen: tuple[str, ...]) -> tuple[Method, ...]:
-    """The rows of a table that are `chosen` methods of Table 1, or variants of them."""
+    """The rows of a table that are `chosen` methods, or variants of them."""
     return tuple(method for method in TABLES[table] if method.tuned_as in chosen)
 
 
 def find(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Check names of methods of Table 1; none are all of them.
+    """Check names of methods of Tables 1 and 8; none are all of them.
 
     Raises:
         ConfigError: there is no such method; the nearest one is named.
     """
-    known = [method.name for method in METHODS]
+    known = [method.name for method in ALL]
     for name in names:
         if name not in known:
             raise ConfigError(

@@ -88,7 +88,7 @@ class Profile:
 PROFILES = {
     "quick": Profile("quick", 300, False, 1, (1, 3), 48),
     "default": Profile("default", 4800, True, 1, (1, 3), 480),
-    "full": Profile("full", 4800, True, 3, (1, 2, 3, 4, 5, 6, 7), 480),
+    "full": Profile("full", 4800, True, 3, (1, 2, 3, 4, 5, 6, 7, 8), 480),
 }
 """`full` goes on from what `default` has left in its folder; `quick` has runs of its own."""
 
@@ -103,7 +103,7 @@ class Plan:
     seeds: int
     tables: tuple[int, ...]
     chosen: tuple[str, ...]
-    """Methods of Table 1 that are compared, with their variants in the other tables."""
+    """Methods of Tables 1 and 8 that are compared, with their variants in the other tables."""
     common: Mapping[str, str]
     """Settings of all methods, by dotted key."""
     given: Given = field(default_factory=dict)
@@ -124,7 +124,7 @@ class Plan:
     def searched(self) -> tuple[Method, ...]:
         """The methods whose learning rate and knob the comparison needs."""
         wanted = {method.tuned_as for method in self.methods}
-        return tuple(method for method in methods.METHODS if method.name in wanted)
+        return tuple(method for method in methods.ALL if method.name in wanted)
 
 
 Tuned = Mapping[str, tuple[str, str]]
@@ -175,7 +175,7 @@ def make_plan(
     """A checked plan; what is None or empty is the profile's.
 
     Args:
-        names: methods of Table 1; none are all.
+        names: methods of Tables 1 and 8; none are all.
         settings: `key=value` laid over what all methods have in common.
         tuned_by: `results.json` or `tuning.json` of an earlier comparison, whose winners are taken.
     Raises:

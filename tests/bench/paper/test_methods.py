@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ngrpo_lora import registry
 from ngrpo_lora.bench.paper import methods
-from ngrpo_lora.bench.paper.methods import BASELINE, METHODS, TABLES, find, rows
+from ngrpo_lora.bench.paper.methods import ALL, BASELINE, DISTILLED, METHODS, TABLES, find, rows
+from ngrpo_lora.bench.paper.plan import main_jobs, make_plan
 from ngrpo_lora.bench.paper.published import COLUMNS, FIGURES
 from ngrpo_lora.errors import ConfigError
 
 
 def test_every_algorithm_is_compared():
     assert {method.algorithm for method in METHODS} == {*registry.names(registry.ALGORITHMS)}
-    assert find(()) == tuple(method.name for method in METHODS)
+    assert find(()) == tuple(method.name for method in ALL)
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_one():
@@ -58,9 +61,19 @@ def test_variants_take_the_values_found_for_their_method():
 
 
 def test_every_method_is_searched_as_much():
-    assert {len(method.knob_values) for method in METHODS} == {2}
-    assert all(method.untuned[0] in methods.LEARNING_RATES for method in METHODS)
-    assert all(method.untuned[1] in method.knob_values for method in METHODS)
+    assert {len(method.knob_values) for method in ALL} == {2}
+    assert all(method.untuned[0] in methods.LEARNING_RATES for method in ALL)
+    assert all(method.untuned[1] in method.knob_values for method in ALL)
+
+
+def test_the_distilled_model_is_trained_and_drawn_at_its_own_steps_and_searched_for_itself(tmp_path: Path):
+    plan = make_plan(tmp_path, "quick", tables=(8,))
+    assert plan.methods == plan.searched == DISTILLED
+    for job in main_jobs(plan, {method.name: method.untuned for method in DISTILLED}, lambda config, budget: (1, 1.0)):
+        config = job.config
+        assert (config.rollout.num_steps, config.evaluation_steps, config.model.fuse) == (4, 4, {"embedded-turbo": 1.0})
+        assert (config.evaluation_solver, config.rollout.solver) == ("euler", "euler")
+    assert {method.algorithm for method in DISTILLED} == {"neighbor", "flow_grpo", "dance", "nft"}
 
 
 def test_the_papers_figures_belong_to_rows_of_its_tables():
