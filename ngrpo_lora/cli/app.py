@@ -141,6 +141,7 @@ def _main(
     logging.getLogger("ngrpo_lora").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that no command here needs
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # and of torchvision, nor of that
 
 
 def group(name: str, help: str) -> typer.Typer:

@@ -17,7 +17,7 @@ from ngrpo_lora.planning.plan import GIB, make_plan
 
 FOLDER = Path(presets.__file__).parent
 FILES = {preset.name: preset for preset in preset_files()}
-DEMOS = ("demo", "demo-edit", "demo-vote")
+DEMOS = ("demo", "demo-edit", "demo-turbo", "demo-vote")
 FAST = ("flux",)  # models whose every file is planned in a moment; the others are `slow`
 
 

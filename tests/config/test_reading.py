@@ -118,7 +118,7 @@ def test_a_missing_file_and_an_unknown_preset_say_what_exists(tmp_path: Path):
     assert "does not exist" in message(config=tmp_path / "no.yaml")
     assert "is a folder" in message(config=tmp_path)
     assert "did you mean demo?" in message(config="demoo")
-    assert "demo, demo-edit, demo-vote, flux" in message(config="demoo")
+    assert "demo, demo-edit, demo-turbo, demo-vote, flux" in message(config="demoo")
 
 
 @pytest.mark.parametrize(
