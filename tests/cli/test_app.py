@@ -114,7 +114,7 @@ def test_a_terminal_of_another_encoding_shows_escapes(encoding: str, tmp_path: P
 def test_a_command_that_loads_a_model_says_its_own_words_alone(tmp_path: Path):
     command = [sys.executable, "-m", "ngrpo_lora", "sample", "--model", "embedded", "--prompt", "a red star"]
     result = subprocess.run(
-        [*command, "--steps", "1", "--output", "drawn"], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [*command, "--steps", "2", "--output", "drawn"], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"{Path('drawn/000-a-red-star-seed0.png')}\n"
