@@ -103,8 +103,9 @@ def save_sources(pictures: Sequence[Picture], folder: Path) -> list[dict[str, st
             found.append({})
             continue
         path = folder / "sources" / f"{hashlib.sha256(source.tobytes()).hexdigest()[:16]}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(path, source, {})
+        if not path.exists():  # its name is of its pixels
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_png(path, source, {})
         found.append({"source": path.relative_to(folder).as_posix()})
     return found
 

@@ -20,3 +20,6 @@ MODELS = {"embedded": EMBEDDED, "embedded-edit": EMBEDDED_EDIT}
 
 ADAPTERS = {"embedded-turbo": EMBEDDED_TURBO}
 """The folders of LoRAs in the package, by the names that stand for them wherever an adapter is asked for."""
+
+HELD_OUT = {"embedded": "world:held_out", "embedded-edit": "edits:held_out"}
+"""Prompts that no training of these models has seen, by `model.path`."""

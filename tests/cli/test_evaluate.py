@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import refuse
+from conftest import MakeConfig
 from PIL import Image
 from report_runs import write_run
 from typer.testing import CliRunner
@@ -20,6 +21,9 @@ from ngrpo_lora.evaluation import comparison, judging, statistics
 from ngrpo_lora.records.ownership import owned
 from ngrpo_lora.reports.grids import CELL_PX, LINE_PX
 from ngrpo_lora.sampling import sampler
+from ngrpo_lora.training.setup import prepare
+from ngrpo_lora.training.trainer import complete
+from ngrpo_lora.world.edits import EDIT_TASKS, parse_edit, split_edits
 
 RED = "import numpy as np\n\ndef red(images):\n    return [float(np.asarray(i)[..., 0].mean()) for i in images]\n"
 
@@ -151,6 +155,18 @@ def test_an_adapter_is_compared_with_its_base_and_nothing_is_drawn_twice(
     again = json.loads((out / "results.json").read_text())
     assert again["comparison"] == results["comparison"]  # so votes go on
     assert again["rewards"] == ["world_strict"]
+
+
+def test_an_adapter_of_the_model_that_edits_is_compared_on_edits(make_config: MakeConfig, tmp_path: Path):
+    settings = ["model.path=embedded-edit", "prompts.train=edits:train", "prompts.held_out=edits:held_out"]
+    settings += ["evaluation.strict=world_edit_strict"]
+    complete(prepare(make_config(tmp_path / "run", *settings, "trainer.num_iterations=1", "rewards=world_edit")))
+    words = ["--num-prompts", "2", "--seeds", "1", "--reward", "world_edit", "--output", tmp_path / "out"]
+    assert "| world_edit |" in run("compare", tmp_path / "run", *words)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    drawn = [parse_edit(row["prompt"]) for row in results["pictures"]]
+    assert {edit.meaning for edit in drawn} <= {edit.meaning for task in EDIT_TASKS for edit in split_edits(task)[1]}
+    assert all((tmp_path / "out" / row["source"]).is_file() for row in results["pictures"])
 
 
 def test_votes_are_counted_without_anything_else(tmp_path: Path):
