@@ -219,7 +219,9 @@ def paper(
     seeds: Annotated[int | None, typer.Option(help="Training seeds of each row.", show_default=False)] = None,
     table: Annotated[
         list[int] | None,
-        typer.Option(help="A table of the paper, 1 to 6, or 7 and 8, which are ours; repeat for several.", show_default=False),
+        typer.Option(
+            help="A table of the paper, 1 to 6, or 7 and 8, which are ours; repeat for several.", show_default=False
+        ),
     ] = None,
     method: Annotated[
         list[str] | None,

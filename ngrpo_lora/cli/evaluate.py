@@ -11,6 +11,14 @@ import typer
 from ngrpo_lora.cli.app import Device, Rewards, asked_device, make_folder
 from ngrpo_lora.errors import ConfigError
 
+HeldOut = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompts, in the form of prompts.held_out; default: world:held_out, of embedded-edit edits:held_out.",
+        show_default=False,
+    ),
+]
+
 
 def score(
     sources: Annotated[
@@ -78,13 +86,7 @@ def compare(
     ] = None,
     reward: Rewards = None,
     base: Annotated[bool, typer.Option(help="Compare with the base model; --no-base: with the first ADAPTER.")] = True,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="Prompts, in the form of prompts.held_out; default: world:held_out, of embedded-edit edits:held_out.",
-            show_default=False,
-        ),
-    ] = None,
+    prompts: HeldOut = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Different prompts, at most.")] = 48,
     seeds: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 2,
     seed: Annotated[
@@ -118,15 +120,12 @@ def compare(
         return
 
     from ngrpo_lora.evaluation import comparison, judging, statistics
-    from ngrpo_lora.world import HELD_OUT
 
     configs = judging.parse_rewards(reward or [])
-    drawn = None if prompts is None else comparison.distinct_prompts(prompts, num_prompts, seed)
+    drawn = comparison.distinct_prompts(prompts, num_prompts, seed) if prompts else []
     place = asked_device(device)
     baseline, candidates = comparison.open_candidates(files, model, base, place)
-    if drawn is None:
-        own = HELD_OUT.get(baseline.info.model.path, "world:held_out")
-        drawn = comparison.distinct_prompts(own, num_prompts, seed)
+    drawn = drawn or comparison.distinct_prompts(comparison.held_out(baseline), num_prompts, seed)
     comparison.check_pictures(drawn, baseline)
     make_folder(output)
     differences = comparison.compare_adapters(baseline, candidates, drawn, seeds, seed, configs, output, place)

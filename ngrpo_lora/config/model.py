@@ -29,9 +29,9 @@ class ModelConfig(Section, frozen=True):
     revision: str | None = Field(default=None, description="Hub branch, tag or commit; null: the default branch.")
     fuse: dict[AdapterText, Annotated[float, Field(allow_inf_nan=False)]] = Field(
         default={},
-        description="LoRA files (owner/name/file.safetensors on the Hub; embedded-turbo) that are added into the frozen "
-        "base as it is loaded, with their strengths, {lightning.safetensors: 1.0}, or one name alone: what distils the "
-        "base into few steps, say. The trained adapter works beside them.",
+        description="LoRA files (owner/name/file.safetensors on the Hub; embedded-turbo) that are added into the "
+        "frozen base as it is loaded, with their strengths, {lightning.safetensors: 1.0}, or one name alone: what "
+        "distils the base into few steps, say. The trained adapter works beside them.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="float32",

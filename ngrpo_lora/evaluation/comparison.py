@@ -29,6 +29,7 @@ from ngrpo_lora.records.pictures import Picture, read_png_text, save_png
 from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.seeds import consecutive_seeds
+from ngrpo_lora.world import HELD_OUT
 
 if TYPE_CHECKING:
     from ngrpo_lora.adapters.header import AdapterInfo
@@ -202,6 +203,11 @@ def open_candidates(
                     f"for {found[-len(adapters)].label}; compare each with its base in a call of its own"
                 )
     return found[0], found[1:]
+
+
+def held_out(candidate: Candidate) -> str:
+    """Where prompts come from that no training of an embedded model has seen; for others those of the embedded one."""
+    return HELD_OUT.get(candidate.info.model.path, HELD_OUT["embedded"])
 
 
 def check_pictures(prompts: Sequence[Prompt], candidate: Candidate) -> None:

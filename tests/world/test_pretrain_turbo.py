@@ -10,38 +10,53 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from ngrpo_lora.adapters import lora
 from ngrpo_lora.adapters.finding import find_adapter
 from ngrpo_lora.adapters.fusing import load_fused
-from ngrpo_lora.config import LoraConfig, ModelConfig
+from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.equations.solvers import VelocityFn, dpmpp_2m, euler
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.prompts.sources import open_prompts
 from ngrpo_lora.world import EMBEDDED, EMBEDDED_TURBO
-from ngrpo_lora.world.pretrain_turbo import FINE, SIGMAS, SUBSTEPS, Steps, ask, both, main, train
+from ngrpo_lora.world._parts import Flow
+from ngrpo_lora.world.pretrain_turbo import (
+    FINE,
+    SIGMAS,
+    SUBSTEPS,
+    ask,
+    both,
+    main,
+    make_student,
+    teacher,
+    train,
+    velocity_of,
+)
 from ngrpo_lora.world.scenes import parse, split_scenes
 
 
 @pytest.fixture
-def family() -> BaseFamily:
-    found = load_family(ModelConfig(path="embedded"))
-    lora.inject(found.transformer, LoraConfig(rank=4), *found.lora_targets("attention+feed_forward"), seed=0)
-    return found
+def flow() -> Flow:
+    return make_student(rank=4)
 
 
-def velocity_of(family: BaseFamily, prompts: list[str]) -> VelocityFn:
-    text = family.encode(prompts)
-    return lambda latents, sigma: family.velocity(latents, sigma, text)
+def test_the_student_is_the_teacher_until_it_is_trained_and_only_its_lora_moves(flow: Flow):
+    trained = [name for name, p in flow.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+    assert not any(name.startswith("transformer.proj_out") for name in trained)  # the model's last layer
+    velocity, latents = velocity_of(flow, ["a red star"]), torch.randn(1, 16, 64)
+    with torch.no_grad(), teacher(flow):
+        expected = velocity(latents, 0.9)
+    assert torch.equal(velocity(latents, 0.9), expected)
 
 
 @torch.no_grad()
-def test_four_steps_of_the_known_velocities_go_where_the_teacher_goes_in_sixteen(family: BaseFamily, tmp_path: Path):
-    steps = ask(tmp_path / "steps.safetensors", family, 100, own=False)
+def test_four_steps_of_the_known_velocities_go_where_the_teacher_goes_in_sixteen(flow: Flow, tmp_path: Path):
+    steps = ask(tmp_path / "steps.safetensors", flow, 100, own=False)
     assert steps.step.tolist() == [step for step in range(4) for _ in range(100)]
     latents = steps.start[:100].float()
-    end = dpmpp_2m(velocity_of(family, steps.captions[:100]), latents, FINE)[-1]
+    end = dpmpp_2m(velocity_of(flow, steps.captions[:100]), latents, FINE)[-1]
     for step in range(4):
         here = steps.step == step
         assert torch.allclose(latents, steps.start[here].float(), atol=0.01)
@@ -52,33 +67,34 @@ def test_four_steps_of_the_known_velocities_go_where_the_teacher_goes_in_sixteen
 
 
 @torch.no_grad()
-def test_the_students_own_points_are_drawn_with_the_adapter_and_led_on_without(family: BaseFamily, tmp_path: Path):
-    for name, weight in lora.parameters(family.transformer).items():
+def test_the_students_own_points_are_drawn_with_the_lora_and_led_on_without(flow: Flow, tmp_path: Path):
+    for name, weight in flow.named_parameters():
         if "lora_B" in name:
             weight.fill_(0.2)
-    steps = ask(tmp_path / "own.safetensors", family, 100, own=True)
-    velocity, noise = velocity_of(family, steps.captions[:100]), steps.start[:100].float()
+    steps = ask(tmp_path / "own.safetensors", flow, 100, own=True)
+    velocity, noise = velocity_of(flow, steps.captions[:100]), steps.start[:100].float()
     mine = euler(velocity, noise, SIGMAS)
-    with lora.disabled(family.transformer):
+    with teacher(flow):
         assert not torch.allclose(euler(velocity, noise, SIGMAS)[2], mine[2], atol=0.05)
         end = dpmpp_2m(velocity, mine[2], FINE[2 * SUBSTEPS : 3 * SUBSTEPS + 1])[-1]
     here = steps.step == 2
-    assert torch.allclose(steps.start[here].float(), mine[2], atol=0.01)
+    assert torch.allclose(steps.start[here].float(), mine[2], atol=0.02)
     known = steps.start[here].float() + (SIGMAS[3] - SIGMAS[2]) * steps.velocity[here].float()
     assert torch.allclose(known, end, atol=0.02)
 
 
-def test_training_brings_the_adapter_nearer_to_the_known_velocities(family: BaseFamily, tmp_path: Path):
-    known = ask(tmp_path / "steps.safetensors", family, 100, own=False)
+def test_training_brings_the_student_nearer_to_the_known_velocities(flow: Flow, tmp_path: Path):
+    known = ask(tmp_path / "steps.safetensors", flow, 100, own=False)
     known = both(known, known)
+    assert len(known.start) == len(known.step) == len(known.velocity) == len(known.captions) == 800
 
     @torch.no_grad()
     def error() -> float:
-        found = family.velocity(known.start[:200].float(), SIGMAS[known.step[:200]], family.encode(known.captions[:200]))
-        return (found - known.velocity[:200].float()).square().mean().item()
+        found = flow(known.start[:400].float(), SIGMAS[known.step[:400]], *flow.tokenize(known.captions[:400]))
+        return (found - known.velocity[:400].float()).square().mean().item()
 
     before = error()
-    train(tmp_path / "adapter.safetensors", family, known, 200, 3e-3)
+    train(tmp_path / "adapter.safetensors", flow, known, 200, 3e-3)
     assert error() < 0.9 * before
 
 
@@ -93,21 +109,26 @@ def test_a_few_steps_make_a_lora_that_stock_diffusers_loads(tmp_path: Path, monk
     assert pipeline.get_active_adapters() == ["default_0"]
 
 
+def family_velocity(family: BaseFamily, prompts: list[str]) -> VelocityFn:
+    text = family.encode(prompts)
+    return lambda latents, sigma: family.velocity(latents, sigma, text)
+
+
 @torch.no_grad()
 def test_the_shipped_lora_draws_in_four_steps_what_the_base_draws_in_sixteen():
-    """Its latents are far nearer to them than those of the base in four steps, by either solver."""
+    """Its latents are far nearer to them than the base's in four steps; one in some lands on another picture."""
     source = open_prompts("world:held_out", 0)
     prompts = [source.prompt(i).text for i in range(24)]
     turbo, base = load_fused(ModelConfig(fuse={"embedded-turbo": 1.0})), load_family(ModelConfig(path="embedded"))
     noise = torch.stack([gaussian_noise(base.latent_shape, seed) for seed in range(24)])
-    end = dpmpp_2m(velocity_of(base, prompts), noise, FINE)[-1]
+    end = dpmpp_2m(family_velocity(base, prompts), noise, FINE)[-1]
 
     def away(found: Tensor) -> float:
-        return (found - end).square().mean().item()
+        return (found - end).square().flatten(1).mean(1).median().item()
 
-    student = away(euler(velocity_of(turbo, prompts), noise, SIGMAS)[-1])
-    others = [away(solve(velocity_of(base, prompts), noise, SIGMAS)[-1]) for solve in (euler, dpmpp_2m)]
-    assert student < 0.6 * min(others), (student, others)
+    student = away(euler(family_velocity(turbo, prompts), noise, SIGMAS)[-1])
+    others = [away(solve(family_velocity(base, prompts), noise, SIGMAS)[-1]) for solve in (euler, dpmpp_2m)]
+    assert student < 0.5 * min(others), (student, others)
 
 
 def test_the_packages_lora_goes_by_its_name():
