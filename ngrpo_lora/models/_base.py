@@ -223,7 +223,7 @@ class BaseFamily(NoiseLevels):
                 pipeline = kind.from_pretrained(
                     self.source,
                     revision=config.revision,
-                    dtype={"default": self.dtype, "vae": self.vae_dtype},
+                    dtype=self.dtypes,
                     quantization_config=quantized,
                     **dict.fromkeys(self.left_out(parts)),
                 )
@@ -239,9 +239,9 @@ class BaseFamily(NoiseLevels):
         return {"text": to_encode, "image": self.text_encoders, "all": ()}[parts]
 
     @property
-    def vae_dtype(self) -> torch.dtype:
-        """Number type in which the VAE is loaded and decodes."""
-        return self.dtype
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Number types in which the pipeline's components are loaded, by name; `default` is that of all others."""
+        return {"default": self.dtype}
 
     @property
     def source(self) -> str:

@@ -39,6 +39,8 @@ __all__ = ["BlankPrompts", "Blueprint", "blank_text", "make_family", "random_fam
 ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
 TRANSFORMERS = ("transformer", "transformer_2")
 """Parts that compute velocities; the second one is there where two share the noise levels."""
+CONFIGS = {"scheduler": "scheduler_config.json", "image_processor": "preprocessor_config.json"}
+"""Parts whose settings are not in a `config.json`."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def read_files(path: str, revision: str | None) -> Blueprint:
     for name, entry in index.items():
         if not isinstance(entry, list) or entry[0] is None:
             continue
-        file = {"scheduler": "scheduler_config.json"}.get(name, "config.json")
+        file = CONFIGS.get(name, "config.json")
         if name.startswith(("tokenizer", "processor")):
             file = "tokenizer_config.json"
         source = folder / name / file if local else Path(hub_file(path, f"{name}/{file}", revision))

@@ -31,8 +31,10 @@ class EmbeddingCache:
     def __init__(self, folder: Path, model: ModelConfig):
         self.folder = folder
         dtype = resolve_dtype(model.dtype, resolve_device(model.device))
-        # What else decides of an edit: the size of its source, and whether the negative prompt is encoded beside it.
+        # What else decides of an edit: the size of its source, whether the negative prompt is encoded beside it, and
+        # of a video how many frames follow the source.
         self.of_edits = f"{model.width_px}x{model.height_px}, {model.guidance_scale}"
+        self.of_edits += "" if model.num_frames is None else f", {model.num_frames} frames"
         self.settings = json.dumps([model.model_copy(update={"dtype": dtype}).model_dump()[key] for key in DECIDING])
 
     def file(self, prompt: str | Prompt) -> Path:

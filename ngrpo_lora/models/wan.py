@@ -1,21 +1,29 @@
-"""Wan text-to-video (Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan2.1-T2V-14B, Wan2.2-TI2V-5B, Wan2.2-T2V-A14B).
+"""Wan: text to video by Wan2.1-T2V, Wan2.2-TI2V-5B and Wan2.2-T2V-A14B, picture to video by Wan2.1-I2V-14B (480P,
+720P) and Wan2.2-I2V-A14B.
 
-Source of the conventions: diffusers' `WanPipeline` (pipelines/wan/pipeline_wan.py). The transformer takes
-1000 * sigma and gives `noise - clean`. Latents are (C, 1 + (frames - 1) / 4, H / 8, W / 8), of Wan 2.2 H / 16 and
-W / 16, standardised channel by channel (`latents_mean`, `latents_std`). UMT5's embeddings are cut at the prompt's end
-and padded with zeros to 512 tokens, which are not masked. Without a first picture all timesteps of Wan 2.2's
+Source of the conventions: diffusers' `WanPipeline` and `WanImageToVideoPipeline` (pipelines/wan/). The transformer
+takes 1000 * sigma and gives `noise - clean`. Latents are (C, 1 + (frames - 1) / 4, H / 8, W / 8), of TI2V-5B H / 16
+and W / 16, standardised channel by channel (`latents_mean`, `latents_std`). UMT5's embeddings are cut at the prompt's
+end and padded with zeros to 512 tokens, which are not masked. Without a first picture all timesteps of TI2V-5B's
 `expand_timesteps` are equal: one a sample says the same.
 
 Guidance by two passes, 5.0 recommended; of Wan 2.2 A14B, a pair of transformers of which each draws one part of the
 steps (`_experts.py`), 4.0 at high noise and 3.0 at low. Sigmas run from 1 linearly to 0 before `flow_shift`, as in
 Wan's own code; diffusers' UniPC scheduler starts 1e-6 lower and is up to 0.001 higher before the shift.
+
+Image-to-video takes a source picture as the first frame. Behind the channels of the latents stand 4 that say which
+frames are given, and those of the VAE's latents of the source followed by frames of 0, which is grey: the condition.
+Wan 2.1 attends to CLIP's states of the source too, those before its last layer. Guidance of both transformers of Wan
+2.2 is 3.5. A last frame (Wan2.1-FLF2V) is not taken, nor a first one by TI2V-5B, whose timesteps differ by token then.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from diffusers import WanPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +31,12 @@ from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import Parts
 from ngrpo_lora.models._experts import ExpertsFamily
+from ngrpo_lora.models._index import model_index, model_json
 from ngrpo_lora.types import TextEmbeds
+
+SOURCE_ASPECT = 16  # at most followed: a transformer has positions for sides of 1024 patches
+TEXT_TOKENS = 512
+CLIP_TOKENS = 257  # of a picture of 224 x 224 pixels in patches of 14 x 14, and the one of the class
 
 
 class Family(ExpertsFamily):
@@ -49,9 +62,9 @@ class Family(ExpertsFamily):
         return super().load(parts)
 
     @property
-    def vae_dtype(self) -> torch.dtype:
-        """Number type of the VAE: float32, as in the model cards' examples."""
-        return torch.float32
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Number types of the components: float32 for the VAE, as in the model cards' examples."""
+        return super().dtypes | {"vae": torch.float32}
 
     @property
     def architecture(self) -> str:
@@ -74,8 +87,7 @@ class Family(ExpertsFamily):
         """(C, F, H, W) of the latents, in which the first frame of a video stands alone."""
         frames = (self.num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
         cell_px = self.pipeline.vae_scale_factor_spatial
-        channels = self.transformer.config.in_channels
-        return (channels, frames, config.height_px // cell_px, config.width_px // cell_px)
+        return (self.vae.config.z_dim, frames, config.height_px // cell_px, config.width_px // cell_px)
 
     def tokenizers(self) -> dict[str, tuple[Any, int]]:
         """UMT5's tokenizer and its token limit."""
@@ -83,11 +95,9 @@ class Family(ExpertsFamily):
 
     def encode_alone(self, prompt: str) -> dict[str, Tensor]:
         """Encode one prompt: UMT5's states, padded with zeros."""
-        embeds, _ = self.pipeline.encode_prompt(
-            [prompt],
-            do_classifier_free_guidance=False,
-            max_sequence_length=int(self.settings["max_sequence_length"]),
-            device=self.device,
+        # The function is the same in all of Wan's pipelines, but without ftfy the image-to-video one's fails.
+        embeds = WanPipeline._get_t5_prompt_embeds(
+            self.pipeline, [prompt], max_sequence_length=int(self.settings["max_sequence_length"]), device=self.device
         )
         return {"prompt_embeds": embeds}
 
@@ -97,10 +107,12 @@ class Family(ExpertsFamily):
 
     def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
         """Velocity of the latents, (B, C, F, H, W)."""
+        given = text.tensors
         return self.transformer(
-            hidden_states=latents,
+            hidden_states=torch.cat([latents, given["condition"]], 1) if "condition" in given else latents,
             timestep=sigmas * 1000,
-            encoder_hidden_states=text.tensors["prompt_embeds"].to(self.dtype),
+            encoder_hidden_states=given["prompt_embeds"].to(self.dtype),
+            encoder_hidden_states_image=given.get("image_embeds"),
             return_dict=False,
         )[0]
 
@@ -117,6 +129,146 @@ class Family(ExpertsFamily):
             latents.new_tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
         )
         return latents * std + mean
+
+
+class ImageToVideo(Family):
+    """Wan image-to-video: the source picture of a prompt is the first frame of its video."""
+
+    pipeline_class = "WanImageToVideoPipeline"
+    text_encoders = ("text_encoder", "image_encoder")
+    attention = (*Family.attention, "add_k_proj", "add_v_proj")
+    edits = True
+    default_guidances = (3.5, 3.5)
+
+    def configure(self, config: ModelConfig) -> None:
+        """Apply the settings of `config`; UserError for those that do not go with a first frame."""
+        image_dim = self.pipeline.transformer.config.image_dim if self.draws else None
+        check_with_source(config, image_dim is not None)
+        super().configure(config)
+
+    def load(self, parts: Parts) -> Any:
+        """Load the pipeline; what this class cannot draw is refused before weights are read."""
+        transformer = self.transformer_json()
+        check_first_frame(self.source, model_index(self.source, self.config.revision), transformer)
+        check_with_source(self.config, transformer.get("image_dim") is not None)
+        return super().load(parts)
+
+    def left_out(self, parts: Parts) -> tuple[str, ...]:
+        """Names of the components that are not loaded: CLIP too where the transformer takes none of its states."""
+        clip = () if self.transformer_json().get("image_dim") else ("image_encoder", "image_processor")
+        return super().left_out(parts) + clip
+
+    def transformer_json(self) -> dict[str, Any]:
+        """The settings of the transformer, before it is loaded; those of both of a pair are alike."""
+        return model_json(self.source, "transformer/config.json", self.config.revision)
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Number types of the components: float32 for CLIP too, as in the model cards' examples."""
+        return super().dtypes | {"image_encoder": torch.float32}
+
+    @property
+    def architecture(self) -> str:
+        """`modelspec.architecture`: Wan 2.1's is a single transformer, Wan 2.2's a pair."""
+        return "wan2.1-i2v" if self.expert is None else "wan2.2-i2v-a14b"
+
+    def encode_edit(self, prompt: str, source: Image.Image) -> dict[str, Tensor]:
+        """Encode one prompt, the negative one where it guides, and the source: its condition and CLIP's states."""
+        found = self.encode_alone(prompt) | {"condition": self.condition(source)}
+        if self.pipeline.image_encoder is not None:
+            found["image_embeds"] = self.pipeline.encode_image(source, self.device).to(self.dtype)
+        if self.guided:
+            if self.negative is None:
+                self.negative = TextEmbeds(self.encode_alone(self.config.negative_prompt))
+            found["negative_prompt_embeds"] = self.negative.tensors["prompt_embeds"]
+        return found
+
+    def condition(self, source: Image.Image) -> Tensor:
+        """(1, 4 + C, F, H, W): which frames are given, and the mode of the latents of a source and of grey frames."""
+        size = {"height": self.config.height_px, "width": self.config.width_px}
+        pixels = self.pipeline.video_processor.preprocess(source, **size).to(self.device, torch.float32)
+        _, condition = self.pipeline.prepare_latents(
+            pixels,
+            1,
+            **size,
+            num_frames=self.num_frames,
+            dtype=torch.float32,
+            device=self.device,
+            latents=pixels.new_empty(0),  # or noise would be drawn
+        )
+        return condition.to(self.dtype)
+
+    def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of UMT5's states of both prompts, if there are two passes, of the condition and of CLIP's states."""
+        channels, *rest = self.latent_shape
+        config, encoder = self.transformer.config, self.pipeline.image_encoder
+        shapes = super().text_shapes(tokens)
+        if self.guided:
+            shapes["negative_prompt_embeds"] = shapes["prompt_embeds"]
+        if config.image_dim is not None:
+            seen = 1 + (encoder.config.image_size // encoder.config.patch_size) ** 2 if encoder else CLIP_TOKENS
+            shapes["image_embeds"] = (seen, config.image_dim)
+        return shapes | {"condition": (config.in_channels - channels, *rest)}
+
+    def without_prompt(self, text: TextEmbeds) -> TextEmbeds:
+        """The negative prompt in each row, and the row's own source."""
+        own = dict(text.tensors)
+        return TextEmbeds(own | {"prompt_embeds": own.pop("negative_prompt_embeds")})
+
+    def edited_size(self, source: Image.Image) -> tuple[int, int]:
+        """(height, width): of the source's shape, at most `SOURCE_ASPECT`, and at most the configured area.
+
+        Source: the example of the model cards, which cuts sides down to multiples of a patch.
+        """
+        area, multiple = self.config.height_px * self.config.width_px, self.size_multiple
+        aspect = min(max(source.height / source.width, 1 / SOURCE_ASPECT), SOURCE_ASPECT)
+        height, width = (max(1, round(math.sqrt(part)) // multiple) for part in (area * aspect, area / aspect))
+        return height * multiple, width * multiple
+
+
+def check_first_frame(path: str, index: dict[str, Any], transformer: dict[str, Any]) -> None:
+    """Raise UserError for a model that is not drawn from a source as the first frame alone.
+
+    Args:
+        index: contents of the model's `model_index.json`.
+        transformer: settings of its transformer.
+    """
+    rule = f"model.path {path!r} must be a model that is drawn from a first frame as Wan2.1-I2V and Wan2.2-I2V-A14B are"
+    if index.get("expand_timesteps"):
+        raise UserError(
+            f"{rule}, but expand_timesteps in its model_index.json is true, as of TI2V-5B, whose tokens have timesteps "
+            "of their own then; give one of these, or draw with it from text alone: _class_name WanPipeline"
+        )
+    if (length := transformer.get("pos_embed_seq_len")) is not None:
+        raise UserError(
+            f"{rule}, but pos_embed_seq_len of its transformer is {length}: it takes a last frame too, as Wan2.1-FLF2V "
+            "does; give one of these"
+        )
+    if transformer.get("image_dim") and None in index.get("image_encoder", [None]):
+        raise UserError(
+            f"{rule}, but its transformer takes CLIP's states of the source and it has no image_encoder; copy "
+            "image_encoder/ and image_processor/, and their lines of model_index.json, from the model that it was "
+            "made from"
+        )
+
+
+def check_with_source(config: ModelConfig, sees: bool) -> None:
+    """Raise UserError for a video of the source alone, or a number of prompt tokens that hides the source from CLIP.
+
+    Args:
+        sees: whether the transformer takes CLIP's states of the source.
+    """
+    if config.num_frames == 1:
+        raise UserError(
+            f"model.num_frames must be 5 or more for {config.path!r}, whose first frame is the source picture, got 1; "
+            "give 5, 9, 13, ..., or null for the model's own number"
+        )
+    # diffusers' `WanAttnProcessor` takes the last 512 states for the prompt's, and those before them for the source's.
+    if sees and config.max_sequence_length not in (None, TEXT_TOKENS):
+        raise UserError(
+            f"model.max_sequence_length must be {TEXT_TOKENS} for {config.path!r}, whose transformer tells the states "
+            f"of the source from those of the prompt by this number, got {config.max_sequence_length}; leave it out"
+        )
 
 
 def check_frames(config: ModelConfig) -> None:
