@@ -37,7 +37,9 @@ LICENSES: dict[str, tuple[str, str, str]] = {
     "Qwen/Qwen-Image": ("apache-2.0", "", ""),
     "Qwen/Qwen-Image-Edit-2509": ("apache-2.0", "", ""),
     "Tongyi-MAI/Z-Image": ("apache-2.0", "", ""),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": ("apache-2.0", "", ""),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("apache-2.0", "", ""),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": ("apache-2.0", "", ""),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": ("apache-2.0", "", ""),
     "black-forest-labs/FLUX.1-Krea-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
     "black-forest-labs/FLUX.1-Kontext-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
@@ -113,7 +115,7 @@ def write_card(
     """
     adapter, pictures = read_pushed(folder / FILE_NAME), shown_pictures(folder)
     base, video = adapter.hub_id, (adapter.model.num_frames or 1) > 1 or adapter.family == "wan"
-    task = "text-to-video" if video else "image-to-image" if adapter.edits else "text-to-image"
+    task = f"{'image' if adapter.edits else 'text'}-to-{'video' if video else 'image'}"
     family = adapter.family.replace("_", "-")
     prompt, seed = (pictures[0].prompt, pictures[0].seed) if pictures else ("a red star", 0)
     gallery = [{"text": picture.prompt, "output": {"url": picture.after}} for picture in pictures]

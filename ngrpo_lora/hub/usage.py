@@ -29,6 +29,11 @@ class Adapter:
     pipeline: str  # its file in `pipelines/`, if there is one
 
     @property
+    def starts_video(self) -> bool:
+        """Whether a source is the first frame of a video."""
+        return self.edits and self.family == "wan"
+
+    @property
     def hub_id(self) -> str | None:
         """The base's name on the Hub; None for the embedded model and for a folder."""
         path = self.model.path
@@ -49,15 +54,18 @@ def usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: 
     solver = "flow DPM-Solver++ 2M" if rollout.solver == "dpmpp_2m" else "Euler"
     file = PIPELINE if has_pipeline(adapter.pipeline) else SCHEDULER
     source = " --source picture.png" if adapter.edits else ""
+    if adapter.starts_video:  # which the code above draws at this size, whatever the shape of the picture
+        source += f" --height {model.height_px} --width {model.width_px}"
     guidance = shown_guidance(model)
     exact = f"{rollout.num_steps} steps of {solver}, shift {rollout.shift:.4g}, guidance {guidance}"
     reads = ", which it reads from the adapter, " if file == PIPELINE else " "
-    processor = ", and torchvision for the processor of its base" if "qwen_image_edit" in adapter.pipeline else ""
+    others = ", and torchvision for the processor of its base" if "qwen_image_edit" in adapter.pipeline else ""
+    others += ", and ftfy, without which this pipeline of diffusers fails" if adapter.starts_video else ""
     text = (
         f"## Use it\n\n```python\n{diffusers_usage(repo, revision, adapter, prompt, seed)}\n```\n\n"
         f"This draws as in training: {exact}, {model.width_px} x {model.height_px} px{reads}and with noise levels that "
         f"are never cut to integers. `trust_remote_code` runs one file, [{file}]({file}), which needs no other package "
-        f"than diffusers does for LoRA{processor}. By the command line, to the same pixels:\n\n"
+        f"than diffusers does for LoRA{others}. By the command line, to the same pixels:\n\n"
     )
     shell = "'" + " ".join(prompt.split()).replace("'", "'\\''") + "'"
     if revision is None:
@@ -96,13 +104,16 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
     model, embedded = adapter.model, adapter.model.path in MODELS
     base = f"MODELS[{adapter.model.path!r}]" if embedded else repr(adapter.hub_id or f"path/to/{Path(model.path).name}")
     base += f", revision={model.revision!r}" if model.revision else ""
-    dtype, device = "bfloat16" if model.dtype == "auto" else model.dtype, "cpu" if embedded else "cuda"
+    dtype, device = number_types(adapter), "cpu" if embedded else "cuda"
     where = repr(repo) if revision is None else f"{repo!r}, revision={revision!r}"
     head = ["import torch", "from diffusers import DiffusionPipeline"]
     names = ["ADAPTERS"] * any(one in ADAPTERS for one in model.fuse) + ["MODELS"] * embedded
     own = [f"from ngrpo_lora.world import {', '.join(names)}"] if names else []
-    image, opened = ("", []) if not adapter.edits else (", image=picture", ['picture = Image.open("picture.png")'])
-    head += ["from PIL import Image"] if adapter.edits else []
+    image, opened = (", image=picture", ['picture = Image.open("picture.png")']) if adapter.edits else ("", [])
+    head += [f"from PIL import Image{', ImageOps' if adapter.starts_video else ''}"] if adapter.edits else []
+    if adapter.starts_video:
+        size = model.width_px, model.height_px
+        opened.append(f'picture = ImageOps.fit(picture.convert("RGB"), {size}, Image.Resampling.LANCZOS)')
     if has_pipeline(adapter.pipeline):
         branch = "" if revision is None else f"custom_revision={revision!r}, "
         lines = [
@@ -110,7 +121,7 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
             *own,
             "",
             "pipeline = DiffusionPipeline.from_pretrained(",
-            f"    {base}, custom_pipeline={repo!r}, {branch}trust_remote_code=True, dtype=torch.{dtype}",
+            f"    {base}, custom_pipeline={repo!r}, {branch}trust_remote_code=True, dtype={dtype}",
             f').to("{device}")',
             *python_lines(model),
             f"pipeline.load_lora_weights({where})",
@@ -129,17 +140,29 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
         "Scheduler = get_class_from_dynamic_module(",
         f"    {where}, module_file={SCHEDULER!r}, class_name={SCHEDULER_CLASS!r}, trust_remote_code=True",
         ")",
-        f'pipeline = DiffusionPipeline.from_pretrained({base}, dtype=torch.{dtype}).to("{device}")',
+        f'pipeline = DiffusionPipeline.from_pretrained({base}, dtype={dtype}).to("{device}")',
         f"pipeline.scheduler = Scheduler.from_config(pipeline.scheduler.config, {scheduler_settings(adapter)})",
         *python_lines(model),
         f"pipeline.load_lora_weights({where}{', load_into_transformer_2=True' if model.expert == 'low_noise' else ''})",
+        *opened,
         f"{'video' if video else 'image'} = pipeline(",
+        *(["    image=picture,"] if adapter.edits else []),
         *(f"    {name}={value!r}," for name, value in settings.items()),
         f'    generator=torch.Generator("cpu").manual_seed({seed}),',
         ").frames[0]" if video else ").images[0]",
         'export_to_video(video, "video.mp4", fps=16)' if video else 'image.save("image.png")',
     ]
     return "\n".join(lines)
+
+
+def number_types(adapter: Adapter) -> str:
+    """The number types in which a run loads its base, as Python code: of Wan some networks stay in float32."""
+    plain = f"torch.{'bfloat16' if adapter.model.dtype == 'auto' else adapter.model.dtype}"
+    if adapter.family != "wan" or plain == "torch.float32":
+        return plain
+    names = ["vae", "image_encoder"] if adapter.starts_video and adapter.model.expert is None else ["vae"]
+    whole = ", ".join(f'"{name}": torch.float32' for name in names)
+    return f'{{"default": {plain}, {whole}}}'
 
 
 def call_settings(adapter: Adapter) -> dict[str, Any]:

@@ -97,3 +97,31 @@ def test_an_adapter_of_one_of_two_transformers_is_loaded_into_that_one(expert: s
     text = write_card(tmp_path, "owner/name", config, 300, [], {}).text
     assert "trained transformer | " + expert.replace("_", r"\_") in text
     assert "(high noise) and 2.5 (low noise)" in text
+
+
+@pytest.mark.parametrize(("expert", "whole"), [("null", ', "image_encoder": torch.float32'), ("high_noise", "")])
+def test_a_video_starts_from_a_picture_of_its_size(expert: str, whole: str, tmp_path: Path):
+    own = {"edits": True, "pipeline": "WanImageToVideoPipeline"}
+    scales = ["model.guidance_scale_2=2.5"] * (expert != "null")
+    config = make_config("model.num_frames=17", f"model.expert={expert}", *scales, path="owner/base")
+    folder = make_folder(tmp_path, config, ["a"], "wan", **own)
+    code = diffusers_usage("owner/name", None, read_pushed(folder / FILE_NAME), "a", 7)
+    lines = code.splitlines()
+    assert "from PIL import Image, ImageOps" in lines
+    start = lines.index('picture = Image.open("picture.png")')
+    assert lines[start + 1 : start + 4] == [
+        'picture = ImageOps.fit(picture.convert("RGB"), (704, 720), Image.Resampling.LANCZOS)',
+        "video = pipeline(",
+        "    image=picture,",
+    ]
+    types = f'{{"default": torch.bfloat16, "vae": torch.float32{whole}}}'
+    assert f"pipeline = DiffusionPipeline.from_pretrained('owner/base', dtype={types}).to(\"cuda\")" in lines
+    (call,) = [
+        n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "pipeline"
+    ]
+    known = inspect.signature(diffusers.WanImageToVideoPipeline.__call__).parameters
+    assert {k.arg for k in call.keywords} <= known.keys()
+    card = write_card(folder, "owner/name", config, 300, [], {})
+    assert card.data.to_dict()["pipeline_tag"] == "image-to-video"
+    assert "--source picture.png --height 720 --width 704 --prompt 'a'" in card.text
+    assert "and ftfy, without which this pipeline of diffusers fails" in card.text

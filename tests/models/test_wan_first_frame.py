@@ -65,7 +65,10 @@ RECOMMENDED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
+pytestmark = pytest.mark.usefixtures("cleaning")
+
+
+@pytest.fixture
 def cleaning(monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers' pipeline cleans prompts as that of text-to-video does, where ftfy is missing too."""
     monkeypatch.setattr(pipeline_wan_i2v, "basic_clean", pipeline_wan.basic_clean)

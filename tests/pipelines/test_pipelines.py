@@ -38,6 +38,8 @@ from ngrpo_lora.hub.pipeline_file import SCHEDULER, pipeline_file, scheduler_fil
 from ngrpo_lora.hub.usage import diffusers_usage, read_pushed
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.prompts.pictures import SourcePicture
 from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.sampling.sampler import sample_images, solve
 from ngrpo_lora.seeds import derive_seed
@@ -48,13 +50,16 @@ from ngrpo_lora.world import EMBEDDED
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 
+import family_checks
 import test_flux2_klein
 import test_qwen_image
 import test_sana
 import test_sd3
 import test_wan
+import test_wan_first_frame
 import test_z_image
 from family_checks import check_sampling, load, noise_of, record, stock
+from wan_parts import make_first_frame_folder
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red star", "two blue circles"]
@@ -62,7 +67,7 @@ LONG = "a photo of a heart above a cross, at dusk"
 FAMILIES = ["flux", "sd3", "qwen_image", "z_image"]
 
 sd3_folder, qwen_image_folder, z_image_folder = test_sd3.folder, test_qwen_image.folder, test_z_image.folder
-sana_folder = test_sana.folder
+sana_folder, cleaning = test_sana.folder, test_wan_first_frame.cleaning
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -254,9 +259,11 @@ class Other:
     settings: dict[str, Any]
     call: dict[str, Any]
     """What the stock pipeline has to be told beside them."""
+    source: SourcePicture | None = None
+    """What a video starts from."""
 
 
-@pytest.fixture(params=["flux2_klein", "sana", "wan"])
+@pytest.fixture(params=["flux2_klein", "sana", "wan", "wan_first_frame"])
 def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Other:
     if request.param == "sana":
         base, size = request.getfixturevalue("sana_folder"), {"height_px": 32, "width_px": 32}
@@ -266,6 +273,11 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "wan":
         settings = dict(test_wan.SMALL, guidance_scale=5.0)
         return Other(test_wan.make_folder(folder, second=False), settings, {"num_frames": 5})
+    if request.param == "wan_first_frame":
+        request.getfixturevalue("cleaning")
+        source = family_checks.picture(tmp_path_factory.mktemp("source"), 3)
+        call = {"num_frames": 5, "image": source.fitted(32, 16)}
+        return Other(make_first_frame_folder(folder), test_wan_first_frame.SIZE | {"guidance_scale": 5.0}, call, source)
     return Other(test_flux2_klein.make_folder(folder, distilled=False), test_flux2_klein.SIZE, {})
 
 
@@ -283,7 +295,7 @@ def test_the_scheduler_drops_into_other_pipelines(other: Other, flux: Case):
         max_sequence_length=family.settings["max_sequence_length"],
         **other.call,
     )
-    check_sampling(family, LONG, recording, "dpmpp_2m")
+    check_sampling(family, Prompt(LONG, {}, other.source), recording, "dpmpp_2m")
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "euler"])
@@ -291,9 +303,12 @@ def test_the_cards_snippet_of_other_families_draws_the_trainers_picture(
     solver: str, other: Other, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer
 ):
     """Word for word, but for the GPU."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    rows = [{"prompt": prompt} | ({"source": "picture.png"} if other.source else {}) for prompt in PROMPTS]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if other.source is not None:
+        (tmp_path / "picture.png").write_bytes(other.source.read())
     settings = {f"model.{key}": value for key, value in other.settings.items()}
-    settings |= dict.fromkeys(("prompts.train", "prompts.held_out"), tmp_path / "prompts.txt")
+    settings |= dict.fromkeys(("prompts.train", "prompts.held_out"), tmp_path / "prompts.jsonl")
     settings |= {"model.path": other.base, "model.device": "cpu", "evaluation.strict": "null", "lora.alpha": 8}
     settings |= {"rollout.solver": solver, "rollout.shift": 2.5, "trainer.num_iterations": 1}
     settings |= {"rollout.group_size": 2, "algorithm.num_anchors": 1, "algorithm.updates_per_rollout": 1}
@@ -309,7 +324,7 @@ def test_the_cards_snippet_of_other_families_draws_the_trainers_picture(
     monkeypatch.chdir(tmp_path)
     code = diffusers_usage("owner/name", None, read_pushed(adapter), LONG, 7)
     names = run_code(code.replace('.to("cuda")', ""), tmp_path)
-    expected = pixels(sample_images(adapter, None, [LONG], [7]))
+    expected = pixels(sample_images(adapter, None, [Prompt(LONG, {}, other.source)], [7]))
     sigmas, scheduler = load(other.base, **other.settings).sigmas(4, 2.5), names["pipeline"].scheduler
     torch.testing.assert_close(scheduler.sigmas, sigmas, rtol=0, atol=2e-6)  # Sana's times are written in six digits
     assert scheduler.config.solver_order == {"dpmpp_2m": 2, "euler": 1}[solver]
