@@ -47,7 +47,8 @@ def test_a_preset_keeps_the_papers_settings(name: str):
     assert (config.rollout.group_size, config.rollout.solver) == (12, "dpmpp_2m")
     assert config.rollout.num_steps == (4 if name.startswith(("flux-schnell", "qwen-image-lightning")) else 8)
     algorithm = config.algorithm.model_dump()
-    assert (algorithm["num_anchors"], algorithm["num_train_steps"], algorithm["perturbation_strength"]) == (4, 4, 0.3)
+    assert (algorithm["num_anchors"], algorithm["perturbation_strength"]) == (4, 0.3)
+    assert algorithm["num_train_steps"] == (3 if name.startswith("wan22-i2v") else 4)  # all that its transformer draws
     of_edits, of_pictures = ["clip_directional", "preservation"], ["hpsv2", "pickscore", "imagereward"]
     assert [reward.name for reward in config.rewards.train] == (
         of_edits if re.search("kontext|edit", name) else of_pictures

@@ -46,6 +46,7 @@ from ngrpo_lora.evaluation.report.record import Record
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
 from ngrpo_lora.models._embeddings import EmbeddingCache
+from ngrpo_lora.planning.plan import make_plan
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.sampling.sampler import Sampler, draw
@@ -269,6 +270,19 @@ def test_a_plan_counts_the_condition(folder: Path, edits: list[Prompt]):
     assert "image_embeds" not in text or text["image_embeds"].shape == (1, 257, 16)
     velocity = blank.velocity(torch.zeros(1, *blank.latent_shape, device="meta"), 0.5, blank.encode(["anything"]))
     assert velocity.shape[1:] == blank.latent_shape
+
+
+def test_a_plan_counts_the_vae_and_clip_in_float32(
+    single: Path, make_config: MakeConfig, tmp_path: Path, prompts: Path
+):
+    """As they are loaded, whatever the number type of the model."""
+    sources = [f"prompts.train={prompts}", f"prompts.held_out={prompts}", "evaluation.strict=null"]
+    config = make_config(tmp_path / "run", *sources, f"model.path={single}", *SETTINGS, "model.dtype=bfloat16")
+    plan = make_plan(config)
+    whole = load(single, **SIZE)
+    assert plan.gpu["rollout"]["VAE"] == sum(tensor.nbytes for tensor in whole.vae.state_dict().values())
+    counts = plan.parameters
+    assert plan.gpu["encode"]["text encoders"] == 2 * counts["text_encoder"] + 4 * counts["image_encoder"]
 
 
 # Runs ---------------------------------------------------------------------------------------------------------------

@@ -81,7 +81,9 @@ PUBLISHED = {  # billions of parameters; Stability AI counts the table of positi
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": 1.60,
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.42,
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.3,
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 16.4,
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 14.3,
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 14.3,
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0,
 }
 
