@@ -21,7 +21,7 @@ PromptTexts = Annotated[
 ]
 Source = Annotated[
     Path | None,
-    typer.Option(help="The picture to edit, for a model that edits and prompts that have none of their own."),
+    typer.Option(help="The picture to edit, or to start a video from, for prompts that have none of their own."),
 ]
 PromptSource = Annotated[
     str | None, typer.Option(help="More of them: a source as in prompts.train, such as mine.txt or hpdv2:test.")

@@ -68,7 +68,7 @@ class BaseFamily(NoiseLevels):
     """Whether one forward pass is enough: guidance is distilled into the model, or it is drawn without guidance."""
 
     edits: ClassVar[bool] = False
-    """Whether the model edits a source picture, which every prompt then has; `encode_edit` takes it in."""
+    """Whether the model edits a source picture, or starts a video from it; every prompt has one, for `encode_edit`."""
 
     default_guidance: float
     """Guidance scale where the configuration gives none."""

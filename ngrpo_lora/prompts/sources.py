@@ -255,7 +255,7 @@ def check_sources(key: str, prompts: Iterable[Prompt], edits: bool, model: str) 
             continue
         if source is None:
             raise ConfigError(
-                f"{key} must have a source picture with every prompt for {model!r}, which edits pictures, but "
+                f"{key} must have a source picture with every prompt for {model!r}, which starts from one, but "
                 f"{_said(prompt, 'source')}; name its file in a column source, or with --source of `ngrpo sample`"
             )
         if prompt.mask is None and prompt.metadata.get("mask") not in (None, ""):

@@ -189,7 +189,7 @@ def test_a_source_that_cannot_be_read_is_named_with_its_line(source: str, why: s
 def test_a_prompt_of_a_model_that_edits_needs_a_source(source: Any, found: str):
     written("a.png", saved(halves()))
     assert problem(["a.png", source]) == (
-        "prompts.train must have a source picture with every prompt for 'owner/model', which edits pictures, but "
+        "prompts.train must have a source picture with every prompt for 'owner/model', which starts from one, but "
         f"'make it 1' has {found}; name its file in a column source, or with --source of "
         "`ngrpo sample`"
     )
