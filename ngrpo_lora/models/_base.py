@@ -243,6 +243,10 @@ class BaseFamily(NoiseLevels):
         """Number types in which the pipeline's components are loaded, by name; `default` is that of all others."""
         return {"default": self.dtype}
 
+    def dtype_of(self, component: str) -> torch.dtype:
+        """Number type in which a component is loaded."""
+        return self.dtypes.get(component) or self.dtypes["default"]
+
     @property
     def source(self) -> str:
         """The folder or Hub id that diffusers loads the model from."""

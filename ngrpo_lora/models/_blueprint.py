@@ -147,7 +147,7 @@ def make_family(blueprint: Blueprint, config: ModelConfig, device: str = "meta")
     # Exported adapters name the module of their family.
     own = {"__module__": family.__module__, "load": lambda self, parts: pipeline, "tokenizers": lambda self: {}}
     made = type("Family", (family,), own)(config, device, "image")
-    in_dtype(made.vae, made.dtypes.get("vae", made.dtype))
+    in_dtype(made.vae, made.dtype_of("vae"))
     made.cache = BlankPrompts(made)
     return made
 

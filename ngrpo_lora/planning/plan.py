@@ -207,7 +207,7 @@ class Estimate:
         self.state, self.paged = optimizer_sizes(config.optimizer, drawn.lora)
         # The state that has drawn the last pictures, and in an update that before it: what an error goes back to.
         self.last = self.adapter + self.average + self.state + self.paged
-        sizes = {name: family.dtypes.get(name, family.dtype).itemsize for name in family.text_encoders}
+        sizes = {name: family.dtype_of(name).itemsize for name in family.text_encoders}
         self.encoders = sum(size * drawn.blueprint.parameters(name) for name, size in sizes.items())
         self.networks, self.notes = reward_networks(config)
 
