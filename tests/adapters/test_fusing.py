@@ -34,7 +34,7 @@ from ngrpo_lora.planning.preflight import check_run, check_settings
 from ngrpo_lora.sampling.sampler import Sampler
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
-from ngrpo_lora.world import EMBEDDED
+from ngrpo_lora.world import ADAPTERS, EMBEDDED
 
 PROMPT = "a red star"
 
@@ -139,6 +139,21 @@ def test_a_file_of_the_hub_is_loaded_by_its_name_there():
 )
 def test_names_of_the_hub_are_told_from_places_of_this_machine(path: str, source: str):
     assert python_lines(ModelConfig(fuse={path: 1.0}))[0] == f"pipeline.load_lora_weights({source})"
+
+
+def test_the_code_for_the_packages_own_lora_fuses_it_in_stock_diffusers():
+    """As the model card of a run on `embedded-turbo` has it; names and weights are those of the fused base."""
+    pipeline = FluxPipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
+    exec(
+        "\n".join(python_lines(ModelConfig(fuse={"embedded-turbo": 0.5}))), {"pipeline": pipeline, "ADAPTERS": ADAPTERS}
+    )
+    expected = load_fused(ModelConfig(fuse={"embedded-turbo": 0.5})).transformer.state_dict()
+    found = pipeline.transformer.state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
+    plain = load_family(ModelConfig()).transformer.state_dict()
+    assert any(not torch.allclose(plain[name], weight, atol=1e-3) for name, weight in expected.items())
 
 
 def test_one_name_stands_for_the_whole_strength_and_a_file_is_written_down_absolute(

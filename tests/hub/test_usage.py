@@ -68,6 +68,15 @@ def test_what_the_base_had_taken_in_is_fused_before_the_adapter_is_loaded(family
     assert "LoraLoaderModelOnly at strength 1.0, `owner/few/steps.safetensors` before it at 0.75, and" in text
 
 
+def test_the_packages_own_lora_is_imported_by_the_code_and_named_by_the_card(tmp_path: Path):
+    config = make_config("model.fuse=embedded-turbo")
+    folder = make_folder(tmp_path, config, ["a"], "flux")
+    code = diffusers_usage("owner/name", None, read_pushed(folder / FILE_NAME), "a", 7)
+    assert "from ngrpo_lora.world import ADAPTERS\n" in code
+    assert "pipeline.load_lora_weights(ADAPTERS['embedded-turbo'])\npipeline.fuse_lora(lora_scale=1)" in code
+    assert "embedded-turbo at 1" in write_card(folder, "owner/name", config, 300, [], {}).text
+
+
 def test_a_file_that_the_base_had_taken_in_is_named_without_its_place(tmp_path: Path):
     path = tmp_path / "secret" / "steps.safetensors"
     path.parent.mkdir()
