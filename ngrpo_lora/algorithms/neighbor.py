@@ -28,7 +28,7 @@ from ngrpo_lora.equations.advantages import batch_deviation, group_advantages
 from ngrpo_lora.equations.noise import gaussian_noise, neighbor_noise
 from ngrpo_lora.equations.schedule import Schedule
 from ngrpo_lora.equations.solvers import SOLVERS, VelocityFn
-from ngrpo_lora.equations.surrogate import clipped_objective, leap, mean_squared_distance
+from ngrpo_lora.equations.surrogate import clipped_objective, leap, mean_squared_distances
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.types import RewardBatch, Rollout, Transition, Velocities, beside
 
@@ -100,8 +100,12 @@ class Algorithm:
         """The rollout with the temperature of each of its steps, where they are `auto`."""
         if self.config.temperature != "auto":
             return rollout
-        found = [mean_squared_distance(self.candidates(rollout, step)) for step in range(len(self.window))]
-        return replace(rollout, temperatures=torch.stack(found))
+        steps, at_once = range(len(self.window)), max(1, MAX_VALUES // rollout.final.numel())
+        found = [
+            mean_squared_distances(torch.stack([self.candidates(rollout, step) for step in steps[first:][:at_once]]))
+            for first in steps[::at_once]
+        ]
+        return replace(rollout, temperatures=torch.cat(found))
 
     def candidates(self, rollout: NeighborRollout, step: int) -> Tensor:
         """What the anchor of a step is compared with, (G, C, H, W): latents after it, or clean predictions at it."""

@@ -87,19 +87,19 @@ def leap(
 
 def auto_temperature(candidates: Tensor) -> float:
     """The mean squared distance between two candidates: (G, ...) -> tau, so that logits are of order 1."""
-    return mean_squared_distance(candidates).item()
+    return mean_squared_distances(candidates[None]).item()
 
 
-def mean_squared_distance(candidates: Tensor) -> Tensor:
-    """The same as a tensor () float64 on the candidates' device, which is not waited for.
+def mean_squared_distances(candidates: Tensor) -> Tensor:
+    """The same of W groups, (W, G, ...) -> (W,) float64 on the candidates' device, which is not waited for.
 
     Candidates that are not finite have no part in it.
     """
-    rows = candidates.flatten(1).double()  # (G, D)
-    finite = rows.isfinite().all(1, keepdim=True)
-    count, rows = finite.sum(), rows.where(finite, 0.0)
-    offsets = (rows - rows.sum(0) / count).where(finite, 0.0)
-    return 2 * offsets.square().sum() / (count - 1)
+    rows = candidates.flatten(2).double()  # (W, G, D)
+    finite = rows.isfinite().all(2, keepdim=True)
+    count, rows = finite.sum(1, keepdim=True), rows.where(finite, 0.0)
+    offsets = (rows - rows.sum(1, keepdim=True) / count).where(finite, 0.0).flatten(1)
+    return 2 * torch.linalg.vecdot(offsets, offsets) / (count.flatten() - 1)
 
 
 def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:

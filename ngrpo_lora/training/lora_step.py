@@ -59,7 +59,8 @@ class LoraStep:
 
     def forget(self) -> None:
         """Drop the gradients that wait for `take`."""
-        self.optimizer.zero_grad()
+        for parameter in self.parameters.values():  # as `zero_grad` does, which takes longer to describe itself
+            parameter.grad = None
 
     def take(self, finite: bool, empty: bool) -> float:
         """Move the adapter by the gradients that wait, and forget them.

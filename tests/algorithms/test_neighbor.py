@@ -353,6 +353,13 @@ def test_auto_temperature_is_that_of_the_steps_own_candidates():
     assert auto[1] == number[1]
 
 
+def test_temperatures_are_the_same_however_many_steps_are_taken_at_once(monkeypatch: pytest.MonkeyPatch):
+    together = roll_out(make())
+    for values in (1, 2 * together.final.numel()):
+        monkeypatch.setattr(neighbor, "MAX_VALUES", values)
+        torch.testing.assert_close(roll_out(make()).temperatures, together.temperatures, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize(("temperature", "entropy"), [(1e-6, 0.0), (1e9, math.log(6))])
 def test_the_temperature_spans_a_certain_and_a_uniform_policy(temperature: float, entropy: float):
     algorithm = make(temperature=temperature)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_lora import auto_temperature, clipped_objective, leaping_log_ratio, leaping_logits, neighbor_noise
-from ngrpo_lora.equations.surrogate import leap, mean_squared_distance
+from ngrpo_lora.equations.surrogate import leap, mean_squared_distances
 
 GROUP, DIMS = 6, 262_144  # 16 channels of 128 x 128: 1024 px
 
@@ -81,7 +81,7 @@ def test_log_ratio_agrees_with_float64_at_262144_dimensions(
     expected = reference_log_ratio(candidates, anchor, displacement, tau)
     assert expected.abs().max().item() == pytest.approx(largest, rel=0.2)
     there = [x.to(device)[None] for x in (candidates, anchor, displacement)]
-    found = leap(*there, tau if temperature != "auto" else mean_squared_distance(there[0][0])).log_ratio[0]
+    found = leap(*there, tau if temperature != "auto" else mean_squared_distances(there[0])).log_ratio[0]
     torch.testing.assert_close(found.cpu(), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -250,7 +250,10 @@ def test_auto_temperature_is_the_mean_squared_distance_of_all_pairs():
     distances = [(a - b).double().square().sum().item() for a, b in combinations(candidates, 2)]
     assert auto_temperature(candidates) == pytest.approx(sum(distances) / len(distances), rel=1e-6)
     broken = torch.cat([torch.full((1, 4, 5), torch.nan), candidates])
-    assert auto_temperature(broken) == auto_temperature(candidates)
+    assert auto_temperature(broken) == pytest.approx(auto_temperature(candidates), rel=1e-14)
+    groups = torch.stack([broken, 2 * broken, torch.randn(8, 4, 5)])
+    expected = [auto_temperature(group) for group in groups]
+    assert mean_squared_distances(groups).tolist() == pytest.approx(expected, rel=1e-14)
 
 
 def test_auto_temperature_keeps_logits_of_order_1_at_262144_dimensions():
