@@ -88,7 +88,7 @@ def forward_pass() -> str:
     from ngrpo_lora.config import ModelConfig
     from ngrpo_lora.models._loading import load_family
 
-    family = load_family(ModelConfig())
+    family = load_family(ModelConfig(dtype="auto"))
     noise = torch.randn(1, *family.latent_shape, generator=torch.Generator().manual_seed(0)).to(family.device)
     with torch.no_grad():
         velocity = family.velocity(noise, 1.0, family.encode(["a red star"]))

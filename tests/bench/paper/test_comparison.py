@@ -64,7 +64,7 @@ def refuse_after(words: Sequence[object], folder: Path) -> str:
     ("words", "message"),
     [
         (["--method", "neighbour"], "--method must be one of"),
-        (["--table", 9], "--table must be one of 1, 2, 3, 4, 5, 6, 7, got 9"),
+        (["--table", 9], "--table must be one of 1, 2, 3, 4, 5, 6, 7, 8, got 9"),
         (["--seeds", 0], "--seeds must be from 1 to 100, got 0"),
         (["--at-once", 0], "--at-once must be at least 1"),
         (["--quick", "--full"], "must not be given together"),
