@@ -141,12 +141,11 @@ def test_names_of_the_hub_are_told_from_places_of_this_machine(path: str, source
     assert python_lines(ModelConfig(fuse={path: 1.0}))[0] == f"pipeline.load_lora_weights({source})"
 
 
-def test_the_code_for_the_packages_own_lora_fuses_it_in_stock_diffusers():
+def test_the_code_for_the_packages_own_lora_fuses_it_in_stock_diffusers(tmp_path: Path):
     """As the model card of a run on `embedded-turbo` has it; names and weights are those of the fused base."""
     pipeline = FluxPipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
-    exec(
-        "\n".join(python_lines(ModelConfig(fuse={"embedded-turbo": 0.5}))), {"pipeline": pipeline, "ADAPTERS": ADAPTERS}
-    )
+    (script := tmp_path / "fuse.py").write_text("\n".join(python_lines(ModelConfig(fuse={"embedded-turbo": 0.5}))))
+    runpy.run_path(str(script), {"pipeline": pipeline, "ADAPTERS": ADAPTERS})
     expected = load_fused(ModelConfig(fuse={"embedded-turbo": 0.5})).transformer.state_dict()
     found = pipeline.transformer.state_dict()
     assert found.keys() == expected.keys()
