@@ -28,9 +28,11 @@ from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 from ngrpo_lora.adapters import lora
 from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.config import LoraConfig, ModelConfig
+from ngrpo_lora.adapters.header import AdapterInfo
+from ngrpo_lora.config import LoraConfig, ModelConfig, RolloutConfig
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.equations.solvers import SOLVERS
+from ngrpo_lora.evaluation import comparison
 from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.prompts.files import Prompt
@@ -175,6 +177,18 @@ def check_velocities(family: BaseFamily, prompt: str | Prompt, recording: Record
 
 
 @torch.no_grad()
+def check_comparison(family: BaseFamily, edits: Sequence[Prompt], folder: Path) -> None:
+    """A comparison draws each prompt from its own source; of a video the middle frame is compared."""
+    base = comparison.Candidate("base", None, AdapterInfo(family.config, RolloutConfig(num_steps=2)))
+    wanted = [edits[0], edits[0]._replace(source=edits[1].source)]
+    comparison.check_pictures(wanted, base)
+    pictures = comparison.draw(base, wanted, [7, 7], folder)
+    for prompt, drawn in zip(wanted, pictures, strict=True):
+        frames = draw(family, family.encode([prompt]), [7], "dpmpp_2m", family.sigmas(2))
+        assert len(frames) == family.num_frames
+        assert np.array_equal(np.asarray(drawn.load()), np.asarray(frames[len(frames) // 2]))
+
+
 def check_sampling(family: BaseFamily, prompt: str | Prompt, recording: Recording, solver: str = "euler") -> None:
     """From the same noise our solver on the family's own schedule takes the pipeline's path to its pictures."""
     sigmas = family.sigmas(len(recording.velocities))

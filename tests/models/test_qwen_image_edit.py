@@ -23,6 +23,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from diffusers.utils import dynamic_modules_utils
 from family_checks import (
     PROMPTS,
+    check_comparison,
     check_half_precision,
     check_neighbours,
     check_sampling,
@@ -42,11 +43,9 @@ from safetensors import safe_open
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
 from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.bench.bare import measure_bare
-from ngrpo_lora.config import ModelConfig, RolloutConfig
+from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.errors import ConfigError, SharedError, UserError
-from ngrpo_lora.evaluation import comparison
 from ngrpo_lora.models import qwen_image
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
@@ -383,13 +382,7 @@ def test_a_command_that_draws_checks_pictures_first(folder: Path, tmp_path: Path
 
 
 def test_a_comparison_draws_from_the_sources_of_its_prompts(family: BaseFamily, tmp_path: Path, edits: list[Prompt]):
-    base = comparison.Candidate("base", None, AdapterInfo(family.config, RolloutConfig(num_steps=2)))
-    wanted = [edits[0], edits[0]._replace(source=edits[1].source)]
-    comparison.check_pictures(wanted, base)
-    pictures = comparison.draw(base, wanted, [7, 7], tmp_path / "drawn")
-    for prompt, drawn in zip(wanted, pictures, strict=True):
-        (expected,) = draw(family, family.encode([prompt]), [7], "dpmpp_2m", family.sigmas(2))
-        assert np.array_equal(np.asarray(drawn.load()), np.asarray(expected))
+    check_comparison(family, edits, tmp_path / "drawn")
 
 
 def test_the_pipeline_draws_the_trainers_edits(

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from commands import refuse, run
@@ -19,6 +18,7 @@ from family_checks import (
     PROMPTS,
     GivenSigmas,
     Recording,
+    check_comparison,
     check_neighbours,
     check_sampling,
     check_targets,
@@ -38,10 +38,8 @@ from transformers import UMT5EncoderModel
 from wan_parts import SMALL, make_first_frame_folder
 
 from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.adapters.header import AdapterInfo
-from ngrpo_lora.config import ModelConfig, RolloutConfig
+from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.errors import ConfigError, SharedError, UserError
-from ngrpo_lora.evaluation import comparison
 from ngrpo_lora.evaluation.report.record import Record
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
@@ -399,13 +397,7 @@ def test_a_video_says_what_it_starts_from_and_like_draws_it_again(adapter: Path,
 
 
 def test_a_comparison_draws_from_the_sources_of_its_prompts(family: BaseFamily, tmp_path: Path, edits: list[Prompt]):
-    base = comparison.Candidate("base", None, AdapterInfo(family.config, RolloutConfig(num_steps=2)))
-    wanted = [edits[0], edits[0]._replace(source=edits[1].source)]
-    comparison.check_pictures(wanted, base)
-    pictures = comparison.draw(base, wanted, [7, 7], tmp_path / "drawn")
-    for prompt, drawn in zip(wanted, pictures, strict=True):
-        middle = draw(family, family.encode([prompt]), [7], "dpmpp_2m", family.sigmas(2))[2]
-        assert np.array_equal(np.asarray(drawn.load()), np.asarray(middle))
+    check_comparison(family, edits, tmp_path / "drawn")
 
 
 @pytest.mark.parametrize("form", ["comfyui", "kohya"])
