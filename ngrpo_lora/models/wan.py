@@ -20,6 +20,7 @@ Wan 2.1 attends to CLIP's states of the source too, those before its last layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -142,14 +143,19 @@ class ImageToVideo(Family):
 
     def configure(self, config: ModelConfig) -> None:
         """Apply the settings of `config`; UserError for those that do not go with a first frame."""
-        image_dim = self.pipeline.transformer.config.image_dim if self.draws else None
-        check_with_source(config, image_dim is not None)
+        sees = False
+        if self.draws:
+            transformer = self.pipeline.transformer.config
+            check_first_frame(config.path, self.pipeline.config, transformer)
+            sees = transformer.image_dim is not None
+        check_with_source(config, sees)
         super().configure(config)
 
     def load(self, parts: Parts) -> Any:
         """Load the pipeline; what this class cannot draw is refused before weights are read."""
-        transformer = self.transformer_json()
-        check_first_frame(self.source, model_index(self.source, self.config.revision), transformer)
+        index, transformer = model_index(self.source, self.config.revision), self.transformer_json()
+        check_first_frame(self.source, index, transformer)
+        check_clip(self.source, index, transformer)
         check_with_source(self.config, transformer.get("image_dim") is not None)
         return super().load(parts)
 
@@ -226,15 +232,17 @@ class ImageToVideo(Family):
         return height * multiple, width * multiple
 
 
-def check_first_frame(path: str, index: dict[str, Any], transformer: dict[str, Any]) -> None:
+RULE = "must be a model that is drawn from a first frame as Wan2.1-I2V and Wan2.2-I2V-A14B are"
+
+
+def check_first_frame(path: str, settings: Mapping[str, Any], transformer: Mapping[str, Any]) -> None:
     """Raise UserError for a model that is not drawn from a source as the first frame alone.
 
     Args:
-        index: contents of the model's `model_index.json`.
-        transformer: settings of its transformer.
+        settings: of its pipeline. transformer: settings of its transformer.
     """
-    rule = f"model.path {path!r} must be a model that is drawn from a first frame as Wan2.1-I2V and Wan2.2-I2V-A14B are"
-    if index.get("expand_timesteps"):
+    rule = f"model.path {path!r} {RULE}"
+    if settings.get("expand_timesteps"):
         raise UserError(
             f"{rule}, but expand_timesteps in its model_index.json is true, as of TI2V-5B, whose tokens have timesteps "
             "of their own then; give one of these, or draw with it from text alone: _class_name WanPipeline"
@@ -244,11 +252,15 @@ def check_first_frame(path: str, index: dict[str, Any], transformer: dict[str, A
             f"{rule}, but pos_embed_seq_len of its transformer is {length}: it takes a last frame too, as Wan2.1-FLF2V "
             "does; give one of these"
         )
+
+
+def check_clip(path: str, index: Mapping[str, Any], transformer: Mapping[str, Any]) -> None:
+    """Raise UserError for a model, of this `model_index.json`, without the CLIP whose states its transformer takes."""
     if transformer.get("image_dim") and None in index.get("image_encoder", [None]):
         raise UserError(
-            f"{rule}, but its transformer takes CLIP's states of the source and it has no image_encoder; copy "
-            "image_encoder/ and image_processor/, and their lines of model_index.json, from the model that it was "
-            "made from"
+            f"model.path {path!r} {RULE}, but its transformer takes CLIP's states of the source and it "
+            "has no image_encoder; copy image_encoder/ and image_processor/, and their lines of model_index.json, from "
+            "the model that it was made from"
         )
 
 

@@ -452,6 +452,21 @@ def test_a_model_that_takes_no_first_frame_alone_is_refused_unread(
         load(other, parts, **SIZE)
 
 
+@pytest.mark.parametrize(
+    ("file", "values", "rule"),
+    [
+        ("model_index.json", {"expand_timesteps": True}, "expand_timesteps in its"),
+        ("transformer/config.json", {"pos_embed_seq_len": 514}, "pos_embed_seq_len of its"),
+    ],
+)
+def test_a_model_without_its_weights_is_refused_as_loading_it_is(
+    file: str, values: dict[str, Any], rule: str, single: Path, tmp_path: Path
+):
+    other = ModelConfig(path=str(changed(single, tmp_path / "other", file, **values)), dtype="float32", **SIZE)
+    with pytest.raises(UserError, match=rf"must be a model that is drawn from a first frame as .*but {rule}"):
+        make_family(read_blueprint(other), other)
+
+
 @pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize(
     ("settings", "rule"),
