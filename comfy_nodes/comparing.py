@@ -19,7 +19,7 @@ from ngrpo_lora.adapters.finding import adapter_label
 from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.evaluation.contest import Contest, check_prompt
+from ngrpo_lora.evaluation.contest import Contest, check_prompt, check_source
 from ngrpo_lora.evaluation.ranking import Ranking, check_samples, rank
 from ngrpo_lora.sampling.strengths import parse_schedule
 
@@ -29,6 +29,7 @@ from .fitting import read_fitting
 from .rewards import Entries, Rewards
 from .schedules import apply
 from .scoring import loaded, samples_of, scores_of
+from .sources import check_reaches, only_source
 
 
 class Column(NamedTuple):
@@ -170,11 +171,13 @@ def decode(vae: Any, latents: Tensor) -> Image.Image:
     return picture
 
 
-def judge(pictures: list[Image.Image], rewards: Entries | None, prompt: str) -> Ranking | None:
-    """Rank pictures by their rewards; None where there are no rewards."""
+def judge(
+    pictures: list[Image.Image], rewards: Entries | None, prompt: str, source: Tensor | None = None
+) -> Ranking | None:
+    """Rank pictures, of edits beside their source, by their rewards; None where there are no rewards."""
     if not rewards:
         return None
-    samples = samples_of(pictures, " ".join(prompt.split()), "")
+    samples = samples_of(pictures, " ".join(prompt.split()), "", source)
     scorer = loaded(rewards)
     check_samples(scorer, samples)
     return rank(scorer, scores_of(scorer, samples), "standardized")
@@ -221,6 +224,12 @@ class Compare(io.ComfyNode):
                 io.Conditioning.Input("negative", optional=True, tooltip="For cfg above 1."),
                 Adapters.Input("adapters", optional=True, tooltip="From Adapter List: the columns."),
                 Rewards.Input("rewards", optional=True, tooltip="What the pictures are judged by."),
+                io.Image.Input(
+                    "source",
+                    optional=True,
+                    tooltip="Of a model that edits, the picture that positive has from ReferenceLatent or the model's "
+                    "own node: it stands first in every row, and rewards of edits see it.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="grid", tooltip="One captioned picture of all."),
@@ -249,10 +258,15 @@ class Compare(io.ComfyNode):
         negative: Any = None,
         adapters: Choice = (),
         rewards: Entries | None = None,
+        source: Tensor | None = None,
     ) -> io.NodeOutput:
         check_given("adapters", adapters, Column, "Adapter List")
         check_given("rewards", rewards or (), RewardConfig, "a reward node")
         check_prompt(rewards or (), prompt)
+        check_source(rewards or (), source is not None)
+        edited = only_source(source)
+        if edited is not None:
+            check_reaches(positive, latent_image["samples"])
         if cfg != 1 and negative is None:
             raise ConfigError(f"cfg must be 1 without negative, got {cfg:g}; connect a negative prompt")
         columns = columns_of(adapters, base_too or not adapters)
@@ -268,7 +282,8 @@ class Compare(io.ComfyNode):
             patched = apply(model, fitting[name], strength, parse_schedule(schedule)) if name else model
             drawn.append([draw(patched, seed) for seed in seeds])
         pictures = [decode(vae, latents) for row in zip(*drawn, strict=True) for latents in row]
-        contest = Contest([*columns], seeds, pictures, judge(pictures, rewards, prompt))
+        before = None if edited is None else edited.fitted(*pictures[0].size)
+        contest = Contest([*columns], seeds, pictures, judge(pictures, rewards, prompt, source), before)
         table = contest.table()
         grid = to_images([contest.grid(cell_px)])
         shown = ui.PreviewImage(grid, cls=cls).as_dict() | {"text": (table,)}

@@ -177,6 +177,12 @@ class EncodePrompt(io.ComfyNode):
                 f"pipeline must be one of {', '.join(STATES)} to give conditioning for ComfyUI's MODEL, got {name}; "
                 "draw it with Sample Pipeline"
             )
+        if family.edits:
+            raise UserError(
+                f"pipeline must be a model that draws from text alone to give conditioning, got "
+                f"{Path(pipeline.info.model.path).name}, which starts from a picture; draw it with Sample Pipeline, or "
+                "encode the prompt with ComfyUI's own nodes"
+            )
         make_room(family.device)
         device = comfy.model_management.intermediate_device()  # where ComfyUI's own encoders leave it, as float32
         with torch.inference_mode(False):

@@ -1,12 +1,14 @@
-"""The embedded model as ComfyUI's own MODEL, with its text encoders as CLIP and its VAE.
+"""The embedded models as ComfyUI's own MODEL, with their text encoders as CLIP and their VAE.
 
 ComfyUI's loaders cannot find out what so small a FLUX is: the number of heads, and the decoder's widths. Loaded here,
-ComfyUI's nodes take it; of those that encode prompts CLIPTextEncode, since its encoders have no tokens to give.
+ComfyUI's nodes take it; of those that encode prompts CLIPTextEncode, since its encoders have no tokens to give. The one
+that edits takes its source as FLUX.1-Kontext does: of VAEEncode and ReferenceLatent.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import comfy.latent_formats
@@ -23,11 +25,12 @@ from torch import Tensor, nn
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import load_family
-from ngrpo_lora.world import EMBEDDED
+from ngrpo_lora.world import MODELS
 
-from ._api import schema, to_images
+from ._api import checked, listed, schema, to_images
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+DRAWS = "embedded"
 
 
 class EmbeddedLatents(comfy.latent_formats.LatentFormat):
@@ -39,9 +42,9 @@ class EmbeddedLatents(comfy.latent_formats.LatentFormat):
         self.scale_factor = scale_factor
 
 
-def load_model() -> comfy.model_patcher.ModelPatcher:
-    """Load the embedded model's transformer as a MODEL, in float32."""
-    folder = EMBEDDED / "transformer"
+def load_model(path: Path) -> comfy.model_patcher.ModelPatcher:
+    """Load the transformer of an embedded model's folder as a MODEL, in float32."""
+    folder = path / "transformer"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = {name: weight.float() for name, weight in comfy.utils.load_torch_file(str(folder / WEIGHTS)).items()}
     converted = comfy.model_detection.convert_diffusers_mmdit(weights, "")
@@ -49,7 +52,7 @@ def load_model() -> comfy.model_patcher.ModelPatcher:
     found["num_heads"] = config["num_attention_heads"]  # which older versions take to be FLUX.1's
     model_config = comfy.model_detection.model_config_from_unet_config(found, converted)
     model_config.sampling_settings = model_config.sampling_settings | {"shift": 3.0}
-    model_config.latent_format = EmbeddedLatents(vae_scale())
+    model_config.latent_format = EmbeddedLatents(vae_scale(path))
     model_config.set_inference_dtype(torch.float32, None)
     model = model_config.get_model(converted, "")
     model.load_model_weights(converted, "")
@@ -60,9 +63,9 @@ def load_model() -> comfy.model_patcher.ModelPatcher:
     )
 
 
-def vae_scale() -> float:
+def vae_scale(path: Path) -> float:
     """The factor between the VAE's latents and the model's."""
-    return json.loads((EMBEDDED / "vae" / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
+    return json.loads((path / "vae" / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
 
 
 class TextEncoders(nn.Module):
@@ -77,7 +80,8 @@ class TextEncoders(nn.Module):
 
     def encode_token_weights(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Encode one prompt to its states (1, L, C) and its pooled state (1, C)."""
-        text = self.family.encode(prompts).tensors
+        (prompt,) = prompts
+        text = self.family.encode_alone(prompt)
         return text["prompt_embeds"], text["pooled_prompt_embeds"]
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> list[str]:
@@ -135,7 +139,7 @@ class EmbeddedVAE(comfy.sd.VAE):
 
 
 class LoadEmbedded(io.ComfyNode):
-    """Node that loads the embedded model as MODEL, CLIP and VAE."""
+    """Node that loads an embedded model as MODEL, CLIP and VAE."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -143,17 +147,31 @@ class LoadEmbedded(io.ComfyNode):
             "LoadEmbedded",
             display_name="Load Embedded Model",
             description="The small FLUX that ships with ngrpo-lora: 5 million parameters, 64 x 64 pixels, coloured "
-            "shapes, any CPU. For trying everything out before a download.",
+            "shapes, any CPU. For trying everything out before a download. Its like that edits is a small "
+            "FLUX.1-Kontext.",
             search_aliases=["checkpoint", "demo model", "example model", "tiny flux"],
-            inputs=[],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=[*MODELS],
+                    default=DRAWS,
+                    optional=True,
+                    tooltip="embedded draws; embedded-edit edits a picture, by ReferenceLatent.",
+                ),
+            ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
+    def validate_inputs(cls, model: str = DRAWS) -> bool:
+        return checked(listed, "model", model, [*MODELS])
+
+    @classmethod
+    def execute(cls, model: str = DRAWS) -> io.NodeOutput:
+        path = MODELS[listed("model", model, [*MODELS])]
         with torch.inference_mode(False):
-            family = load_family(ModelConfig(device="cpu"))
-            return io.NodeOutput(load_model(), load_clip(family), EmbeddedVAE(family))
+            family = load_family(ModelConfig(path=model, device="cpu"))
+            return io.NodeOutput(load_model(path), load_clip(family), EmbeddedVAE(family))
 
 
 NODES: list[type[io.ComfyNode]] = [LoadEmbedded]

@@ -17,19 +17,21 @@ from typing import Any
 
 import comfy.model_management
 import folder_paths
+from huggingface_hub import constants
 
 from ngrpo_lora.adapters.finding import FILE_NAME
-from ngrpo_lora.config import RewardConfig, RunConfig, load_config, preset_names
+from ngrpo_lora.config import PromptsConfig, RewardConfig, RunConfig, load_config, preset_names
 from ngrpo_lora.config.section import DEVICE_PATTERN
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.models._loading import family_class
 from ngrpo_lora.planning.preflight import check_resumable, check_run
-from ngrpo_lora.prompts.sources import Sources
+from ngrpo_lora.prompts.sources import Sources, read_split
 from ngrpo_lora.records.checkpoints import checkpoints
 from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.training.best import ended_early
 
-from ._api import check_path
+from ._api import check_path, own_folders
 from .rewards import Entries, admitted
 
 FOLDER = "ngrpo"
@@ -146,9 +148,11 @@ def within_folders(config: RunConfig, given_rewards: bool) -> RunConfig:
         known = folder_paths.get_full_path("loras", lora.init_from)
         lora = lora.model_copy(update={"init_from": known or lora.init_from})
         check_path(known or lora.init_from or "", "lora.init_from")
-    for key, sources in (("train", config.prompts.train), ("held_out", config.prompts.held_out)):
+    prompts = {key: sources for key, sources in config.prompts if key in ("train", "held_out")}
+    for key, sources in prompts.items():
         if not isinstance(sources, float):
-            check_sources(sources, f"prompts.{key}")
+            prompts[key] = placed(sources)
+            check_sources(prompts[key], f"prompts.{key}")
     if config.evaluation.strict is not None:
         admitted(RewardConfig(name=config.evaluation.strict))
     watched = tuple(map(admitted, config.evaluation.rewards))
@@ -158,13 +162,59 @@ def within_folders(config: RunConfig, given_rewards: bool) -> RunConfig:
     # Those of reward nodes were admitted there, and know their servers' keys since.
     trained = config.rewards.train if given_rewards else tuple(map(admitted, config.rewards.train))
     own = config.rewards.model_copy(update={"train": trained})
-    return config.model_copy(update={"model": model, "lora": lora, "evaluation": evaluation, "rewards": own})
+    given = config.prompts.model_copy(update=prompts)
+    return config.model_copy(
+        update={"model": model, "lora": lora, "prompts": given, "evaluation": evaluation, "rewards": own}
+    )
+
+
+def placed(sources: Sources) -> Sources:
+    """Turn names of files in ComfyUI's input folder into paths, a column after its # kept; others stay as they are."""
+    if not isinstance(sources, str):
+        return {str(placed(name)): weight for name, weight in sources.items()}
+    folder = Path(folder_paths.get_input_directory())
+    there = any((folder / name).is_file() for name in (sources, sources.rpartition("#")[0]) if name)
+    return str(folder / sources) if there else sources
 
 
 def check_sources(sources: Sources, key: str) -> None:
     """Raise ConfigError where prompts are a file out of ComfyUI's folders."""
     for source in [sources] if isinstance(sources, str) else sources:
         check_path(re.split("[#?]", source.removeprefix("hf:"), maxsplit=1)[0], key)
+
+
+def check_pictures(prompts: PromptsConfig) -> None:
+    """Check that prompts name no source picture out of ComfyUI's folders; those of datasets may be in the Hub's cache.
+
+    Raises:
+        ConfigError: as `read_split`, or a picture lies elsewhere.
+    """
+    own = own_folders()
+    cache = [Path(folder).resolve() for folder in (constants.HF_HOME, constants.HF_HUB_CACHE)]
+    for key, tables in read_split(prompts)._asdict().items():
+        for name, table in tables.items():
+            allowed = own + cache if name.startswith("hf:") else own
+            for picture in (one for prompt in table.prompts for one in (prompt.source, prompt.mask) if one is not None):
+                path = picture.content
+                if isinstance(path, Path) and not any(path.resolve().is_relative_to(folder) for folder in allowed):
+                    raise ConfigError(
+                        f"prompts.{key} must have source pictures in ComfyUI's folders, but {picture.name!r} "
+                        f"({picture.place}) is elsewhere; put it beside the prompts"
+                    )
+
+
+def check_without_source(config: RunConfig) -> None:
+    """Check that prompts of the node, which have no pictures, are for a model that draws from text alone.
+
+    Raises:
+        ConfigError: the model starts from a picture.
+        UserError: as `family_class`.
+    """
+    if family_class(config.model).edits:
+        raise ConfigError(
+            f"prompts must be empty for {config.model.path!r}, which starts each prompt from a picture; write "
+            "prompts.train=edits.jsonl into overrides, a file in ComfyUI's input folder with columns prompt and source"
+        )
 
 
 def prompt_lines(prompts: str) -> list[str]:
@@ -260,6 +310,8 @@ def prepared(config: RunConfig, prompts: str) -> RunConfig:
     else:
         (folder / "config.yaml").unlink(missing_ok=True)  # of one that was killed before its first checkpoint
     if prompts:
+        check_without_source(config)
         prompts_path(folder.name, prompts).write_text("\n".join(prompt_lines(prompts)) + "\n", encoding="utf-8")
     check_run(config)
+    check_pictures(config.prompts)
     return config

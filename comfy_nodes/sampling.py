@@ -17,6 +17,7 @@ from ngrpo_lora.equations.solvers import SOLVERS, dpmpp_2m_step, pairs
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import architectures, make_family, read_blueprint
 from ngrpo_lora.seeds import derive_seed
+from ngrpo_lora.world import MODELS
 
 from ._api import checked, listed, schema
 
@@ -106,7 +107,7 @@ class FlowSigmas(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "base",
-                    options=["embedded", *architectures()],
+                    options=[*MODELS, *architectures()],
                     default="black-forest-labs/FLUX.1-dev",
                     tooltip="The model whose schedule this is, by its name on the Hub; nothing is downloaded.",
                 ),
@@ -136,11 +137,11 @@ class FlowSigmas(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, base: str = "embedded") -> bool:
-        return checked(listed, "base", base, ["embedded", *architectures()])
+        return checked(listed, "base", base, [*MODELS, *architectures()])
 
     @classmethod
     def execute(cls, base: str, steps: int, width: int, height: int, shift: float, denoise: float) -> io.NodeOutput:
-        family = weightless(listed("base", base, ["embedded", *architectures()]), height, width)
+        family = weightless(listed("base", base, [*MODELS, *architectures()]), height, width)
         return io.NodeOutput(family.sigmas(int(steps / denoise), shift or None)[-(steps + 1) :])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ngrpo_lora.config import RewardConfig, parse_settings
 from ngrpo_lora.config.words import settled
 from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.evaluation.contest import check_source
 from ngrpo_lora.evaluation.ranking import check_samples, each_its_own, rank
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.scoring.scorer import Scorer
@@ -102,6 +103,8 @@ class Score(io.ComfyNode):
     ) -> io.NodeOutput:
         samples = samples_of(to_pictures(images), prompt, metadata, source)
         listed("combine", combine, COMBINED)
+        check_given("rewards", rewards, RewardConfig, "a reward node")
+        check_source(rewards, source is not None)
         scorer = loaded(rewards)
         check_samples(scorer, samples)
         ranking = rank(scorer, scores_of(scorer, samples), combine)

@@ -109,7 +109,8 @@ def free_memory() -> None:
 
 def worded(message: str) -> str:
     """A trainer's message as the node shows it, without advice that only a user of the command line can follow."""
-    return re.sub(r"[;,]?( then)? go on with resume=latest", "", message).replace("reasons are above", "see below")
+    command = r"[;,]?( then)? go on with resume=latest|, or with --source of `ngrpo sample`"
+    return re.sub(command, "", message).replace("reasons are above", "see below")
 
 
 def state_in_words(config: RunConfig) -> str:

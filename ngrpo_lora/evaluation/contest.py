@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.judging import parameters
@@ -16,20 +17,22 @@ from ngrpo_lora.evaluation.statistics import Scores, compare_scores, differences
 from ngrpo_lora.reports.grids import CELL_PX, draw_grid, wrapped
 from ngrpo_lora.reports.tables import markdown_table
 
-__all__ = ["Contest", "check_prompt"]
+__all__ = ["Contest", "check_prompt", "check_source"]
 
 
 @dataclass(frozen=True)
 class Contest:
     """Pictures of R seeds by C columns, each column of one model, with or without scores.
 
-    pictures: R * C, row by row. ranking: their scores, in the same order; None: not judged.
+    pictures: R * C, row by row. ranking: their scores, in the same order; None: not judged. source: what all of them
+    were edited from; None: they are no edits.
     """
 
     columns: Sequence[str]
     seeds: Sequence[int]
     pictures: Sequence[Image.Image]
     ranking: Ranking | None = None
+    source: Image.Image | None = None
 
     def best(self) -> set[int]:
         """Numbers of the pictures with the highest total of their row as shown, to 0.001; none of a row of equals."""
@@ -45,16 +48,28 @@ class Contest:
         return found
 
     def grid(self, cell_px: int = CELL_PX) -> Image.Image:
-        """Draw all pictures as a grid, with their columns' names, seeds and scores; the best of a row has a frame."""
-        best, captions = self.best(), []
-        for place in range(len(self.pictures)):
-            row, column = divmod(place, len(self.columns))
+        """Draw all pictures as a grid, with their columns' names, seeds and scores; the best of a row has a frame.
+
+        Edits have their source at the beginning of each row.
+        """
+        best, width = self.best(), len(self.columns)
+        pictures: list[Image.Image] = []
+        captions: list[str] = []
+        framed: set[int] = set()
+        for place, picture in enumerate(self.pictures):
+            row, column = divmod(place, width)
+            if self.source is not None and column == 0:
+                pictures.append(self.source)
+                captions.append("source")
+            if place in best:
+                framed.add(len(pictures))
+            pictures.append(picture)
             scores = [] if self.ranking is None else self.ranking.columns(place).items()
             lines = [f"{label} {show(score)}" for label, score in scores]
             seed = f"seed {self.seeds[row]}" + (", best" if place in best else "")
             captions.append("\n".join([self.columns[column], seed, *lines]))
         height = max(len(wrapped(caption)) for caption in captions)
-        return draw_grid(self.pictures, captions, len(self.columns), height, cell_px, best)
+        return draw_grid(pictures, captions, width + (self.source is not None), height, cell_px, framed)
 
     def table(self) -> str:
         """Markdown tables of all scores, of each column's means, and of differences from the first column."""
@@ -98,3 +113,21 @@ def check_prompt(rewards: Sequence[RewardConfig], prompt: str) -> None:
     for reward in rewards:
         if not prompt.strip() and parameters(reward) & {"prompt", "prompts"}:
             raise ConfigError(f"reward {reward.key} needs the prompt, got none; write what the pictures should show")
+
+
+def check_source(rewards: Sequence[RewardConfig], given: bool) -> None:
+    """Check, before anything is drawn or loaded, that there is a source where a reward judges edits.
+
+    Raises:
+        ConfigError: a reward needs the source, and there is none.
+    """
+    for reward in rewards:
+        if not given and ":" not in reward.name and needs_source(reward.name):
+            raise ConfigError(
+                f"reward {reward.key} needs the source picture, got none; connect what the pictures are edited from"
+            )
+
+
+def needs_source(name: str) -> bool:
+    """Whether a reward of this package judges each picture beside its source."""
+    return getattr(registry.load(registry.REWARDS, name), "NEEDS_SOURCE", False)

@@ -9,5 +9,6 @@ A file here holds either a function `score`, or `class Config(RewardConfig)` and
     score(images, prompt, metadata)    all G candidates of a prompt -> G numbers
     score(video, prompt, metadata)     all frames of one video -> a number
 
-`prompt` and `metadata` may be left out, and all of them may be `async def`. `ngrpo_lora/scoring` calls them.
+`prompt` and `metadata` may be left out, and all of them may be `async def`. `ngrpo_lora/scoring` calls them. A file
+with `NEEDS_SOURCE = True` judges edits: each picture beside its source.
 """

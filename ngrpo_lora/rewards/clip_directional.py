@@ -21,6 +21,8 @@ from ngrpo_lora.rewards._clip import load_clip
 from ngrpo_lora.rewards.clip_score import resize_of
 
 CAPTIONS = ("source_caption", "target_caption")
+NEEDS_SOURCE = True
+"""Each picture is judged beside its source; without one there is no score."""
 
 
 class Reward:

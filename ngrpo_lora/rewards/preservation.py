@@ -22,6 +22,9 @@ from pydantic import Field
 from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.rewards._edits import source_of
 
+NEEDS_SOURCE = True
+"""Each picture is judged beside its source; without one there is no score."""
+
 
 class Config(RewardConfig, frozen=True):
     """Settings of preservation."""

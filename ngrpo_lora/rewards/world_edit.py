@@ -13,6 +13,9 @@ from PIL import Image
 
 from ngrpo_lora.rewards._edits import verdicts
 
+NEEDS_SOURCE = True
+"""Each picture is judged beside its source; without one there is no score."""
+
 
 def score(images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
     """Graded verdict of every image for its prompt and source, in [0, 1]: `Verdict.graded`."""

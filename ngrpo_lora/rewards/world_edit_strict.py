@@ -9,6 +9,9 @@ from PIL import Image
 
 from ngrpo_lora.rewards._edits import verdicts
 
+NEEDS_SOURCE = True
+"""Each picture is judged beside its source; without one there is no score."""
+
 
 def score(images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
     """Strict verdict of every image for its prompt and source, 0 or 1: `Verdict.strict`."""
