@@ -228,8 +228,8 @@ class PipelineSample(io.ComfyNode):
                 io.Image.Input(
                     "source",
                     optional=True,
-                    tooltip="What a model that edits (FLUX.1-Kontext, Qwen-Image-Edit, embedded-edit) starts from: one "
-                    "picture, or one for each prompt.",
+                    tooltip="What a model that edits (FLUX.1-Kontext, Qwen-Image-Edit, embedded-edit) starts from, or "
+                    "the first frame of a video (Wan image-to-video): one picture, or one for each prompt.",
                 ),
             ],
             outputs=[

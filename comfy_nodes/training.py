@@ -161,8 +161,9 @@ class Train(io.ComfyNode):
                     multiline=True,
                     tooltip="Settings over the preset's, one key=value a line, as for the command: "
                     "optimizer.learning_rate=1e-4. `ngrpo config --describe` lists all keys. model.path: a Hub id or "
-                    "a folder of models/diffusers; lora.init_from: a LoRA of ComfyUI's list. Lines that begin with # "
-                    "are comments. One process trains here, whatever trainer.cpu_processes says; several GPUs are the "
+                    "a folder of models/diffusers; lora.init_from: a LoRA of ComfyUI's list; prompts.train: a file of "
+                    "the input folder, with a column source for models that edit. Lines that begin with # are "
+                    "comments. One process trains here, whatever trainer.cpu_processes says; several GPUs are the "
                     "command's.",
                 ),
                 io.Int.Input(

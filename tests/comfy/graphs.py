@@ -58,8 +58,8 @@ def latents_of(comfy: Comfy, result: Result, saved_by: str = "save") -> Tensor:
     return load_file(Path(comfy.base) / "output" / described["subfolder"] / described["filename"])["latent_tensor"]
 
 
-def tiny_model(comfy: Comfy, family: str, **settings: bool) -> str:
-    """Make models/diffusers/tiny/FAMILY with the family's own test; the name in the loader's list."""
+def tiny_model(comfy: Comfy, family: str, maker: str = "make_folder", **settings: bool) -> str:
+    """Make models/diffusers/tiny/FAMILY with a function of the family's own test; the name in the loader's list."""
     folder = comfy.base / "models" / "diffusers" / "tiny" / family
     tests = REPOSITORY / "tests"
     paths = os.pathsep.join(map(str, (REPOSITORY, tests, tests / "models", tests / "comfy")))
@@ -67,8 +67,8 @@ def tiny_model(comfy: Comfy, family: str, **settings: bool) -> str:
 from pathlib import Path
 from engine import declare_operators
 operators = declare_operators()
-from test_{family} import make_folder
-make_folder(Path({str(folder)!r}), **{settings!r})
+from test_{family} import {maker}
+{maker}(Path({str(folder)!r}), **{settings!r})
 """
     if not folder.exists():
         subprocess.run([sys.executable, "-c", make], check=True, env=os.environ | {"PYTHONPATH": paths})

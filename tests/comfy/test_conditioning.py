@@ -161,6 +161,9 @@ def test_other_families_give_what_comfyui_has_or_are_refused(comfy: Comfy):
         return {"pipeline": pipeline(model), "coded": coded, "store": save(["coded", 0], "of a pipeline", True)}
 
     assert comfy.run(encoded(tiny_model(comfy, "wan", second=False))).status == "success"
+    starts = comfy.run(encoded("embedded-edit"))
+    assert (starts.status, starts.error_node) == ("error", "coded")
+    assert "a model that draws from text alone to give conditioning, got embedded-edit, which starts" in starts.error
     ((states, others),) = load_conditioning(folder(comfy) / "of a pipeline.safetensors")
     assert (tuple(states.shape), others) == ((1, 512, 16), {})  # as ComfyUI's UMT5: zeros after the prompt
     assert not states[:, 100:].any()

@@ -12,7 +12,7 @@ import torch
 from adapters import loras_folder, random_layers, rounded_latents, save_adapter
 from comfy_client import Comfy, Graph, Refused, Result
 from graphs import PROMPT, drawing, latents_of, node, tiny_model
-from PIL import Image
+from PIL import Image, ImageSequence
 from rounding import relative_error
 from typer.testing import CliRunner
 
@@ -172,8 +172,11 @@ def test_an_edit_is_that_of_the_command_and_a_reward_of_edits_sees_its_source(co
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"sample": "source"}, "source must be connected for embedded-edit, which edits pictures"),
-        ({"pipeline": "model"}, "source must be left unconnected for embedded, which edits no pictures"),
+        ({"sample": "source"}, "source must be connected for embedded-edit, which starts from one; connect Load Image"),
+        (
+            {"pipeline": "model"},
+            "source must be left unconnected for embedded, which draws from words alone; disconnect it",
+        ),
         ({"sample": "prompt"}, "source must be one picture, or one for each of the 3 prompts, got 2"),
     ],
 )
@@ -217,6 +220,27 @@ def test_a_folder_below_models_diffusers_is_in_the_list_and_a_video_gives_all_fr
     result = comfy.run(graph)
     assert len(shown(comfy, result)) == 33
     assert latents_of(comfy, result).ndim == 5
+
+
+def test_a_video_starts_from_its_source_as_that_of_the_command(comfy: Comfy, tmp_path: Path):
+    name = tiny_model(comfy, "wan_first_frame", "make_first_frame_folder")
+    source = Image.linear_gradient("L").resize((64, 32)).convert("RGB")
+    graph = editing(comfy, source, steps=2) | {"pipeline": pipeline(name)}
+    graph["sample"]["inputs"] |= {"width": 64, "height": 32}
+    drawn = np.array(shown(comfy, comfy.run(graph)))
+    where = ["--model", str(comfy.base / "models" / name), "--source", str(comfy.base / "input" / "source.png")]
+    size = ["--steps", "2", "--width", "64", "--height", "32"]
+    command(tmp_path, "-p", PROMPT, "--seed", "7", *where, *size)
+    with Image.open(next(tmp_path.glob("*.png"))) as video:
+        expected = np.array([np.asarray(frame.convert("RGB"), int) for frame in ImageSequence.Iterator(video)])
+    assert drawn.shape == expected.shape == (33, 32, 64, 3)
+    assert np.abs(drawn - expected).max() <= 1  # a VAE of three dimensions rounds otherwise on other numbers of threads
+    source.rotate(180).save(comfy.base / "input" / "turned.png")
+    graph["load"]["inputs"]["image"] = "turned.png"
+    assert np.abs(np.array(shown(comfy, comfy.run(graph))) - expected).max() > 1
+    del graph["sample"]["inputs"]["source"]
+    result = comfy.run(graph)
+    assert "source must be connected for wan_first_frame, which starts from one" in result.error
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ngrpo_lora import rewards
 from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.evaluation.contest import Contest, check_prompt
+from ngrpo_lora.evaluation.contest import Contest, check_prompt, check_source
 from ngrpo_lora.evaluation.ranking import Ranking
 
 COLORS = ["red", "green", "blue", "white", "black", "gray"]
@@ -89,3 +91,30 @@ def test_a_reward_that_needs_the_prompt_must_have_it():
     check_prompt([RewardConfig(name="world")], "a star")
     with pytest.raises(ConfigError, match="reward world needs the prompt, got none"):
         check_prompt([RewardConfig(name="jpeg"), RewardConfig(name="world")], " ")
+
+
+def test_edits_have_their_source_first_in_every_row():
+    source = Image.new("RGB", (16, 16), "yellow")
+    one = contest([1, 2, 3, 6, 5, 4])
+    grid = Contest(one.columns, one.seeds, one.pictures, one.ranking, source).grid(160)
+    assert grid.width == 4 * 160
+    for place, color in enumerate(["yellow", *COLORS[:3], "yellow", *COLORS[3:]]):
+        left, top = place % 4 * 160, place // 4 * (grid.height // 2)
+        assert grid.getpixel((left + 80, top + 80)) == Image.new("RGB", (1, 1), color).getpixel((0, 0))
+        assert (grid.getpixel((left + 80, top + 1)) == GREEN) == (place in (3, 5))
+
+
+def test_a_reward_of_edits_needs_the_source():
+    plain = [RewardConfig(name="jpeg"), RewardConfig(name="judge"), RewardConfig(name="mine.py:score")]
+    check_source(plain, False)
+    for name in ("world_edit", "world_edit_strict", "preservation", "clip_directional"):
+        check_source([*plain, RewardConfig(name=name)], True)
+        with pytest.raises(ConfigError, match=f"reward {name} needs the source picture, got none; connect what"):
+            check_source([*plain, RewardConfig(name=name)], False)
+
+
+def test_every_reward_that_asks_for_a_source_says_so():
+    folder = Path(rewards.__file__).parent
+    asks = {file.stem for file in folder.glob("[!_]*.py") if "rewards._edits import" in file.read_text("utf-8")}
+    says = {file.stem for file in folder.glob("[!_]*.py") if "NEEDS_SOURCE = True" in file.read_text("utf-8")}
+    assert asks | {"clip_directional"} == says
