@@ -12,7 +12,7 @@ import torch
 from adapters import loras_folder, random_layers, rounded_latents, save_adapter
 from comfy_client import Comfy, Graph, Refused, Result
 from graphs import PROMPT, drawing, latents_of, node, tiny_model
-from PIL import Image, ImageSequence
+from PIL import Image
 from rounding import relative_error
 from typer.testing import CliRunner
 
@@ -20,8 +20,12 @@ from ngrpo_lora.cli import app
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.equations.noise import gaussian_noise, neighbor_noise
 from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.prompts.pictures import SourcePicture
 from ngrpo_lora.prompts.sources import open_prompts
 from ngrpo_lora.rewards import world_edit
+from ngrpo_lora.sampling.sampler import Sampler, draw
+from ngrpo_lora.sampling.settings import own_settings, with_settings
 from ngrpo_lora.seeds import derive_seed
 
 OTHER = "a red circle"
@@ -222,17 +226,18 @@ def test_a_folder_below_models_diffusers_is_in_the_list_and_a_video_gives_all_fr
     assert latents_of(comfy, result).ndim == 5
 
 
-def test_a_video_starts_from_its_source_as_that_of_the_command(comfy: Comfy, tmp_path: Path):
+def test_a_video_starts_from_its_source(comfy: Comfy):
     name = tiny_model(comfy, "wan_first_frame", "make_first_frame_folder")
     source = Image.linear_gradient("L").resize((64, 32)).convert("RGB")
     graph = editing(comfy, source, steps=2) | {"pipeline": pipeline(name)}
     graph["sample"]["inputs"] |= {"width": 64, "height": 32}
     drawn = np.array(shown(comfy, comfy.run(graph)))
-    where = ["--model", str(comfy.base / "models" / name), "--source", str(comfy.base / "input" / "source.png")]
-    size = ["--steps", "2", "--width", "64", "--height", "32"]
-    command(tmp_path, "-p", PROMPT, "--seed", "7", *where, *size)
-    with Image.open(next(tmp_path.glob("*.png"))) as video:
-        expected = np.array([np.asarray(frame.convert("RGB"), int) for frame in ImageSequence.Iterator(video)])
+    changes = {"steps": 2, "width": 64, "height": 32}
+    sampler = Sampler(with_settings(own_settings(str(comfy.base / "models" / name)), changes))
+    picture = SourcePicture(comfy.base / "input" / "source.png", "source.png", "the test")
+    text = sampler.family.encode([Prompt(PROMPT, source=picture)])
+    frames = draw(sampler.family, text, [7], sampler.solver, sampler.sigmas)
+    expected = np.array([np.asarray(frame, int) for frame in frames])
     assert drawn.shape == expected.shape == (33, 32, 64, 3)
     assert np.abs(drawn - expected).max() <= 1  # a VAE of three dimensions rounds otherwise on other numbers of threads
     source.rotate(180).save(comfy.base / "input" / "turned.png")
