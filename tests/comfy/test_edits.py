@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -216,9 +215,10 @@ def test_edits_of_a_file_in_the_input_folder_are_trained_and_drawn_as_they_were_
     result = comfy.run(graph)
     assert result.status == "success", result.error
     assert "world_edit" in result.outputs["figures"]["text"][0]
-    with Image.open(comfy.base / "output" / "ngrpo" / "edits" / "samples" / "last" / "0.png") as evaluated:
+    path = comfy.base / "output" / "ngrpo" / "edits" / "samples" / "last" / "0.png"
+    with Image.open(path) as evaluated:
         pixels = np.asarray(evaluated, int)
-    text = read_png_text(Path(evaluated.filename))
+    text = read_png_text(path)
     (index,) = (index for index, one in enumerate(edits) if one.text == text["prompt"])
     drawn = with_adapter(editing(edits[index], steps=4), "ngrpo/edits.safetensors", 1.0)
     drawn["load"]["inputs"]["image"] = f"edit-{index}.png"

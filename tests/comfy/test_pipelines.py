@@ -16,6 +16,7 @@ from PIL import Image
 from rounding import relative_error
 from typer.testing import CliRunner
 
+from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.cli import app
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.equations.noise import gaussian_noise, neighbor_noise
@@ -229,11 +230,13 @@ def test_a_folder_below_models_diffusers_is_in_the_list_and_a_video_gives_all_fr
 def test_a_video_starts_from_its_source(comfy: Comfy):
     name = tiny_model(comfy, "wan_first_frame", "make_first_frame_folder")
     source = Image.linear_gradient("L").resize((64, 32)).convert("RGB")
-    graph = editing(comfy, source, steps=2) | {"pipeline": pipeline(name)}
+    graph = editing(comfy, source, steps=2) | {"pipeline": pipeline(name, dtype="float32")}
     graph["sample"]["inputs"] |= {"width": 64, "height": 32}
     drawn = np.array(shown(comfy, comfy.run(graph)))
     changes = {"steps": 2, "width": 64, "height": 32}
-    sampler = Sampler(with_settings(own_settings(str(comfy.base / "models" / name)), changes))
+    own = own_settings(str(comfy.base / "models" / name))
+    whole = AdapterInfo(own.model.model_copy(update={"dtype": "float32", "device": "cpu"}), own.rollout)
+    sampler = Sampler(with_settings(whole, changes))
     picture = SourcePicture(comfy.base / "input" / "source.png", "source.png", "the test")
     text = sampler.family.encode([Prompt(PROMPT, source=picture)])
     frames = draw(sampler.family, text, [7], sampler.solver, sampler.sigmas)
