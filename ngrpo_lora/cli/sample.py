@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,7 +96,7 @@ def sample(
     adapters = [(find_adapter(path, "--adapter"), factor) for path, factor in chosen]
     make_folder(output)
 
-    from ngrpo_lora.models._loading import family_class
+    from ngrpo_lora.models._loading import editing, family_class
     from ngrpo_lora.prompts import sources
     from ngrpo_lora.prompts.files import Prompt
     from ngrpo_lora.prompts.pictures import SourcePicture
@@ -114,6 +115,8 @@ def sample(
     wanted = [one if one.source else one._replace(source=picture) for one in wanted]
     options = {"steps": steps, "shift": shift, "guidance": guidance, "solver": solver, "height": height, "width": width}
     info = settings.with_settings(info, options)
+    if any(one.source for one in wanted):
+        info = replace(info, model=editing(info.model))
     sources.check_sources("--prompt", wanted, family_class(info.model).edits, info.model.path)
     columns = recipes.columns_of(adapters, grid, base_too)
     seeds = consecutive_seeds(seed or 0, num_images)

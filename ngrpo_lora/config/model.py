@@ -33,6 +33,11 @@ class ModelConfig(Section, frozen=True):
         "frozen base as it is loaded, with their strengths, {lightning.safetensors: 1.0}, or one name alone: what "
         "distils the base into few steps, say. The trained adapter works beside them.",
     )
+    edits: bool | None = Field(
+        default=None,
+        description="Of a model that both draws and edits (FLUX.2): true edits the source picture of each prompt. "
+        "null: it draws, and edits in `ngrpo sample --source`; every other model does what it is for.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="float32",
         description="Number type of the frozen base; the LoRA is always float32. "

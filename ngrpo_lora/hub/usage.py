@@ -34,6 +34,11 @@ class Adapter:
         return self.edits and self.family == "wan"
 
     @property
+    def fits_source(self) -> bool:
+        """Whether the code fits a source to what is drawn, as no pipeline of ours does."""
+        return self.edits and not has_pipeline(self.pipeline)
+
+    @property
     def hub_id(self) -> str | None:
         """The base's name on the Hub; None for the embedded model and for a folder."""
         path = self.model.path
@@ -54,7 +59,7 @@ def usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: 
     solver = "flow DPM-Solver++ 2M" if rollout.solver == "dpmpp_2m" else "Euler"
     file = PIPELINE if has_pipeline(adapter.pipeline) else SCHEDULER
     source = " --source picture.png" if adapter.edits else ""
-    if adapter.starts_video:  # which the code above draws at this size, whatever the shape of the picture
+    if adapter.fits_source:  # which the code above draws at this size, whatever the shape of the picture
         source += f" --height {model.height_px} --width {model.width_px}"
     guidance = shown_guidance(model)
     exact = f"{rollout.num_steps} steps of {solver}, shift {rollout.shift:.4g}, guidance {guidance}"
@@ -110,8 +115,8 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
     names = ["ADAPTERS"] * any(one in ADAPTERS for one in model.fuse) + ["MODELS"] * embedded
     own = [f"from ngrpo_lora.world import {', '.join(names)}"] if names else []
     image, opened = (", image=picture", ['picture = Image.open("picture.png")']) if adapter.edits else ("", [])
-    head += [f"from PIL import Image{', ImageOps' if adapter.starts_video else ''}"] if adapter.edits else []
-    if adapter.starts_video:
+    head += [f"from PIL import Image{', ImageOps' if adapter.fits_source else ''}"] if adapter.edits else []
+    if adapter.fits_source:
         size = model.width_px, model.height_px
         opened.append(f'picture = ImageOps.fit(picture.convert("RGB"), {size}, Image.Resampling.LANCZOS)')
     if has_pipeline(adapter.pipeline):

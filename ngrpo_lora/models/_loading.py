@@ -8,6 +8,7 @@ from transformers.utils import logging as transformers_logging
 from ngrpo_lora import registry
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.devices import resolve_device, resolve_dtype
+from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily, Fuse, Parts
 from ngrpo_lora.models._index import family_of_pipeline, pipeline_of
 
@@ -31,14 +32,40 @@ def load_family(
 
 
 def family_class(config: ModelConfig, pipeline: str | None = None) -> type[BaseFamily]:
-    """The class of a model's family: `Family`, or another one of its file that is for the model's pipeline.
+    """The class of a model's family: of those for its pipeline the first, or the one that `model.edits` means.
 
     Args:
         pipeline: the model's; None looks it up.
     Raises:
-        UserError: no such model, or no family for it.
+        UserError: no such model, or no family for it, or it does not do what `model.edits` says.
     """
     pipeline = pipeline or pipeline_of(config)
+    found = [kind for kind in family_classes(config, pipeline) if config.edits in (None, kind.edits)]
+    if not found:
+        said = [str(value).lower() for value in (not config.edits, config.edits)]
+        raise UserError(
+            f"model.edits must be {said[0]} or null for {config.path!r}, a {pipeline}, got {said[1]}; leave it out, or "
+            "give FLUX.2, which both draws and edits"
+        )
+    return found[0]
+
+
+def family_classes(config: ModelConfig, pipeline: str) -> list[type[BaseFamily]]:
+    """The classes of a family's file that are for a pipeline, or `Family` where none names it; at least one.
+
+    Raises:
+        UserError: no family for the pipeline.
+    """
     module = registry.load(registry.MODELS, family_of_pipeline(config, pipeline))
     kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, BaseFamily))
-    return next((kind for kind in kinds if vars(kind).get("pipeline_class") == pipeline), module.Family)
+    return [kind for kind in kinds if getattr(kind, "pipeline_class", None) == pipeline] or [module.Family]
+
+
+def editing(config: ModelConfig) -> ModelConfig:
+    """The same model to edit with, where it both draws and edits and `model.edits` leaves it open.
+
+    Raises:
+        UserError: no such model, or no family for it.
+    """
+    does_both = len({kind.edits for kind in family_classes(config, pipeline_of(config))}) > 1
+    return config.model_copy(update={"edits": True}) if config.edits is None and does_both else config

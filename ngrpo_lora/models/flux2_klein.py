@@ -8,6 +8,10 @@ and not masked in the transformer; their embedding is three hidden layers of Qwe
 Guidance: klein's distilled models (`is_distilled` in model_index.json, 4 steps) are drawn without; its base models (50
 steps) by two passes, 4.0 recommended. Into dev (50 steps) it is distilled: one pass, 4.0. LoRA stays within the blocks:
 for the layers that modulate all of them ComfyUI has no LoRA keys.
+
+The same weights draw from text and, with `model.edits`, edit: the tokens of the source's latents, standardised too,
+stand behind those that are drawn, at the same places but with 10 for the first coordinate of their positions. As in
+diffusers, a source of more than 1024 x 1024 px is shrunk to that area; text encoder and schedule do not know of it.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import math
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from PIL import Image
 from torch import Tensor
@@ -26,6 +31,9 @@ from ngrpo_lora.errors import UserError, first_line
 from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._index import model_index
 from ngrpo_lora.types import TextEmbeds
+
+MIN_SIDE_PX, MAX_ASPECT = 64, 8  # of a source, in diffusers
+SOURCE_ASPECT = 6  # at most followed, as rounding to multiples of 16 makes small strips longer
 
 
 class Flux2(BaseFamily):
@@ -80,7 +88,7 @@ class Flux2(BaseFamily):
     def forward(self, latents: Tensor, sigmas: Tensor, text: TextEmbeds) -> Tensor:
         """Velocity of the latents, whose cells the transformer takes as a sequence of tokens."""
         tokens = self.transformer(
-            hidden_states=self.pipeline._pack_latents(latents),
+            hidden_states=self.tokens(self.pipeline._pack_latents(latents), text),
             timestep=sigmas,
             guidance=self.embedded_guidance(len(latents)),
             encoder_hidden_states=text.tensors["prompt_embeds"],
@@ -88,7 +96,11 @@ class Flux2(BaseFamily):
             img_ids=self.image_ids,
             return_dict=False,
         )[0]
-        return tokens.transpose(1, 2).reshape(latents.shape)
+        return tokens[:, : self.image_tokens].transpose(1, 2).reshape(latents.shape)
+
+    def tokens(self, drawn: Tensor, text: TextEmbeds) -> Tensor:
+        """What the transformer takes: the tokens (B, N, C) that are drawn, and those that they stand beside."""
+        return drawn
 
     def embedded_guidance(self, batch: int) -> Tensor | None:
         """Guidance scales (batch,) that the transformer takes as an input; None for a model that takes none."""
@@ -200,6 +212,81 @@ class Dev(Flux2):
     def embedded_guidance(self, batch: int) -> Tensor:
         """Guidance scales (batch,) in float32, as the pipeline gives them."""
         return torch.full((batch,), float(self.settings["guidance_scale"]), device=self.device)
+
+
+class Edit(Flux2):
+    """What all have that edit a source picture of the size that is drawn."""
+
+    edits = True
+
+    def configure(self, config: ModelConfig) -> None:
+        """Apply the settings of `config`, and compute the positions of the source's tokens behind the drawn ones.
+
+        Raises:
+            UserError: also where diffusers takes no source of this size.
+        """
+        short, long = sorted((config.height_px, config.width_px))
+        if short < MIN_SIDE_PX or long > MAX_ASPECT * short:
+            raise UserError(
+                f"model.height_px and model.width_px must be at least {MIN_SIDE_PX} and at most {MAX_ASPECT} : 1 with "
+                f"model.edits of FLUX.2, got {config.height_px} and {config.width_px}; diffusers takes no other sources"
+            )
+        super().configure(config)
+        if self.draws:
+            of_source = self.pipeline._prepare_image_ids([torch.empty(1, 1, *self.source_cells)])
+            self.image_ids = torch.cat([self.image_ids, of_source.to(self.device)], 1)
+
+    @property
+    def source_cells(self) -> tuple[int, int]:
+        """Rows and columns of a source's latents."""
+        cell_px, size = 2 * self.pipeline.vae_scale_factor, (self.config.width_px, self.config.height_px)
+        width, height = Flux2ImageProcessor._resize_if_exceeds_area(Image.new("L", size)).size
+        return height // cell_px, width // cell_px
+
+    def encode_edit(self, prompt: str, source: Image.Image) -> dict[str, Tensor]:
+        """Encode one prompt, the negative one too where it guides, and the source as tokens of its latents' mode."""
+        cell_px, processor = 2 * self.pipeline.vae_scale_factor, self.pipeline.image_processor
+        height, width = (cells * cell_px for cells in self.source_cells)
+        shrunk = processor._resize_if_exceeds_area(source)
+        pixels = processor.preprocess(shrunk, height=height, width=width, resize_mode="crop")
+        latents = self.pipeline._encode_vae_image(pixels.to(self.device, self.vae.dtype), generator=None)
+        found = self.encode_alone(prompt) | {"source_tokens": self.pipeline._pack_latents(latents).to(self.dtype)}
+        if self.guided:
+            if self.negative is None:
+                self.negative = TextEmbeds(self.encode_alone(self.config.negative_prompt))
+            found["negative_prompt_embeds"] = self.negative.tensors["prompt_embeds"]
+        return found
+
+    def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the states of both prompts, if there are two passes, and of the tokens of a source."""
+        shapes = super().text_shapes(tokens)
+        if self.guided:
+            shapes["negative_prompt_embeds"] = shapes["prompt_embeds"]
+        return shapes | {"source_tokens": (math.prod(self.source_cells), self.transformer.config.in_channels)}
+
+    def without_prompt(self, text: TextEmbeds) -> TextEmbeds:
+        """The negative prompt in each row, and the row's own source."""
+        own = dict(text.tensors)
+        return TextEmbeds(own | {"prompt_embeds": own.pop("negative_prompt_embeds")})
+
+    def tokens(self, drawn: Tensor, text: TextEmbeds) -> Tensor:
+        """The tokens that are drawn, and the source's behind them."""
+        return torch.cat([drawn, text.tensors["source_tokens"]], 1)
+
+    def edited_size(self, source: Image.Image) -> tuple[int, int]:
+        """(height, width): of the source's shape, at most `SOURCE_ASPECT`, and at most the configured area."""
+        area, multiple = self.config.height_px * self.config.width_px, self.size_multiple
+        aspect = min(max(source.height / source.width, 1 / SOURCE_ASPECT), SOURCE_ASPECT)
+        height, width = (round(math.sqrt(part)) // multiple * multiple for part in (area * aspect, area / aspect))
+        return max(height, MIN_SIDE_PX), max(width, MIN_SIDE_PX)
+
+
+class KleinEdit(Edit, Family):
+    """FLUX.2 klein with `model.edits`."""
+
+
+class DevEdit(Edit, Dev):
+    """FLUX.2-dev with `model.edits`."""
 
 
 def check_guidance(config: ModelConfig, distilled: bool) -> None:

@@ -117,6 +117,10 @@ def _family(config: RunConfig) -> Iterator[str]:
 
     try:
         family_of(config.model)
+        if config.model.edits is not None:
+            from ngrpo_lora.models._loading import family_class  # diffusers is slow to import
+
+            family_class(config.model)
     except UserError as error:
         yield str(error)
 

@@ -249,7 +249,8 @@ def check_sources(key: str, prompts: Iterable[Prompt], edits: bool, model: str) 
         if not edits and source is not None:
             raise ConfigError(
                 f"{key} must have no source pictures for {model!r}, which edits none, but {source.place} has "
-                f"{source.name!r}; rename the column source, or give a model that edits, such as FLUX.1-Kontext"
+                f"{source.name!r}; rename the column source, or give a model that edits, such as FLUX.1-Kontext, or "
+                "FLUX.2 with model.edits=true"
             )
         if not edits:
             continue

@@ -252,11 +252,13 @@ def check_half_precision(folder: Path, prompt: str | Prompt = PROMPTS[0], **sett
     assert len(half.decode(noise_of(half))) == half.num_frames
 
 
-def check_another_size(folder: Path | str, first: dict[str, Any], second: dict[str, Any]) -> None:
+def check_another_size(
+    folder: Path | str, first: dict[str, Any], second: dict[str, Any], prompt: str | Prompt = PROMPTS[0]
+) -> None:
     """A loaded model draws at other settings what one loaded with them draws, to the bit, and stays what it is."""
 
     def drawn(family: BaseFamily) -> list[Any]:
-        text = family.encode(PROMPTS[:1])
+        text = family.encode([prompt])
         return [np.asarray(image).tolist() for image in draw(family, text, [5], "dpmpp_2m", family.sigmas(3))]
 
     loaded, wanted = load(Path(folder), **first), load(Path(folder), **second)

@@ -51,6 +51,7 @@ from ngrpo_lora.world import EMBEDDED
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 
 import family_checks
+import test_flux2_edit
 import test_flux2_klein
 import test_qwen_image
 import test_sana
@@ -260,10 +261,10 @@ class Other:
     call: dict[str, Any]
     """What the stock pipeline has to be told beside them."""
     source: SourcePicture | None = None
-    """What a video starts from."""
+    """What is edited, or what a video starts from."""
 
 
-@pytest.fixture(params=["flux2_klein", "sana", "wan", "wan_first_frame"])
+@pytest.fixture(params=["flux2_klein", "flux2_edit", "sana", "wan", "wan_first_frame"])
 def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Other:
     if request.param == "sana":
         base, size = request.getfixturevalue("sana_folder"), {"height_px": 32, "width_px": 32}
@@ -278,7 +279,11 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         source = family_checks.picture(tmp_path_factory.mktemp("source"), 3)
         call = {"num_frames": 5, "image": source.fitted(32, 16)}
         return Other(make_first_frame_folder(folder), test_wan_first_frame.SIZE | {"guidance_scale": 5.0}, call, source)
-    return Other(test_flux2_klein.make_folder(folder, distilled=False), test_flux2_klein.SIZE, {})
+    base = test_flux2_klein.make_folder(folder, distilled=False)
+    if request.param == "flux2_edit":
+        source = family_checks.picture(tmp_path_factory.mktemp("source"), 3)
+        return Other(base, test_flux2_edit.SETTINGS, {"image": source.fitted(96, 64)}, source)
+    return Other(base, test_flux2_klein.SIZE, {})
 
 
 def test_the_scheduler_drops_into_other_pipelines(other: Other, flux: Case):

@@ -226,7 +226,8 @@ def test_rewards_are_shown_the_middle_of_a_source_and_its_mask():
 def test_a_model_that_does_not_edit_takes_no_source():
     assert problem(["coco", "a.png"], edits=False) == (
         "prompts.train must have no source pictures for 'owner/model', which edits none, but line 2 of 'edits.jsonl' "
-        "has 'a.png'; rename the column source, or give a model that edits, such as FLUX.1-Kontext"
+        "has 'a.png'; rename the column source, or give a model that edits, such as FLUX.1-Kontext, "
+        "or FLUX.2 with model.edits=true"
     )
 
 
