@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from ngrpo_lora.planning.plan import make_plan
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.sampling.sampler import Sampler
 from ngrpo_lora.sampling.settings import drawing_settings
+from ngrpo_lora.training.export import save_adapter
 from ngrpo_lora.training.setup import prepare
 
 SIZE: dict[str, Any] = {"height_px": 64, "width_px": 96, "max_sequence_length": 64}
@@ -283,8 +285,10 @@ def test_prompts_that_do_not_go_with_the_setting_are_refused_before_a_model_is_l
 def test_a_setting_that_the_model_cannot_follow_is_refused_before_it_is_loaded(
     base: Path, make_config: MakeConfig, tmp_path: Path
 ):
-    with pytest.raises(UserError, match=r"model\.edits must be false or null for 'embedded', a FluxPipeline, got true"):
+    drawing = "model.edits must be false or null for 'embedded', a FluxPipeline, got true; leave it out"
+    with pytest.raises(UserError, match=re.escape(drawing)):
         prepare(make_config(tmp_path / "run", "model.edits=true"))
+    assert drawing in refuse("train", "model.edits=true", f"output_dir={tmp_path / 'run'}")
     config = ModelConfig(path="embedded-edit", edits=False)
     with pytest.raises(UserError, match=r"must be true or null .* FluxKontextPipeline, got false; leave it out"):
         family_class(config)
@@ -306,6 +310,13 @@ def test_a_prompt_without_a_picture_is_refused(family: BaseFamily):
         family.encode(["a red star"])
 
 
-def test_sample_says_that_an_adapter_which_edits_needs_a_source(base: Path, tmp_path: Path):
-    message = refuse("sample", "--model", "embedded-edit", "--prompt", "a", "--output", tmp_path)
-    assert "--prompt must have a source picture with every prompt" in message
+def test_sample_says_that_an_adapter_which_edits_needs_a_source(
+    base: Path, make_config: MakeConfig, tmp_path: Path, prompts: Path
+):
+    own = [f"model.path={base}", *WORDS, f"prompts.train={prompts}", f"prompts.held_out={prompts}"]
+    made = prepare(make_config(tmp_path / "run", *own, "model.device=cpu", "evaluation.strict=null"))
+    save_adapter(tmp_path / "adapter.safetensors", made.family, made.config)
+    one = ("sample", "--adapter", tmp_path / "adapter.safetensors", "--prompt", "a", "--output", tmp_path / "drawn")
+    assert "--prompt must have a source picture with every prompt" in refuse(*one)
+    (path,) = run(*one, "--source", tmp_path / "0.png", "--steps", 2)
+    assert Image.open(path).size == (112, 64)
