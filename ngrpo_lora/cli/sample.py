@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,7 +95,7 @@ def sample(
     adapters = [(find_adapter(path, "--adapter"), factor) for path, factor in chosen]
     make_folder(output)
 
-    from ngrpo_lora.models._loading import editing, family_class
+    from ngrpo_lora.models._loading import family_class
     from ngrpo_lora.prompts import sources
     from ngrpo_lora.prompts.files import Prompt
     from ngrpo_lora.prompts.pictures import SourcePicture
@@ -114,9 +113,7 @@ def sample(
     wanted = [*map(Prompt, prompt or []), *(sources.listed_prompts(prompts, num_prompts) if prompts else [])]
     wanted = [one if one.source else one._replace(source=picture) for one in wanted]
     options = {"steps": steps, "shift": shift, "guidance": guidance, "solver": solver, "height": height, "width": width}
-    info = settings.with_settings(info, options)
-    if any(one.source for one in wanted):
-        info = replace(info, model=editing(info.model))
+    info = settings.editing(settings.with_settings(info, options), wanted)
     sources.check_sources("--prompt", wanted, family_class(info.model).edits, info.model.path)
     columns = recipes.columns_of(adapters, grid, base_too)
     seeds = consecutive_seeds(seed or 0, num_images)

@@ -59,13 +59,3 @@ def family_classes(config: ModelConfig, pipeline: str) -> list[type[BaseFamily]]
     module = registry.load(registry.MODELS, family_of_pipeline(config, pipeline))
     kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, BaseFamily))
     return [kind for kind in kinds if getattr(kind, "pipeline_class", None) == pipeline] or [module.Family]
-
-
-def editing(config: ModelConfig) -> ModelConfig:
-    """The same model to edit with, where it both draws and edits and `model.edits` leaves it open.
-
-    Raises:
-        UserError: no such model, or no family for it.
-    """
-    does_both = len({kind.edits for kind in family_classes(config, pipeline_of(config))}) > 1
-    return config.model_copy(update={"edits": True}) if config.edits is None and does_both else config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig, load_config
 from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.models._blueprint import architectures
-from ngrpo_lora.models._index import model_index
+from ngrpo_lora.models._index import model_index, pipeline_of
+from ngrpo_lora.models._loading import family_classes
 from ngrpo_lora.models._quantization import NEED_GPU
+from ngrpo_lora.prompts.files import Prompt
 
 OPTIONS = {
     "steps": "num_steps",
@@ -80,6 +82,19 @@ def on_this_machine(info: AdapterInfo, model: str | None, device: str = "auto") 
     if config.quantization in NEED_GPU and not resolve_device(device).startswith("cuda"):
         config = config.model_copy(update={"quantization": "none"})  # pictures differ by its rounding
     return AdapterInfo(config, info.rollout)
+
+
+def editing(info: AdapterInfo, prompts: Iterable[Prompt]) -> AdapterInfo:
+    """Set a model that both draws and edits to edit where a prompt has a source, unless `model.edits` says which.
+
+    Raises:
+        UserError: no such model, or no family for it.
+    """
+    model = info.model
+    if model.edits is not None or not any(prompt.source for prompt in prompts):
+        return info
+    does_both = len({kind.edits for kind in family_classes(model, pipeline_of(model))}) > 1
+    return AdapterInfo(model.model_copy(update={"edits": True}), info.rollout) if does_both else info
 
 
 def with_settings(info: AdapterInfo, changes: Mapping[str, str | float | None]) -> AdapterInfo:

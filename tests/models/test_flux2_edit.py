@@ -35,17 +35,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ngrpo_lora.adapters.finding import FILE_NAME
+from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.adapters.reading import read_metadata
-from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import ConfigError, SharedError, UserError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
 from ngrpo_lora.models._embeddings import EmbeddingCache
-from ngrpo_lora.models._loading import editing, family_class
+from ngrpo_lora.models._loading import family_class
 from ngrpo_lora.planning.plan import make_plan
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.sampling.sampler import Sampler
-from ngrpo_lora.sampling.settings import drawing_settings
+from ngrpo_lora.sampling.settings import drawing_settings, editing
 from ngrpo_lora.training.export import save_adapter
 from ngrpo_lora.training.setup import prepare
 
@@ -282,9 +283,7 @@ def test_prompts_that_do_not_go_with_the_setting_are_refused_before_a_model_is_l
 
 
 @pytest.mark.usefixtures("unread")
-def test_a_setting_that_the_model_cannot_follow_is_refused_before_it_is_loaded(
-    base: Path, make_config: MakeConfig, tmp_path: Path
-):
+def test_a_setting_that_the_model_cannot_follow_is_refused_before_it_is_loaded(make_config: MakeConfig, tmp_path: Path):
     drawing = "model.edits must be false or null for 'embedded', a FluxPipeline, got true; leave it out"
     with pytest.raises(UserError, match=re.escape(drawing)):
         prepare(make_config(tmp_path / "run", "model.edits=true"))
@@ -292,10 +291,18 @@ def test_a_setting_that_the_model_cannot_follow_is_refused_before_it_is_loaded(
     config = ModelConfig(path="embedded-edit", edits=False)
     with pytest.raises(UserError, match=r"must be true or null .* FluxKontextPipeline, got false; leave it out"):
         family_class(config)
-    for path in ("embedded", "embedded-edit"):
-        assert editing(ModelConfig(path=path)).edits is None
-    assert editing(ModelConfig(path=str(base))).edits is True
-    assert editing(ModelConfig(path=str(base), edits=False)).edits is False
+
+
+def test_a_source_sets_a_model_to_edit_that_could_do_either(base: Path, edits: list[Prompt]):
+    for path, said, prompts, expected in (
+        (str(base), None, edits, True),
+        (str(base), None, [Prompt("a red star")], None),
+        (str(base), False, edits, False),
+        ("embedded", None, edits, None),
+        ("embedded-edit", None, edits, None),
+    ):
+        info = AdapterInfo(ModelConfig(path=path, edits=said), RolloutConfig())
+        assert editing(info, prompts).model.edits is expected
 
 
 def test_sizes_that_diffusers_takes_no_source_of_are_refused(base: Path, family: BaseFamily):
