@@ -84,4 +84,4 @@ def load_adapter(family: BaseFamily, path: str | Path, strength: float, name: st
     file = read_fitting(family, path)
     with lora.beside_another():
         family.load_lora(state_dict(file.layers), name, expert_of(file, family))
-    family.pipeline.set_adapters(name, strength)
+    family.use_loras(name, strength)

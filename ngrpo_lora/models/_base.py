@@ -276,6 +276,14 @@ class BaseFamily(NoiseLevels):
         """Put a LoRA file or its tensors beside what is adapted, with diffusers' loader, named `name`."""
         self.pipeline.load_lora_weights(source, adapter_name=name)
 
+    def use_loras(self, names: str | list[str], strengths: float | list[float] | None = None) -> None:
+        """Draw with these of the LoRAs that were loaded, each at its strength; None: as trained."""
+        self.pipeline.set_adapters(names, strengths)
+
+    def unload_loras(self) -> None:
+        """Take every LoRA that was loaded off the model."""
+        self.pipeline.unload_lora_weights()
+
     @property
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks of every transformer, in the order in which they run."""

@@ -53,13 +53,13 @@ class Family(ExpertsFamily):
 
     def configure(self, config: ModelConfig) -> None:
         """Apply the settings of `config`, whose number of frames must be one that latents can have."""
-        check_frames(config)
+        check_frames(config, "Wan")
         super().configure(config)
         self.settings["num_frames"] = self.num_frames
 
     def load(self, parts: Parts) -> Any:
         """Load the pipeline; what this family cannot draw is refused before weights are read."""
-        check_frames(self.config)
+        check_frames(self.config, "Wan")
         return super().load(parts)
 
     @property
@@ -283,12 +283,12 @@ def check_with_source(config: ModelConfig, sees: bool) -> None:
         )
 
 
-def check_frames(config: ModelConfig) -> None:
-    """Raise UserError for a number of frames that latents cannot have."""
+def check_frames(config: ModelConfig, model: str) -> None:
+    """Raise UserError for a number of frames that the latents of `model`, a name, cannot have."""
     frames = config.num_frames
     if frames is not None and frames % 4 != 1:
         below = max(1, frames - (frames - 1) % 4)
         raise UserError(
-            f"model.num_frames must be 4 k + 1 (1, 5, 9, ...) for Wan, got {frames}; the nearest are {below} and "
+            f"model.num_frames must be 4 k + 1 (1, 5, 9, ...) for {model}, got {frames}; the nearest are {below} and "
             f"{below + 4}"
         )

@@ -127,12 +127,12 @@ class Sampler:
         for transformer in self.family.transformers:
             lora.switch(transformer, bool(strengths))
         if strengths:
-            self.family.pipeline.set_adapters([*strengths], [*strengths.values()])
+            self.family.use_loras([*strengths], [*strengths.values()])
 
     def remove_adapters(self) -> None:
         """Take all LoRA files off the model, so that their memory is free and changed files are read again."""
         if self.names:
-            self.family.pipeline.unload_lora_weights()
+            self.family.unload_loras()
             self.names.clear()
 
     def __call__(self, prompts: Sequence[str | Prompt], seeds: Sequence[int]) -> Iterator[Image.Image]:

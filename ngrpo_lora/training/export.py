@@ -143,7 +143,7 @@ def check_export(path: Path, family: BaseFamily, text: TextEmbeds, latents: Tens
     try:
         with lora.beside_another():
             family.load_lora(str(path), "exported")
-        family.pipeline.set_adapters("exported")
+        family.use_loras("exported")
         difference = rms(family.velocity(latents, sigma, text) - live)
     finally:
         lora.remove(family.transformer, "exported")

@@ -331,8 +331,11 @@ def check_training(
     pipeline = stock(folder, family.pipeline_class, **parts_of_stock)
     file = output_dir / "run" / "adapter" / FILE_NAME
     second = {"load_into_transformer_2": True} if family.expert == "low_noise" else {}
-    pipeline.load_lora_weights(file.parent, adapter_name=lora.ADAPTER_NAME, **second)
     transformer = pipeline.transformer_2 if second else pipeline.transformer
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(file.parent, adapter_name=lora.ADAPTER_NAME, **second)
+    else:  # as HunyuanVideo 1.5's
+        transformer.load_lora_adapter(file.parent, weight_name=FILE_NAME, adapter_name=lora.ADAPTER_NAME)
     loaded = get_peft_model_state_dict(transformer, adapter_name=lora.ADAPTER_NAME)
     assert {f"transformer.{name}" for name in loaded} == set(load_file(file))
     with torch.no_grad():
