@@ -39,7 +39,11 @@ __all__ = ["BlankPrompts", "Blueprint", "blank_text", "make_family", "random_fam
 ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
 TRANSFORMERS = ("transformer", "transformer_2")
 """Parts that compute velocities; the second one is there where two share the noise levels."""
-CONFIGS = {"scheduler": "scheduler_config.json", "image_processor": "preprocessor_config.json"}
+CONFIGS = {
+    "scheduler": "scheduler_config.json",
+    "guider": "guider_config.json",
+    "image_processor": "preprocessor_config.json",
+}
 """Parts whose settings are not in a `config.json`."""
 
 
@@ -131,7 +135,7 @@ def make_family(blueprint: Blueprint, config: ModelConfig, device: str = "meta")
     for name, part in blueprint.parts.items():
         if name in (*TRANSFORMERS, "vae"):
             parts[name] = in_dtype(blueprint.make(name, device), getattr(torch, config.dtype))
-        elif name == "scheduler":
+        elif name in ("scheduler", "guider"):
             parts[name] = getattr(diffusers, part["class"]).from_config(part["config"])
     kind = getattr(diffusers, blueprint.pipeline)
     absent = [name for name in kind._get_signature_keys(kind)[0] if name not in parts]

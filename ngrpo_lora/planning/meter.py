@@ -20,11 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-__all__ = ["Meter", "attention_on_meta", "thin"]
+__all__ = ["FullMasks", "Meter", "attention_on_meta", "thin"]
 
 aten = torch.ops.aten
 
@@ -167,13 +168,41 @@ def thin(model: nn.Module) -> dict[nn.Module, int]:
     return counts
 
 
+class FullMasks(TorchFunctionMode):
+    """Takes masks on the meta device, where they have no contents, for true everywhere, and their opposites for empty.
+
+    HunyuanVideo 1.5's transformer sorts tokens by masks, and asks whether there is a picture.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if args and is_mask(args[0]):
+            if func is torch.all:
+                return torch.tensor(True)
+            if func is Tensor.__invert__:
+                return args[0][:0]
+        if func is Tensor.__getitem__ and is_mask(args[1]) and args[0].is_meta:
+            return args[0][: len(args[1])].clone()
+        return func(*args, **(kwargs or {}))
+
+
+def is_mask(value: Any) -> bool:
+    """Whether something is a tensor of truth values on the meta device."""
+    return isinstance(value, Tensor) and value.is_meta and value.dtype == torch.bool
+
+
 @contextmanager
 def attention_on_meta() -> Iterator[None]:
-    """Attend by a fused kernel, which holds no matrix of all pairs of tokens, in place of the meta device's own."""
+    """Attend by a fused kernel, which holds no matrix of all pairs of tokens, in place of the meta device's own.
+
+    Masks count as `FullMasks` says.
+    """
     original = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = fused_attention
     try:
-        yield
+        with FullMasks():
+            yield
     finally:
         F.scaled_dot_product_attention = original
 

@@ -117,3 +117,17 @@ def test_attention_is_put_back():
     with pytest.raises(ZeroDivisionError), attention_on_meta():
         raise ZeroDivisionError
     assert F.scaled_dot_product_attention is original
+
+
+def test_masks_without_contents_are_true_everywhere_and_only_within_the_context():
+    """What is chosen by a mask is all, what by its opposite nothing, as of real tokens that are all a prompt's."""
+    for device in ("cpu", "meta"):
+        mask, tokens = torch.ones(5, dtype=torch.bool, device=device), torch.ones(5, 3, device=device)
+        with attention_on_meta(), Meter() as meter:
+            chosen, others = tokens[mask], tokens[~mask]
+            assert torch.all(mask)
+            assert (chosen.shape, others.shape) == ((5, 3), (0, 3))
+            del others
+            assert meter.live >= chosen.nbytes
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        tokens[mask]

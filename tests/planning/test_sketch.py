@@ -67,6 +67,12 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         VIDEO,
         {"num_frames": 5},
     ),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": (
+        {"num_layers": 8, "attention_head_dim": 32, "num_attention_heads": 2, "text_embed_dim": 48}
+        | {"num_refiner_layers": 1, "text_embed_2_dim": 32, "image_embed_dim": 16, "rope_axes_dim": [8, 12, 12]},
+        {"block_out_channels": [8, 8, 16, 32, 32], "layers_per_block": 1},
+        {"num_frames": 5},
+    ),
 }
 
 PUBLISHED = {  # billions of parameters; Stability AI counts the table of positions too
@@ -85,6 +91,7 @@ PUBLISHED = {  # billions of parameters; Stability AI counts the table of positi
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 14.3,
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 14.3,
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": 8.3,
 }
 
 
@@ -94,7 +101,7 @@ def tiny(path: str) -> tuple[Blueprint, ModelConfig]:
     parts = {
         "transformer": {**known["transformer"], "config": known["transformer"]["config"] | transformer},
         "vae": {**known["vae"], "config": known["vae"]["config"] | vae},
-        "scheduler": known["scheduler"],
+        **{name: known[name] for name in ("scheduler", "guider") if name in known},
     }
     config = ModelConfig(path=path, height_px=64, width_px=96, max_sequence_length=16, **run)
     return Blueprint(known["pipeline"], known.get("settings", {}), parts, "a test"), config
