@@ -10,9 +10,10 @@ from typing import Any
 import comfy.lora
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.utils import swap_scale_shift
 from torch import Tensor
 
-from ngrpo_lora.adapters.names import original_rows
+from ngrpo_lora.adapters.names import is_exchanged, original_rows
 from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples, log_warnings, read_adapter_file
 from ngrpo_lora.adapters.writing import state_dict
 from ngrpo_lora.errors import UserError
@@ -21,6 +22,7 @@ ALPHA = ["fold in", "as ComfyUI reads it"]
 FAMILIES = {
     "Flux": "flux",
     "Flux2": "flux2_klein",
+    "HunyuanVideo15": "hunyuan_video15",
     "Lumina2": "z_image",
     "QwenImage": "qwen_image",
     "SD3": "sd3",
@@ -139,6 +141,8 @@ def original_place(layer: str, family: str, weights: Mapping[str, Tensor]) -> An
         return None
     name, first, share, total = found
     key = f"diffusion_model.{name}.weight"
+    if is_exchanged(name, family):
+        return (key, None, swap_scale_shift)
     if share == total or key not in weights:
         return key
     width = len(weights[key]) // total

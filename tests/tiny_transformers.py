@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -36,6 +38,21 @@ def flux2_klein() -> Any:
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
+        **JOINT,
+    )
+
+
+def hunyuan_video15() -> Any:
+    return diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_refiner_layers=1,
+        patch_size=2,  # PEFT cannot add a LoRA of the model's own convolution, of 1 x 1 x 1, into its weight
+        text_embed_dim=32,
+        text_embed_2_dim=16,
+        image_embed_dim=16,
+        rope_axes_dim=(4, 6, 6),
         **JOINT,
     )
 
@@ -105,13 +122,14 @@ def z_image() -> Any:
 
 
 MAKERS: dict[str, Callable[[], Any]] = {
-    maker.__name__: maker for maker in (flux, flux2_klein, qwen_image, sana, sd3, wan, z_image)
+    maker.__name__: maker for maker in (flux, flux2_klein, hunyuan_video15, qwen_image, sana, sd3, wan, z_image)
 }
 
 
 OPTIONAL: dict[str, dict[str, Any]] = {
     "flux": {"guidance_embeds": True},
     "flux2_klein": {"guidance_embeds": True},
+    "hunyuan_video15": {"use_meanflow": True},
     "wan": {"image_dim": 16, "added_kv_proj_dim": 24},
     "z_image": {"siglip_feat_dim": 16},
 }
@@ -141,7 +159,13 @@ def make(family: str) -> Any:
 
 
 def pipeline_of(family: str, transformer: Any) -> Any:
-    """diffusers' pipeline with nothing but the transformer: all that its LoRA loader needs."""
+    """diffusers' pipeline with nothing but the transformer: all that its LoRA loader needs.
+
+    That of HunyuanVideo 1.5 has no loader: its transformer's own stands in for one.
+    """
+    if family == "hunyuan_video15":
+        load = partial(transformer.load_lora_adapter, use_safetensors=True)
+        return SimpleNamespace(load_lora_weights=load, unload_lora_weights=transformer.unload_lora)
     kind = getattr(diffusers, registry.load(registry.MODELS, family).Family.pipeline_class)
     parts = dict.fromkeys((*kind._get_signature_keys(kind)[0],))
     return kind(**parts | {"transformer": transformer})
@@ -165,8 +189,11 @@ def output(family: str, transformer: Any) -> Tensor:
         inputs |= {"img_shapes": [[(1, 2, 2)]]}
     if family == "sd3":
         inputs |= {"pooled_projections": pooled}
+    if family == "hunyuan_video15":
+        inputs |= {"encoder_hidden_states_2": torch.randn(1, 2, 16), "image_embeds": torch.randn(1, 1, 16)}
+        inputs |= {"encoder_attention_mask": torch.ones(1, 3), "encoder_attention_mask_2": torch.ones(1, 2)}
     packed = family in ("flux", "flux2_klein", "qwen_image")
-    video = latents.unsqueeze(2) if family == "wan" else latents
+    video = latents.unsqueeze(2) if family in ("wan", "hunyuan_video15") else latents
     inputs |= {"hidden_states": tokens if packed else video, "encoder_hidden_states": text, "timestep": sigma}
     return transformer(**inputs)[0]
 

@@ -38,6 +38,7 @@ WIDTHS: dict[str, dict[str, tuple[int, int]]] = {
         r"ff(_context)?\.linear_in": (6, 1),
         r"ff(_context)?\.linear_out": (1, 3),
     },
+    "hunyuan_video15": {r"attn\.\w+(\.0)?": (1, 1), **_FOURFOLD, r"norm1(_context)?\.linear": (6, 1)},
     "qwen_image": {
         r"attn\.\w+(\.0)?": (1, 1),
         r"(img|txt)_mlp\.net\.0\.proj": (4, 1),
@@ -52,12 +53,14 @@ diffusers name counts."""
 SIZES: dict[str, tuple[tuple[int, int], ...]] = {
     "flux": ((3072, 19),),
     "flux2_klein": ((3072, 5), (4096, 8), (6144, 8)),
+    "hunyuan_video15": ((2048, 54),),
     "qwen_image": ((3072, 60),),
     "sd3": ((1536, 24), (2432, 38)),
 }
 """(width, number of joint blocks) of the published models, for the families whose names are alike."""
 
 HEADERS = (
+    (r"hunyuan[-_ ]?video[-_ ]?1[._]?5", "hunyuan_video15"),
     (r"chroma|hunyuan|hidream|auraflow|pixart|ltx|cogvideo|cosmos|kandinsky|omnigen|sdxl|sd[_-]?[12]\b", ""),
     (r"flux[._-]?2", "flux2_klein"),
     (r"flux", "flux"),

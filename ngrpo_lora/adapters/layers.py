@@ -59,6 +59,24 @@ _FLUX_ENDS = {
 _FLUX_EMBEDDER = {"in_layer": "linear_1", "out_layer": "linear_2"}
 _MLP_EMBEDDER = {"mlp.0": "linear_1", "mlp.2": "linear_2"}
 _JOINT = "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_add_out"
+_HUNYUAN_REFINER = {
+    "self_attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "self_attn.proj": "attn.to_out.0",
+    "mlp.0": "ff.net.0.proj",
+    "mlp.2": "ff.net.2",
+    "adaLN_modulation.1": "norm_out.linear",
+}
+_HUNYUAN_ENDS = {
+    "img_in.proj": "x_embedder.proj",
+    "txt_in.input_embedder": "context_embedder.proj_in",
+    "byt5_in.fc1": "context_embedder_2.linear_1",
+    "byt5_in.fc2": "context_embedder_2.linear_2",
+    "byt5_in.fc3": "context_embedder_2.linear_3",
+    "vision_in.proj.1": "image_embedder.linear_1",
+    "vision_in.proj.3": "image_embedder.linear_2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
 _SANA_BLOCK = {
     "attn.qkv": "attn1.to_q attn1.to_k attn1.to_v",
     "attn.proj": "attn1.to_out.0",
@@ -141,6 +159,19 @@ NAMES: dict[str, Names] = {  # by family
         **_blocks("single_stream_modulation.", "single_stream_modulation.", {"lin": "linear"}),
         **_blocks("", "", _FLUX_ENDS),
     },
+    "hunyuan_video15": {  # as ComfyUI has them; Tencent's code has queries, keys and values apart
+        **_blocks("double_blocks.{}.", "transformer_blocks.{}.", _FLUX1_DOUBLE_BLOCK),
+        **_blocks(
+            "txt_in.individual_token_refiner.blocks.{}.",
+            "context_embedder.token_refiner.refiner_blocks.{}.",
+            _HUNYUAN_REFINER,
+        ),
+        **_blocks("time_in.", "time_embed.timestep_embedder.", _FLUX_EMBEDDER),
+        **_blocks("time_r_in.", "time_embed.timestep_embedder_r.", _FLUX_EMBEDDER),
+        **_blocks("txt_in.t_embedder.", "context_embedder.time_text_embed.timestep_embedder.", _FLUX_EMBEDDER),
+        **_blocks("txt_in.c_embedder.", "context_embedder.time_text_embed.text_embedder.", _FLUX_EMBEDDER),
+        **_blocks("", "", _HUNYUAN_ENDS),
+    },
     "qwen_image": {
         **_same("transformer_blocks.{}.", f"{_JOINT} img_mlp.net.0.proj img_mlp.net.2 img_mod.1"),
         **_same("transformer_blocks.{}.", "txt_mlp.net.0.proj txt_mlp.net.2 txt_mod.1"),
@@ -179,6 +210,7 @@ NAMES: dict[str, Names] = {  # by family
 EXCHANGED: dict[str, tuple[str, ...]] = {
     "flux": ("final_layer.adaLN_modulation.1",),
     "flux2_klein": ("final_layer.adaLN_modulation.1",),
+    "hunyuan_video15": ("final_layer.adaLN_modulation.1",),
     "sd3": ("final_layer.adaLN_modulation.1", "joint_blocks.{}.context_block.adaLN_modulation.1"),
 }
 """Original layers, by family, whose rows are a shift and a scale where diffusers has a scale and a shift.

@@ -27,13 +27,15 @@ __all__ = [
 FORMATS: dict[str, tuple[str, ...]] = {
     "flux": ("diffusers", "comfyui", "kohya"),
     "flux2_klein": ("diffusers", "comfyui", "kohya"),
+    "hunyuan_video15": ("diffusers", "comfyui"),
     "qwen_image": ("diffusers", "comfyui", "kohya"),
     "sana": ("diffusers",),
     "sd3": ("diffusers", "comfyui"),
     "wan": ("diffusers", "comfyui", "kohya"),
     "z_image": ("diffusers", "comfyui", "kohya"),
 }
-"""The formats that each family's readers understand. ComfyUI reads SD3 in kohya's names, diffusers does not."""
+"""The formats that each family's readers understand. Of SD3 and HunyuanVideo 1.5 ComfyUI reads kohya's names, diffusers
+does not."""
 
 KOHYA_PREFIX = "lora_unet_"
 FLAT_PREFIXES = (KOHYA_PREFIX, "lora_transformer_", "lycoris_")
@@ -41,6 +43,7 @@ PREFIXES = r"(?:(?:base_model|model|module|pipe|dit|diffusion_model|transformer)
 
 UNMAPPED = {
     "flux2_klein": r"time_guidance_embed\..*|\w+_stream_modulation\w*\.linear",
+    "hunyuan_video15": ".*",
     "wan": ".*",
     "z_image": "siglip_.*",
 }

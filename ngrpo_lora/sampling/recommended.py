@@ -16,6 +16,7 @@ __all__ = ["Recommendation", "recommend"]
 PRESETS = {
     "flux": "flux",
     "flux2_klein": "flux2-klein",
+    "hunyuan_video15": "hunyuan-video15",
     "qwen_image": "qwen-image",
     "sana": "sana",
     "sd3": "sd35-medium",

@@ -143,7 +143,8 @@ def test_every_layer_is_written_where_a_format_is(family: str, form: Format, nam
     same_layers(read_adapter_file(path, family).layers, layers)
     assert {*load_file(path)} <= names_in(expected)
     lacks = left_out("diffusers", naming, family, layers)
-    read = {name: layer for name, layer in layers.items() if name not in lacks}
+    if not (read := {name: layer for name, layer in layers.items() if name not in lacks}):
+        return  # as of HunyuanVideo 1.5 in ComfyUI's names; tests/comfy/test_places.py has it there
     added = added_by_diffusers(family, converted(read, family, form, tmp_path))
     assert [name for name, layer in read.items() if not is_taken(added, name, layer)] == []
 
@@ -155,8 +156,8 @@ def test_the_command_prints_every_cell():
     ]
     shown = [line.split() for line in run("formats")]
     head = next(line for line in shown if line[:1] == ["naming"])
-    assert head[2:9] == [*MAKERS]
+    assert head[2:10] == [*MAKERS]
     (kohya,) = [line for line in shown if line[:1] == ["kohya"] and "lora_unet_{original_}.lora_down.weight" in line]
-    assert kohya[2:9] == ["RWdC", "RWdC", "RWDC", "R", "RC", "RWdC", "RWdC"]
+    assert kohya[2:10] == ["RWdC", "RWdC", "RC", "RWDC", "R", "RC", "RWdC", "RWdC"]
     lacking = next(" ".join(line) for line in shown if line[-1:] == ["kohya"] and line[:2] == ["flux", "diffusers"])
     assert "time_text_embed, x_embedder, context_embedder, norm_out, proj_out" in lacking

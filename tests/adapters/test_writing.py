@@ -15,7 +15,8 @@ from ngrpo_lora.adapters.reading import Layer, read_adapter_file
 from ngrpo_lora.adapters.writing import Format, convert, save_tensors, state_dict
 from ngrpo_lora.errors import UserError
 
-WRITABLE = [(family, form) for family in MAKERS for form in FORMATS[family]]
+OF_COMFYUI = [("hunyuan_video15", "comfyui")]  # which diffusers does not read
+WRITABLE = [(family, form) for family in MAKERS for form in FORMATS[family] if (family, form) not in OF_COMFYUI]
 
 
 def readable_by_diffusers(family: str, form: Format, layers: dict[str, Layer]) -> dict[str, Layer]:
@@ -89,6 +90,19 @@ def test_wan_is_written_under_the_names_that_comfyui_asks_for(tmp_path: Path):
         for layer in (*(f"{a}_attn.{x}" for a in ("self", "cross") for x in "qkvo"), "ffn.0", "ffn.2")
         for part in "AB"
     }
+
+
+def test_hunyuan_video_is_written_under_the_names_that_comfyui_asks_for(tmp_path: Path):
+    """Of it too it maps none of diffusers', and has queries, keys and values in one; so are they joined."""
+    layers = random_layers("hunyuan_video15", make("hunyuan_video15"))
+    file = read_adapter_file(write(tmp_path / "x.safetensors", layers, "hunyuan_video15"))
+    tensors, _ = convert(file, "comfyui")
+    parts = [f"{x}_{y}" for x in ("img", "txt") for y in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
+    assert {key.removesuffix(".weight") for key in tensors} == {
+        f"diffusion_model.double_blocks.{block}.{part}.lora_{side}" for block in "01" for part in parts for side in "AB"
+    }
+    save_tensors(tmp_path / "converted.safetensors", tensors, {})
+    same_layers(read_adapter_file(tmp_path / "converted.safetensors", "hunyuan_video15").layers, layers)
 
 
 @pytest.mark.parametrize(("family", "form"), [("sd3", "kohya"), ("sana", "kohya"), ("sana", "comfyui")])

@@ -19,12 +19,20 @@ from ngrpo_lora.errors import UserError
 from ngrpo_lora.sampling.strengths import parse_schedule
 
 HEADERS = {"qwen_image": "qwen", "sd3": "sd3", "wan": "wan", "z_image": "z_image", "flux": "flux1"}
+HEADERS |= {"hunyuan_video15": "hunyuan-video-1.5"}
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {  # by family: ComfyUI's class, and as small as it can be
     "flux": (
         "Flux",
         {"image_model": "flux", "in_channels": 4, "out_channels": 4, "patch_size": 2, "vec_in_dim": 16}
         | {"context_in_dim": 32, "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2, "theta": 10000}
         | {"depth_single_blocks": 2, "axes_dim": [4, 6, 6], "qkv_bias": True, "guidance_embed": True},
+    ),
+    "hunyuan_video15": (
+        "HunyuanVideo15",
+        {"image_model": "hunyuan_video", "in_channels": 4, "out_channels": 4, "patch_size": [1, 2, 2]}
+        | {"vec_in_dim": None, "context_in_dim": 32, "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2}
+        | {"depth_single_blocks": 0, "axes_dim": [4, 6, 6], "theta": 256, "qkv_bias": True, "guidance_embed": False}
+        | {"byt5": True, "meanflow": True, "use_cond_type_embedding": True, "vision_in_dim": 16},
     ),
     "qwen_image": (
         "QwenImage",

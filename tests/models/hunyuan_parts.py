@@ -25,7 +25,7 @@ TRANSFORMER: dict[str, Any] = {
     "attention_head_dim": 12,
     "num_layers": 2,
     "num_refiner_layers": 1,
-    "mlp_ratio": 2.0,
+    "mlp_ratio": 4.0,
     "text_embed_dim": 32,
     "text_embed_2_dim": 16,
     "image_embed_dim": 8,
