@@ -72,13 +72,24 @@ def check_fusible(file: AdapterFile) -> None:
         raise UserError(f"model.fuse {str(file.path)!r} is a DoRA, which is no sum with the base; give a plain LoRA")
 
 
-def python_lines(model: ModelConfig) -> list[str]:
-    """Python code that adds the files of `model.fuse` into a diffusers pipeline as `model.fuse` does."""
+def python_lines(model: ModelConfig, by_pipeline: bool = True) -> list[str]:
+    """Python code that adds the files of `model.fuse` into a diffusers pipeline as `model.fuse` does.
+
+    Args:
+        by_pipeline: whether the pipeline has a loader of LoRA files; else its transformer's is called.
+    """
     lines = []
     for path, strength in model.fuse.items():
         found = on_hub(path)
         source = ", weight_name=".join(repr(part) for part in found if part) if found else repr(shown(path))
         source = f"ADAPTERS[{path!r}]" if path in ADAPTERS else source
+        if not by_pipeline:
+            lines += [
+                f"pipeline.transformer.load_lora_adapter({source}, use_safetensors=True)",
+                f"pipeline.transformer.fuse_lora(lora_scale={strength:g})  # into the base, as in training",
+                "pipeline.transformer.unload_lora()",
+            ]
+            continue
         second = model.expert is not None and fused_into(path) == "low_noise"
         into, parts = (", load_into_transformer_2=True", "['transformer_2'], ") if second else ("", "")
         lines += [

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.adapters.fusing import shown
 from ngrpo_lora.config import RunConfig
-from ngrpo_lora.hub.usage import Adapter, read_pushed, shown_guidance, usage
+from ngrpo_lora.hub.usage import VIDEOS, Adapter, read_pushed, shown_guidance, usage
 from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.reports.tables import markdown_table
 from ngrpo_lora.world import MODELS
@@ -47,6 +47,7 @@ LICENSES: dict[str, tuple[str, str, str]] = {
     "black-forest-labs/FLUX.1-schnell": ("apache-2.0", "", ""),
     "black-forest-labs/FLUX.2-dev": ("other", "flux-dev-non-commercial-license", "LICENSE.txt"),
     "black-forest-labs/FLUX.2-klein-base-4B": ("apache-2.0", "", ""),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": ("other", "tencent-hunyuan-community", ""),
     "stabilityai/stable-diffusion-3.5-large": ("other", "stabilityai-ai-community", "LICENSE.md"),
     "stabilityai/stable-diffusion-3.5-medium": ("other", "stabilityai-ai-community", "LICENSE.md"),
 }
@@ -114,7 +115,7 @@ def write_card(
         revision: branch that the adapter is on; None: the main one.
     """
     adapter, pictures = read_pushed(folder / FILE_NAME), shown_pictures(folder)
-    base, video = adapter.hub_id, (adapter.model.num_frames or 1) > 1 or adapter.family == "wan"
+    base, video = adapter.hub_id, (adapter.model.num_frames or 1) > 1 or adapter.family in VIDEOS
     task = f"{'image' if adapter.edits else 'text'}-to-{'video' if video else 'image'}"
     family = adapter.family.replace("_", "-")
     prompt, seed = (pictures[0].prompt, pictures[0].seed) if pictures else ("a red star", 0)

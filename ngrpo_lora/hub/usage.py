@@ -15,7 +15,11 @@ from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.hub.pipeline_file import EDITING, PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
 from ngrpo_lora.world import ADAPTERS, MODELS
 
-__all__ = ["Adapter", "diffusers_usage", "read_pushed", "usage"]
+__all__ = ["VIDEOS", "Adapter", "diffusers_usage", "read_pushed", "usage"]
+
+
+VIDEOS = {"wan": 16, "hunyuan_video15": 24}
+"""Families that draw videos, and their frames a second."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +139,10 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
             'image.save("image.png")',
         ]
         return "\n".join(lines)
-    video, settings = adapter.family == "wan", {"prompt": prompt} | call_settings(adapter)
+    fps, settings = VIDEOS.get(adapter.family), {"prompt": prompt} | call_settings(adapter)
     lines = [
         *head,
-        *(["from diffusers.utils import export_to_video"] if video else []),
+        *(["from diffusers.utils import export_to_video"] if fps else []),
         "from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module",
         *own,
         "",
@@ -147,17 +151,33 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
         ")",
         f'pipeline = DiffusionPipeline.from_pretrained({base}, dtype={dtype}).to("{device}")',
         f"pipeline.scheduler = Scheduler.from_config(pipeline.scheduler.config, {scheduler_settings(adapter)})",
-        *python_lines(model),
-        f"pipeline.load_lora_weights({where}{', load_into_transformer_2=True' if model.expert == 'low_noise' else ''})",
+        *loading_lines(adapter, where),
         *opened,
-        f"{'video' if video else 'image'} = pipeline(",
+        f"{'video' if fps else 'image'} = pipeline(",
         *(["    image=picture,"] if adapter.edits else []),
         *(f"    {name}={value!r}," for name, value in settings.items()),
         f'    generator=torch.Generator("cpu").manual_seed({seed}),',
-        ").frames[0]" if video else ").images[0]",
-        'export_to_video(video, "video.mp4", fps=16)' if video else 'image.save("image.png")',
+        ").frames[0]" if fps else ").images[0]",
+        f'export_to_video(video, "video.mp4", fps={fps})' if fps else 'image.save("image.png")',
     ]
     return "\n".join(lines)
+
+
+def loading_lines(adapter: Adapter, where: str) -> list[str]:
+    """Python code that puts the adapter from `where`, its place as code, on a stock pipeline.
+
+    HunyuanVideo 1.5's has no loader and no settings of guidance and prompt length in its call.
+    """
+    model = adapter.model
+    if adapter.family != "hunyuan_video15":
+        second = ", load_into_transformer_2=True" if model.expert == "low_noise" else ""
+        return [*python_lines(model), f"pipeline.load_lora_weights({where}{second})"]
+    return [
+        *python_lines(model, by_pipeline=False),
+        f"pipeline.transformer.load_lora_adapter({where}, weight_name={FILE_NAME!r})",
+        f"pipeline.guider = pipeline.guider.new(guidance_scale={model.guidance_scale!r})",
+        f"pipeline.tokenizer_max_length = {model.max_sequence_length}",
+    ]
 
 
 def number_types(adapter: Adapter) -> str:
@@ -177,10 +197,11 @@ def call_settings(adapter: Adapter) -> dict[str, Any]:
     if model.negative_prompt and adapter.family != "flux2_klein":  # whose pipeline takes none
         settings["negative_prompt"] = model.negative_prompt
     settings |= {"height": model.height_px, "width": model.width_px, "num_inference_steps": rollout.num_steps}
-    settings |= {"guidance_scale": model.guidance_scale, "max_sequence_length": model.max_sequence_length}
+    if adapter.family != "hunyuan_video15":
+        settings |= {"guidance_scale": model.guidance_scale, "max_sequence_length": model.max_sequence_length}
     if model.expert is not None:
         settings["guidance_scale_2"] = model.guidance_scale_2
-    if adapter.family == "wan" and model.num_frames:
+    if adapter.family in VIDEOS and model.num_frames:
         settings["num_frames"] = model.num_frames
     if adapter.family == "sana":  # its times begin at 0.999, and small sizes are not drawn larger
         levels = [round(0.999 * (1 - step / rollout.num_steps), 6) for step in range(rollout.num_steps)]

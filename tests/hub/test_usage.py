@@ -14,16 +14,17 @@ from ngrpo_lora import registry
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.hub.card import write_card
 from ngrpo_lora.hub.pipeline_file import has_pipeline
-from ngrpo_lora.hub.usage import diffusers_usage, read_pushed
+from ngrpo_lora.hub.usage import VIDEOS, diffusers_usage, read_pushed
 from ngrpo_lora.models._index import pipeline_classes
 
 
 @pytest.mark.parametrize("family", registry.names(registry.MODELS))
 def test_the_snippet_calls_each_family_s_pipeline_by_names_that_it_has(family: str, tmp_path: Path):
-    frames = ["model.num_frames=17"] if family == "wan" else []
+    frames = ["model.num_frames=17"] if family in VIDEOS else []
     config = make_config("model.negative_prompt=blurry", *frames)
     adapter = read_pushed(make_folder(tmp_path, config, [], family) / "pytorch_lora_weights.safetensors")
-    code = ast.parse(diffusers_usage("owner/name", None, adapter, MISS, 7))
+    text = diffusers_usage("owner/name", None, adapter, MISS, 7)
+    code = ast.parse(text)
     (call,) = [n for n in ast.walk(code) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "pipeline"]
     given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg and k.arg != "generator"}
     if has_pipeline(family):  # which reads the rest from the adapter
@@ -33,9 +34,13 @@ def test_the_snippet_calls_each_family_s_pipeline_by_names_that_it_has(family: s
     kind = getattr(diffusers, pipeline_classes(family)[0])
     assert given.keys() <= inspect.signature(kind.__call__).parameters.keys()
     assert (given["prompt"], given["height"], given["width"]) == (MISS, 720, 704)
-    assert (given["guidance_scale"], given["num_inference_steps"]) == (3.5, config.rollout.num_steps)
+    assert given["num_inference_steps"] == config.rollout.num_steps
+    if family == "hunyuan_video15":  # whose guider has the scale
+        assert "\npipeline.guider = pipeline.guider.new(guidance_scale=3.5)\n" in text
+    else:
+        assert given["guidance_scale"] == 3.5
     assert given.get("negative_prompt") == (None if family == "flux2_klein" else "blurry")
-    assert (family == "wan") == ("num_frames" in given)
+    assert (family in VIDEOS) == ("num_frames" in given)
 
 
 def test_an_adapter_on_a_branch_is_used_from_there(tmp_path: Path):
@@ -66,6 +71,21 @@ def test_what_the_base_had_taken_in_is_fused_before_the_adapter_is_loaded(family
     text = write_card(folder, "owner/name", config, 300, [], {}).text
     assert "owner/few/steps.safetensors at 0.75" in text
     assert "LoraLoaderModelOnly at strength 1.0, `owner/few/steps.safetensors` before it at 0.75, and" in text
+
+
+def test_a_pipeline_without_a_loader_has_files_loaded_by_its_transformer(tmp_path: Path):
+    config = make_config("model.fuse={owner/few/steps.safetensors: 0.75}")
+    adapter = read_pushed(make_folder(tmp_path, config, ["a"], "hunyuan_video15") / FILE_NAME)
+    lines = diffusers_usage("owner/name", "v1", adapter, "a", 7).splitlines()
+    few = "'owner/few', weight_name='steps.safetensors', use_safetensors=True"
+    start = lines.index(f"pipeline.transformer.load_lora_adapter({few})")
+    assert lines[start + 1].startswith("pipeline.transformer.fuse_lora(lora_scale=0.75)")
+    own = f"'owner/name', revision='v1', weight_name='{FILE_NAME}'"
+    assert lines[start + 2 : start + 4] == [
+        "pipeline.transformer.unload_lora()",
+        f"pipeline.transformer.load_lora_adapter({own})",
+    ]
+    assert lines[-1] == 'export_to_video(video, "video.mp4", fps=24)'
 
 
 def test_the_packages_own_lora_is_imported_by_the_code_and_named_by_the_card(tmp_path: Path):

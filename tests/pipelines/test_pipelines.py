@@ -51,6 +51,7 @@ from ngrpo_lora.world import EMBEDDED
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 
 import family_checks
+import hunyuan_parts
 import test_flux2_edit
 import test_flux2_klein
 import test_qwen_image
@@ -264,13 +265,16 @@ class Other:
     """What is edited, or what a video starts from."""
 
 
-@pytest.fixture(params=["flux2_klein", "flux2_edit", "sana", "wan", "wan_first_frame"])
+@pytest.fixture(params=["flux2_klein", "flux2_edit", "hunyuan_video15", "sana", "wan", "wan_first_frame"])
 def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Other:
     if request.param == "sana":
         base, size = request.getfixturevalue("sana_folder"), {"height_px": 32, "width_px": 32}
         times = [0.999 * (1 - step / 4) for step in range(4)]  # Sana's begin below 1
         return Other(base, size | {"guidance_scale": 4.5}, {"use_resolution_binning": False, "sigmas": times})
     folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "hunyuan_video15":
+        size = {key: value for key, value in hunyuan_parts.SMALL.items() if key != "max_sequence_length"}
+        return Other(hunyuan_parts.make_folder(folder), size, {"num_frames": 5})
     if request.param == "wan":
         settings = dict(test_wan.SMALL, guidance_scale=5.0)
         return Other(test_wan.make_folder(folder, second=False), settings, {"num_frames": 5})
@@ -288,16 +292,16 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_the_scheduler_drops_into_other_pipelines(other: Other, flux: Case):
     family = load(other.base, **other.settings)
+    known = {name: family.settings[name] for name in ("guidance_scale", "max_sequence_length")}
     recording = record(
         exact(stock(other.base, family.pipeline_class), flux.ours),
         lambda x: x.transpose(1, 2).reshape(1, *family.latent_shape) if x.ndim == 3 else x,
         prompt=LONG,
         latents=noise_of(family),
         num_inference_steps=4,
-        guidance_scale=family.settings["guidance_scale"],
         height=other.settings["height_px"],
         width=other.settings["width_px"],
-        max_sequence_length=family.settings["max_sequence_length"],
+        **({} if family.pipeline_class == "HunyuanVideo15Pipeline" else known),  # whose guider and tokenizer have them
         **other.call,
     )
     check_sampling(family, Prompt(LONG, {}, other.source), recording, "dpmpp_2m")
