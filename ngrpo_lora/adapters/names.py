@@ -20,6 +20,7 @@ __all__ = [
     "diffusers_names",
     "is_exchanged",
     "is_known",
+    "is_read_by_comfyui",
     "needs_original_names",
     "original_rows",
 ]
@@ -41,10 +42,11 @@ KOHYA_PREFIX = "lora_unet_"
 FLAT_PREFIXES = (KOHYA_PREFIX, "lora_transformer_", "lycoris_")
 PREFIXES = r"(?:(?:base_model|model|module|pipe|dit|diffusion_model|transformer)\.)*"
 
+EVERY_LAYER = ".*"
 UNMAPPED = {
     "flux2_klein": r"time_guidance_embed\..*|\w+_stream_modulation\w*\.linear",
-    "hunyuan_video15": ".*",
-    "wan": ".*",
+    "hunyuan_video15": EVERY_LAYER,
+    "wan": EVERY_LAYER,
     "z_image": "siglip_.*",
 }
 """By family, the layers whose diffusers name ComfyUI does not know; it knows every original name."""
@@ -76,6 +78,11 @@ def is_exchanged(name: str, family: str | None) -> bool:
 def needs_original_names(family: str, layers: Iterable[str]) -> bool:
     """Whether ComfyUI knows some of these diffusers layers by their original names alone."""
     return family in UNMAPPED and any(re.fullmatch(UNMAPPED[family], layer) for layer in layers)
+
+
+def is_read_by_comfyui(family: str) -> bool:
+    """Whether ComfyUI has the family, and knows the layers of its blocks, which runs adapt, by diffusers' names."""
+    return "comfyui" in FORMATS[family] and UNMAPPED.get(family) != EVERY_LAYER
 
 
 def original_rows(layer: str, family: str) -> tuple[str, int, int, int] | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.adapters.fusing import python_lines, shown
+from ngrpo_lora.adapters.names import FORMATS, is_read_by_comfyui
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.hub.pipeline_file import EDITING, PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
@@ -65,8 +66,7 @@ def usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: 
     source = " --source picture.png" if adapter.edits else ""
     if adapter.fits_source:  # which the code above draws at this size, whatever the shape of the picture
         source += f" --height {model.height_px} --width {model.width_px}"
-    guidance = shown_guidance(model)
-    exact = f"{rollout.num_steps} steps of {solver}, shift {rollout.shift:.4g}, guidance {guidance}"
+    exact = f"{rollout.num_steps} steps of {solver}, shift {rollout.shift:.4g}, guidance {shown_guidance(model)}"
     reads = ", which it reads from the adapter, " if file == PIPELINE else " "
     others = ", and torchvision for the processor of its base" if "qwen_image_edit" in adapter.pipeline else ""
     others += ", and ftfy, without which this pipeline of diffusers fails" if adapter.starts_video else ""
@@ -84,8 +84,14 @@ def usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: 
             f"```\nhf download {repo} {FILE_NAME} --revision {revision} --local-dir .\n"
             f"ngrpo sample --adapter {FILE_NAME}{source} --prompt {shell} --seed {seed}\n```"
         )
-    if adapter.hub_id is None:
+    if adapter.hub_id is None or "comfyui" not in FORMATS[adapter.family]:
         return text
+    return f"{text}\n\n{comfyui_usage(repo if revision is None else FILE_NAME, adapter)}"
+
+
+def comfyui_usage(place: str, adapter: Adapter) -> str:
+    """Paragraph of the card: how to draw in ComfyUI with the adapter at `place`, as the command line is given it."""
+    rollout, model = adapter.rollout, adapter.model
     sampler = "the sampler `euler`"
     if rollout.solver == "dpmpp_2m":
         sampler = (
@@ -94,10 +100,13 @@ def usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: 
         )
     beside = "".join(f", `{shown(file)}` before it at {strength:g}" for file, strength in model.fuse.items())
     of_pair = "" if model.expert is None else f" on the {model.expert.replace('_', '-')} model"
+    put = "put the file"
+    if not is_read_by_comfyui(adapter.family):  # which would load it without effect, and only say so in its log
+        put = f"`ngrpo export {place} --format comfyui` writes it with the names that ComfyUI knows; put that file"
     return (
-        f"{text}\n\n**ComfyUI**: put the file into `ComfyUI/models/loras`, load it with LoraLoaderModelOnly at "
-        f"strength 1.0{of_pair}{beside}, and sample with {rollout.num_steps} steps, shift {rollout.shift:.4g}, "
-        f"guidance {guidance} and {sampler}."
+        f"**ComfyUI**: {put} into `ComfyUI/models/loras`, load it with LoraLoaderModelOnly at strength "
+        f"1.0{of_pair}{beside}, and sample with {rollout.num_steps} steps, shift {rollout.shift:.4g}, guidance "
+        f"{shown_guidance(model)} and {sampler}."
     )
 
 

@@ -73,6 +73,15 @@ def test_what_the_base_had_taken_in_is_fused_before_the_adapter_is_loaded(family
     assert "LoraLoaderModelOnly at strength 1.0, `owner/few/steps.safetensors` before it at 0.75, and" in text
 
 
+@pytest.mark.parametrize("family", registry.names(registry.MODELS))
+def test_comfyui_is_given_a_file_whose_names_it_knows(family: str, tmp_path: Path):
+    config = make_config()
+    text = write_card(make_folder(tmp_path, config, ["a"], family), "owner/name", config, 300, [], {}).text
+    _, said, comfyui = text.partition("**ComfyUI**: ")
+    assert bool(said) == (family != "sana")  # which ComfyUI does not have
+    assert comfyui.startswith("`ngrpo export owner/name --format comfyui` writes it") == (family in VIDEOS)
+
+
 def test_a_pipeline_without_a_loader_has_files_loaded_by_its_transformer(tmp_path: Path):
     config = make_config("model.fuse={owner/few/steps.safetensors: 0.75}")
     adapter = read_pushed(make_folder(tmp_path, config, ["a"], "hunyuan_video15") / FILE_NAME)
