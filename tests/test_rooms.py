@@ -89,6 +89,7 @@ TESTED_IN = {
     "downloads": "adapters/test_finding.py",  # its messages, from a server that speaks the Hub's protocol
     "hub.watching": "hub/test_pushing.py",
     "models._attention": "models/test_base.py",
+    "models._edits": "models/test_flux2_edit.py",  # and models/test_wan_first_frame.py
     "models._levels": "models/test_base.py",  # and in every test of a family
     "models._qwen_vl": "models/test_qwen_image_edit.py",
     "models._loading": "models/test_embeddings.py",  # the model in parts; whole ones in every test of a family

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.errors import UserError, first_line
 from ngrpo_lora.models._base import BaseFamily, Parts
+from ngrpo_lora.models._edits import SourceFamily
 from ngrpo_lora.models._index import model_index
 from ngrpo_lora.types import TextEmbeds
 
@@ -214,10 +215,8 @@ class Dev(Flux2):
         return torch.full((batch,), float(self.settings["guidance_scale"]), device=self.device)
 
 
-class Edit(Flux2):
+class Edit(SourceFamily, Flux2):
     """What all have that edit a source picture of the size that is drawn."""
-
-    edits = True
 
     def configure(self, config: ModelConfig) -> None:
         """Apply the settings of `config`, and compute the positions of the source's tokens behind the drawn ones.
@@ -250,24 +249,13 @@ class Edit(Flux2):
         shrunk = processor._resize_if_exceeds_area(source)
         pixels = processor.preprocess(shrunk, height=height, width=width, resize_mode="crop")
         latents = self.pipeline._encode_vae_image(pixels.to(self.device, self.vae.dtype), generator=None)
-        found = self.encode_alone(prompt) | {"source_tokens": self.pipeline._pack_latents(latents).to(self.dtype)}
-        if self.guided:
-            if self.negative is None:
-                self.negative = TextEmbeds(self.encode_alone(self.config.negative_prompt))
-            found["negative_prompt_embeds"] = self.negative.tensors["prompt_embeds"]
-        return found
+        return self.encode_texts(prompt) | {"source_tokens": self.pipeline._pack_latents(latents).to(self.dtype)}
 
     def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the states of both prompts, if there are two passes, and of the tokens of a source."""
-        shapes = super().text_shapes(tokens)
-        if self.guided:
-            shapes["negative_prompt_embeds"] = shapes["prompt_embeds"]
-        return shapes | {"source_tokens": (math.prod(self.source_cells), self.transformer.config.in_channels)}
-
-    def without_prompt(self, text: TextEmbeds) -> TextEmbeds:
-        """The negative prompt in each row, and the row's own source."""
-        own = dict(text.tensors)
-        return TextEmbeds(own | {"prompt_embeds": own.pop("negative_prompt_embeds")})
+        return super().text_shapes(tokens) | {
+            "source_tokens": (math.prod(self.source_cells), self.transformer.config.in_channels)
+        }
 
     def tokens(self, drawn: Tensor, text: TextEmbeds) -> Tensor:
         """The tokens that are drawn, and the source's behind them."""

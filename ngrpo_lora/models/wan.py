@@ -31,6 +31,7 @@ from torch import Tensor
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import Parts
+from ngrpo_lora.models._edits import SourceFamily
 from ngrpo_lora.models._experts import ExpertsFamily
 from ngrpo_lora.models._index import model_index, model_json
 from ngrpo_lora.types import TextEmbeds
@@ -132,13 +133,12 @@ class Family(ExpertsFamily):
         return latents * std + mean
 
 
-class ImageToVideo(Family):
+class ImageToVideo(SourceFamily, Family):
     """Wan image-to-video: the source picture of a prompt is the first frame of its video."""
 
     pipeline_class = "WanImageToVideoPipeline"
     text_encoders = ("text_encoder", "image_encoder")
     attention = (*Family.attention, "add_k_proj", "add_v_proj")
-    edits = True
     default_guidances = (3.5, 3.5)
 
     def configure(self, config: ModelConfig) -> None:
@@ -180,13 +180,9 @@ class ImageToVideo(Family):
 
     def encode_edit(self, prompt: str, source: Image.Image) -> dict[str, Tensor]:
         """Encode one prompt, the negative one where it guides, and the source: its condition and CLIP's states."""
-        found = self.encode_alone(prompt) | {"condition": self.condition(source)}
+        found = self.encode_texts(prompt) | {"condition": self.condition(source)}
         if self.pipeline.image_encoder is not None:
             found["image_embeds"] = self.pipeline.encode_image(source, self.device).to(self.dtype)
-        if self.guided:
-            if self.negative is None:
-                self.negative = TextEmbeds(self.encode_alone(self.config.negative_prompt))
-            found["negative_prompt_embeds"] = self.negative.tensors["prompt_embeds"]
         return found
 
     def condition(self, source: Image.Image) -> Tensor:
@@ -209,17 +205,10 @@ class ImageToVideo(Family):
         channels, *rest = self.latent_shape
         config, encoder = self.transformer.config, self.pipeline.image_encoder
         shapes = super().text_shapes(tokens)
-        if self.guided:
-            shapes["negative_prompt_embeds"] = shapes["prompt_embeds"]
         if config.image_dim is not None:
             seen = 1 + (encoder.config.image_size // encoder.config.patch_size) ** 2 if encoder else CLIP_TOKENS
             shapes["image_embeds"] = (seen, config.image_dim)
         return shapes | {"condition": (config.in_channels - channels, *rest)}
-
-    def without_prompt(self, text: TextEmbeds) -> TextEmbeds:
-        """The negative prompt in each row, and the row's own source."""
-        own = dict(text.tensors)
-        return TextEmbeds(own | {"prompt_embeds": own.pop("negative_prompt_embeds")})
 
     def edited_size(self, source: Image.Image) -> tuple[int, int]:
         """(height, width): of the source's shape, at most `SOURCE_ASPECT`, and at most the configured area.
