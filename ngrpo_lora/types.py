@@ -61,7 +61,7 @@ class Rollout:
     @cached_property
     def finite(self) -> Tensor:
         """(G,) bool: the samples whose latents are finite to the end; the others have failed."""
-        return self.final.flatten(1).isfinite().all(1)
+        return are_finite(self.final.flatten(1))
 
     def to(self, device: torch.device | str) -> Self:
         """This rollout with all its tensors on another device.
@@ -139,6 +139,16 @@ class Velocities(NamedTuple):
         """Those of some transitions of a micro-batch, (M, C, H, W); None makes one of a single transition's."""
         old, reference = (None if some is None else some[rows] for some in (self.old, self.reference))
         return Velocities(self.current[rows], old, reference)
+
+
+def are_finite(rows: Tensor) -> Tensor:
+    """Whether all values of each row are finite: (..., D) of at most 32 bits, or sums of such -> (...) bool."""
+    return exact(rows).sum(-1, dtype=torch.float64).isfinite()  # no such sum overflows; 20 times as fast as each value
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """The tensor where float64 can be had: on its own device, but for Apple's GPUs."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def beside(tensor: Tensor, other: Tensor) -> Tensor:

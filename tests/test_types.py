@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ngrpo_lora.training.metering import Stages
-from ngrpo_lora.types import Rollout, Samples, TextEmbeds, mean_metrics
+from ngrpo_lora.types import Rollout, Samples, TextEmbeds, are_finite, mean_metrics
 
 
 def test_prompts_that_are_joined_are_padded_with_zeros_and_chosen_by_row():
@@ -29,6 +29,22 @@ def test_prompts_that_are_joined_are_padded_with_zeros_and_chosen_by_row():
 def test_a_rollout_moves_as_a_whole():
     rollout = Rollout(torch.ones(2, 1), torch.ones(2), torch.ones(1)).to("meta")
     assert {tensor.device.type for tensor in (rollout.latents, rollout.sigmas, rollout.final)} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_are_finite_where_each_of_their_values_is(dtype: torch.dtype):
+    largest, inf, nan = torch.finfo(dtype).max, math.inf, math.nan
+    rows = [
+        [0, 0, 0, 0],
+        [largest] * 4,
+        [-largest] * 4,
+        [inf, 0, 0, 0],
+        [-inf, 0, 0, 0],
+        [nan, 0, 0, 0],
+        [inf, -inf, 0, 0],
+    ]
+    table = torch.tensor(rows, dtype=dtype)
+    assert are_finite(table).tolist() == table.isfinite().all(1).tolist() == [True] * 3 + [False] * 4
 
 
 @pytest.mark.gpu

@@ -91,10 +91,16 @@ def remove(transformer: Any, name: str) -> None:
         transformer.delete_adapters(name)
 
 
+def adapted_layers(module: nn.Module) -> list[Any]:
+    """PEFT's layers in a module, in order; nothing within them is looked at, which `modules()` takes long for."""
+    if isinstance(module, LoraLayer):
+        return [module]
+    return [layer for child in module.children() for layer in adapted_layers(child)]
+
+
 def switch(transformer: nn.Module, on: bool) -> None:
     """Switch all adapters of a transformer, which may have none, on or off."""
-    # diffusers' own `disable_adapters` walks through every module, four times as long.
-    for layer in [module for module in transformer.modules() if isinstance(module, LoraLayer)]:
+    for layer in adapted_layers(transformer):
         layer.enable_adapters(on)
 
 
@@ -118,7 +124,7 @@ def merged(transformer: Any) -> Iterator[None]:
     Raises:
         UserError: the base's weights are quantised.
     """
-    layers: list[Any] = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    layers = adapted_layers(transformer)
     base_layers: list[Any] = [layer.get_base_layer() for layer in layers]
     kept: list[torch.Tensor] = [base.weight.data for base in base_layers]
     if not all(weight.is_floating_point() for weight in kept):

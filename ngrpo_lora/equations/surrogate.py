@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ngrpo_lora.types import are_finite, exact
+
 
 class Leap(NamedTuple):
     """What displaced anchors change, both (M, G) float64.
@@ -93,13 +95,14 @@ def auto_temperature(candidates: Tensor) -> float:
 def mean_squared_distances(candidates: Tensor) -> Tensor:
     """The same of W groups, (W, G, ...) -> (W,) float64 on the candidates' device, which is not waited for.
 
-    Candidates that are not finite have no part in it.
+    Candidates that are not finite have no part in it. What Apple's GPUs give is on the CPU: see `exact`.
     """
-    rows = candidates.flatten(2).double()  # (W, G, D)
-    finite = rows.isfinite().all(2, keepdim=True)
-    count, rows = finite.sum(1, keepdim=True), rows.where(finite, 0.0)
-    offsets = (rows - rows.sum(1, keepdim=True) / count).where(finite, 0.0).flatten(1)
-    return 2 * torch.linalg.vecdot(offsets, offsets) / (count.flatten() - 1)
+    rows = exact(candidates).flatten(2).double()  # (W, G, D)
+    finite = are_finite(rows)
+    count, rows = finite.sum(1), rows.where(finite[..., None], 0.0)
+    total, squares = rows.sum(1), rows.flatten(1)
+    about_mean = torch.linalg.vecdot(squares, squares) - torch.linalg.vecdot(total, total) / count
+    return 2 * about_mean / (count - 1)
 
 
 def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:

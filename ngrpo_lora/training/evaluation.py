@@ -26,7 +26,7 @@ from ngrpo_lora.training.rewarding import (
     weighted_mean,
 )
 from ngrpo_lora.training.run import Run
-from ngrpo_lora.types import Metrics
+from ngrpo_lora.types import Metrics, are_finite
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def draw_held_out(run: Run, own: range) -> list[Image.Image]:
         finite = [torch.ones(0, dtype=torch.bool)]
 
         def see(latents: Tensor) -> None:
-            finite.append(latents.flatten(1).isfinite().all(1).cpu())
+            finite.append(are_finite(latents.flatten(1)).cpu())
 
         images = draw(run.family, text, [seeds[i] for i in drawn], solver, sigmas, batch_size=size, see=see)
         return images, torch.cat(finite)

@@ -54,7 +54,7 @@ def collect(run: Run, rollouts: list[Rollout], pending: list[Wait]) -> RewardBat
         UserError: a reward is none, or failed for more than `rewards.max_failed_share`, or so many latents are not
             finite.
     """
-    finite = torch.stack([rollout.final.flatten(1).isfinite().all(1) for rollout in rollouts])  # (P, G)
+    finite = torch.stack([rollout.finite for rollout in rollouts])  # (P, G)
     scores, problem = {}, None
     try:
         groups = [wait(partial(while_waiting, run)) for wait in pending]

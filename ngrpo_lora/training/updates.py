@@ -16,7 +16,7 @@ from ngrpo_lora.algorithms._base import losses
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.state import on_cpu, state
-from ngrpo_lora.types import Metrics, Rollout, TextEmbeds, Transition, Velocities, beside, mean_metrics
+from ngrpo_lora.types import Metrics, Rollout, TextEmbeds, Transition, Velocities, beside, exact, mean_metrics
 
 log = logging.getLogger(__name__)
 
@@ -156,8 +156,3 @@ def stacked(old: Sequence[Tensor | None], current: Tensor) -> Tensor | None:
     """Old velocities as one tensor beside the current ones; None where the algorithm keeps its own."""
     given = [velocity for velocity in old if velocity is not None]
     return beside(torch.stack(given), current) if given else None
-
-
-def exact(velocities: Tensor) -> Tensor:
-    """Velocities where sums in float64 can be had: on their own device, but for Apple's GPUs."""
-    return velocities.cpu() if velocities.device.type == "mps" else velocities
