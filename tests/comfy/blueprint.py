@@ -54,14 +54,14 @@ class Blueprint(Sheet):
         left, top, width, _ = self.end_box(end)
         return left + (width - END[1] if end == INPUTS else END[1]), top + END[1] + SLOT * slot
 
-    def ends(self, link: list[Any]) -> tuple[Point, Point, tuple[str, str]]:
+    def ends(self, link: list[Any]) -> tuple[Point, list[Point], tuple[str, str]]:
         _, source, slot, target, place, _ = link
         if source == INPUTS:
             node = self.nodes[target - 1]
-            return self.slot_at(INPUTS, slot), node.input_at(place), ("inputs", node.name)
+            return self.slot_at(INPUTS, slot), node.inputs_at(place), ("inputs", node.name)
         if target == OUTPUTS:
             node = self.nodes[source - 1]
-            return node.output_at(slot), self.slot_at(OUTPUTS, place), (node.name, "outputs")
+            return node.output_at(slot), [self.slot_at(OUTPUTS, place)], (node.name, "outputs")
         return super().ends(link)
 
     def _id(self, part: str) -> str:

@@ -57,15 +57,15 @@ class Node:
         (left, top), (width, height) = self.saved["pos"], self.saved["size"]
         return left, top - TITLE, width, height + TITLE + self.room
 
-    def input_at(self, slot: int) -> Point:
-        """Where a wire enters it."""
+    def inputs_at(self, slot: int) -> list[Point]:
+        """Where a wire enters it: at a widget either beside it, or at the node's top, as Vue's first version has it."""
         left, top = self.saved["pos"]
         inputs = self.saved["inputs"]
         if "widget" not in inputs[slot]:
-            return left + INSET, top + SLOT * (slot + 0.7)
+            return [(left + INSET, top + SLOT * (slot + 0.7))]
         sockets = sum("widget" not in entry for entry in inputs)
         rows = max(sockets, len(self.names)) * SLOT + (slot - sockets + 0.5) * WIDGET
-        return left + INSET, top + rows
+        return [(left + INSET, top + rows), (left + INSET, top)]
 
     def output_at(self, slot: int) -> Point:
         """Where a wire leaves it."""
@@ -237,11 +237,11 @@ class Sheet:
             "outputs": [node.id for node in outputs],
         }
 
-    def ends(self, link: list[Any]) -> tuple[Point, Point, tuple[str, str]]:
-        """Where a wire starts and ends, and the names of the nodes that it connects."""
+    def ends(self, link: list[Any]) -> tuple[Point, list[Point], tuple[str, str]]:
+        """Where a wire starts and where it may end, and the names of the nodes that it connects."""
         _, source, slot, target, place, _ = link
         start, end = self.nodes[source - 1], self.nodes[target - 1]
-        return start.output_at(slot), end.input_at(place), (start.name, end.name)
+        return start.output_at(slot), end.inputs_at(place), (start.name, end.name)
 
     def reroutes(self) -> list[dict[str, Any]]:
         """Points by which wires go around nodes: each with its place, its wire, and the point before it."""

@@ -31,23 +31,32 @@ def test_a_wire_passes_its_reroutes_in_the_middle_direction():
 
 
 def test_a_free_wire_has_no_reroutes():
-    assert route(START, END, OWN, BOXES, []) == []
+    assert route(START, [END], OWN, BOXES, []) == []
 
 
 def test_a_wire_goes_around_a_node_and_not_where_another_one_goes():
     boxes = BOXES | WALL
     assert nodes_before(curve([START, END]), OWN, boxes) == ["wall"]
-    way = route(START, END, OWN, boxes, [])
+    way = route(START, [END], OWN, boxes, [])
     assert not nodes_before(curve([START, *way, END]), OWN, boxes)
-    other = route(START, END, OWN, boxes, [way])
+    other = route(START, [END], OWN, boxes, [way])
     assert abs(other[0][1] - way[0][1]) >= 14
+
+
+def test_a_wire_goes_around_a_node_that_is_before_any_of_its_ends():
+    far = (410.0, 90.0)
+    boxes = BOXES | {"low": (200.0, 78.0, 100.0, 20.0)}
+    assert route(START, [END], OWN, boxes, []) == []
+    for ends in ([END, far], [far, END]):
+        way = route(START, ends, OWN, boxes, [])
+        assert way and not any(nodes_before(curve([START, *way, end]), OWN, boxes) for end in ends)
 
 
 def test_a_wire_that_goes_back_passes_between_its_nodes():
     boxes = {"a": (0.0, 0.0, 300.0, 100.0), "b": (0.0, 180.0, 300.0, 100.0)}
     start, end = (290.0, 14.0), (10.0, 200.0)
     assert nodes_before(curve([start, end]), OWN, boxes)
-    way = route(start, end, OWN, boxes, [])
+    way = route(start, [end], OWN, boxes, [])
     assert [100 < level < 180 for _, level in way] == [True, True]
     assert not nodes_before(curve([start, *way, end]), OWN, boxes)
 
@@ -55,4 +64,4 @@ def test_a_wire_that_goes_back_passes_between_its_nodes():
 def test_no_way_is_said():
     boxes = BOXES | {"wall": (110.0, -100.0, 280.0, 200.0)}
     with pytest.raises(ValueError, match="no way from a to b"):
-        route(START, END, OWN, boxes, [])
+        route(START, [END], OWN, boxes, [])

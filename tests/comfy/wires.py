@@ -75,18 +75,24 @@ def nodes_before(wire: np.ndarray, own: tuple[str, str], boxes: dict[str, Box], 
 
 
 def route(
-    start: Point, end: Point, own: tuple[str, str], boxes: dict[str, Box], taken: Sequence[Sequence[Point]]
+    start: Point, ends: Sequence[Point], own: tuple[str, str], boxes: dict[str, Box], taken: Sequence[Sequence[Point]]
 ) -> list[Point]:
     """Reroutes by which a wire passes no node: none where it does not anyway, else the ends of a level lane.
 
     Args:
+        ends: where it may end, the likeliest place first: browsers differ in where they place a node's sockets.
         own: the names of the nodes that it connects.
         taken: the reroutes of other wires, from whose lanes this one keeps its distance.
     Raises:
         ValueError: there is no such lane.
     """
-    if not nodes_before(curve([start, end]), own, boxes, CLEAR):
+
+    def free(way: Sequence[Point]) -> bool:
+        return not any(nodes_before(curve([start, *way, end]), own, boxes, CLEAR) for end in ends)
+
+    if free([]):
         return []
+    end = ends[0]
     edges = [edge for _, top, _, height in boxes.values() for edge in (top, top + height)]
     levels = {edge + side * (CLEAR + LANE * far) for edge, side, far in product(edges, (-1, 1), range(1, 8))}
     for level in sorted(levels, key=lambda level: (abs(level - start[1]) + abs(level - end[1]), level)):
@@ -96,7 +102,7 @@ def route(
             if nodes_before(level_part, own, boxes, CLEAR) or any(too_near(lane, other) for other in taken):
                 continue
             way = [*knee(start, lane[0]), *lane, *knee(end, lane[1])]
-            if not nodes_before(curve([start, *way, end]), own, boxes, CLEAR):
+            if free(way):
                 return way
     raise ValueError(f"no way from {own[0]} to {own[1]}: leave more room between nodes")
 
