@@ -228,8 +228,8 @@ class PipelineSample(io.ComfyNode):
                 io.Image.Input(
                     "source",
                     optional=True,
-                    tooltip="What a model that edits (FLUX.1-Kontext, Qwen-Image-Edit, embedded-edit) starts from, or "
-                    "the first frame of a video (Wan image-to-video): one picture, or one for each prompt.",
+                    tooltip="What a model that edits (FLUX.1-Kontext, FLUX.2, Qwen-Image-Edit, embedded-edit) starts "
+                    "from, or the first frame of a video (Wan image-to-video): one picture, or one for each prompt.",
                 ),
             ],
             outputs=[
@@ -278,9 +278,10 @@ class PipelineSample(io.ComfyNode):
         **numbers: float,
     ) -> io.NodeOutput:
         cls.check(prompt, solver, lora)
-        check_edits(pipeline.family.edits, source, Path(pipeline.info.model.path).name)
         lines = [line.strip() for line in prompt.splitlines() if line.strip()]
         prompts = with_sources([*map(Prompt, lines)], source)
+        pipeline = pipeline.editing(prompts)
+        check_edits(pipeline.family.edits, source, Path(pipeline.info.model.path).name)
         adapter = None if lora == NO_LORA else adapter_path(lora)
         changes = {name: value or None for name, value in numbers.items()}
         info = settings(pipeline, adapter, changes | {"solver": None if solver == OWN else solver})

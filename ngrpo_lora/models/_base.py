@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import diffusers
 import torch
@@ -29,6 +29,7 @@ from ngrpo_lora.types import TextEmbeds
 
 Parts = Literal["all", "text", "image"]
 Fuse = Callable[["BaseFamily"], None] | None
+Kind = TypeVar("Kind", bound="BaseFamily")
 RELOADABLE = {
     *("height_px", "width_px", "num_frames", "guidance_scale", "guidance_scale_2"),
     *("max_sequence_length", "negative_prompt"),
@@ -151,6 +152,17 @@ class BaseFamily(NoiseLevels):
         """
         other = copy(self)
         other.configure(self.config.model_copy(update=config.model_dump(include=RELOADABLE)))
+        return other
+
+    def seen_as(self, kind: type[Kind]) -> Kind:
+        """A view of this model as another family that its weights are for; weights and adapters are shared.
+
+        Raises:
+            UserError: as `configure`.
+        """
+        other = object.__new__(kind)
+        vars(other).update(vars(self))
+        other.configure(self.config)
         return other
 
     # What a family defines

@@ -19,8 +19,9 @@ from ngrpo_lora.adapters.loading import load_adapter
 from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.models._loading import family_class
 from ngrpo_lora.prompts.files import Prompt
-from ngrpo_lora.sampling.settings import drawing_settings
+from ngrpo_lora.sampling import settings
 from ngrpo_lora.types import TextEmbeds
 
 
@@ -99,6 +100,20 @@ class Sampler:
         other.configure(info)
         return other
 
+    def editing(self, prompts: Sequence[Prompt]) -> Sampler:
+        """A view of this sampler that edits, where a prompt has a source and the model does both; else this sampler.
+
+        Raises:
+            UserError: the model takes no source of the size that it draws.
+        """
+        info = settings.editing(self.info, prompts)
+        if info is self.info:
+            return self
+        other = copy(self)
+        other.family = self.family.seen_as(family_class(info.model, self.family.pipeline_class))
+        other.configure(info)
+        return other
+
     def following(self, prompt: Prompt) -> Sampler:
         """A view of this sampler that draws at the size that suits the prompt's source; without one, this sampler.
 
@@ -161,5 +176,5 @@ def sample_images(
     Raises:
         UserError: no such model, or a file that is no adapter, or fits no layer of the model.
     """
-    sampler = Sampler(drawing_settings(adapter, model), adapter, strength)
+    sampler = Sampler(settings.drawing_settings(adapter, model), adapter, strength)
     return list(sampler([prompt for prompt in prompts for _ in seeds], [*seeds] * len(prompts)))

@@ -25,7 +25,8 @@ from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.pictures import SourcePicture
 from ngrpo_lora.prompts.sources import open_prompts
 from ngrpo_lora.rewards import world_edit
-from ngrpo_lora.sampling.sampler import Sampler, draw
+from ngrpo_lora.sampling.sampler import Sampler, solve
+from ngrpo_lora.sampling.settings import editing as editing_where
 from ngrpo_lora.sampling.settings import own_settings, with_settings
 from ngrpo_lora.seeds import derive_seed
 
@@ -227,19 +228,22 @@ def test_a_folder_below_models_diffusers_is_in_the_list_and_a_video_gives_all_fr
     assert latents_of(comfy, result).ndim == 5
 
 
+def sampler_here(comfy: Comfy, name: str, prompt: Prompt, **changes: int) -> Sampler:
+    """Draws as the nodes do, in float32, but not on the server."""
+    own = own_settings(str(comfy.base / "models" / name))
+    whole = AdapterInfo(own.model.model_copy(update={"dtype": "float32", "device": "cpu"}), own.rollout)
+    return Sampler(editing_where(with_settings(whole, changes), [prompt]))
+
+
 def test_a_video_starts_from_its_source(comfy: Comfy):
     name = tiny_model(comfy, "wan_first_frame", "make_first_frame_folder")
     source = Image.linear_gradient("L").resize((64, 32)).convert("RGB")
-    graph = editing(comfy, source, steps=2) | {"pipeline": pipeline(name, dtype="float32")}
-    graph["sample"]["inputs"] |= {"width": 64, "height": 32}
+    size = {"steps": 2, "width": 64, "height": 32}
+    graph = editing(comfy, source, **size) | {"pipeline": pipeline(name, dtype="float32")}
     drawn = np.array(shown(comfy, comfy.run(graph)))
-    changes = {"steps": 2, "width": 64, "height": 32}
-    own = own_settings(str(comfy.base / "models" / name))
-    whole = AdapterInfo(own.model.model_copy(update={"dtype": "float32", "device": "cpu"}), own.rollout)
-    sampler = Sampler(with_settings(whole, changes))
     picture = SourcePicture(comfy.base / "input" / "source.png", "source.png", "the test")
-    text = sampler.family.encode([Prompt(PROMPT, source=picture)])
-    frames = draw(sampler.family, text, [7], sampler.solver, sampler.sigmas)
+    prompt = Prompt(PROMPT, source=picture)
+    frames = sampler_here(comfy, name, prompt, **size)([prompt], [7])
     expected = np.array([np.asarray(frame, int) for frame in frames])
     assert drawn.shape == expected.shape == (33, 32, 64, 3)
     assert np.abs(drawn - expected).max() <= 1  # a VAE of three dimensions rounds otherwise on other numbers of threads
@@ -249,6 +253,27 @@ def test_a_video_starts_from_its_source(comfy: Comfy):
     del graph["sample"]["inputs"]["source"]
     result = comfy.run(graph)
     assert "source must be connected for wan_first_frame, which starts from one" in result.error
+
+
+def test_a_model_that_draws_and_edits_does_what_its_inputs_say(comfy: Comfy):
+    name = tiny_model(comfy, "flux2_klein", distilled=True)
+    source = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    size = {"steps": 2, "width": 96, "height": 64}
+    graph = editing(comfy, source, **size) | {"pipeline": pipeline(name, dtype="float32")}
+    words = sampling(**size) | {"pipeline": graph["pipeline"]}
+    picture = SourcePicture(comfy.base / "input" / "source.png", "source.png", "the test")
+    expected = []
+    for prompt in (Prompt(PROMPT), Prompt(PROMPT, source=picture)):
+        sampler = sampler_here(comfy, name, prompt, **size)
+        noise = gaussian_noise((1, *sampler.family.latent_shape), 7)
+        text = sampler.family.encode([prompt])
+        expected.append(sampler.family.vae_latents(solve(sampler.family, text, noise, sampler.solver, sampler.sigmas)))
+    assert relative_error(*expected) > 1e-4
+    for given, which in ((words, 0), (graph, 1), (words, 0)):
+        assert relative_error(latents_of(comfy, comfy.run(given)), expected[which]) < 1e-5
+    followed = editing(comfy, source, steps=2) | {"pipeline": graph["pipeline"]}
+    height, width = np.array(shown(comfy, comfy.run(followed))).shape[1:3]
+    assert width / height == pytest.approx(1.5, rel=0.05)
 
 
 @pytest.mark.parametrize(

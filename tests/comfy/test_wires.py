@@ -49,7 +49,8 @@ def test_a_wire_goes_around_a_node_that_is_before_any_of_its_ends():
     assert route(START, [END], OWN, boxes, []) == []
     for ends in ([END, far], [far, END]):
         way = route(START, ends, OWN, boxes, [])
-        assert way and not any(nodes_before(curve([START, *way, end]), OWN, boxes) for end in ends)
+        assert way
+        assert not any(nodes_before(curve([START, *way, end]), OWN, boxes) for end in ends)
 
 
 def test_a_wire_that_goes_back_passes_between_its_nodes():

@@ -255,6 +255,24 @@ def test_sample_edits_with_a_source_and_draws_without(base: Path, tmp_path: Path
     assert [Image.open(path).size for path in sized] == [(64, 64)] * 2
 
 
+def test_a_model_that_was_loaded_to_draw_edits_where_there_is_a_source(base: Path, edits: list[Prompt]):
+    """To the bit as if it had been loaded to edit, and it draws from text as before."""
+    rollout = RolloutConfig(num_steps=2)
+    words = [Prompt(edit.text) for edit in edits]
+    loaded, whole = (
+        Sampler(AdapterInfo(ModelConfig(path=str(base), dtype="float32", device="cpu", edits=edits_, **SIZE), rollout))
+        for edits_ in (None, True)
+    )
+    before = [picture.tobytes() for picture in loaded(words, [0, 1, 2])]
+    view = loaded.editing(edits)
+    assert (view.family.edits, view.family.transformer is loaded.family.transformer) == (True, True)
+    drawn, expected = ([picture.tobytes() for picture in one(edits, [0, 1, 2])] for one in (view, whole))
+    assert drawn == expected != before
+    assert [picture.tobytes() for picture in loaded(words, [0, 1, 2])] == before
+    assert loaded.editing(words) is loaded
+    assert view.editing(edits) is view
+
+
 def test_a_comparison_draws_from_the_sources_of_its_prompts(family: BaseFamily, tmp_path: Path, edits: list[Prompt]):
     check_comparison(family, edits, tmp_path / "drawn")
 
