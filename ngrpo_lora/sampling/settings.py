@@ -31,28 +31,29 @@ OPTIONS = {
 
 
 def drawing_settings(adapter: str | Path | None, model: str | None, device: str = "auto") -> AdapterInfo:
-    """Settings that an adapter was trained with, or the defaults; `model` replaces the base that it names.
+    """Settings to draw with on this machine: see `own_settings`; `model` replaces the base that an adapter names.
 
     Raises:
-        UserError: the file is not an adapter.
+        UserError: as `own_settings`.
     """
-    info = read_adapter(adapter) if adapter is not None else AdapterInfo(ModelConfig(), RolloutConfig())
-    return on_this_machine(info, model, device)
+    return on_this_machine(own_settings(model, adapter), None, device)
 
 
-def own_settings(path: str, adapter: Path | None = None) -> AdapterInfo:
-    """How a model is drawn: as the adapter says, else as its preset trains it, else as a preset of its family.
+def own_settings(path: str | None, adapter: str | Path | None = None) -> AdapterInfo:
+    """How a model is drawn: as an adapter says that was trained here, else as its preset or its family's trains it.
 
     Only size, frames, steps and negative prompt are a preset's; shift and guidance are the model's own. A model
     without a preset has the defaults, but 1024 x 1024 pixels.
 
+    Args:
+        path: the model; None is the one that the adapter names, or `embedded`.
     Raises:
         UserError: there is no such model, or the file is not an adapter.
     """
     if adapter is not None and "ngrpo" in read_metadata(adapter):
         info = read_adapter(adapter)
-        return AdapterInfo(info.model.model_copy(update={"path": path}), info.rollout)
-    if path == "embedded":
+        return AdapterInfo(info.model.model_copy(update={"path": path or info.model.path}), info.rollout)
+    if path in (None, "embedded"):
         return AdapterInfo(ModelConfig(), RolloutConfig())
     presets, known = preset_by_model(), architectures()
     found = presets.get(path)

@@ -82,11 +82,12 @@ def update(run: Run, rollouts: list[Rollout], advantages: Tensor, text: TextEmbe
 
 def own_share(run: Run, transitions: list[Transition]) -> Share:
     """An update's transitions of this process's groups, which are counted from 0 here."""
-    own = [t._replace(group=t.group - run.groups.start) for t in transitions if t.group in run.groups]
+    groups = run.groups
+    own = [t._replace(group=t.group - groups.start) for t in transitions if t.group in groups]
     if not run.base_is_sharded:
         return Share(own, len(own), len(transitions))
-    groups = run.processes.shares(run.config.rollout.prompts_per_iteration)
-    return Share(own, max(sum(t.group in some for t in transitions) for some in groups), len(transitions))
+    shares = run.processes.shares(run.config.rollout.prompts_per_iteration)
+    return Share(own, max(sum(t.group in some for t in transitions) for some in shares), len(transitions))
 
 
 def chunks(items: Sequence[T], size: int, most: int) -> list[Sequence[T]]:

@@ -247,7 +247,7 @@ def test_sample_edits_with_a_source_and_draws_without(base: Path, tmp_path: Path
             drawn[name] = np.asarray(file.convert("RGB"))
             own = json.loads(file.text["ngrpo"])  # pyright: ignore[reportAttributeAccessIssue]
         assert own["model"]["edits"] == (True if words else None)
-    assert (drawn["edited"].shape, drawn["drawn"].shape) == ((64, 96, 3), (64, 64, 3))
+    assert (drawn["edited"].shape, drawn["drawn"].shape) == ((640, 1616, 3), (1024, 1024, 3))  # as the preset trains
     (again,) = run(*one, tmp_path / "again", "--like", tmp_path / "edited" / "000-make-it-red-seed0.png")
     assert np.array_equal(np.asarray(Image.open(again).convert("RGB")), drawn["edited"])
     sides = ("--height", 64, "--width", 64)

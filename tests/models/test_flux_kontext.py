@@ -201,7 +201,7 @@ def test_a_picture_says_what_it_was_edited_from_and_like_edits_it_again(
     source = tmp_path / "0.png"
     (first,) = drawing(folder, tmp_path / "first", "--prompt", "make it red", "--source", source)
     with Image.open(first) as file:
-        assert file.size == (96, 48)  # of the area of 64 x 64, in the shape of Kontext's 1568 x 672
+        assert file.size == (1104, 480)  # of the area of the preset's 720 x 720, in the shape of Kontext's 1568 x 672
         said = json.loads(file.text["ngrpo"])["source"]  # pyright: ignore[reportAttributeAccessIssue]
         drawn = np.asarray(file.convert("RGB"))
     assert said == {"name": str(source), "file": str(source), "sha256": edits[0].source and edits[0].source.digest}

@@ -201,7 +201,7 @@ def test_what_does_not_go_with_quantised_weights_is_refused_with_the_configurati
 def test_without_a_gpu_one_draws_with_the_whole_base(monkeypatch: pytest.MonkeyPatch):
     for kind, drawn in (("nf4", "none"), ("int8", "none"), ("int8_torchao", "int8_torchao"), ("none", "none")):
         info = AdapterInfo(ModelConfig(quantization=kind), RolloutConfig())
-        monkeypatch.setattr(settings, "read_adapter", lambda path, info=info: info)
+        monkeypatch.setattr(settings, "own_settings", lambda path, adapter, info=info: info)
         assert settings.drawing_settings("adapter", None, "cpu").model.quantization == drawn
 
 

@@ -361,7 +361,7 @@ def test_a_picture_says_what_it_was_edited_from_and_like_edits_it_again(folder: 
     source, two = tmp_path / "0.png", ("sample", "--model", folder, "--steps", 2, "--output")
     (first,) = run(*two, tmp_path / "first", "--prompt", "make it red", "--source", source)
     with Image.open(first) as file:
-        assert file.size == (96, 32)  # of the area of 64 x 64, in the shape of 100 x 40
+        assert file.size == (1632, 640)  # of the area of the preset's 1024 x 1024, in the shape of 100 x 40
         assert json.loads(file.text["ngrpo"])["source"]["name"] == str(source)  # pyright: ignore[reportAttributeAccessIssue]
         drawn = np.asarray(file.convert("RGB"))
     for words, alike in (([], True), (["--source", tmp_path / "1.png"], False)):

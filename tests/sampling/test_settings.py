@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.config import ModelConfig, RolloutConfig
-from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models._blueprint import architectures
-from ngrpo_lora.sampling.settings import on_this_machine, own_settings, with_settings
+from ngrpo_lora.sampling.settings import drawing_settings, on_this_machine, own_settings, with_settings
 
 OTHER = AdapterInfo(
     ModelConfig(device="cpu", path="elsewhere", dtype="bfloat16", height_px=96, width_px=48),
@@ -44,6 +44,23 @@ def test_a_model_is_drawn_as_the_adapter_says_else_as_its_preset(tmp_path: Path)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "QwenImagePipeline"}))
     assert (own_settings(str(folder)).model.height_px, own_settings(str(folder)).model.negative_prompt) == (1024, " ")
     assert all(own_settings(path).model.height_px >= 480 for path in architectures())
+
+
+def test_a_base_and_a_lora_of_another_trainer_are_drawn_at_the_size_of_the_models_preset(tmp_path: Path):
+    """A command that names FLUX.1 draws no picture of 64 pixels, which are the embedded model's."""
+    own = {"model": OTHER.model.model_dump(), "rollout": OTHER.rollout.model_dump()}
+    ours = write_header(tmp_path / "ours.safetensors", {"ngrpo": json.dumps(own)})
+    theirs = write_header(tmp_path / "theirs.safetensors", {})
+    flux = "black-forest-labs/FLUX.1-dev"
+    for adapter in (None, theirs):
+        info = drawing_settings(adapter, flux, "cpu")
+        assert (info.model.path, info.model.height_px, info.model.device) == (flux, 720, "cpu")
+        assert info.rollout == RolloutConfig(num_steps=8)
+        assert drawing_settings(adapter, None).model == ModelConfig()
+    assert drawing_settings(ours, flux).model.height_px == 96
+    assert drawing_settings(ours, None).model.path == "elsewhere"
+    with pytest.raises(UserError, match="'gone' is not"):
+        drawing_settings(theirs, "gone")
 
 
 def test_options_change_what_they_name_and_all_that_is_wrong_is_said_at_once():
