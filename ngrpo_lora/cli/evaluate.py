@@ -126,7 +126,7 @@ def compare(
     place = asked_device(device)
     baseline, candidates = comparison.open_candidates(files, model, base, place)
     drawn = drawn or comparison.distinct_prompts(comparison.held_out(baseline), num_prompts, seed)
-    comparison.check_pictures(drawn, baseline)
+    baseline, *candidates = comparison.suiting(drawn, [baseline, *candidates])
     make_folder(output)
     differences = comparison.compare_adapters(baseline, candidates, drawn, seeds, seed, configs, output, place)
     typer.echo(statistics.differences_table(differences))

@@ -50,7 +50,9 @@ Model = Annotated[
     str | None,
     typer.Option(help="embedded, a diffusers folder or a Hub id; default: the model that the adapter names."),
 ]
-Steps = Annotated[int | None, typer.Option(help="Solver steps; default: the first adapter's, else the model's, as all below.")]
+Steps = Annotated[
+    int | None, typer.Option(help="Solver steps; default: the first adapter's, else the model's, as all below.")
+]
 Shift = Annotated[float | None, typer.Option(help="Timestep shift.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
 Solver = Annotated[str | None, typer.Option(help="dpmpp_2m or euler.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from ngrpo_lora.world import HELD_OUT
 if TYPE_CHECKING:
     from ngrpo_lora.adapters.header import AdapterInfo
 
-__all__ = ["check_pictures", "compare_adapters", "distinct_prompts", "open_candidates"]
+__all__ = ["compare_adapters", "distinct_prompts", "open_candidates", "suiting"]
 
 
 @dataclass(frozen=True)
@@ -210,12 +210,19 @@ def held_out(candidate: Candidate) -> str:
     return HELD_OUT.get(candidate.info.model.path, HELD_OUT["embedded"])
 
 
-def check_pictures(prompts: Sequence[Prompt], candidate: Candidate) -> None:
-    """Check that every prompt has a source where the model edits pictures, and none where not; raises ConfigError."""
-    from ngrpo_lora.models._loading import family_class  # diffusers is slow to import
+def suiting(prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates, all of one model, which edits where prompts have sources if it can do both.
 
-    model = candidate.info.model
+    Raises:
+        ConfigError: the model edits and a prompt has no source, or the other way round.
+    """
+    from ngrpo_lora.models._loading import family_class  # diffusers is slow to import
+    from ngrpo_lora.sampling.settings import editing
+
+    found = [replace(one, info=editing(one.info, prompts)) for one in candidates]
+    model = found[0].info.model
     check_sources("--prompts", prompts, family_class(model).edits, model.path)
+    return found
 
 
 def draw(candidate: Candidate, prompts: Sequence[Prompt], seeds: Sequence[int], folder: Path) -> list[Picture]:

@@ -39,6 +39,7 @@ from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import ConfigError, SharedError, UserError
+from ngrpo_lora.evaluation.comparison import Candidate, suiting
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
 from ngrpo_lora.models._embeddings import EmbeddingCache
@@ -275,6 +276,16 @@ def test_a_model_that_was_loaded_to_draw_edits_where_there_is_a_source(base: Pat
 
 def test_a_comparison_draws_from_the_sources_of_its_prompts(family: BaseFamily, tmp_path: Path, edits: list[Prompt]):
     check_comparison(family, edits, tmp_path / "drawn")
+
+
+def test_a_comparison_edits_where_prompts_have_sources(family: BaseFamily, edits: list[Prompt]):
+    """Also by an adapter that was trained to draw from text."""
+    drawing = family.config.model_copy(update={"edits": None})
+    one = Candidate("base", None, AdapterInfo(drawing, RolloutConfig()))
+    assert [found.info.model for found in suiting(edits, [one, one])] == [family.config] * 2
+    assert suiting([Prompt("a red star")], [one]) == [one]
+    with pytest.raises(ConfigError, match="--prompts must have a source picture with every prompt"):
+        suiting([*edits, Prompt("a red star")], [one])
 
 
 # What cannot be done ------------------------------------------------------------------------------------------------

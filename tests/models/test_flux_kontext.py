@@ -265,9 +265,9 @@ def test_a_comparison_draws_from_the_sources_of_its_prompts(
 ):
     info = AdapterInfo(family.config, RolloutConfig(num_steps=2))
     base, wanted = comparison.Candidate("base", None, info), [edits[0], edits[0]._replace(source=edits[1].source)]
-    comparison.check_pictures(wanted, base)
+    assert comparison.suiting(wanted, [base]) == [base]
     with pytest.raises(ConfigError, match="--prompts must have a source picture with every prompt"):
-        comparison.check_pictures([Prompt("a red star")], base)
+        comparison.suiting([Prompt("a red star")], [base])
     pictures = comparison.draw(base, wanted, [7, 7], tmp_path / "drawn")
     sigmas = family.sigmas(2)
     for prompt, drawn in zip(wanted, pictures, strict=True):
