@@ -75,6 +75,9 @@ class NeighborGRPOMixin(StockPipeline):
     edits: ClassVar[bool] = False
     """Whether the stock pipeline edits `image`; it then has `edited_size` of its own."""
 
+    needs_image: ClassVar[bool] = True
+    """Whether a pipeline that edits does nothing else; if not, it draws from words where there is no `image`."""
+
     guided_by: ClassVar[str] = "guidance_scale"
     """Name of the call's argument that takes an adapter's guidance."""
 
@@ -121,13 +124,16 @@ class NeighborGRPOMixin(StockPipeline):
         Raises:
             ValueError: arguments that do not go together, or a size that the model does not have.
         """
-        call = inspect.signature(super().__call__).bind_partial(*args, **call).arguments
+        stock = inspect.signature(super().__call__)
+        if args and is_text(args[0]):  # the prompt comes first, also where the stock pipeline has `image` before it
+            stock = stock.replace(parameters=[one for name, one in stock.parameters.items() if name != "image"])
+        call = stock.bind_partial(*args, **call).arguments
         call = {name: value for name, value in call.items() if value is not None}
         image = call.pop("image", image)  # where the stock pipeline has it first
         for kwargs in (value for name, value in call.items() if name.endswith("attention_kwargs")):
             check_strengths(kwargs.get("scale"))
-        settings = self._active_settings()
-        if self.edits and not call.keys() & {"height", "width"}:
+        settings, edits = self._active_settings(), self.edits and (self.needs_image or image is not None)
+        if edits and not call.keys() & {"height", "width"}:
             sides = (settings.height, settings.width) if settings else (self._default_side(),) * 2
             call["height"], call["width"] = self.edited_size(first_picture(image), sides[0] * sides[1])
         if settings is not None:
@@ -147,7 +153,7 @@ class NeighborGRPOMixin(StockPipeline):
         if neighbors is not None and seeds is None:
             raise ValueError(f"neighbors={neighbors} needs seeds, around which neighbours are drawn, got none")
         drawing, draw = self, super().__call__
-        if self.edits:
+        if edits:
             sources = edit_sources(image, strength, len(prompts), *self.source_size(width, height))
             prompts = [prompt | {"image": source} for prompt, source in zip(prompts, sources, strict=True)]
             call, image, strength = call | self.as_it_is(width, height), None, None
@@ -412,6 +418,11 @@ def image_starts(
     images = images if len(images) == prompts else images * prompts
     own = {} if strength is None else {"strength": strength}
     return [{"image": images[i * prompts // len(generators)], "generator": g, **own} for i, g in enumerate(generators)]
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a prompt, or a list of prompts."""
+    return isinstance(value, str) or isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def first_picture(image: Any) -> Image.Image:

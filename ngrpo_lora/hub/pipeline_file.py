@@ -14,12 +14,14 @@ from ngrpo_lora.adapters.header import code_version
 __all__ = ["PIPELINE", "SCHEDULER", "SCHEDULER_CLASS", "has_pipeline", "pipeline_file", "scheduler_file", "sources"]
 
 PIPELINE, SCHEDULER, SCHEDULER_CLASS = "pipeline.py", "scheduling_flow_dpm.py", "FlowDPMSolverMultistepScheduler"
-EDITING = {
+FILES = {
+    "Flux2KleinPipeline": "flux2_klein",
+    "Flux2Pipeline": "flux2",
     "FluxKontextPipeline": "flux_kontext",
     "QwenImageEditPipeline": "qwen_image_edit",
     "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
 }
-"""By the stock pipeline of a model that edits, the file in `pipelines/`; those of all others bear the family's name."""
+"""By a stock pipeline the file in `pipelines/`; those of all others bear the family's name."""
 
 
 def sources() -> Path:
@@ -34,7 +36,7 @@ def scheduler_file() -> str:
 
 
 def has_pipeline(name: str) -> bool:
-    """Whether `pipelines/` has a file of this name, which is the family's, or one of `EDITING`; else the scheduler."""
+    """Whether `pipelines/` has a file of this name, which is the family's, or one of `FILES`; else the scheduler."""
     return (sources() / f"{name}.py").is_file()
 
 

@@ -13,7 +13,7 @@ from ngrpo_lora.adapters.fusing import python_lines, shown
 from ngrpo_lora.adapters.names import FORMATS, is_read_by_comfyui
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig
-from ngrpo_lora.hub.pipeline_file import EDITING, PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
+from ngrpo_lora.hub.pipeline_file import FILES, PIPELINE, SCHEDULER, SCHEDULER_CLASS, has_pipeline
 from ngrpo_lora.world import ADAPTERS, MODELS
 
 __all__ = ["VIDEOS", "Adapter", "diffusers_usage", "read_pushed", "usage"]
@@ -21,6 +21,9 @@ __all__ = ["VIDEOS", "Adapter", "diffusers_usage", "read_pushed", "usage"]
 
 VIDEOS = {"wan": 16, "hunyuan_video15": 24}
 """Families that draw videos, and their frames a second."""
+
+NEED_TORCHVISION = ("flux2", "qwen_image_edit", "qwen_image_edit_plus")
+"""Files in `pipelines/` whose bases have a processor of pictures."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def read_pushed(path: Path) -> Adapter:
     """Read the header of an adapter that this package exported."""
     own = json.loads(read_metadata(path)["ngrpo"])
     model, rollout = ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"])
-    pipeline = str(EDITING.get(own.get("pipeline", ""), own["family"]))
+    pipeline = str(FILES.get(own.get("pipeline", ""), own["family"]))
     return Adapter(own["family"], model, rollout, own.get("edits", False), pipeline)
 
 
@@ -68,7 +71,7 @@ def usage(repo: str, revision: str | None, adapter: Adapter, prompt: str, seed: 
         source += f" --height {model.height_px} --width {model.width_px}"
     exact = f"{rollout.num_steps} steps of {solver}, shift {rollout.shift:.4g}, guidance {shown_guidance(model)}"
     reads = ", which it reads from the adapter, " if file == PIPELINE else " "
-    others = ", and torchvision for the processor of its base" if "qwen_image_edit" in adapter.pipeline else ""
+    others = ", and torchvision for the processor of its base" if adapter.pipeline in NEED_TORCHVISION else ""
     others += ", and ftfy, without which this pipeline of diffusers fails" if adapter.starts_video else ""
     text = (
         f"## Use it\n\n```python\n{diffusers_usage(repo, revision, adapter, prompt, seed)}\n```\n\n"
@@ -203,7 +206,7 @@ def call_settings(adapter: Adapter) -> dict[str, Any]:
     """Settings with which a run draws, as arguments of a stock pipeline's call."""
     model, rollout = adapter.model, adapter.rollout
     settings: dict[str, Any] = {}
-    if model.negative_prompt and adapter.family != "flux2_klein":  # whose pipeline takes none
+    if model.negative_prompt:
         settings["negative_prompt"] = model.negative_prompt
     settings |= {"height": model.height_px, "width": model.width_px, "num_inference_steps": rollout.num_steps}
     if adapter.family != "hunyuan_video15":
@@ -221,6 +224,4 @@ def call_settings(adapter: Adapter) -> dict[str, Any]:
 def scheduler_settings(adapter: Adapter) -> str:
     """A run's shift and solver as arguments of the scheduler; multistep configurations call the shift `flow_shift`."""
     shift = f"flow_shift={adapter.rollout.shift!r}"
-    if adapter.family == "flux2_klein":
-        shift = f"shift={adapter.rollout.shift!r}, use_dynamic_shifting=False"
     return shift if adapter.rollout.solver == "dpmpp_2m" else f"{shift}, solver_order=1"

@@ -68,7 +68,8 @@ def describe_adapter(keys: list[str], family: BaseFamily, config: RunConfig) -> 
     own = {
         "code_version": code_version(),
         "family": type(family).__module__.rpartition(".")[2],
-        **({"edits": True, "pipeline": family.pipeline_class} if family.edits else {}),
+        "pipeline": family.pipeline_class,
+        **({"edits": True} if family.edits else {}),
         "model": model.model_dump(mode="json"),
         "rollout": rollout.model_dump(mode="json"),
         "rewards": [reward.model_dump(mode="json") for reward in config.rewards.train],

@@ -39,7 +39,7 @@ def test_the_snippet_calls_each_family_s_pipeline_by_names_that_it_has(family: s
         assert "\npipeline.guider = pipeline.guider.new(guidance_scale=3.5)\n" in text
     else:
         assert given["guidance_scale"] == 3.5
-    assert given.get("negative_prompt") == (None if family == "flux2_klein" else "blurry")
+    assert given.get("negative_prompt") == "blurry"
     assert (family in VIDEOS) == ("num_frames" in given)
 
 
