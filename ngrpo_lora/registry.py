@@ -98,6 +98,8 @@ def defines(package: str, name: str, what: str) -> bool:
             bound.add(node.name)
         elif isinstance(node, ast.ImportFrom):
             bound |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            bound |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return what in bound
 
 

@@ -162,6 +162,11 @@ class RewardConfig(Section, frozen=True):
         """Whether scores come from people: they take their time, and what they do not say is no failure."""
         return False
 
+    @property
+    def judges_edits(self) -> bool:
+        """Whether it is a reward of this package that judges each picture beside its source."""
+        return ":" not in self.name and registry.defines(registry.REWARDS, self.name, "NEEDS_SOURCE")
+
     def within(self, folder: Path) -> Self:
         """These settings, with what depends on the run's folder filled in."""
         return self

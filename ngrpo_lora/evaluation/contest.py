@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.judging import parameters
@@ -122,12 +121,7 @@ def check_source(rewards: Sequence[RewardConfig], given: bool) -> None:
         ConfigError: a reward needs the source, and there is none.
     """
     for reward in rewards:
-        if not given and ":" not in reward.name and needs_source(reward.name):
+        if not given and reward.judges_edits:
             raise ConfigError(
                 f"reward {reward.key} needs the source picture, got none; connect what the pictures are edited from"
             )
-
-
-def needs_source(name: str) -> bool:
-    """Whether a reward of this package judges each picture beside its source."""
-    return getattr(registry.load(registry.REWARDS, name), "NEEDS_SOURCE", False)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import diffusers
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ngrpo_lora.config import Expert, ModelConfig
@@ -24,11 +25,14 @@ from ngrpo_lora.models._levels import NoiseLevels
 from ngrpo_lora.models._offload import blocks_of, swap_blocks
 from ngrpo_lora.models._quantization import check_quantization, keep_inputs_whole, pipeline_quantization
 from ngrpo_lora.models._recent import PromptCache, RecentPrompts
+from ngrpo_lora.models._sizes import check_size
 from ngrpo_lora.prompts.files import Prompt, as_prompt
 from ngrpo_lora.types import TextEmbeds
 
 Parts = Literal["all", "text", "image"]
 Fuse = Callable[["BaseFamily"], None] | None
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+"""What diffusers and transformers raise for bad folders."""
 Kind = TypeVar("Kind", bound="BaseFamily")
 RELOADABLE = {
     *("height_px", "width_px", "num_frames", "guidance_scale", "guidance_scale_2"),
@@ -136,10 +140,7 @@ class BaseFamily(NoiseLevels):
         }
         if not self.draws:
             return
-        multiple = self.size_multiple
-        for side, size_px in (("height_px", config.height_px), ("width_px", config.width_px)):
-            if size_px % multiple:
-                raise UserError(f"model.{side} must be a multiple of {multiple} for this model, got {size_px}")
+        check_size(config, self.size_multiple)
         if self.num_frames == 1 and config.num_frames not in (None, 1):
             raise UserError(f"model.num_frames must be null for {config.path!r}, which draws no videos")
         self.latent_shape = self.latent_shape_of(config)
@@ -224,6 +225,8 @@ class BaseFamily(NoiseLevels):
     def load(self, parts: Parts) -> Any:
         """Load the diffusers pipeline of this family with `from_pretrained`."""
         config = self.config
+        if parts != "text" and isinstance(type(self).size_multiple, int):  # of others it is the loaded model's
+            check_size(config, self.size_multiple)
         kind = getattr(diffusers, self.pipeline_class)
         quantized = None
         if parts != "text":
@@ -239,9 +242,10 @@ class BaseFamily(NoiseLevels):
                     quantization_config=quantized,
                     **dict.fromkeys(self.left_out(parts)),
                 )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:  # what diffusers raises for bad folders
+        except LOADING_ERRORS as error:
             raise UserError(
-                f"model.path {config.path!r} could not be loaded as a {self.pipeline_class}: {error}"
+                f"model.path {config.path!r} could not be loaded as a {self.pipeline_class}: {str(error).strip(' .')}; "
+                "files that are broken or missing must be had again from where the model is from"
             ) from error
         return pipeline
 

@@ -224,16 +224,16 @@ class Edit(SourceFamily, Flux2):
         Raises:
             UserError: also where diffusers takes no source of this size.
         """
-        short, long = sorted((config.height_px, config.width_px))
-        if short < MIN_SIDE_PX or long > MAX_ASPECT * short:
-            raise UserError(
-                f"model.height_px and model.width_px must be at least {MIN_SIDE_PX} and at most {MAX_ASPECT} : 1 with "
-                f"model.edits of FLUX.2, got {config.height_px} and {config.width_px}; diffusers takes no other sources"
-            )
+        check_source_size(config)
         super().configure(config)
         if self.draws:
             of_source = self.pipeline._prepare_image_ids([torch.empty(1, 1, *self.source_cells)])
             self.image_ids = torch.cat([self.image_ids, of_source.to(self.device)], 1)
+
+    def load(self, parts: Parts) -> Any:
+        """Load the pipeline; a size of which no source is taken is refused before weights are read."""
+        check_source_size(self.config)
+        return super().load(parts)
 
     @property
     def source_cells(self) -> tuple[int, int]:
@@ -277,10 +277,22 @@ class DevEdit(Edit, Dev):
     """FLUX.2-dev with `model.edits`."""
 
 
+def check_source_size(config: ModelConfig) -> None:
+    """Raise UserError for a size of which diffusers takes no source."""
+    short, long = sorted((config.height_px, config.width_px))
+    if short < MIN_SIDE_PX or long > MAX_ASPECT * short:
+        raise UserError(
+            f"model.height_px and model.width_px must be at least {MIN_SIDE_PX} and at most {MAX_ASPECT} : 1 with "
+            f"model.edits of FLUX.2, got {config.height_px} and {config.width_px}; diffusers takes no other sources, "
+            "so give both (--height and --width)"
+        )
+
+
 def check_guidance(config: ModelConfig, distilled: bool) -> None:
     """Raise UserError for guidance that a distilled model cannot follow."""
     if distilled and config.guidance_scale not in (None, 1):
         raise UserError(
             f"model.guidance_scale must be 1 or null for {config.path!r}, which is distilled to draw without "
-            f"guidance, got {config.guidance_scale:g}; FLUX.2-klein-base takes guidance"
+            f"guidance, got {config.guidance_scale:g}; set it so (--guidance 1), or give FLUX.2-klein-base, which "
+            "takes it"
         )

@@ -82,6 +82,7 @@ def _settings(config: RunConfig) -> Iterator[str]:
     yield from _packages(config)
     yield from _init_from(config)
     yield from _fused(config)
+    yield from _of_edits(config)
 
 
 def _prompts(config: RunConfig) -> Iterator[str]:
@@ -133,11 +134,16 @@ def _init_from(config: RunConfig) -> Iterator[str]:
     from ngrpo_lora.adapters.reading import read_adapter_file
 
     try:
-        layers = read_adapter_file(config.lora.init_from, _known_family(config)).layers
+        file = read_adapter_file(config.lora.init_from, family := _known_family(config))
     except UserError as error:
         yield f"lora.init_from: {error}"
         return
-    rank, room = max(layer.rank for layer in layers.values()), config.lora.rank
+    if family is not None and file.families and family not in file.families:
+        yield (
+            f"lora.init_from must be a LoRA file of {config.model.path!r}, but {str(config.lora.init_from)!r} is of "
+            f"{file.fits}"
+        )
+    rank, room = max(layer.rank for layer in file.layers.values()), config.lora.rank
     if rank > room:
         yield f"lora.rank must be at least {rank}, that of lora.init_from {config.lora.init_from!r}, got {room}"
 
@@ -162,12 +168,44 @@ def _fused(config: RunConfig) -> Iterator[str]:
             yield f"model.fuse must be LoRA files of {config.model.path!r}, but {path!r} is of {file.fits}"
 
 
-def _known_family(config: RunConfig) -> str | None:
-    """The model's family; None where it cannot be told, which another check says."""
-    from ngrpo_lora.models._index import family_of
+def _of_edits(config: RunConfig) -> Iterator[str]:
+    """Whether the model edits what rewards of edits judge its pictures beside."""
+    judging = [reward.key for reward in (*config.rewards.train, *config.evaluation.rewards) if reward.judges_edits]
+    if not judging or (pipeline := _known_pipeline(config)) is None:
+        return
+
+    from ngrpo_lora.models._loading import family_class  # diffusers is slow to import
 
     try:
-        return family_of(config.model)
+        edits = family_class(config.model, pipeline).edits
+    except UserError:  # which another check says
+        return
+    if not edits:
+        yield (
+            f"rewards: {judging[0]} judges edits beside their sources, but model.path {config.model.path!r} edits no "
+            "pictures; leave it out, or give a model that does, such as embedded-edit or FLUX.2 with model.edits=true"
+        )
+
+
+def _known_family(config: RunConfig) -> str | None:
+    """The model's family; None where it cannot be told, which another check says."""
+    from ngrpo_lora.models._index import family_of_pipeline
+
+    pipeline = _known_pipeline(config)
+    try:
+        return None if pipeline is None else family_of_pipeline(config.model, pipeline)
+    except UserError:
+        return None
+
+
+def _known_pipeline(config: RunConfig) -> str | None:
+    """The pipeline that the model is made for, of models that the package knows without looking; None: not known."""
+    from ngrpo_lora.models._blueprint import architectures
+    from ngrpo_lora.models._index import pipeline_of
+
+    known = architectures().get(config.model.path)
+    try:
+        return pipeline_of(config.model) if known is None else known["pipeline"]
     except UserError:
         return None
 

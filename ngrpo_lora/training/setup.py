@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from ngrpo_lora.prompts.sources import PromptSource, check_sources, count_longer
 from ngrpo_lora.ranks import process_device
 from ngrpo_lora.records.checkpoints import drop_after, resolve
 from ngrpo_lora.scoring.cache import ScoreCache
-from ngrpo_lora.scoring.scorer import BoundReward, Scorer
+from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.best import Best
 from ngrpo_lora.training.lora_step import LoraStep
@@ -74,9 +73,9 @@ def prepare(config: RunConfig, *watchers: Watcher, family: BaseFamily | None = N
     with ExitStack() as failing:
         failing.callback(scorer.close)  # such as a page, which would otherwise stay open
         measures = open_measures(config.evaluation.measures, processes)
+        check_shown(config, family or family_class(config.model), scorer, watching)
         model = config.model.model_copy(update={"device": device})  # as this process has it
         family = family or load_model(config, model, processes, looking_on, prompts, held_out)
-        check_shown(config, family, [*scorer.rewards.values(), *watching.rewards.values()])
         watch_passes(looking_on, family)
         parameters = add_lora(config, family, processes.count)
         lora_step = LoraStep(config.optimizer, parameters, processes, family.dtype, family.device)
@@ -233,14 +232,15 @@ def load_model(
     return family
 
 
-def check_shown(config: RunConfig, family: BaseFamily, rewards: Sequence[BoundReward]) -> None:
+def check_shown(config: RunConfig, family: BaseFamily | type[BaseFamily], *scorers: Scorer) -> None:
     """Raise ConfigError where people would be asked about frames as if each were a candidate, or videos are missing."""
-    if family.num_frames == 1 and (of_videos := [reward.label for reward in rewards if reward.form == "video"]):
+    draws_videos, rewards = family.num_frames != 1, [reward for one in scorers for reward in one.rewards.values()]
+    if not draws_videos and (of_videos := [reward.label for reward in rewards if reward.form == "video"]):
         raise ConfigError(
             f"reward {of_videos[0]} is of videos, but model.path {config.model.path!r} draws single pictures; leave "
             "it out, or give a video model and model.num_frames"
         )
-    frames = min(config.rewards.frames, family.num_frames)
+    frames = min(config.rewards.frames, config.model.num_frames or config.rewards.frames) if draws_videos else 1
     if config.rewards.asks_people and frames > 1:
         raise ConfigError(
             f"rewards.frames must be 1 with a reward that asks people, who see one picture of each video, got {frames}"

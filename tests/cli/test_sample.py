@@ -17,6 +17,7 @@ from tiny_transformers import make, random_layers
 
 from ngrpo_lora.adapters.report import describe
 from ngrpo_lora.adapters.writing import save_tensors, state_dict
+from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.records.pictures import collect, read_png_text
 from ngrpo_lora.sampling.sampler import sample_images
 
@@ -135,6 +136,23 @@ def test_like_refuses_what_it_cannot_draw_again(adapter: Path, tmp_path: Path):
     copy.unlink()
     assert "copy.safetensors', which is not there any more" in refuse("sample", "--like", picture, *out)
     assert run("sample", "--like", picture, "--adapter", adapter, *out)
+
+
+def test_like_knows_the_files_that_the_base_has_taken_in(adapter: Path, tmp_path: Path):
+    fused, beside, out = tmp_path / "fused.safetensors", tmp_path / "beside.safetensors", ("--output", tmp_path / "out")
+    shutil.copy(adapter, fused)
+    own = {
+        "model": ModelConfig(fuse={str(fused): 0.5}).model_dump(),
+        "rollout": RolloutConfig(num_steps=2).model_dump(),
+    }
+    save_file(load_file(adapter), beside, {"ngrpo": json.dumps(own)})
+    (picture,) = run("sample", "--adapter", beside, "-p", "a star", *out)
+    before = Path(picture).read_bytes()
+    (again,) = run("sample", "--like", picture, *out)
+    assert Path(again).read_bytes() == before
+    save_file({key: 2 * x for key, x in load_file(fused).items()}, fused)
+    said = refuse("sample", "--like", picture, *out)
+    assert f"was drawn on a base with {str(fused)!r} in its weights, which has changed since; put the file back" in said
 
 
 @pytest.mark.parametrize(

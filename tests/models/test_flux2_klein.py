@@ -125,7 +125,10 @@ def test_the_recommended_guidance_is_that_of_the_pipeline(family: BaseFamily, di
 
 def test_a_distilled_model_refuses_guidance(distilled: Path):
     assert load(distilled, **SIZE, guidance_scale=1.0).settings["guidance_scale"] == 1
-    with pytest.raises(UserError, match=r"guidance_scale must be 1 or null .* got 3.5; FLUX.2-klein-base takes"):
+    with pytest.raises(
+        UserError,
+        match=r"guidance_scale must be 1 or null .* got 3.5; set it so \(--guidance 1\)",
+    ):
         load(distilled, **SIZE, guidance_scale=3.5)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FinishedRun, MakeConfig
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import dump_config
@@ -30,6 +31,53 @@ def test_what_is_wrong_with_a_start_is_said_before_a_model_loads(
     config = make_config(tmp_path / "run", *(f"{key}={value}" for key, value in settings.items()))
     with pytest.raises(ConfigError, match=message):
         check_run(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["rewards=preservation"],
+            "rewards: preservation judges edits beside their sources, but model.path 'embedded'",
+        ),
+        (["evaluation.rewards=[world_edit]"], "rewards: world_edit judges edits beside their sources, but model.path"),
+        (
+            [
+                "rewards=jpeg",
+                "evaluation.rewards=[{name: preservation, label: kept}]",
+                "model.path=Wan-AI/Wan2.1-T2V-14B",
+            ],
+            None,  # it is not known what that is
+        ),
+        (["rewards=preservation", "model.path=black-forest-labs/FLUX.2-klein-4B"], "edits no pictures; leave it out"),
+        (["rewards=preservation", "model.path=black-forest-labs/FLUX.2-klein-4B", "model.edits=true"], None),
+        (["rewards=preservation", "model.path=black-forest-labs/FLUX.1-Kontext-dev"], None),
+        (["rewards=preservation", "model.path=embedded-edit", "prompts.train=edits:train"], None),
+        (
+            ["model.path=Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "model.fuse=embedded-turbo"],
+            "model.fuse must be LoRA files of",
+        ),
+        (
+            ["model.path=black-forest-labs/FLUX.2-klein-4B", "lora.init_from=embedded-turbo", "lora.rank=64"],
+            "lora.init_from must be a LoRA file of 'black-forest-labs/FLUX.2-klein-4B', but '.*' is of flux",
+        ),
+    ],
+)
+def test_what_does_not_go_with_the_model_is_said_without_asking_a_network(
+    settings: list[str], message: str | None, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ngrpo_lora.models._index.hf_hub_download", missing)
+    config = make_config(tmp_path / "run", "evaluation.strict=null", *settings)
+    if message is None:
+        check_settings(config)
+        return
+    with pytest.raises(ConfigError, match=message) as error:
+        check_settings(config)
+    assert len(error.value.problems) == 1
+
+
+def missing(*args: object, **options: object) -> str:
+    raise LocalEntryNotFoundError("no network")
 
 
 def test_files_in_place_of_a_runs_folders_and_folders_in_place_of_its_files_are_named(
