@@ -47,6 +47,7 @@ LICENSES: dict[str, tuple[str, str, str]] = {
     "black-forest-labs/FLUX.1-schnell": ("apache-2.0", "", ""),
     "black-forest-labs/FLUX.2-dev": ("other", "flux-dev-non-commercial-license", "LICENSE.txt"),
     "black-forest-labs/FLUX.2-klein-base-4B": ("apache-2.0", "", ""),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v": ("other", "tencent-hunyuan-community", ""),
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": ("other", "tencent-hunyuan-community", ""),
     "stabilityai/stable-diffusion-3.5-large": ("other", "stabilityai-ai-community", "LICENSE.md"),
     "stabilityai/stable-diffusion-3.5-medium": ("other", "stabilityai-ai-community", "LICENSE.md"),

@@ -25,6 +25,9 @@ VIDEOS = {"wan": 16, "hunyuan_video15": 24}
 NEED_TORCHVISION = ("flux2", "qwen_image_edit", "qwen_image_edit_plus")
 """Files in `pipelines/` whose bases have a processor of pictures."""
 
+OWN_SIZE = "pipeline.video_processor.calculate_default_height_width"
+"""What cuts the picture that HunyuanVideo 1.5 starts from to one of the pipeline's sizes."""
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -38,7 +41,7 @@ class Adapter:
 
     @property
     def starts_video(self) -> bool:
-        """Whether a source is the first frame of a video."""
+        """Whether a source is the first frame of a video of Wan, whose pipeline has needs of its own."""
         return self.edits and self.family == "wan"
 
     @property
@@ -178,7 +181,8 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
 def loading_lines(adapter: Adapter, where: str) -> list[str]:
     """Python code that puts the adapter from `where`, its place as code, on a stock pipeline.
 
-    HunyuanVideo 1.5's has no loader and no settings of guidance and prompt length in its call.
+    HunyuanVideo 1.5's has no loader and no settings of guidance and prompt length in its call, nor of the size where it
+    is given a picture, which it would cut to one of its own sizes.
     """
     model = adapter.model
     if adapter.family != "hunyuan_video15":
@@ -189,6 +193,7 @@ def loading_lines(adapter: Adapter, where: str) -> list[str]:
         f"pipeline.transformer.load_lora_adapter({where}, weight_name={FILE_NAME!r})",
         f"pipeline.guider = pipeline.guider.new(guidance_scale={model.guidance_scale!r})",
         f"pipeline.tokenizer_max_length = {model.max_sequence_length}",
+        *([f"{OWN_SIZE} = lambda height, width, target_size: (height, width)"] if adapter.edits else []),
     ]
 
 
@@ -211,6 +216,8 @@ def call_settings(adapter: Adapter) -> dict[str, Any]:
     settings |= {"height": model.height_px, "width": model.width_px, "num_inference_steps": rollout.num_steps}
     if adapter.family != "hunyuan_video15":
         settings |= {"guidance_scale": model.guidance_scale, "max_sequence_length": model.max_sequence_length}
+    elif adapter.edits:  # the picture's size is drawn
+        del settings["height"], settings["width"]
     if model.expert is not None:
         settings["guidance_scale_2"] = model.guidance_scale_2
     if adapter.family in VIDEOS and model.num_frames:

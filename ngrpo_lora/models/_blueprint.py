@@ -43,6 +43,7 @@ CONFIGS = {
     "scheduler": "scheduler_config.json",
     "guider": "guider_config.json",
     "image_processor": "preprocessor_config.json",
+    "feature_extractor": "preprocessor_config.json",
 }
 """Parts whose settings are not in a `config.json`."""
 

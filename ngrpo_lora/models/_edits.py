@@ -7,6 +7,9 @@ from torch import Tensor
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.types import TextEmbeds
 
+NEGATIVE = "negative_"
+"""Before the names of a conditioning's tensors: those of the negative prompt."""
+
 
 class SourceFamily(BaseFamily):
     """Keeps the negative prompt's states in each prompt's row, beside its source; `BaseFamily` documents its members.
@@ -22,15 +25,16 @@ class SourceFamily(BaseFamily):
         if self.guided:
             if self.negative is None:
                 self.negative = TextEmbeds(self.encode_alone(self.config.negative_prompt))
-            found["negative_prompt_embeds"] = self.negative.tensors["prompt_embeds"]
+            found |= {f"{NEGATIVE}{name}": tensor for name, tensor in self.negative.tensors.items()}
         return found
 
     def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the states of both prompts, if there are two passes, for a prompt of `tokens` tokens."""
         shapes = super().text_shapes(tokens)
-        return shapes | ({"negative_prompt_embeds": shapes["prompt_embeds"]} if self.guided else {})
+        return shapes | ({f"{NEGATIVE}{name}": shape for name, shape in shapes.items()} if self.guided else {})
 
     def without_prompt(self, text: TextEmbeds) -> TextEmbeds:
         """The negative prompt in each row, and the row's own source."""
-        own = dict(text.tensors)
-        return TextEmbeds(own | {"prompt_embeds": own.pop("negative_prompt_embeds")})
+        own = text.tensors
+        kept = (name for name in own if not name.startswith(NEGATIVE))
+        return TextEmbeds({name: own.get(f"{NEGATIVE}{name}", own[name]) for name in kept})

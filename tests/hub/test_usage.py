@@ -14,7 +14,7 @@ from ngrpo_lora import registry
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.hub.card import write_card
 from ngrpo_lora.hub.pipeline_file import has_pipeline
-from ngrpo_lora.hub.usage import VIDEOS, diffusers_usage, read_pushed
+from ngrpo_lora.hub.usage import OWN_SIZE, VIDEOS, diffusers_usage, read_pushed
 from ngrpo_lora.models._index import pipeline_classes
 
 
@@ -163,3 +163,20 @@ def test_a_video_starts_from_a_picture_of_its_size(expert: str, whole: str, tmp_
     assert card.data.to_dict()["pipeline_tag"] == "image-to-video"
     assert "--source picture.png --height 720 --width 704 --prompt 'a'" in card.text
     assert "and ftfy, without which this pipeline of diffusers fails" in card.text
+
+
+def test_a_video_of_hunyuan_video_is_of_the_size_of_its_picture(tmp_path: Path):
+    own = {"edits": True, "pipeline": "HunyuanVideo15ImageToVideoPipeline"}
+    config = make_config("model.num_frames=17", path="owner/base")
+    folder = make_folder(tmp_path, config, ["a"], "hunyuan_video15", **own)
+    code = diffusers_usage("owner/name", None, read_pushed(folder / FILE_NAME), "a", 7)
+    assert 'picture = ImageOps.fit(picture.convert("RGB"), (704, 720), Image.Resampling.LANCZOS)' in code.splitlines()
+    assert f"\n{OWN_SIZE} = lambda height, width, target_size: (height, width)\n" in code
+    (call,) = [
+        n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "pipeline"
+    ]
+    known = inspect.signature(diffusers.HunyuanVideo15ImageToVideoPipeline.__call__).parameters
+    assert {"image", "prompt", "num_frames", "num_inference_steps"} < {k.arg for k in call.keywords} <= known.keys()
+    card = write_card(folder, "owner/name", config, 300, [], {})
+    assert card.data.to_dict()["pipeline_tag"] == "image-to-video"
+    assert "ftfy" not in card.text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 from conftest import MakeConfig
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -34,6 +36,7 @@ from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.evaluation import comparison
 from ngrpo_lora.models._base import BaseFamily, Parts
+from ngrpo_lora.models._embeddings import EmbeddingCache
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.pictures import SourcePicture
@@ -86,6 +89,13 @@ def picture(path: Path, seed: int, size: tuple[int, int] = (100, 40)) -> SourceP
     blocks = np.random.default_rng(seed).integers(0, 256, (5, 8, 3), dtype=np.uint8)
     Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(path / f"{seed}.png")
     return SourcePicture(path / f"{seed}.png", f"{seed}.png", "here")
+
+
+def picture_prompts(folder: Path, edits: Sequence[Prompt]) -> Path:
+    """A file of prompts with their sources, which `picture` has put beside it by their numbers."""
+    rows = [{"prompt": edit.text, "source": f"{seed}.png"} for seed, edit in enumerate(edits)]
+    (file := folder / "videos.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return file
 
 
 def model_folder(pipeline: Any, folder: Path) -> Path:
@@ -187,6 +197,41 @@ def check_comparison(family: BaseFamily, edits: Sequence[Prompt], folder: Path) 
         frames = draw(family, family.encode([prompt]), [7], "dpmpp_2m", family.sigmas(2))
         assert len(frames) == family.num_frames
         assert np.array_equal(np.asarray(drawn.load()), np.asarray(frames[len(frames) // 2]))
+
+
+@torch.no_grad()
+def check_encoding_once(
+    family: BaseFamily, edits: Sequence[Prompt], negative: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pair of prompt and source is encoded once, and the negative prompt once for all of them."""
+    again: Any = family.with_settings(family.config)
+    encoded, encode_alone = [], again.encode_alone
+    monkeypatch.setattr(again, "encode_alone", lambda prompt: encoded.append(prompt) or encode_alone(prompt))
+    wanted = [edits[0], edits[0]._replace(source=edits[1].source), edits[0], edits[1]]
+    first, second = again.encode(wanted), again.encode(wanted)
+    assert encoded == [edits[0].text, negative, edits[0].text, edits[1].text]
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor, second.tensors[name])
+        assert torch.equal(tensor[0], tensor[2])
+    assert not torch.equal(first.tensors["prompt_embeds"][0], first.tensors["negative_prompt_embeds"][0])
+
+
+def check_conditionings_on_disk(
+    family: BaseFamily, alone: BaseFamily, edits: Sequence[Prompt], folder: Path, others: Sequence[dict[str, Any]]
+) -> None:
+    """What the part that encodes leaves on disk is what the whole model encodes; with `others` for settings, nothing.
+
+    Args:
+        alone: the part of the same model that encodes.
+    """
+    cache = EmbeddingCache(folder, family.config)
+    cache.fill(alone, edits)
+    expected, found = family.encode(edits), cache.encode(edits, torch.device("cpu"))
+    assert {name: t.shape for name, t in found.tensors.items()} == {n: t.shape for n, t in expected.tensors.items()}
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    assert len(load_file(cache.file(edits[0]))) == len(expected.tensors)
+    for other in others:
+        assert EmbeddingCache(folder, family.config.model_copy(update=other)).missing(edits) == edits
 
 
 def check_sampling(family: BaseFamily, prompt: str | Prompt, recording: Recording, solver: str = "euler") -> None:

@@ -19,6 +19,8 @@ from family_checks import (
     GivenSigmas,
     Recording,
     check_comparison,
+    check_conditionings_on_disk,
+    check_encoding_once,
     check_neighbours,
     check_sampling,
     check_targets,
@@ -27,13 +29,13 @@ from family_checks import (
     load,
     noise_of,
     picture,
+    picture_prompts,
     record,
     stock,
 )
 from PIL import Image, ImageSequence
 from rounding import relative_error
 from safetensors import safe_open
-from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 from wan_parts import SMALL, make_first_frame_folder
 
@@ -43,7 +45,6 @@ from ngrpo_lora.errors import ConfigError, SharedError, UserError
 from ngrpo_lora.evaluation.report.record import Record
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
-from ngrpo_lora.models._embeddings import EmbeddingCache
 from ngrpo_lora.planning.plan import make_plan
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.records.metrics import read_metrics
@@ -100,9 +101,7 @@ def edits(tmp_path: Path) -> list[Prompt]:
 
 @pytest.fixture
 def prompts(tmp_path: Path, edits: list[Prompt]) -> Path:
-    rows = [{"prompt": edit.text, "source": f"{seed}.png"} for seed, edit in enumerate(edits)]
-    (file := tmp_path / "videos.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return file
+    return picture_prompts(tmp_path, edits)
 
 
 def run_stock(pipeline: Any, family: BaseFamily, prompt: Prompt, **call: Any) -> Recording:
@@ -215,34 +214,17 @@ def test_the_size_of_a_video_is_that_of_the_model_cards(family: BaseFamily):
 def test_each_prompt_is_encoded_once_with_each_source_and_the_negative_one_once(
     family: BaseFamily, edits: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ):
-    again: Any = family.with_settings(family.config)
-    encoded, encode_alone = [], again.encode_alone
-    monkeypatch.setattr(again, "encode_alone", lambda prompt: encoded.append(prompt) or encode_alone(prompt))
-    wanted = [edits[0], edits[0]._replace(source=edits[1].source), edits[0], edits[1]]
-    first, second = again.encode(wanted), again.encode(wanted)
-    assert encoded == [edits[0].text, "a blur", edits[0].text, edits[1].text]
-    for name, tensor in first.tensors.items():
-        assert torch.equal(tensor, second.tensors[name])
-        assert torch.equal(tensor[0], tensor[2])
-    assert not torch.equal(first.tensors["prompt_embeds"][0], first.tensors["negative_prompt_embeds"][0])
+    check_encoding_once(family, edits, "a blur", monkeypatch)
     unguided = family.with_settings(family.config.model_copy(update={"guidance_scale": 1.0}))
-    assert sorted(unguided.encode(wanted).tensors) == ["condition", "image_embeds", "prompt_embeds"]
+    assert sorted(unguided.encode(edits).tensors) == ["condition", "image_embeds", "prompt_embeds"]
 
 
 def test_conditionings_on_disk_are_those_of_the_whole_model(folder: Path, edits: list[Prompt], tmp_path: Path):
     family = load(folder, **SIZE, negative_prompt="a blur")
-    cache = EmbeddingCache(tmp_path / "embeddings", family.config)
     alone = load(folder, "text", **SIZE, negative_prompt="a blur")
     assert (alone.pipeline.transformer, alone.pipeline.transformer_2) == (None, None)
-    cache.fill(alone, edits)
-    expected, found = family.encode(edits), cache.encode(edits, torch.device("cpu"))
-    assert {name: t.shape for name, t in found.tensors.items()} == {n: t.shape for n, t in expected.tensors.items()}
-    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
-    assert len(load_file(cache.file(edits[0]))) == len(expected.tensors)
     others = ({"width_px": 64}, {"guidance_scale": 1.0}, {"negative_prompt": ""}, {"num_frames": 9})
-    for other in others:
-        another = EmbeddingCache(tmp_path / "embeddings", family.config.model_copy(update=other))
-        assert another.missing(edits) == edits
+    check_conditionings_on_disk(family, alone, edits, tmp_path / "embeddings", others)
 
 
 def test_a_loaded_model_can_be_asked_for_another_size_and_length(single: Path, edits: list[Prompt]):

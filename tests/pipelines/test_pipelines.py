@@ -281,16 +281,21 @@ class Other:
     """What is edited, or what a video starts from."""
 
 
-@pytest.fixture(params=["hunyuan_video15", "sana", "wan", "wan_first_frame"])
+@pytest.fixture(params=["hunyuan_video15", "hunyuan_first_frame", "sana", "wan", "wan_first_frame"])
 def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Other:
     if request.param == "sana":
         base, size = request.getfixturevalue("sana_folder"), {"height_px": 32, "width_px": 32}
         times = [0.999 * (1 - step / 4) for step in range(4)]  # Sana's begin below 1
         return Other(base, size | {"guidance_scale": 4.5}, {"use_resolution_binning": False, "sigmas": times})
     folder = tmp_path_factory.mktemp(request.param)
+    hunyuan_size = {key: value for key, value in hunyuan_parts.SMALL.items() if key != "max_sequence_length"}
     if request.param == "hunyuan_video15":
-        size = {key: value for key, value in hunyuan_parts.SMALL.items() if key != "max_sequence_length"}
-        return Other(hunyuan_parts.make_folder(folder), size, {"num_frames": 5})
+        return Other(hunyuan_parts.make_folder(folder), hunyuan_size, {"num_frames": 5})
+    if request.param == "hunyuan_first_frame":
+        source = family_checks.picture(tmp_path_factory.mktemp("source"), 3)
+        settings = hunyuan_size | {"width_px": 32}  # where the pipeline's own size is 48 x 48
+        call = {"num_frames": 5, "image": source.fitted(32, 32)}
+        return Other(hunyuan_parts.make_first_frame_folder(folder), settings, call, source)
     if request.param == "wan":
         settings = dict(test_wan.SMALL, guidance_scale=5.0)
         return Other(test_wan.make_folder(folder, second=False), settings, {"num_frames": 5})
@@ -303,15 +308,20 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_the_scheduler_drops_into_other_pipelines(other: Other, flux: Case):
     family = load(other.base, **other.settings)
     known = {name: family.settings[name] for name in ("guidance_scale", "max_sequence_length")}
+    size = {"height": other.settings["height_px"], "width": other.settings["width_px"]}
+    pipeline = stock(other.base, family.pipeline_class)
+    if family.pipeline_class.startswith("HunyuanVideo15"):  # whose guider and tokenizer have the settings
+        known = {}
+        if family.edits:  # and whose first picture the size
+            size, pipeline.target_size = {}, 32
     recording = record(
-        exact(stock(other.base, family.pipeline_class), flux.ours),
+        exact(pipeline, flux.ours),
         lambda x: x.transpose(1, 2).reshape(1, *family.latent_shape) if x.ndim == 3 else x,
         prompt=LONG,
         latents=noise_of(family),
         num_inference_steps=4,
-        height=other.settings["height_px"],
-        width=other.settings["width_px"],
-        **({} if family.pipeline_class == "HunyuanVideo15Pipeline" else known),  # whose guider and tokenizer have them
+        **size,
+        **known,
         **other.call,
     )
     check_sampling(family, Prompt(LONG, {}, other.source), recording, "dpmpp_2m")

@@ -17,6 +17,7 @@ from ngrpo_lora.planning.meter import Meter
 from ngrpo_lora.planning.sketch import Sketch, adapted_layers, packed_size, sketch
 
 LORA = LoraConfig(rank=4)
+HUNYUAN = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p"
 KL = {"block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 4}
 VIDEO = {"base_dim": 8, "num_res_blocks": 1}
 DC = {
@@ -67,13 +68,14 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         VIDEO,
         {"num_frames": 5},
     ),
-    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": (
+    f"{HUNYUAN}_t2v": (
         {"num_layers": 8, "attention_head_dim": 32, "num_attention_heads": 2, "text_embed_dim": 48}
         | {"num_refiner_layers": 1, "text_embed_2_dim": 32, "image_embed_dim": 16, "rope_axes_dim": [8, 12, 12]},
         {"block_out_channels": [8, 8, 16, 32, 32], "layers_per_block": 1},
         {"num_frames": 5},
     ),
 }
+TINY[f"{HUNYUAN}_i2v"] = TINY[f"{HUNYUAN}_t2v"]
 
 PUBLISHED = {  # billions of parameters; Stability AI counts the table of positions too
     "black-forest-labs/FLUX.1-dev": 11.90,
@@ -91,7 +93,8 @@ PUBLISHED = {  # billions of parameters; Stability AI counts the table of positi
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 14.3,
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 14.3,
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0,
-    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": 8.3,
+    f"{HUNYUAN}_t2v": 8.3,
+    f"{HUNYUAN}_i2v": 8.3,
 }
 
 
