@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.judging import parameters
 from ngrpo_lora.evaluation.ranking import Ranking, show
+from ngrpo_lora.evaluation.sources import needs_source
 from ngrpo_lora.evaluation.statistics import Scores, compare_scores, differences_table, mean_interval
 from ngrpo_lora.reports.grids import CELL_PX, draw_grid, wrapped
 from ngrpo_lora.reports.tables import markdown_table
@@ -122,12 +122,7 @@ def check_source(rewards: Sequence[RewardConfig], given: bool) -> None:
         ConfigError: a reward needs the source, and there is none.
     """
     for reward in rewards:
-        if not given and ":" not in reward.name and needs_source(reward.name):
+        if not given and needs_source(reward):
             raise ConfigError(
                 f"reward {reward.key} needs the source picture, got none; connect what the pictures are edited from"
             )
-
-
-def needs_source(name: str) -> bool:
-    """Whether a reward of this package judges each picture beside its source."""
-    return getattr(registry.load(registry.REWARDS, name), "NEEDS_SOURCE", False)

@@ -271,6 +271,21 @@ def test_images_of_the_usual_formats_are_taken(serve: Serve, own: str, kind: str
     assert result["scores"][0] > 1
 
 
+def test_an_image_is_judged_as_people_see_it(serve: Serve, own: str):
+    """Transparent red is white, and 16 bits are not cut off."""
+    server = serve(f"{own}:redness")
+    for image, level in (
+        (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 255),
+        (Image.fromarray(np.full((8, 8), 20_000, np.uint16)), 78),
+    ):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        both = [base64.b64encode(buffer.getvalue()).decode(), encoded(Image.new("RGB", (8, 8), (level,) * 3))]
+        status, result = ask(server, "POST", "/score", request(images=both, prompts=["a"] * 2, metadata=[{}] * 2))
+        assert status == 200
+        assert result["scores"][0] == result["scores"][1]
+
+
 def huge_png() -> str:
     """A PNG of a few bytes whose header says 12,000 x 12,000 px."""
     data = bytearray(base64.b64decode(encoded()))
