@@ -426,11 +426,28 @@ def is_text(value: Any) -> bool:
 
 
 def first_picture(image: Any) -> Image.Image:
-    """Return the first of the pictures to edit; ValueError where there is none, or it is not PIL's."""
+    """Return the first of the pictures to edit as people see it; ValueError where there is none, or it is not PIL's."""
     first = image[0] if isinstance(image, list) and image else image
     if not isinstance(first, Image.Image):
         raise ValueError(f"image must be the picture to edit, or a list of them, of PIL, got {type(first).__name__}")
-    return first
+    return as_seen(first)
+
+
+def as_seen(picture: Image.Image) -> Image.Image:
+    """Return a picture as the trainer reads one: upright, in 8-bit RGB, on white.
+
+    Raises:
+        ValueError: it has 32-bit or floating-point pixels, which do not say what is white.
+    """
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"image must have 8 or 16 bits a channel, got 32-bit pixels (mode {picture.mode})")
+    image = ImageOps.exif_transpose(picture)
+    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def edit_sources(image: Any, strength: float | None, prompts: int, width: int, height: int) -> list[Image.Image]:
@@ -444,9 +461,7 @@ def edit_sources(image: Any, strength: float | None, prompts: int, width: int, h
     images = image if isinstance(image, list) else [image]
     if len(images) not in (1, prompts):
         raise ValueError(f"image must be one or as many as there are prompts, {prompts}, got {len(images)}")
-    fitted = [
-        ImageOps.fit(first_picture(one).convert("RGB"), (width, height), Image.Resampling.LANCZOS) for one in images
-    ]
+    fitted = [ImageOps.fit(first_picture(one), (width, height), Image.Resampling.LANCZOS) for one in images]
     return fitted if len(fitted) == prompts else fitted * prompts
 
 

@@ -23,7 +23,11 @@ HeldOut = Annotated[
 def score(
     sources: Annotated[
         list[Path],
-        typer.Argument(metavar="SOURCE...", help="Pictures, folders of pictures; or runs.", show_default=False),
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Pictures (videos as GIF, animated PNG or WebP), folders of them; or runs.",
+            show_default=False,
+        ),
     ],
     reward: Rewards = None,
     prompt: Annotated[

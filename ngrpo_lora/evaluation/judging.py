@@ -19,6 +19,7 @@ from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, load_config, parse_config
 from ngrpo_lora.console import console
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.evaluation.sources import with_sources
 from ngrpo_lora.evaluation.statistics import Scores, mean_interval
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.pictures import take_pictures
@@ -109,11 +110,13 @@ def judge(scorer: Scorer, pictures: Sequence[Picture], cache: ScoreCache, what: 
 def shown(picture: Picture, size: tuple[int, int]) -> dict[str, Any]:
     """A picture's metadata as rewards get it: with the source and mask that it names, where their files are there.
 
+    Others are text, such as where a caption is from; `with_sources` refuses them where a reward judges edits.
+
     Raises:
         ConfigError: one of them is no picture that can be used.
     """
     metadata = dict(picture.metadata)
-    named = take_pictures(metadata, picture.path.parent, f"metadata of {str(picture.path)!r}")
+    named = take_pictures(metadata, picture.path.parent, picture.place)
     pictures = {name: one for name, one in named.items() if isinstance(one.content, Path) and one.content.is_file()}
     return Prompt(picture.prompt or "", metadata, **pictures).shown(size)
 
@@ -123,13 +126,15 @@ def score_pictures(
 ) -> str:
     """Score pictures and write `scores.csv`, `scores.json` and `contact_sheet.png`, the best picture first.
 
-    Several rewards are added up as in training: standardised, here over all pictures, and weighted.
+    Several rewards are added up as in training: standardised, here over all pictures, and weighted. Pictures that
+    others are edits of are left out.
 
     Returns:
         Means and intervals as a Markdown table.
     Raises:
-        UserError: as `check_rewards`, and whatever a reward lacks.
+        UserError: as `check_rewards` and `with_sources`, and whatever a reward lacks.
     """
+    pictures = with_sources(pictures, configs)
     check_rewards(configs, pictures)
     scores = judge(Scorer(configs, device), pictures, ScoreCache(output / "scores.sqlite"), "pictures")
     total = combine({label: torch.tensor([raw]) for label, raw in scores.items()}, configs)

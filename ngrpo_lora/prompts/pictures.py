@@ -1,15 +1,16 @@
 """Source pictures: what a prompt of an editing model edits, checked before a model loads.
 
-A picture is a file of one of `FORMATS`, or the bytes of one in a dataset. It is used as people see it: turned as its
-EXIF data say, its transparent parts on white, in 8-bit RGB. Refused are files that are missing, empty, broken or no
-pictures, sides below `MIN_SIDE_PX`, more than `MAX_PIXELS`, several frames, and numbers without a known white (32-bit
-and floating-point pixels).
+A picture is a file of one of `FORMATS`, or the bytes of one in a dataset. It is used as people see it
+(`records.pictures.as_seen`): turned as its EXIF data say, its transparent parts on white, in 8-bit RGB. Refused are
+files that are missing, empty, broken or no pictures, sides below `MIN_SIDE_PX`, more than `MAX_PIXELS`, several
+frames, and numbers without a known white (32-bit and floating-point pixels).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -18,19 +19,19 @@ from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ngrpo_lora.errors import ConfigError, first_line
+from ngrpo_lora.errors import ConfigError, UserError, first_line
+from ngrpo_lora.records.files import digest
+from ngrpo_lora.records.pictures import NoWhite, as_seen, read_png_text
 
-__all__ = ["SourcePicture", "find_picture", "is_picture_column", "take_pictures"]
+__all__ = ["SourcePicture", "find_picture", "is_picture_column", "read_source", "recorded_source", "take_pictures"]
 
 COLUMNS = ("source", "mask")
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MIN_SIDE_PX = 32
 MAX_PIXELS = 2**26  # 8192 x 8192; what is larger may be a bomb: a small file that fills the memory
 ONE_OF_SEVERAL = ("MPO",)  # photographs of phones: the frames after the first are previews and depth maps
-WITHOUT_WHITE = ("I", "F")  # modes of 32-bit pixels, whose largest value is not said
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class SourcePicture:
                 return as_seen(file)
         except ConfigError:
             raise
+        except NoWhite as error:
+            raise self.refused(str(error)) from None
         except UnidentifiedImageError:
             raise self.refused("is no picture of a known format; save it as PNG, JPEG or WebP") from None
         except Image.DecompressionBombError:
@@ -117,23 +120,10 @@ class SourcePicture:
         frames = getattr(file, "n_frames", 1)
         if frames > 1 and file.format not in ONE_OF_SEVERAL:
             raise self.refused(f"has {frames} frames or pages; save the one to be edited as a picture of its own")
-        if file.mode in WITHOUT_WHITE:
-            raise self.refused(f"has 32-bit pixels (mode {file.mode}); save it with 8 or 16 bits a channel")
 
     def refused(self, why: str) -> ConfigError:
         """The error for this picture: rule, value with its place, and what is wrong with what remedy."""
         return ConfigError(f"must have readable source pictures, but {self.name!r} ({self.place}) {why}")
-
-
-def as_seen(file: Image.Image) -> Image.Image:
-    """An opened picture upright, in 8-bit RGB, on white."""
-    image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def is_picture_column(name: str) -> bool:
@@ -181,3 +171,34 @@ def find_picture(value: Any, folder: Path, place: str) -> SourcePicture | None:
     path = Path(url2pathname(slash + rest)) if is_url else folder / value
     named_so = Image.registered_extensions().get(path.suffix.lower()) in FORMATS
     return SourcePicture(path, value, place) if is_url or named_so or os.path.isfile(path) else None
+
+
+def recorded_source(path: Path, remedy: str) -> SourcePicture | None:
+    """The picture that the PNG file `path` was edited from, as `ngrpo sample` wrote into it; None where it did not.
+
+    Raises:
+        UserError: as `read_source`.
+    """
+    try:
+        edited = json.loads(read_png_text(path)["ngrpo"])["source"]
+        source = edited["name"], edited["file"], edited["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return read_source(path, *source, remedy)
+
+
+def read_source(path: Path, name: str, file: str | None, sha256: str, remedy: str) -> SourcePicture:
+    """The picture that the picture `path` was edited from.
+
+    Args:
+        name, file, sha256: what was written down of it.
+        remedy: how to give it, for messages.
+    Raises:
+        UserError: it is gone, has changed, or never was a file of its own.
+    """
+    if file is None:
+        raise UserError(f"{str(path)!r} was edited from {name!r}, a picture within a dataset; {remedy}")
+    if not Path(file).is_file() or digest(Path(file)) != sha256:
+        what = "has changed since" if Path(file).is_file() else "is not there any more"
+        raise UserError(f"{str(path)!r} was edited from {file!r}, which {what}; {remedy}")
+    return SourcePicture(Path(file), name, str(path))

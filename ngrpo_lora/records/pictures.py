@@ -1,12 +1,18 @@
-"""Reads pictures and their prompts from files, folders and grids, and writes PNG files that hold their prompt."""
+"""Reads pictures and their prompts from files, folders and grids, and writes PNG files that hold their prompt.
+
+Wherever a picture of the user's is read, it is used as people see it: see `as_seen`.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
@@ -14,12 +20,60 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.records.files import written
 from ngrpo_lora.records.texts import decoded, parse_json
 
-__all__ = ["Picture", "collect", "read_png_text", "save_png"]
+__all__ = ["NoWhite", "Picture", "as_seen", "collect", "read_png_text", "save_png"]
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)  # of Pillow, for bad files
-VIDEOS = ("PNG", "WEBP")  # other formats keep thumbnails and depth maps as further frames
+METADATA = "metadata.jsonl"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError)  # of Pillow, for bad files
+MAX_PIXELS = 178_956_970  # Pillow's; what is larger may be a bomb: a small file that fills the memory
+WITHOUT_WHITE = ("I", "F")  # modes of 32-bit pixels, whose largest value is not said
+VIDEOS = ("GIF", "PNG", "WEBP")  # other formats keep thumbnails and depth maps as further frames
 FRAME_RATE = 16  # per second
+
+
+class NoWhite(ValueError):
+    """A picture whose pixels do not say which of them is white; the message says what they are, and the remedy."""
+
+
+def as_seen(file: Image.Image) -> Image.Image:
+    """An opened picture, or the frame of a video, as people see it: upright, in 8-bit RGB, on white.
+
+    Raises:
+        NoWhite: it has 32-bit or floating-point pixels.
+    """
+    if file.mode in WITHOUT_WHITE:
+        raise NoWhite(f"has 32-bit pixels (mode {file.mode}); save it with 8 or 16 bits a channel")
+    image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+@contextmanager
+def opened(path: Path, what: str) -> Iterator[Image.Image]:
+    """Open a picture file for as long as the block runs, which may read it.
+
+    Args:
+        what: it must be, for messages.
+    Raises:
+        UserError: not an image, a damaged one, more than `MAX_PIXELS`, or pixels that `as_seen` does not take.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half as many, which we take
+            file = Image.open(path)
+        with file:
+            yield file
+    except Image.DecompressionBombError:
+        rule = f"{str(path)!r} must have at most {MAX_PIXELS:,} pixels, but it has more"
+        raise UserError(f"{rule}; make it smaller, or cut it into several") from None
+    except NoWhite as error:
+        raise UserError(f"{str(path)!r} must have pixels with a known white, but it {error}") from None
+    except UNREADABLE as error:
+        raise UserError(f"{str(path)!r} must be a readable {what}, but it is not: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -31,25 +85,30 @@ class Picture:
     metadata: dict[str, Any] = field(default_factory=dict)
     box: tuple[int, int, int, int] | None = None
     """The cell's left, upper, right and lower edge in pixels; None is the whole file."""
+    line: int | None = None
+    """Its line of metadata.jsonl, counted from 1; None where it has none."""
 
     @property
     def name(self) -> str:
         """The file's path, followed for a cell by its upper left corner in pixels: `grid.png#64,0`."""
         return str(self.path) if self.box is None else f"{self.path}#{self.box[0]},{self.box[1]}"
 
+    @property
+    def place(self) -> str:
+        """Where its metadata stand, for messages."""
+        path = self.path.parent / METADATA
+        return f"metadata of {str(self.path)!r}" if self.line is None else f"line {self.line} of {str(path)!r}"
+
     def load(self) -> Image.Image:
-        """The pixels as an upright RGB image; of a video its middle frame.
+        """The picture as people see it, in 8-bit RGB; of a video its middle frame.
 
         Raises:
-            UserError: not an image, or a damaged one.
+            UserError: as `opened`.
         """
-        try:
-            with Image.open(self.path) as file:
-                if file.format in VIDEOS:
-                    file.seek(getattr(file, "n_frames", 1) // 2)
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except UNREADABLE as error:
-            raise UserError(f"{str(self.path)!r} must be a readable image, but it is not: {error}") from None
+        with opened(self.path, "image") as file:
+            if file.format in VIDEOS:
+                file.seek(getattr(file, "n_frames", 1) // 2)
+            image = as_seen(file)
         return image if self.box is None else image.crop(self.box)
 
     def frames(self) -> list[Image.Image]:
@@ -58,13 +117,10 @@ class Picture:
         Raises:
             UserError: as `load`.
         """
-        try:
-            with Image.open(self.path) as file:
-                if file.format not in VIDEOS or getattr(file, "n_frames", 1) == 1:
-                    return [self.load()]
-                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(file)]
-        except UNREADABLE as error:
-            raise UserError(f"{str(self.path)!r} must be a readable video, but it is not: {error}") from None
+        with opened(self.path, "video") as file:
+            if file.format not in VIDEOS or getattr(file, "n_frames", 1) == 1:
+                return [self.load()]
+            frames = [as_seen(frame) for frame in ImageSequence.Iterator(file)]
         return frames if self.box is None else [frame.crop(self.box) for frame in frames]
 
 
@@ -97,8 +153,9 @@ def _files(sources: Sequence[Path]) -> Iterator[Path]:
             raise ConfigError(f"SOURCE must be a picture, a folder of them, or a run, but {str(source)!r} is not there")
 
 
-def _described(path: Path, folder: dict[str, dict[str, Any]], prompt: str | None) -> Picture:
-    metadata = dict(folder.get(path.name, {}))
+def _described(path: Path, folder: dict[str, tuple[int, dict[str, Any]]], prompt: str | None) -> Picture:
+    line, row = folder.get(path.name, (None, {}))
+    metadata = dict(row)
     own, sidecar = metadata.pop("prompt", None), path.with_suffix(".txt")
     if prompt is None and sidecar.is_file():
         try:
@@ -110,13 +167,13 @@ def _described(path: Path, folder: dict[str, dict[str, Any]], prompt: str | None
     if prompt is None:
         text = read_png_text(path)
         prompt = text["prompt"] if {"prompt", "seed"} <= text.keys() else None
-    return Picture(path, prompt or None, metadata)
+    return Picture(path, prompt or None, metadata, line=line)
 
 
-def _folder_metadata(folder: Path) -> dict[str, dict[str, Any]]:
-    """The lines of `metadata.jsonl` by file name, as Hugging Face's image folders have them."""
-    path = folder / "metadata.jsonl"
-    rows: dict[str, dict[str, Any]] = {}
+def _folder_metadata(folder: Path) -> dict[str, tuple[int, dict[str, Any]]]:
+    """The lines of `metadata.jsonl` by file name, each with its number, as Hugging Face's image folders have them."""
+    path = folder / METADATA
+    rows: dict[str, tuple[int, dict[str, Any]]] = {}
     if not path.is_file():
         return rows
     try:
@@ -127,7 +184,7 @@ def _folder_metadata(folder: Path) -> dict[str, dict[str, Any]]:
         if line.strip():
             try:
                 row = parse_json(line)
-                rows[row.pop("file_name")] = row
+                rows[row.pop("file_name")] = number, row
                 if not isinstance(row.get("prompt"), str | None):
                     raise ValueError
             except (ValueError, KeyError, TypeError, AttributeError):
@@ -152,7 +209,7 @@ def _cells(picture: Picture, grid: tuple[int, int] | None) -> Iterator[Picture]:
     for y in range(0, height, cell_height):
         for x in range(0, width, cell_width):
             box = (x, y, x + cell_width, y + cell_height)
-            yield Picture(picture.path, picture.prompt, picture.metadata, box)
+            yield replace(picture, box=box)
 
 
 def save_png(path: Path, image: Image.Image, text: dict[str, str], following: Sequence[Image.Image] = ()) -> None:
@@ -168,7 +225,7 @@ def save_png(path: Path, image: Image.Image, text: dict[str, str], following: Se
 def read_png_text(path: Path) -> dict[str, str]:
     """The text chunks of a PNG file by keyword; empty for a file that is none."""
     try:
-        with Image.open(path) as image:
+        with opened(path, "image") as image:
             return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-    except UNREADABLE:
+    except UserError:
         return {}

@@ -18,7 +18,7 @@ from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.prompts.files import Prompt, as_prompt
-from ngrpo_lora.prompts.pictures import SourcePicture
+from ngrpo_lora.prompts.pictures import SourcePicture, read_source
 from ngrpo_lora.records.files import digest
 from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.sampling.sampler import Sampler, draw
@@ -149,15 +149,5 @@ def read_recipe(path: Path, same_adapters: bool = True, same_source: bool = True
         if not file.is_file() or digest(file) != sha256:
             what = "has changed since" if file.is_file() else "is not there any more"
             raise UserError(f"{str(path)!r} was drawn with {str(file)!r}, which {what}; give the one with --adapter")
-    picture = read_source(path, *source) if source and same_source else None
+    picture = read_source(path, *source, "give the picture with --source") if source and same_source else None
     return Recipe(info, tuple((file, strength) for file, _, strength in adapters), Prompt(prompt, {}, picture), seed)
-
-
-def read_source(path: Path, name: str, file: str | None, sha256: str) -> SourcePicture:
-    """The picture that the picture `path` was edited from; UserError where it is gone or has changed."""
-    if file is None:
-        raise UserError(f"{str(path)!r} was edited from {name!r}, a picture within a dataset; give it with --source")
-    if not Path(file).is_file() or digest(Path(file)) != sha256:
-        what = "has changed since" if Path(file).is_file() else "is not there any more"
-        raise UserError(f"{str(path)!r} was edited from {file!r}, which {what}; give the picture with --source")
-    return SourcePicture(Path(file), name, str(path))

@@ -181,8 +181,8 @@ class BoundReward:
         return [self.attempt(partial(self.function, **self.arguments(samples, rows))) for rows in parts]
 
     def failed(self, error: BaseException) -> BaseException:
-        """Log the traceback of the first error of each type, and return the error."""
-        if type(error) not in self.reported:
+        """Log the traceback of the first error of each type, and return the error; one that is the user's has none."""
+        if not isinstance(error, UserError) and type(error) not in self.reported:
             self.reported.add(type(error))
             log.warning("reward %s raised", self.label, exc_info=error)
         return error

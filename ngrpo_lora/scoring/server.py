@@ -44,6 +44,7 @@ from starlette.routing import Route
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, Section
 from ngrpo_lora.errors import UserError
+from ngrpo_lora.records.pictures import as_seen
 from ngrpo_lora.rewards._http import PROTOCOL, TOKEN_ENV
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.types import Samples
@@ -258,7 +259,7 @@ async def _body(request: Request) -> bytes:
 
 
 def _decode(images: Sequence[str]) -> list[Image.Image]:
-    """Decode base64 to RGB images; the pixels of each are counted before they are unpacked."""
+    """Decode base64 to images as people see them; the pixels of each are counted before they are unpacked."""
     decoded: list[Image.Image] = []
     pixels = 0
     for index, text in enumerate(images):
@@ -266,7 +267,7 @@ def _decode(images: Sequence[str]) -> list[Image.Image]:
             image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=IMAGE_FORMATS)
             pixels += image.width * image.height
             if pixels <= MAX_REQUEST_PIXELS:
-                decoded.append(image.convert("RGB"))
+                decoded.append(as_seen(image))
         except Exception as error:  # Pillow has many kinds for a broken file
             what = f"images.{index} must be the base64 of an image in {', '.join(IMAGE_FORMATS)}: {error}"
             raise HTTPException(400, what) from None

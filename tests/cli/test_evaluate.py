@@ -184,7 +184,7 @@ def test_votes_are_counted_without_anything_else(tmp_path: Path):
         ),
         (
             "score empty -r world",
-            "SOURCE must hold pictures (.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp), but 'empty'",
+            "SOURCE must hold pictures (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp), but 'empty'",
         ),
         ("score text.png -r world", "'text.png' must be a readable image"),
         ("score torn.png -r world", "'torn.png' must be a readable image"),

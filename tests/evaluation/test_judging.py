@@ -40,21 +40,25 @@ def test_a_bad_reward_is_named(texts: list[str], part: str):
 
 
 def test_scored_pictures_have_the_sources_that_their_metadata_name(tmp_path: Path):
-    """By a path that counts from their folder; where there is no such file it is text like any other."""
+    """By a path that counts from their folder; where there is no such file it is text, but for rewards of edits."""
     folder, grey, black = tmp_path / "edited", Image.new("RGB", (64, 40), (51,) * 3), Image.new("RGB", (64, 40))
     folder.mkdir()
     grey.save(folder / "a.png")
     black.save(tmp_path / "before.png")
-    line = {"file_name": "a.png", "prompt": "lighter", "source": "../before.png", "mask": "coco.png"}
-    (folder / "metadata.jsonl").write_text(json.dumps(line))
+    line = {"file_name": "a.png", "prompt": "lighter", "source": "../before.png"}
+    (folder / "metadata.jsonl").write_text(json.dumps(line | {"mask": "coco.png"}))
     (picture,) = collect([folder])
     seen = judging.shown(picture, (32, 32))
     assert (seen["source"].size, seen["mask"]) == ((32, 32), "coco.png")
     rewards = judging.parse_rewards(["preservation"])
+    with pytest.raises(ConfigError, match="--reward preservation must have .* 'coco.png' .line 1 of"):
+        judging.score_pictures([picture], rewards, tmp_path)
+    (folder / "metadata.jsonl").write_text(json.dumps(line))
+    (picture,) = collect([folder])
     judging.score_pictures([picture], rewards, tmp_path)
     assert json.loads((tmp_path / "scores.json").read_text())["pictures"][0]["preservation"] == pytest.approx(0.8)
     (tmp_path / "before.png").unlink()
-    with pytest.raises(UserError, match="reward preservation needs the source picture"):
+    with pytest.raises(ConfigError, match=r"'../before.png' .line 1 of .*jsonl'. is no file .*; correct the path"):
         judging.score_pictures([picture], rewards, tmp_path)
 
 

@@ -182,6 +182,14 @@ def test_pictures_are_ordered_by_their_change_and_failed_ones_come_last():
     assert run_js("side_by_side.js", code, pictures) == ["cafdbe", "dafcbe", "abcdef"]
 
 
+def test_the_page_says_how_many_prompts_there_are_and_pictures_of_each():
+    def said(prompts: int, seeds: int) -> str:
+        pictures = [{"prompt": "the same edit", "seed": seed} for _ in range(prompts) for seed in range(seeds)]
+        return run_js("side_by_side.js", "return amount(data);", pictures)
+
+    assert (said(2, 1), said(1, 2)) == ("2 prompts, 1 picture each", "1 prompt, 2 pictures each")
+
+
 # Enough of a browser for blind.js: elements that keep what they are given, one key at a time.
 BROWSER = """
 const elements = {}, stored = {};

@@ -1144,3 +1144,19 @@ def test_the_quick_start_of_the_readme_runs_word_for_word(flux: Case, tmp_path: 
     (path,) = tmp_path.glob("*.png")
     with Image.open(path) as image:
         assert np.array_equal(pixels([image]), pixels(flux.ours("a star above a heart", seeds=7).images))
+
+
+def test_a_picture_to_edit_is_read_as_the_trainer_reads_it(tmp_path: Path):
+    edit_sources = runpy.run_path(str(ROOT / "pipelines" / "neighbor_grpo.py"))["edit_sources"]
+    turned, exif = Image.effect_noise((64, 40), 50).convert("RGB"), Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.full((40, 64), 20_000, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGBA", (64, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    for path in tmp_path.iterdir():
+        with Image.open(path) as file:
+            (drawn,) = edit_sources(file, None, 1, 48, 32)
+        expected = SourcePicture(path, path.name, "here").fitted(48, 32)
+        assert (drawn.mode, drawn.tobytes()) == ("RGB", expected.tobytes())
+    with pytest.raises(ValueError, match="image must have 8 or 16 bits a channel, got 32-bit pixels"):
+        edit_sources(Image.new("F", (64, 40)), None, 1, 48, 32)

@@ -271,6 +271,22 @@ def test_images_of_the_usual_formats_are_taken(serve: Serve, own: str, kind: str
     assert result["scores"][0] > 1
 
 
+def test_an_image_is_judged_as_people_see_it(serve: Serve, own: str):
+    """Transparent parts are on white, and 16 bits are not cut off."""
+    server = serve(f"{own}:redness")
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    clear.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    deep = np.zeros((8, 8), np.uint16)
+    deep[:, :4] = 20_000
+    for image, level in ((clear, 255), (Image.fromarray(deep), 78)):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        sent = {"images": [base64.b64encode(buffer.getvalue()).decode()], "prompts": ["a"], "metadata": [{}]}
+        status, result = ask(server, "POST", "/score", request(**sent))
+        assert status == 200
+        assert result["scores"] == [pytest.approx(level / 2 / 7)]  # half of it is black
+
+
 def huge_png() -> str:
     """A PNG of a few bytes whose header says 12,000 x 12,000 px."""
     data = bytearray(base64.b64decode(encoded()))

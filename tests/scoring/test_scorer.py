@@ -306,6 +306,21 @@ def test_whatever_a_reward_raises_is_its_failure(
 
 
 @pytest.mark.parametrize("is_async", [False, True])
+def test_what_the_user_can_mend_is_raised_and_has_no_traceback(
+    is_async: bool, make_reward: Callable[..., BoundReward], caplog: pytest.LogCaptureFixture
+):
+    def lacking(images):
+        raise UserError("the server is not there; start it")
+
+    async def asynchronous(images):
+        lacking(images)
+
+    with pytest.raises(UserError, match="the server is not there; start it"):
+        make_reward(asynchronous if is_async else lacking)(SAMPLES)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("timeout_s", [None, 60])
 def test_a_reward_that_would_end_the_process_at_once_fails_in_words(
     is_async: bool, timeout_s: float | None, make_reward: Callable[..., BoundReward], caplog: pytest.LogCaptureFixture

@@ -25,6 +25,13 @@ function estimate({ value, low, high }, show) {
   return low === null ? show(value) : `${show(value)} [${show(low)}, ${show(high)}]`;
 }
 
+/** How many prompts there are, and how many pictures of each; every prompt has all seeds, and edits may share a text. */
+function amount(pictures) {
+  const counted = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
+  const seeds = new Set(pictures.map((picture) => picture.seed)).size;
+  return `${counted(pictures.length / seeds, "prompt")}, ${counted(seeds, "picture")} each`;
+}
+
 function start(data) {
   const $ = (id) => document.getElementById(id);
   const [reference, ...others] = data.labels;
@@ -102,9 +109,7 @@ function start(data) {
     ].map((text) => element("td", "", String(text))))),
   );
   const { path, num_steps, solver } = data.settings;
-  const prompts = new Set(data.pictures.map((picture) => picture.prompt)).size;
-  $("about").textContent =
-    `${path}, ${num_steps} ${solver} steps; ${prompts} prompts, ${data.pictures.length} pictures each; the same noise for all`;
+  $("about").textContent = `${path}, ${num_steps} ${solver} steps; ${amount(data.pictures)}; the same noise for all`;
   for (const [id, options] of [["reward", data.rewards], ["label", others]]) {
     $(id).append(...options.map((text) => new Option(text, text)));
   }
