@@ -24,6 +24,9 @@ from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.sampling.sampler import Sampler, draw
 
 
+REMEDY = "give the picture with --source"
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of pictures: the LoRA files that draw them together, with strengths; without any, the base draws."""
@@ -135,7 +138,7 @@ def read_recipe(path: Path, same_adapters: bool = True, same_source: bool = True
         adapters = [(Path(one["file"]), one["sha256"], float(one["strength"])) for one in own["adapters"]]
         prompt, seed = text["prompt"], int(text["seed"])
         edited = own.get("source")
-        source = edited and (edited["name"], edited["file"], edited["sha256"])
+        source = [edited[key] for key in ("name", "file", "sha256")] if edited else None
         fused = {str(name): str(sha256) for name, sha256 in own.get("fused", {}).items()}
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"--like must be a PNG file that `ngrpo sample` wrote, but {str(path)!r} is none") from None
@@ -149,5 +152,5 @@ def read_recipe(path: Path, same_adapters: bool = True, same_source: bool = True
         if not file.is_file() or digest(file) != sha256:
             what = "has changed since" if file.is_file() else "is not there any more"
             raise UserError(f"{str(path)!r} was drawn with {str(file)!r}, which {what}; give the one with --adapter")
-    picture = read_source(path, *source, "give the picture with --source") if source and same_source else None
+    picture = read_source(path, source[0], source[1], source[2], REMEDY) if source and same_source else None
     return Recipe(info, tuple((file, strength) for file, _, strength in adapters), Prompt(prompt, {}, picture), seed)
