@@ -24,9 +24,6 @@ from ngrpo_lora.records.pictures import read_png_text
 from ngrpo_lora.sampling.sampler import Sampler, draw
 
 
-REMEDY = "give the picture with --source"
-
-
 @dataclass(frozen=True)
 class Column:
     """A column of pictures: the LoRA files that draw them together, with strengths; without any, the base draws."""
@@ -152,5 +149,7 @@ def read_recipe(path: Path, same_adapters: bool = True, same_source: bool = True
         if not file.is_file() or digest(file) != sha256:
             what = "has changed since" if file.is_file() else "is not there any more"
             raise UserError(f"{str(path)!r} was drawn with {str(file)!r}, which {what}; give the one with --adapter")
-    picture = read_source(path, source[0], source[1], source[2], REMEDY) if source and same_source else None
+    picture = None
+    if source and same_source:
+        picture = read_source(path, source[0], source[1], source[2], "give the picture with --source")
     return Recipe(info, tuple((file, strength) for file, _, strength in adapters), Prompt(prompt, {}, picture), seed)
