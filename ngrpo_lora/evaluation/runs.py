@@ -10,8 +10,8 @@ from pathlib import Path
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.judging import write_csv, write_json
 from ngrpo_lora.evaluation.statistics import Difference, Scores, compare_scores
-from ngrpo_lora.records.metrics import measures, read_metrics
-from ngrpo_lora.reports.tables import markdown_table
+from ngrpo_lora.records.metrics import has_same_prompts, measures, read_metrics
+from ngrpo_lora.reports.tables import change, markdown_table
 
 __all__ = ["Pairs", "compare_evaluations", "measures_table", "read_pairs"]
 
@@ -90,8 +90,9 @@ def read_measures(run: Path) -> dict[str, tuple[float, float]]:
 def measures_table(runs: Sequence[Path]) -> str:
     """The measures of runs as a Markdown table, empty without any; each is one number of all pictures of a run."""
     rows = [
-        (run.resolve().name, name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+        (run.resolve().name, name, f"{before:.3f}", f"{after:.3f}", change(before, after, alike))
         for run in runs
+        for alike in [has_same_prompts(run)]
         for name, (before, after) in read_measures(run).items()
     ]
     return markdown_table(("", "measure", "before", "after", "difference"), rows) if rows else ""

@@ -9,22 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ngrpo_lora import registry
-from ngrpo_lora.config import RunConfig, changed_keys, load_config, named_functions
+from ngrpo_lora.config import RewardConfig, RunConfig, changed_keys, load_config, named_functions
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.prompts.sources import read_split
-from ngrpo_lora.records.checkpoints import checkpoints, find, resolve
+from ngrpo_lora.records.checkpoints import checkpoints, find, iteration_of, number, resolve
 from ngrpo_lora.records.ownership import owner
 from ngrpo_lora.world import MODELS
 
 __all__ = ["check_functions", "check_resumable", "check_run", "check_settings"]
 
 # What a resumed run may change: where it runs, how long, what it reports, and what a message advises that ends a run;
-# nothing else that changes its updates.
+# nothing else that changes its updates, or that its evaluations depend on, which are compared with the base's.
 MAY_CHANGE = (
-    *("output_dir", "resume", "hub.", "tracking", "evaluation.", "trainer.", "rollout.micro_batch_size"),
+    *("output_dir", "resume", "hub.", "tracking", "trainer.", "rollout.micro_batch_size"),
+    *(f"evaluation.{key}" for key in ("every", "micro_batch_size", "num_samples", "measures")),
     *("model.device", "model.swap_blocks", "model.text_encoders", "model.vae_tiling"),
     *("optimizer.learning_rate", "rewards.max_failed_share"),
 )
+MAY_CHANGE_BEFORE_BASE = (*MAY_CHANGE, "evaluation.")  # where the base is still to be evaluated
 REMOTE = ("hf:", "hpdv2:")  # prompts that a network may be asked for
 
 
@@ -72,7 +74,9 @@ def check_resumable(config: RunConfig) -> None:
     Raises:
         ConfigError: one line per setting that differs.
     """
-    if problems := [*_changes(Path(config.output_dir) / "config.yaml", config)]:
+    output_dir = Path(config.output_dir)
+    evaluated = any(number(folder) for folder in checkpoints(output_dir))
+    if problems := [*_changes(output_dir / "config.yaml", config, evaluated)]:
         raise ConfigError(problems)
 
 
@@ -259,14 +263,21 @@ def _output_dir(config: RunConfig) -> Iterator[str]:
             folder = str(output_dir / "checkpoints")
             yield f"resume=latest needs a checkpoint, but {folder!r} holds none; drop resume to start anew"
             return
-        run_dir = find(resume, output_dir).resolve().parents[1]
+        folder = find(resume, output_dir).resolve()
     except UserError as error:
         yield str(error)
         return
-    if (output_dir / "config.yaml").exists() and run_dir != output_dir.resolve():
+    run_dir, iteration, total = folder.parents[1], iteration_of(folder), config.trainer.num_iterations
+    own = run_dir == output_dir.resolve()  # else evaluations begin anew in the new folder
+    if iteration is not None and iteration > total:
+        yield (
+            f"trainer.num_iterations must be at least {iteration}, which checkpoint {str(folder)!r} is after, got "
+            f"{total}; give at least {iteration}, or resume from an earlier checkpoint"
+        )
+    if (output_dir / "config.yaml").exists() and not own:
         yield f"output_dir must be the resumed run's ({str(run_dir)!r}) or a new one, got {config.output_dir!r}"
     if (run_dir / "config.yaml").is_file():
-        yield from _changes(run_dir / "config.yaml", config)
+        yield from _changes(run_dir / "config.yaml", config, own and iteration != 0)
 
 
 def _other_kinds(output_dir: Path) -> Iterator[str]:
@@ -292,7 +303,7 @@ def _new_run(config: RunConfig, output_dir: Path) -> Iterator[str]:
         )
         return
     try:
-        changed = _other_settings(load_config(path), config)
+        changed = _other_settings(load_config(path), config, MAY_CHANGE_BEFORE_BASE)
     except ConfigError as error:
         changed = [*error.problems]
     if changed:
@@ -302,32 +313,63 @@ def _new_run(config: RunConfig, output_dir: Path) -> Iterator[str]:
         )
 
 
-def _changes(path: Path, config: RunConfig) -> Iterator[str]:
-    """Differences to the run's own configuration that would make the resumed run another one."""
+def _changes(path: Path, config: RunConfig, evaluated: bool) -> Iterator[str]:
+    """Differences to the run's own configuration that would make the resumed run another one.
+
+    Args:
+        evaluated: whether the resumed run keeps the evaluation of its base, with which later ones are compared.
+    """
     try:
         old = load_config(path)
     except ConfigError as error:
         yield from (f"resume: {path}: {problem}" for problem in error.problems)
         return
-    for change in _other_settings(_with_calls_of(old, config), config):
+    for change in _other_settings(_with_calls_of(old, config), config, MAY_CHANGE_BEFORE_BASE):
         yield f"a resumed run must keep its settings, but {change}; undo it, or start anew in another output_dir"
+    for change in _evaluated_otherwise(old, config) if evaluated else ():
+        yield (
+            f"a resumed run must evaluate as it did its base, or the two could not be compared, but {change}; undo it, "
+            f"or start anew in another output_dir with lora.init_from={str(path.parent)!r}"
+        )
 
 
-def _other_settings(old: RunConfig, new: RunConfig) -> list[str]:
+def _other_settings(old: RunConfig, new: RunConfig, may_change: tuple[str, ...]) -> list[str]:
     """Differences that make the new configuration another run, such as `seed: 0 -> 1`."""
-    return [change for change in changed_keys(old, new) if not change.startswith(MAY_CHANGE)]
+    return [change for change in changed_keys(old, new) if not change.startswith(may_change)]
+
+
+def _evaluated_otherwise(old: RunConfig, new: RunConfig) -> Iterator[str]:
+    """Differences by which figures of evaluations could not be compared; what is watched may come or go."""
+    allowed = (*MAY_CHANGE, "evaluation.rewards", "evaluation.strict")
+    yield from (change for change in _other_settings(old, new, allowed) if change.startswith("evaluation."))
+    before, after = old.evaluation.measures, new.evaluation.measures
+    if {*before} - {*after} and {*after} - {*before}:  # one may be measured by another function under the same name
+        yield f"evaluation.measures: {[*before]} -> {[*after]}"
+    now = _watched(new)
+    for key, reward in _watched(old).items():
+        if key in now and (was := _called_as(reward, now[key])) != now[key]:
+            shown = (str(one.model_dump(mode="json", exclude_defaults=True)) for one in (was, now[key]))
+            yield f"{key}: {' -> '.join(shown)}"
+
+
+def _watched(config: RunConfig) -> dict[str, RewardConfig]:
+    """The rewards that evaluations add, by where they are set, and the pass-or-fail one."""
+    found = {f"evaluation.rewards ({reward.key})": reward for reward in config.evaluation.rewards}
+    return found | ({} if config.strict_reward is None else {"evaluation.strict": config.strict_reward})
 
 
 def _with_calls_of(old: RunConfig, new: RunConfig) -> RunConfig:
     """The old configuration with what may change of the new one's rewards, for those that are in both."""
     known = {reward.key: reward for reward in new.rewards.train}
-    train = tuple(
-        reward.model_copy(update={field: getattr(known[reward.key], field) for field in reward.may_change})
-        if type(reward) is type(known.get(reward.key))
-        else reward
-        for reward in old.rewards.train
-    )
+    train = tuple(_called_as(reward, known.get(reward.key)) for reward in old.rewards.train)
     return old.model_copy(update={"rewards": old.rewards.model_copy(update={"train": train})})
+
+
+def _called_as(old: RewardConfig, new: RewardConfig | None) -> RewardConfig:
+    """A reward with what may change as another of its kind has it."""
+    if type(old) is not type(new):
+        return old
+    return old.model_copy(update={field: getattr(new, field) for field in old.may_change})
 
 
 def _not_writable(output_dir: Path) -> Iterator[str]:

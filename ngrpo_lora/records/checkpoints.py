@@ -24,8 +24,10 @@ __all__ = [
     "checkpoints",
     "drop_after",
     "find",
+    "iteration_of",
     "load",
     "newest_whole",
+    "number",
     "resolve",
     "save",
 ]
@@ -102,6 +104,16 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def number(folder: Path) -> int:
     """How many iterations a checkpoint's folder says it is after."""
     return int(folder.name.partition("-")[2])
+
+
+def iteration_of(folder: Path) -> int | None:
+    """How many iterations a whole checkpoint is after; None for a renamed one of version 0.1.0, which says it nowhere.
+
+    A folder may have another name than the one that it was written with.
+    """
+    if (folder / STATE_FILE).is_file():
+        return dict(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["state"]["dict"])["iteration"]
+    return number(folder) if re.fullmatch("iteration-[0-9]+", folder.name) else None
 
 
 def find(resume: str, output_dir: Path) -> Path:

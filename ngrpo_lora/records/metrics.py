@@ -91,6 +91,57 @@ def read_scores(output_dir: Path) -> dict[int, dict[str, np.ndarray]]:
     return evaluations
 
 
+def read_paired(output_dir: Path) -> dict[int, dict[str, np.ndarray]]:
+    """Scores of all evaluations of a run, in the rows (N,) and labels of the first one.
+
+    They are NaN where a reward failed, and where an evaluation has no such prompt and seed or no such reward.
+    """
+    evaluations: dict[int, dict[str, np.ndarray]] = {}
+    keys: list[tuple[str, int]] = []
+    labels: list[str] = []
+    for path in sorted((output_dir / "evaluations").glob("*.jsonl")):
+        found = {(row["prompt"], row["seed"]): row for row in read_metrics(path)}
+        keys = keys or [*found]
+        labels = labels or [label for label in found[keys[0]] if label not in ("prompt", "seed")]
+        evaluations[int(path.stem)] = {
+            label: np.array([found.get(key, {}).get(label) for key in keys], dtype=float) for label in labels
+        }
+    return evaluations
+
+
+def prompt_sets(output_dir: Path) -> dict[int, int]:
+    """Which evaluations drew the same prompts and seeds: the number of their set by iteration, 0 for the first one's.
+
+    A run that was resumed by an earlier version, or whose prompt file has changed, may have several.
+    """
+    numbers: dict[frozenset[tuple[str, int]], int] = {}
+    found = {}
+    for path in sorted((output_dir / "evaluations").glob("*.jsonl")):
+        drawn = frozenset((row["prompt"], row["seed"]) for row in read_metrics(path))
+        found[int(path.stem)] = numbers.setdefault(drawn, len(numbers))
+    return found
+
+
+def has_same_prompts(output_dir: Path) -> bool:
+    """Whether a run's first and last evaluation drew the same prompts and seeds, as far as the run has kept them."""
+    return [0, *prompt_sets(output_dir).values()][-1] == 0
+
+
+def held_out_series(
+    rows: Sequence[Mapping[str, Any]], key: str, sets: Mapping[int, int], name: str
+) -> dict[str, list[tuple[int, float]]]:
+    """`series` of a metric of evaluations by a name for each curve: those of other prompts make curves of their own.
+
+    sets: the `prompt_sets` of the run.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for step, value in series(rows, key):
+        number = sets.get(step, 0)
+        title = f"{name}, other prompts" if number else name
+        curves.setdefault(f"{title} ({number})" if number > 1 else title, []).append((step, value))
+    return curves
+
+
 def measures(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     """Values of `evaluation.measures` in the first and in the last evaluation, by name; of those that are in both."""
     evaluated = [row for row in rows if "eval/reward_mean" in row]

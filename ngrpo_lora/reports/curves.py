@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from ngrpo_lora.records.files import written
-from ngrpo_lora.records.metrics import measures, read_metrics, read_scores, series
+from ngrpo_lora.records.metrics import held_out_series, measures, prompt_sets, read_metrics, read_paired, series
 from ngrpo_lora.reports.grids import LINE_PX, NUM_SHOWN
 
 PER_LINE = 4  # measures side by side
@@ -32,9 +32,8 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
     columns = (("eval/reward_mean", "held-out reward"), ("eval/strict_accuracy", "held-out strict accuracy"))
     for axis, (key, title) in zip(axes, columns, strict=True):
         for run, rows in zip(runs, metrics, strict=True):
-            points = series(rows, key)
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=run.name)
+            for name, points in held_out_series(rows, key, prompt_sets(run), run.name).items():
+                axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.set(xlabel="iteration", title=title)
         axis.grid(alpha=0.3)
         axis.legend()
@@ -61,7 +60,7 @@ def draw_progress(output_dir: Path, group: Group | None = None, width_px: int = 
     """
     figure = Figure(figsize=(width_px / 100, width_px / 200), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    draw_curve(figure.subplots(), read_metrics(output_dir / "metrics.jsonl"), output_dir.name)
+    draw_curve(figure.subplots(), read_metrics(output_dir / "metrics.jsonl"), output_dir)
     canvas.draw()
     rows = [Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")]
     held_out = shown_pictures(output_dir)
@@ -125,21 +124,29 @@ def judging(evaluations: dict[int, dict[str, np.ndarray]]) -> list[str]:
 def gains(evaluations: dict[int, dict[str, np.ndarray]]) -> dict[str, list[tuple[int, float]]]:
     """Curves by reward: (iteration, mean gain over the first evaluation, in standard deviations of its scores).
 
-    Only images that have a score both times count.
+    Only images that have a score both times count; an evaluation that has none of them has no point.
+
+    Args:
+        evaluations: scores of the same prompts and seeds, as of `read_paired`.
     """
     first = {label: next(iter(evaluations.values()))[label] for label in judging(evaluations)}
     deviation = {label: np.nanstd(scores) or 1.0 for label, scores in first.items()}
     curves: dict[str, list[tuple[int, float]]] = {label: [] for label in first}
     for step, scores in evaluations.items():
         for label in curves:
-            curves[label].append((step, float(np.nanmean(scores[label] - first[label]) / deviation[label])))
+            gained = scores[label] - first[label]
+            if np.isfinite(gained).any():
+                curves[label].append((step, float(np.nanmean(gained) / deviation[label])))
     return curves
 
 
 def gain_correlations(evaluations: dict[int, dict[str, np.ndarray]]) -> tuple[list[str], np.ndarray]:
     """Labels, and Pearson correlations (R, R) over images of what each reward gained from first to last evaluation.
 
-    A value far below 0 means that where one reward gains, the other loses.
+    A value far below 0 means that where one reward gains, the other loses. All are NaN without an image in common.
+
+    Args:
+        evaluations: scores of the same prompts and seeds, as of `read_paired`.
     """
     first, *_, last = evaluations.values()
     labels = judging(evaluations)
@@ -153,7 +160,7 @@ def write_summary(output_dir: Path) -> Path:
     Between them stand each reward's gain, where there are several, and a small curve of every measure.
     """
     rows = read_metrics(output_dir / "metrics.jsonl")
-    evaluations = read_scores(output_dir)
+    evaluations = read_paired(output_dir)
     several = len(evaluations) > 1 and len(judging(evaluations)) > 1
     grids = sorted((output_dir / "samples").glob("*.png"))
     measured = [*measures(rows)]
@@ -161,14 +168,14 @@ def write_summary(output_dir: Path) -> Path:
     heights = [1.1, *([0.9] if several else []), *[0.6] * len(lines), 1, 1]
     figure = plt.figure(figsize=(9.6, 3.1 * sum(heights) + 2.9), layout="constrained")
     parts = iter(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
-    draw_curve(next(parts).subplots(), rows, output_dir.name)
+    draw_curve(next(parts).subplots(), rows, output_dir)
     if several:
         left, right = next(parts).subplots(1, 2, width_ratios=[1.5, 1])
         trained = {key.removeprefix("rollout/").removesuffix("_mean") for key in rows[-1] if key.startswith("rollout/")}
         draw_gains(left, gains(evaluations), trained)
         draw_correlations(right, *gain_correlations(evaluations))
     for names in lines:
-        draw_measures(next(parts).subplots(1, PER_LINE, squeeze=False)[0], rows, names)
+        draw_measures(next(parts).subplots(1, PER_LINE, squeeze=False)[0], rows, names, prompt_sets(output_dir))
     for grid, title in zip((grids[0], grids[-1]), ("before", "after"), strict=True):
         axis = next(parts).subplots()
         axis.imshow(Image.open(grid))
@@ -181,31 +188,44 @@ def write_summary(output_dir: Path) -> Path:
     return path
 
 
-def draw_measures(axes: Sequence[Axes], rows: list[dict[str, Any]], names: Sequence[str]) -> None:
-    """Plot each measure of the evaluations over iterations, on an axis of its own; axes that are left stay empty."""
+def draw_measures(
+    axes: Sequence[Axes], rows: list[dict[str, Any]], names: Sequence[str], sets: Mapping[int, int]
+) -> None:
+    """Plot each measure of the evaluations over iterations, on an axis of its own; axes that are left stay empty.
+
+    sets: the `prompt_sets` of the run; a curve ends where they change.
+    """
     for axis in axes[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes, names, strict=False):
-        axis.plot(*zip(*series(rows, f"eval/{name}"), strict=True), marker="o", color="tab:purple")
+        for points in held_out_series(rows, f"eval/{name}", sets, name).values():
+            axis.plot(*zip(*points, strict=True), marker="o", color="tab:purple")
         axis.set_title(f"held-out {name}", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
 
 
-def draw_curve(axis: Axes, rows: list[dict[str, Any]], title: str) -> None:
-    """Plot the training reward with its running mean, the held-out reward and strict accuracy."""
+def draw_curve(axis: Axes, rows: list[dict[str, Any]], output_dir: Path) -> None:
+    """Plot the training reward with its running mean, the held-out reward and strict accuracy.
+
+    Evaluations of other prompts than the first one's have curves of their own.
+    """
     training = series(rows, "rollout/reward_mean")
-    width = len(training) // 10
+    width, sets = len(training) // 10, prompt_sets(output_dir)
     lines: list[tuple[Sequence[tuple[float, float]], str, dict[str, Any]]] = [
         (training, "training reward", {"color": "0.7", "linewidth": 1}),
         (running_mean(training, width) if width > 1 else [], f"training reward, mean of {width}", {"color": "0.3"}),
-        (series(rows, "eval/reward_mean"), "held-out reward", {"color": "tab:blue", "marker": "o"}),
-        (series(rows, "eval/strict_accuracy"), "held-out strict accuracy", {"color": "tab:green", "marker": "s"}),
     ]
+    for key, name, style in (
+        ("eval/reward_mean", "held-out reward", {"color": "tab:blue", "marker": "o"}),
+        ("eval/strict_accuracy", "held-out strict accuracy", {"color": "tab:green", "marker": "s"}),
+    ):
+        for label, points in held_out_series(rows, key, sets, name).items():
+            lines.append((points, label, style | {"linestyle": "-" if label == name else "--"}))
     for points, label, style in lines:
         if points:
             axis.plot(*zip(*points, strict=True), label=label, **style)
-    axis.set(xlabel="iteration", title=title)
+    axis.set(xlabel="iteration", title=output_dir.name)
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend()

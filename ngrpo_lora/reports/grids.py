@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ngrpo_lora.records.files import written
+from ngrpo_lora.records.files import written, written_folder
 from ngrpo_lora.records.pictures import FRAME_RATE, save_png
 
 CELL_PX, CAPTION_LINES, LINE_PX = 160, 2, 17
@@ -68,10 +68,14 @@ def wrapped(caption: str) -> list[str]:
 
 
 def save_shown(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    """Write the first `NUM_SHOWN` pictures in full size, each with its prompt and seed: `0.png`, `1.png`, ..."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images[:NUM_SHOWN]):
-        save_png(folder / f"{index}.png", image, {"prompt": prompts[index], "seed": str(seeds[index])})
+    """Write the first `NUM_SHOWN` pictures in full size, each with its prompt and seed: `0.png`, `1.png`, ...
+
+    They take the place of all that an earlier evaluation left in the folder, which may be more of them.
+    """
+    with written_folder(folder) as partial:
+        partial.mkdir()
+        for index, image in enumerate(images[:NUM_SHOWN]):
+            save_png(partial / f"{index}.png", image, {"prompt": prompts[index], "seed": str(seeds[index])})
 
 
 def clip(frames: Sequence[Image.Image]) -> bytes:

@@ -7,37 +7,47 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ngrpo_lora.records.metrics import measures, read_metrics, series
+from ngrpo_lora.records.metrics import has_same_prompts, measures, read_metrics, series
+
+OTHER_PROMPTS = "other prompts"  # in place of a difference that would be of no meaning
 
 
 def held_out(output_dir: Path) -> dict[str, tuple[float, float]]:
     """Held-out figures before and after training by name, those of each reward if there are several.
 
-    The measures of the evaluation follow them.
+    The measures of the evaluation follow them. What is not in the first and the last evaluation is left out.
     """
     rows = read_metrics(output_dir / "metrics.jsonl")
+    last = next((row for row in reversed(rows) if "eval/reward_mean" in row), rows[0])
     keys = {"reward": "eval/reward_mean", "strict accuracy": "eval/strict_accuracy"}
     labels = [key[len("eval/") : -len("_mean")] for key in rows[0] if re.fullmatch("eval/.+(?<!/reward)_mean", key)]
     if len(labels) > len(keys):
         keys |= {label: f"eval/{label}_mean" for label in labels}
-    values = {name: [value for _, value in series(rows, key)] for name, key in keys.items()}
+    both = {name: key for name, key in keys.items() if key in rows[0] and key in last}
+    values = {name: [value for _, value in series(rows, key)] for name, key in both.items()}
     return {name: (found[0], found[-1]) for name, found in values.items() if found} | measures(rows)
 
 
 def figures(output_dir: Path) -> list[str]:
     """Text lines with the figures of `held_out`."""
-    ends = held_out(output_dir)
+    ends, alike = held_out(output_dir), has_same_prompts(output_dir)
     width = max([16, *map(len, ends)])
     return [
-        f"held-out {name:<{width}} before {before:.3f}  after {after:.3f}  ({after - before:+.3f})"
+        f"held-out {name:<{width}} before {before:.3f}  after {after:.3f}  ({change(before, after, alike)})"
         for name, (before, after) in ends.items()
     ]
 
 
+def change(before: float, after: float, alike: bool) -> str:
+    """The difference of two figures in words, where both are of the same prompts and seeds."""
+    return f"{after - before:+.3f}" if alike else OTHER_PROMPTS
+
+
 def figures_table(output_dir: Path) -> str:
     """A Markdown table of the figures of `held_out`."""
+    alike = has_same_prompts(output_dir)
     rows = [
-        [name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]
+        [name, f"{before:.3f}", f"{after:.3f}", change(before, after, alike)]
         for name, (before, after) in held_out(output_dir).items()
     ]
     return markdown_table(["held-out", "before", "after", "change"], rows)
@@ -50,9 +60,9 @@ def comparison_table(runs: Sequence[Path]) -> str:
         rows = read_metrics(run / "metrics.jsonl")
         seconds = sum(value or 0.0 for row in rows for key, value in row.items() if key.startswith("time/"))
         cells = [run.name, str(rows[-1]["step"]), f"{seconds / 60:.1f}"]
-        for key, digits in (("eval/reward_mean", "{:.3f}"), ("eval/strict_accuracy", "{:.1%}")):
-            values = [value for _, value in series(rows, key)]
-            cells.append(" → ".join(digits.format(value) for value in (values[0], values[-1])) if values else "")
+        ends, note = held_out(run), "" if has_same_prompts(run) else f" ({OTHER_PROMPTS})"
+        for name, digits in (("reward", "{:.3f}"), ("strict accuracy", "{:.1%}")):
+            cells.append(" → ".join(map(digits.format, ends[name])) + note if name in ends else "")
         table.append(cells)
     return markdown_table(["run", "iterations", "minutes", "reward", "strict accuracy"], table)
 

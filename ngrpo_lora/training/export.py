@@ -25,7 +25,7 @@ from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.records.files import no_room, written
-from ngrpo_lora.records.metrics import read_metrics
+from ngrpo_lora.records.metrics import has_same_prompts, read_metrics
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.types import TextEmbeds
 
@@ -94,10 +94,10 @@ def describe_adapter(keys: list[str], family: BaseFamily, config: RunConfig) -> 
 
 
 def held_out(metrics: Path) -> dict[str, Any]:
-    """Means of a run's first and last evaluation so far; empty where there are no two."""
+    """Means of a run's first and last evaluation so far; empty where there are no two of the same prompts and seeds."""
     rows = read_metrics(metrics) if metrics.is_file() else []
     rows = [row for row in rows if row.get("eval/reward_mean") is not None]
-    if len(rows) < 2:
+    if len(rows) < 2 or not has_same_prompts(metrics.parent):
         return {}
     before, after = (
         {key.removeprefix("eval/"): value for key, value in row.items() if "eval/" in key}

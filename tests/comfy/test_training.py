@@ -65,6 +65,10 @@ def slow(images, prompts):
     time.sleep(30)
     return redness(images, prompts)
 
+def lingering(images, prompts):
+    time.sleep(2)
+    return redness(images, prompts)
+
 def failing(images, prompts):
     raise RuntimeError("the scale is broken")
 """
@@ -299,7 +303,8 @@ def test_a_run_cancelled_anywhere_goes_on_bit_for_bit(whole: Result, server: Com
     waited = {}
     for phase, complete in (("evaluate 0", 0), ("roll_out 1", 1), ("update 1", 1), ("evaluate 2", 2)):
         if phase.startswith("evaluate"):
-            graph["train"]["inputs"]["overrides"] = LONG.replace("num_prompts=2", "num_prompts=24")
+            own = base / "models" / "ngrpo_rewards" / "own.py"
+            graph["train"]["inputs"]["overrides"] = f"{LONG}evaluation.rewards={own}:lingering\n"
         waited[phase] = cancel_at(server, graph, phase)
         graph["train"]["inputs"]["overrides"] = LONG
         newest = sorted((run_of(base, "cancelled") / "checkpoints").iterdir())[-1]

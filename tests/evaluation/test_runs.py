@@ -49,6 +49,9 @@ def test_measures_of_runs_are_told_before_and_after_beside_their_scores(tmp_path
         "| one | hue_bits | 2.500 | 1.500 | -1.000 |",
     ]
     assert runs.measures_table([tmp_path / "none"]) == ""
+    (tmp_path / "one" / "evaluations" / "000004.jsonl").write_text('{"prompt": "a", "seed": 1, "r": 4}')
+    assert runs.measures_table([tmp_path / "one"]).endswith("| one | hue_bits | 2.500 | 1.500 | other prompts |")
+    (tmp_path / "one" / "evaluations" / "000004.jsonl").write_text('{"prompt": "a", "seed": 0, "r": 4}')
     runs.compare_evaluations(tmp_path / "one", tmp_path)
     found = json.loads((tmp_path / "one.json").read_text())["measures"]
     assert found == [{"measure": "hue_bits", "before": 2.5, "after": 1.5}]

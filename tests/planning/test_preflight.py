@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from conftest import FinishedRun, MakeConfig
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ngrpo_lora import registry
-from ngrpo_lora.config import dump_config
+from ngrpo_lora.config import RunConfig, dump_config
 from ngrpo_lora.config.description import describe
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.planning.preflight import MAY_CHANGE, check_resumable, check_run, check_settings
+from ngrpo_lora.planning.preflight import MAY_CHANGE, _output_dir, check_resumable, check_run, check_settings
+from ngrpo_lora.records import checkpoints
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,92 @@ def test_a_resumed_run_may_change_its_length_and_none_of_its_updates(make_config
         "lora.rank",
         "seed",
     ]
+
+
+def begun(folder: Path, config: RunConfig, iteration: int) -> None:
+    """A run in a folder, with a checkpoint of an iteration."""
+    checkpoints.save(folder, iteration, {"iteration": iteration}, keep=3)
+    (folder / "config.yaml").write_text(dump_config(config))
+
+
+WATCHED = "evaluation.rewards=[{name: world_manifold}, {name: world_strict, label: s}]"
+
+
+@pytest.mark.parametrize(
+    ("setting", "change"),
+    [
+        ("evaluation.seed=5", "evaluation.seed: 1000 -> 5"),
+        ("evaluation.num_prompts=7", "evaluation.num_prompts: 2 -> 7"),
+        ("evaluation.num_steps=3", "evaluation.num_steps: None -> 3"),
+        ("evaluation.solver=euler", "evaluation.solver: None -> euler"),
+        ("evaluation.strict=world_manifold", "evaluation.strict: {'name': 'world_strict', 'label': 's'} -> "),
+        (
+            "evaluation.rewards=[{name: world_manifold, clip: [-9, 0]}, {name: world_strict, label: s}]",
+            r"evaluation.rewards \(world_manifold\): {'name': 'world_manifold'} -> {.*'clip': \[-9.0, 0.0\]}",
+        ),
+        (
+            "evaluation.rewards=[{name: world, label: world_manifold}, {name: world_strict, label: s}]",
+            r"evaluation.rewards \(world_manifold\): {'name': 'world_manifold'} -> {'name': 'world', ",
+        ),
+        ("evaluation.rewards=[]", "evaluation.strict: {'name': 'world_strict', 'label': 's'} -> {'name': "),
+        ("evaluation.measures=b.py:variety", r"evaluation.measures: \['a.py:variety'\] -> \['b.py:variety'\]"),
+    ],
+)
+def test_what_later_evaluations_could_not_be_compared_by_is_refused_once_the_base_is_evaluated(
+    setting: str, change: str, make_config: MakeConfig, tmp_path: Path
+):
+    settings = dict(text.split("=", 1) for text in (WATCHED, "evaluation.measures=a.py:variety"))
+
+    def config(folder: str, resume: str, *other: str) -> RunConfig:
+        given = settings | {"resume": resume} | dict(text.split("=", 1) for text in other)
+        return make_config(tmp_path / folder, *(f"{key}={value}" for key, value in given.items()))
+
+    begun(tmp_path / "run", config("run", "null"), 1)
+    message = (
+        rf"^a resumed run must evaluate as it did its base, .* but {change}.*; undo it, or start anew in another "
+        rf"output_dir with lora.init_from='{tmp_path / 'run'}'$"
+    )
+    check_resumable(config("run", "latest"))
+    changed = config("run", "latest", setting)
+    with pytest.raises(ConfigError, match=message):
+        check_resumable(changed)
+    assert [one for one in [*_output_dir(changed)] if re.match(message, one)] == [*_output_dir(changed)] != []
+    # Elsewhere evaluations begin anew, and after iteration 0 the base is evaluated anew.
+    assert [*_output_dir(config("new", str(tmp_path / "run" / "checkpoints" / "iteration-000001"), setting))] == []
+    begun(tmp_path / "early", config("early", "null"), 0)
+    check_resumable(config("early", "latest", setting))
+    assert [*_output_dir(config("early", "latest", setting))] == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("evaluation.every=3", "evaluation.micro_batch_size=2", "evaluation.num_samples=1", "evaluation.strict=null"),
+        "evaluation.rewards=[]",
+        "evaluation.rewards=[{name: world_manifold, timeout_s: 9}, {name: world}]",
+        *("evaluation.measures=[]", "evaluation.measures=[a.py:variety, b.py:other]"),
+    ],
+)
+def test_a_resumed_run_may_change_what_alters_no_figure_of_its_evaluations(
+    setting: str, make_config: MakeConfig, tmp_path: Path
+):
+    settings = {"evaluation.rewards": "world_manifold", "evaluation.measures": "a.py:variety"}
+    begun(tmp_path, make_config(tmp_path, *(f"{key}={value}" for key, value in settings.items())), 1)
+    settings |= {"resume": "latest"} | dict([setting.split("=", 1)])
+    config = make_config(tmp_path, *(f"{key}={value}" for key, value in settings.items()))
+    check_resumable(config)
+    assert [*_output_dir(config)] == []
+
+
+def test_a_resumed_run_may_not_end_before_its_checkpoint(make_config: MakeConfig, tmp_path: Path):
+    begun(tmp_path, make_config(tmp_path), 5)
+    renamed = tmp_path / "checkpoints" / "five"
+    for resume in ("latest", str(renamed)):
+        check_run(make_config(tmp_path, f"resume={resume}", "trainer.num_iterations=5"))
+        with pytest.raises(ConfigError, match=r"trainer.num_iterations must be at least 5, which .* got 4; give at"):
+            check_run(make_config(tmp_path, f"resume={resume}", "trainer.num_iterations=4"))
+        if not renamed.exists():
+            shutil.copytree(tmp_path / "checkpoints" / "iteration-000005", renamed)
 
 
 def test_a_resumed_run_may_call_its_rewards_otherwise_but_may_not_have_others(make_config: MakeConfig, tmp_path: Path):

@@ -199,3 +199,13 @@ def test_a_checkpoint_that_cannot_be_removed_ends_no_run(
         checkpoints.save(tmp_path, 2, {"iteration": 2}, keep=1)
     assert f"checkpoint {old} could not be removed: [Errno 39] Directory not empty" in caplog.text
     assert checkpoints.load("latest", tmp_path, "cpu")["iteration"] == 2
+
+
+def test_a_checkpoint_says_its_iteration_whatever_its_folder_is_named(tmp_path: Path):
+    folder = checkpoints.save(tmp_path, 7, {"iteration": 7}, keep=3)
+    assert checkpoints.iteration_of(folder) == 7
+    assert checkpoints.iteration_of(folder.rename(tmp_path / "best")) == 7
+    for name, iteration in (("iteration-000005", 5), ("copy", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / checkpoints.FORMER_FILE).touch()
+        assert checkpoints.iteration_of(tmp_path / name) == iteration

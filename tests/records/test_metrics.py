@@ -6,7 +6,19 @@ import json
 import math
 from pathlib import Path
 
-from ngrpo_lora.records.metrics import MetricsFile, read_metrics
+import numpy as np
+import torch
+
+from ngrpo_lora.records.metrics import (
+    MetricsFile,
+    has_same_prompts,
+    held_out_series,
+    prompt_sets,
+    read_metrics,
+    read_paired,
+    read_scores,
+    save_scores,
+)
 
 
 def test_every_step_is_a_line_on_disk_at_once(tmp_path: Path):
@@ -70,3 +82,36 @@ def test_a_new_run_starts_with_an_empty_file(tmp_path: Path):
 def test_a_run_resumed_into_a_new_folder_has_no_lines_to_keep(tmp_path: Path):
     MetricsFile(tmp_path / "metrics.jsonl", 5).write(6, {})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 6}]
+
+
+def save_evaluation(folder: Path, step: int, seeds: list[int], **scores: list[float]) -> None:
+    tensors = {label: torch.tensor(values) for label, values in scores.items()}
+    save_scores(folder / "evaluations" / f"{step:06d}.jsonl", [f"p{seed % 2}" for seed in seeds], seeds, tensors)
+
+
+def test_scores_of_evaluations_are_read_as_they_are_and_in_the_rows_of_the_first(tmp_path: Path):
+    save_evaluation(tmp_path, 0, [5, 6, 7], a=[1.0, 2.0, math.nan], b=[4.0, 5.0, 6.0])
+    save_evaluation(tmp_path, 7, [7, 9, 5, 8], a=[10.0, 20.0, 30.0, 40.0], c=[1.0] * 4)
+    scores, paired = read_scores(tmp_path), read_paired(tmp_path)
+    assert [*scores] == [*paired] == [0, 7]
+    np.testing.assert_array_equal(scores[7]["a"], [10, 20, 30, 40])
+    assert [[*found] for found in paired.values()] == [["a", "b"]] * 2
+    np.testing.assert_array_equal(paired[0]["a"], [1, 2, math.nan])
+    np.testing.assert_array_equal(paired[7]["a"], [30, math.nan, 10])
+    np.testing.assert_array_equal(paired[7]["b"], [math.nan] * 3)
+
+
+def test_evaluations_of_other_prompts_are_told_from_those_of_the_same(tmp_path: Path):
+    assert has_same_prompts(tmp_path)
+    for step, seeds in ((0, [5, 6]), (2, [6, 5]), (4, [5, 6, 7]), (6, [1, 2])):
+        save_evaluation(tmp_path, step, seeds, a=[0.0] * len(seeds))
+        assert has_same_prompts(tmp_path) is (step < 4)
+    assert prompt_sets(tmp_path) == {0: 0, 2: 0, 4: 1, 6: 2}
+    save_evaluation(tmp_path, 8, [5, 6], a=[0.0] * 2)
+    assert has_same_prompts(tmp_path)
+    rows = [{"step": step, "eval/a_mean": 0.5} for step in (0, 1, 2, 4, 6, 8)]
+    assert held_out_series(rows, "eval/a_mean", prompt_sets(tmp_path), "a") == {
+        "a": [(step, 0.5) for step in (0, 1, 2, 8)],
+        "a, other prompts": [(4, 0.5)],
+        "a, other prompts (2)": [(6, 0.5)],
+    }

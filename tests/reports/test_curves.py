@@ -9,11 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pictures import COLORS, solid
 from PIL import Image
 
-from ngrpo_lora.records.metrics import read_scores, save_scores
-from ngrpo_lora.reports.curves import Group, draw_progress, gain_correlations, gains, running_mean, write_summary
+from ngrpo_lora.records.metrics import read_metrics, read_paired, save_scores
+from ngrpo_lora.reports.curves import (
+    Group,
+    draw_curve,
+    draw_measures,
+    draw_progress,
+    gain_correlations,
+    gains,
+    running_mean,
+    write_comparison,
+    write_summary,
+)
 from ngrpo_lora.reports.grids import save_grid, save_shown
 
 
@@ -59,7 +70,7 @@ def test_a_reward_without_a_score_of_held_out_pictures_has_no_part_in_the_summar
         scores = {"vote": torch.full((3,), torch.nan)} | {label: torch.rand(3) for label in watched}
         save_scores(tmp_path / "evaluations" / f"{step:06d}.jsonl", ["p", "q", "r"], [5, 6, 7], scores)
         save_grid(tmp_path / "samples" / f"{step:06d}.png", [solid(COLORS[0])] * 6, ["caption"] * 6)
-    assert [*gains(read_scores(tmp_path))] == gain_correlations(read_scores(tmp_path))[0] == [*watched]
+    assert [*gains(read_paired(tmp_path))] == gain_correlations(read_paired(tmp_path))[0] == [*watched]
     assert write_summary(tmp_path).is_file()
 
 
@@ -76,19 +87,9 @@ def save_evaluations(output_dir: Path) -> None:
         save_scores(output_dir / "evaluations" / f"{step:06d}.jsonl", ["p", "q", "r", "s"], [5, 6, 7, 8], scores)
 
 
-def test_scores_of_evaluations_are_read_back(tmp_path: Path):
-    save_evaluations(tmp_path)
-    evaluations = read_scores(tmp_path)
-    assert list(evaluations) == [0, 7]
-    for scores, columns in zip(evaluations.values(), (FIRST, LAST), strict=True):
-        assert scores.keys() == columns.keys()
-        for label, values in columns.items():
-            np.testing.assert_array_equal(scores[label], values)
-
-
 def test_a_gain_is_paired_and_in_the_bases_deviations(tmp_path: Path):
     save_evaluations(tmp_path)
-    curves = gains(read_scores(tmp_path))
+    curves = gains(read_paired(tmp_path))
     assert curves["a"] == [(0, 0), (7, pytest.approx((1 + 0 + 1) / 3 / np.std(FIRST["a"])))]
     assert curves["b"] == [(0, 0), (7, pytest.approx((-10 + 0 - 20) / 3 / np.std([10, 20, 30])))]
     assert curves["c"] == [(0, 0), (7, 0)]
@@ -96,11 +97,65 @@ def test_a_gain_is_paired_and_in_the_bases_deviations(tmp_path: Path):
 
 def test_gains_that_oppose_each_other_correlate_negatively(tmp_path: Path):
     save_evaluations(tmp_path)
-    labels, values = gain_correlations(read_scores(tmp_path))
+    labels, values = gain_correlations(read_paired(tmp_path))
     assert labels == ["a", "b", "c"]
     assert values[0, 1] == pytest.approx(np.corrcoef([1, 0, 1], [-10, 0, -20])[0, 1])
     assert values[0, 1] < -0.8
     assert np.isnan(values[0, 2])  # what does not change has no correlation
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_gains_are_of_the_prompts_and_seeds_that_both_evaluations_have(tmp_path: Path):
+    save_evaluations(tmp_path)
+    seeds = [9, 7, 5, 6, 4]  # of which 5 and 7 are of the same prompts as in the first evaluation
+    scores = {"a": torch.tensor([50.0, 5.0, 3.0, 70.0, 80.0]), "b": torch.tensor([0.0, 20.0, 20.0, 1.0, 2.0])}
+    save_scores(tmp_path / "evaluations" / "000008.jsonl", ["p", "r", "p", "x", "s"], seeds, scores)
+    curves = gains(read_paired(tmp_path))
+    assert curves["a"][2:] == [(8, pytest.approx(2 / np.std(FIRST["a"])))]
+    assert curves["b"][2:] == [(8, pytest.approx(0))]
+    assert [step for step, _ in curves["c"]] == [0, 7]  # which is not watched any more
+    labels, values = gain_correlations(read_paired(tmp_path))
+    assert (labels, values.shape) == (["a", "b", "c"], (3, 3))
+    save_scores(tmp_path / "evaluations" / "000009.jsonl", ["p", "q", "r", "s"], [1, 2, 3, 4], {"a": torch.ones(4)})
+    evaluations = read_paired(tmp_path)
+    assert gains(evaluations) == curves
+    assert np.isnan(gain_correlations(evaluations)[1]).all()
+
+
+def save_mixed(output_dir: Path) -> None:
+    """A run whose evaluations after iteration 2 are of other prompts, and of others once more after iteration 4."""
+    scores = {"a": torch.rand(3), "b": torch.rand(3)}
+    rows = []
+    for step, count in ((0, 2), (2, 2), (4, 3), (6, 3), (8, 1)):
+        raw = {label: values[:count] for label, values in scores.items()}
+        save_scores(output_dir / "evaluations" / f"{step:06d}.jsonl", ["p", "q", "r"][:count], [5, 6, 7][:count], raw)
+        save_grid(output_dir / "samples" / f"{step:06d}.png", [solid(COLORS[0])] * count, ["caption"] * count)
+        rows.append({"step": step, "rollout/a_mean": 0.1, "eval/reward_mean": step / 10, "eval/m": float(step)})
+    (output_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_held_out_curve_does_not_join_other_prompts(tmp_path: Path):
+    save_mixed(tmp_path)
+    rows, axis = read_metrics(tmp_path / "metrics.jsonl"), Figure().subplots()
+    draw_curve(axis, rows, tmp_path)
+    assert {line.get_label(): line.get_xdata().tolist() for line in axis.lines} == {
+        "held-out reward": [0, 2],
+        "held-out reward, other prompts": [4, 6],
+        "held-out reward, other prompts (2)": [8],
+    }
+    (measured,) = Figure().subplots(1, 1, squeeze=False)[0]
+    draw_measures([measured], rows, ["m"], {0: 0, 2: 0, 4: 1, 6: 1, 8: 2})
+    assert [line.get_xdata().tolist() for line in measured.lines] == [[0, 2], [4, 6], [8]]
+    assert write_summary(tmp_path).is_file()
+
+
+def test_runs_are_compared_by_curves_that_do_not_join_other_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_mixed(tmp_path)
+    drawn: list[list[int]] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axis, x, y, **style: drawn.append([*x]))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axis: None)
+    write_comparison([tmp_path], tmp_path / "curves.png")
+    assert drawn == [[0, 2], [4, 6], [8]]
 
 
 def test_the_summary_of_several_rewards_has_a_line_for_each(tmp_path: Path):

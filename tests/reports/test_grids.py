@@ -9,7 +9,8 @@ import pytest
 from pictures import COLORS, solid
 from PIL import Image
 
-from ngrpo_lora.reports.grids import CAPTION_PX, CELL_PX, save_grid
+from ngrpo_lora.records.pictures import read_png_text
+from ngrpo_lora.reports.grids import CAPTION_PX, CELL_PX, save_grid, save_shown
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 6, 1), (6, 6, 1), (7, 6, 2), (8, 3, 3)])
@@ -50,3 +51,10 @@ def test_a_picture_keeps_its_proportions(width_px: int, height_px: int, tmp_path
 def test_as_many_captions_as_images(tmp_path: Path):
     with pytest.raises(ValueError, match="zip"):
         save_grid(tmp_path / "grid.png", [solid(COLORS[0])] * 2, ["one"])
+
+
+def test_shown_pictures_take_the_place_of_all_earlier_ones(tmp_path: Path):
+    for count in (3, 2):
+        save_shown(tmp_path / "last", [solid(color) for color in COLORS[:count]], ["a"] * 3, [7, 8, 9])
+    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == ["0.png", "1.png"]
+    assert read_png_text(tmp_path / "last" / "1.png") == {"prompt": "a", "seed": "8"}

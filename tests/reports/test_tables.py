@@ -6,6 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
+from ngrpo_lora.records.metrics import save_scores
 from ngrpo_lora.reports.tables import comparison_table, figures, figures_table, markdown_table
 
 FIRST = {"eval/reward_mean": 0.25, "eval/strict_accuracy": 0.125, "eval/world_mean": 0.25}
@@ -74,3 +77,23 @@ def test_a_table_has_a_line_for_the_head_its_alignment_and_every_row():
         "| b | None |",
     ]
     assert "| :---: | :---: |" in markdown_table(["a", "b"], [], ":---:")
+
+
+def test_no_difference_is_told_of_other_prompts(tmp_path: Path):
+    run = write_run(tmp_path / "run", FIRST, LAST)
+    for step, seed in ((0, 5), (4, 6)):
+        save_scores(run / "evaluations" / f"{step:06d}.jsonl", ["a"], [seed], {"world": torch.zeros(1)})
+    assert figures(run)[0] == "held-out reward           before 0.250  after 0.750  (other prompts)"
+    assert figures_table(run).splitlines()[2] == "| reward | 0.250 | 0.750 | other prompts |"
+    row = "| run | 4 | 0.0 | 0.250 → 0.750 (other prompts) | 12.5% → 50.0% (other prompts) |"
+    assert comparison_table([run]).splitlines()[-1] == row
+
+
+def test_a_figure_of_one_evaluation_alone_is_not_compared(tmp_path: Path):
+    """A watched reward that was added or taken out on the way, and so the pass-or-fail one."""
+    first, last = ({key: row[key] for key in row if key != "eval/strict_accuracy"} for row in (FIRST, LAST))
+    left, kept = {"eval/a_mean": 2.0, "eval/b_mean": 1.0}, {"eval/a_mean": 3.0}
+    rows = [first | left, last | left, LAST | kept, {"rollout/reward_mean": 0.5}]
+    run = write_run(tmp_path / "run", *rows)
+    assert [line[9:19].strip() for line in figures(run)] == ["reward", "world", "a"]
+    assert comparison_table([run]).splitlines()[-1] == "| run | 12 | 0.0 | 0.250 → 0.750 |  |"

@@ -22,8 +22,9 @@ from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, parse_config
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.records.metrics import save_scores
 from ngrpo_lora.sampling.sampler import draw, sample_images
-from ngrpo_lora.training.export import check_export
+from ngrpo_lora.training.export import check_export, held_out
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
 from ngrpo_lora.world import EMBEDDED
@@ -120,6 +121,16 @@ def test_the_header_describes_the_adapter(adapter: Path, finished_run: FinishedR
     assert header["modelspec.architecture"] == "flux-1-dev/lora"
     assert header["modelspec.resolution"] == "64x64"
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4.0")
+
+
+def test_the_header_has_no_figures_of_other_prompts_side_by_side(tmp_path: Path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 0, "eval/reward_mean": 0.25}\n{"step": 4, "eval/reward_mean": 0.5}\n')
+    for step in (0, 4):
+        save_scores(tmp_path / "evaluations" / f"{step:06d}.jsonl", ["a"], [5], {"a": torch.zeros(1)})
+    assert held_out(metrics) == {"iteration": 4, "before": {"reward_mean": 0.25}, "after": {"reward_mean": 0.5}}
+    save_scores(tmp_path / "evaluations" / "000004.jsonl", ["a"], [6], {"a": torch.zeros(1)})
+    assert held_out(metrics) == {}
 
 
 def test_the_exported_file_is_the_average(finished_run: FinishedRun):

@@ -11,7 +11,6 @@ from ngrpo_lora.evaluation.report.charts import Line, chart
 from ngrpo_lora.evaluation.report.markup import Html, escaped, picture, section, table, warning
 from ngrpo_lora.evaluation.report.record import Record, names
 from ngrpo_lora.evaluation.report.sections import GROUP_PX, grid, in_minutes, paragraph
-from ngrpo_lora.records.metrics import series
 
 __all__ = ["sections"]
 
@@ -67,8 +66,9 @@ def curves(named: dict[str, Record]) -> Html:
 
     def lines(key: str) -> list[Line]:
         return [
-            Line(name, series(record.rows, key), color=number, dots=True)
+            Line(title, points, color=number, dots=True)
             for number, (name, record) in enumerate(named.items())
+            for title, points in record.held_out(key, name).items()
         ]
 
     return section("Curves", grid([chart(title, "score", lines(key)) for key, title in keys.items()]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ngrpo_lora.evaluation.report.record import Record
-from ngrpo_lora.records.metrics import series
+from ngrpo_lora.records.metrics import has_same_prompts, series
 
 __all__ = ["FIGURES", "Figure", "Finding", "findings", "recent", "warnings"]
 
@@ -110,7 +110,7 @@ def findings(rows: Sequence[Mapping[str, Any]], group_size: int) -> Iterator[Fin
 def hacking(record: Record) -> Iterator[Finding]:
     """Give every watched reward that gets worse, beyond its interval, while the trained one rises."""
     rewards = [value for _, value in series(record.rows, "eval/reward_mean")]
-    if len(rewards) < 2 or rewards[-1] <= rewards[0]:
+    if len(rewards) < 2 or rewards[-1] <= rewards[0] or not has_same_prompts(record.folder):
         return
     trained = {reward.key for reward in record.trained}
     lower_is_better = {reward.key for reward in record.config.evaluation.rewards if reward.weight < 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.runs import Pairs, read_pairs
 from ngrpo_lora.evaluation.statistics import Difference
 from ngrpo_lora.records.files import written_folder
-from ngrpo_lora.records.metrics import read_metrics, series
+from ngrpo_lora.records.metrics import held_out_series, prompt_sets, read_metrics, series
 from ngrpo_lora.records.pictures import read_png_text, save_png
 from ngrpo_lora.training.best import ended_early
 
@@ -28,7 +28,7 @@ GROUP_PX = 512  # kept pictures of a group have at most this size
 
 @dataclass(frozen=True)
 class Shown:
-    """A held-out prompt's picture by the base, and by the last evaluation where there is a later one.
+    """A held-out prompt's picture by the base, and by the last evaluation where there is a later one that drew it.
 
     source: what both were edited from, of a model that edits.
     """
@@ -86,6 +86,15 @@ class Record:
         return sum(value or 0.0 for row in self.rows for key, value in row.items() if key.startswith("time/"))
 
     @cached_property
+    def sets(self) -> dict[int, int]:
+        """Which evaluations drew the same prompts and seeds, as `prompt_sets`."""
+        return prompt_sets(self.folder)
+
+    def held_out(self, key: str, name: str) -> dict[str, list[tuple[int, float]]]:
+        """Points of a metric of evaluations, by the name of their curve: one for each set of prompts."""
+        return held_out_series(self.rows, key, self.sets, name)
+
+    @cached_property
     def pairs(self) -> Pairs | None:
         """First and last evaluation; None where there are not two yet."""
         with contextlib.suppress(ConfigError):
@@ -120,10 +129,11 @@ class Record:
         found = []
         for before in sorted((self.folder / "samples" / "first").glob("*.png"), key=lambda path: int(path.stem)):
             after, text = self.folder / "samples" / "last" / before.name, read_png_text(before)
-            there = after if later and after.is_file() else None
+            paired = later and after.is_file() and pair_of(read_png_text(after)) == pair_of(text)
             source = self.folder / "samples" / "sources" / before.name
             same = source.is_file() and read_png_text(source).get("prompt") == text.get("prompt")
-            found.append(Shown(text.get("prompt", ""), text.get("seed", ""), before, there, source if same else None))
+            prompt, seed = pair_of(text)
+            found.append(Shown(prompt, seed, before, after if paired else None, source if same else None))
         return found
 
     @cached_property
@@ -136,6 +146,11 @@ class Record:
                 found.append(Candidate(text["prompt"], int(text["iteration"]), float(text["reward"]), path))
         ranked = sorted(found, key=lambda one: (-one.reward, int(one.path.stem)))
         return [one for one in ranked if one.iteration <= self.iteration]
+
+
+def pair_of(text: Mapping[str, str]) -> tuple[str, str]:
+    """The prompt and the seed of a picture by its PNG text: pictures that have both in common can be compared."""
+    return text.get("prompt", ""), text.get("seed", "")
 
 
 def save_group(

@@ -50,11 +50,11 @@ def curves(record: Record) -> Html:
     for label in labels:
         kind = "trained on" if label in trained else "watched"
         if label != record.strict and not (len(trained) == 1 and label in trained):
-            points = series(rows, f"eval/{label}_mean")
-            charts.append(chart(f"Held-out {label} ({kind})", label, [Line(label, points, dots=True, color=2)]))
+            lines = held_out_lines(record, f"eval/{label}_mean", label, color=2)
+            charts.append(chart(f"Held-out {label} ({kind})", label, lines))
     for name in measured(next((row for row in rows if "eval/reward_mean" in row), {})):
-        points = series(rows, f"eval/{name}")
-        charts.append(chart(f"Held-out {name} (measure)", name, [Line(name, points, dots=True, color=3)]))
+        lines = held_out_lines(record, f"eval/{name}", name, color=3)
+        charts.append(chart(f"Held-out {name} (measure)", name, lines))
     return section("Curves", grid(charts))
 
 
@@ -69,7 +69,7 @@ def training_curve(record: Record) -> Html:
     lines = [
         Line("training", training, spread, color=0, faint=True),
         Line(f"training, mean of {width}", running_mean(training, width) if width > 1 else [], color=0),
-        Line("held-out", series(record.rows, "eval/reward_mean"), color=1, dots=True),
+        *held_out_lines(record, "eval/reward_mean", "held-out", color=1),
     ]
     note = "The band is one standard deviation of the candidates about their group's mean." if spread else ""
     return chart(f"Reward: {' + '.join(reward.key for reward in record.trained)}", "reward", lines, note)
@@ -77,8 +77,13 @@ def training_curve(record: Record) -> Html:
 
 def accuracy_curve(record: Record) -> Html:
     """Strict accuracy over the evaluations."""
-    points = series(record.rows, "eval/strict_accuracy")
-    return chart("Held-out strict accuracy", "share of pictures", [Line("strict accuracy", points, color=4, dots=True)])
+    lines = held_out_lines(record, "eval/strict_accuracy", "strict accuracy", color=4)
+    return chart("Held-out strict accuracy", "share of pictures", lines)
+
+
+def held_out_lines(record: Record, key: str, name: str, color: int) -> list[Line]:
+    """A metric of evaluations as a line, and as one more for each set of other prompts that evaluations drew."""
+    return [Line(title, points, color=color, dots=True) for title, points in record.held_out(key, name).items()]
 
 
 def grid(figures: Sequence[Html], kind: str = "charts") -> Html:

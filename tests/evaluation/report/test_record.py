@@ -11,6 +11,7 @@ from PIL import Image
 
 from ngrpo_lora.config import TrainerConfig
 from ngrpo_lora.evaluation.report.record import GROUP_PX, Record, names, save_group
+from ngrpo_lora.records.pictures import save_png
 
 
 def test_a_record_says_where_its_run_stands(write_run):
@@ -32,6 +33,15 @@ def test_scores_and_pictures_are_those_of_the_first_and_last_evaluation(write_ru
     assert [(shown.seed, shown.after is not None) for shown in record.shown] == [("7", True), ("9", True)]
     first_only = replace(record, rows=record.rows[:1])
     assert [shown.after for shown in first_only.shown] == [None, None]  # they are of a run before
+
+
+def test_pictures_of_another_prompt_or_seed_are_no_pair(write_run):
+    record = write_run()
+    last = record.folder / "samples" / "last"
+    for text in ({"prompt": "a red star", "seed": "8"}, {"prompt": "a blue star", "seed": "7"}, {}):
+        save_png(last / "0.png", Image.new("RGB", (64, 64)), text)
+        again = Record.read(record.folder, record.config, is_running=False)
+        assert [(shown.seed, shown.after) for shown in again.shown] == [("7", None), ("9", last / "2.png")]
 
 
 def test_a_group_is_kept_small_and_read_best_first(write_run, tmp_path: Path):

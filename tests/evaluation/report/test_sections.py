@@ -8,7 +8,7 @@ import pytest
 from conftest import MakeConfig
 from PIL import Image
 
-from ngrpo_lora.evaluation.report import comparison, sections
+from ngrpo_lora.evaluation.report import comparison, health, sections
 from ngrpo_lora.evaluation.report.record import Record
 from ngrpo_lora.evaluation.statistics import share_interval
 from ngrpo_lora.records.files import digest
@@ -102,3 +102,18 @@ def test_the_band_is_left_out_where_it_has_another_scale(write_run, make_config:
 @pytest.mark.parametrize(("seconds", "words"), [(40.4, "40 s"), (725, "12 min"), (11100, "3 h 05 min")])
 def test_durations_in_words(seconds: float, words: str):
     assert sections.in_minutes(seconds) == words
+
+
+def test_curves_and_warnings_do_not_compare_other_prompts(write_run):
+    record = write_run(watched=-2.0)
+    assert "other prompts" not in sections.curves(record)
+    assert len(health.warnings(record)) == 1
+    path = record.folder / "evaluations" / "000010.jsonl"
+    path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    again = Record.read(record.folder, record.config, is_running=False)
+    page = sections.curves(again)
+    assert "held-out from 0.2 to 0.2; held-out, other prompts from 0.6 to 0.6" in page
+    assert "strict accuracy, other prompts from 0.6 to 0.6" in page
+    assert "world_manifold, other prompts from 0.6 to 0.6" in page
+    assert "run, other prompts" in comparison.curves({"run": again})
+    assert health.warnings(again) == []
