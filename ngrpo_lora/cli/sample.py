@@ -14,13 +14,14 @@ from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.seeds import consecutive_seeds
 
 if TYPE_CHECKING:
+    from ngrpo_lora.prompts.pictures import SourcePicture
     from ngrpo_lora.sampling.recipes import Drawing
 
 PromptTexts = Annotated[
     list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeat for several prompts.")
 ]
 Source = Annotated[
-    Path | None,
+    str | None,
     typer.Option(help="The picture to edit, or to start a video from, for prompts that have none of their own."),
 ]
 PromptSource = Annotated[
@@ -100,11 +101,10 @@ def sample(
     from ngrpo_lora.models._loading import family_class
     from ngrpo_lora.prompts import sources
     from ngrpo_lora.prompts.files import Prompt
-    from ngrpo_lora.prompts.pictures import SourcePicture
     from ngrpo_lora.sampling import recipes, settings
 
     info = settings.drawing_settings(adapters[0][0] if adapters else None, model)
-    picture = None if source is None else SourcePicture(source, str(source), "--source")
+    picture = None if source is None else named_picture(source)
     follow_sources = height is None and width is None and (like is None or source is not None)
     if like is not None:
         recipe = recipes.read_recipe(like, same_adapters=not adapters, same_source=source is None)
@@ -121,6 +121,16 @@ def sample(
     seeds = consecutive_seeds(seed or 0, num_images)
     drawings = recipes.draw_columns(info, columns, wanted, seeds, follow_sources)
     save_drawings(drawings, len(columns), output, grid)
+
+
+def named_picture(source: str) -> SourcePicture:
+    """The picture that --source names, by a path or a `file://` URL."""
+    if not source.strip():
+        raise ConfigError("--source must not be empty; name the picture to edit")
+
+    from ngrpo_lora.prompts.pictures import SourcePicture, find_picture
+
+    return find_picture(source, Path(), "--source") or SourcePicture(Path(source), source, "--source")
 
 
 def save_drawings(drawings: Iterable[Drawing], num_columns: int, output: Path, grid: bool) -> None:

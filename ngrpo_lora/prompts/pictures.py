@@ -28,6 +28,7 @@ from ngrpo_lora.records.pictures import NoWhite, as_seen, read_png_text
 __all__ = ["SourcePicture", "find_picture", "is_picture_column", "read_source", "recorded_source", "take_pictures"]
 
 COLUMNS = ("source", "mask")
+FILE_URL = "file://"
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MIN_SIDE_PX = 32
 MAX_PIXELS = 2**26  # 8192 x 8192; what is larger may be a bomb: a small file that fills the memory
@@ -151,7 +152,8 @@ def find_picture(value: Any, folder: Path, place: str) -> SourcePicture | None:
     """The picture that a cell of a picture column means, or None where it means none.
 
     That is the bytes of a file, as datasets have them, or text: a `file://` URL, the name of a file that is there, or
-    one with the ending of a picture. Other text is metadata, such as where a caption is from.
+    one with the ending of a picture; `~` is the user's own folder. Other text is metadata, such as where a caption is
+    from.
 
     Args:
         folder: what a relative path counts from.
@@ -166,9 +168,10 @@ def find_picture(value: Any, folder: Path, place: str) -> SourcePicture | None:
         return SourcePicture(value, "bytes", place)
     if not isinstance(value, str) or not value.strip():
         return None
-    host, slash, rest = value.removeprefix("file://").partition("/")
-    is_url = value.startswith("file://") and host in ("", "localhost")
-    path = Path(url2pathname(slash + rest)) if is_url else folder / value
+    text = value.strip()
+    host, slash, rest = text[len(FILE_URL) :].partition("/")
+    is_url = text.lower().startswith(FILE_URL) and host in ("", "localhost")
+    path = Path(url2pathname(slash + rest)) if is_url else folder / os.path.expanduser(text)
     named_so = Image.registered_extensions().get(path.suffix.lower()) in FORMATS
     return SourcePicture(path, value, place) if is_url or named_so or os.path.isfile(path) else None
 

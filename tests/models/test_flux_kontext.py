@@ -226,6 +226,11 @@ def test_a_command_that_draws_checks_pictures_first(folder: Path, tmp_path: Path
     gone = refuse(*one, "--model", folder, "--source", "gone.png")
     assert "--prompt must have readable source pictures, but 'gone.png' (--source) is no file" in gone
     picture(tmp_path, 3)
+    assert "--source must not be empty; name the picture to edit" in refuse(*one, "--model", folder, "--source", " ")
+    url = (tmp_path / "gone.png").as_uri()
+    assert f"'{url}' (--source) is no file ('{tmp_path / 'gone.png'}')" in refuse(
+        *one, "--model", folder, "--source", url
+    )
     none = refuse(*one, "--model", "embedded", "--source", "3.png")
     assert "--prompt must have no source pictures for 'embedded', which edits none" in none
 

@@ -240,11 +240,13 @@ def test_other_text_in_a_column_of_that_name_is_metadata_as_ever():
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "parquet"])
-def test_a_path_counts_from_the_folder_of_the_prompts_whatever_the_table(suffix: str):
+def test_a_path_counts_from_the_folder_of_the_prompts_whatever_the_table(suffix: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(Path.cwd() / "there"))
     (folder := Path("there/pictures")).mkdir(parents=True)
     written(str(folder / "a b.png"), saved(halves()))
     absolute = folder.absolute() / "a b.png"
     sources = ["pictures/a b.png", str(absolute), absolute.as_uri(), f"file://localhost{absolute.as_uri()[7:]}"]
+    sources += [f"FILE://{absolute.as_uri()[7:]}", " pictures/a b.png ", "~/pictures/a b.png"]
     rows = [{"prompt": "make it blue", "source": source} for source in sources]
     file = f"there/edits.{suffix}"
     if suffix == "parquet":
@@ -257,7 +259,7 @@ def test_a_path_counts_from_the_folder_of_the_prompts_whatever_the_table(suffix:
             "\n".join(between.join(row) for row in [["prompt", "Source"], *(r.values() for r in rows)])
         )
     prompts = read_prompts(file).prompts
-    assert len(prompts) == 4  # the same words of another picture are another prompt
+    assert len(prompts) == len(sources)  # the same words of another picture are another prompt
     check_sources("prompts.train", prompts, True, "owner/model")
     found = [prompt.source for prompt in prompts if prompt.source is not None]
     assert len({source.digest for source in found}) == 1
