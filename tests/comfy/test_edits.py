@@ -177,7 +177,7 @@ algorithm.num_anchors=2
 algorithm.num_train_steps=2
 algorithm.min_reward_spread=0
 lora.rank=4
-optimizer.learning_rate=1e-2
+optimizer.learning_rate=5e-2
 evaluation.num_prompts=2
 """
 
