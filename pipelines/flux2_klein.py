@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import Flux2KleinPipeline
 
 from .flux2_drawing import Flux2Drawing
-from .neighbor_grpo import NeighborGRPOMixin, Settings
+from .neighbor_grpo import NeighborGRPOMixin, Settings, prompt_count
 from .scheduling_flow_dpm import FlowDPMSolverMultistepScheduler
 
 
@@ -21,9 +21,7 @@ class NeighborGRPOFlux2KleinPipeline(Flux2Drawing, NeighborGRPOMixin, Flux2Klein
         """An adapter's settings; the stock pipeline takes a negative prompt as its embeddings alone."""
         defaults = super()._defaults(settings, call)
         if text := defaults.pop("negative_prompt", ""):
-            prompts = call.get("prompt", call.get("prompt_embeds", ""))
-            count = 1 if isinstance(prompts, str) else len(prompts)
             tokens = call.get("max_sequence_length", settings.max_sequence_length)
             embeds, _ = self.encode_prompt(prompt=text, max_sequence_length=tokens)
-            defaults["negative_prompt_embeds"] = embeds.repeat(count, 1, 1)
+            defaults["negative_prompt_embeds"] = embeds.repeat(prompt_count(call), 1, 1)
         return defaults

@@ -472,12 +472,17 @@ def split_prompts(call: dict[str, Any]) -> list[dict[str, Any]]:
         ValueError: not as many of one argument as there are prompts.
     """
     of_prompts = {name: call.pop(name) for name in [*call] if "prompt" in name}
-    main = of_prompts.get("prompt", of_prompts.get("prompt_embeds", ""))
-    count = 1 if isinstance(main, str) else len(main)
+    count = prompt_count(of_prompts)
     for name, value in of_prompts.items():
         if not count or not isinstance(value, str) and len(value) != count:
             raise ValueError(f"{name} must be one value or as many as there are prompts, {count}, got {len(value)}")
     return [{name: row(value, i) for name, value in of_prompts.items()} for i in range(count)]
+
+
+def prompt_count(call: dict[str, Any]) -> int:
+    """How many prompts there are among the arguments of a call."""
+    main = call.get("prompt", call.get("prompt_embeds", ""))
+    return 1 if isinstance(main, str) else len(main)
 
 
 def row(value: Any, i: int) -> Any:

@@ -27,7 +27,7 @@ from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.devices import resolve_device, resolve_dtype, use_device
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.models._index import hub_file, model_index
+from ngrpo_lora.models._index import hub_file, model_index, pipeline_of
 from ngrpo_lora.models._loading import family_class
 from ngrpo_lora.models._quantization import check_quantization, quantize_linears
 from ngrpo_lora.prompts.files import Prompt
@@ -97,6 +97,16 @@ def read_blueprint(config: ModelConfig) -> Blueprint:
 def architectures() -> dict[str, dict[str, Any]]:
     """The parts of the models that the package knows, by their Hub ids."""
     return yaml.safe_load(ARCHITECTURES.read_text(encoding="utf-8"))["models"]
+
+
+def known_pipeline(config: ModelConfig) -> str:
+    """The name of the pipeline that a model is made for; of one that the package knows nothing is looked up.
+
+    Raises:
+        UserError: as `pipeline_of`.
+    """
+    known = architectures().get(config.path)
+    return pipeline_of(config) if known is None else known["pipeline"]
 
 
 @cache

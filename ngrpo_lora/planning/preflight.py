@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, RunConfig, changed_keys, load_config, named_functions
@@ -15,6 +16,9 @@ from ngrpo_lora.prompts.sources import read_split
 from ngrpo_lora.records.checkpoints import checkpoints, find, iteration_of, number, resolve
 from ngrpo_lora.records.ownership import owner
 from ngrpo_lora.world import MODELS
+
+if TYPE_CHECKING:
+    from ngrpo_lora.adapters.reading import AdapterFile
 
 __all__ = ["check_functions", "check_resumable", "check_run", "check_settings"]
 
@@ -142,7 +146,7 @@ def _init_from(config: RunConfig) -> Iterator[str]:
     except UserError as error:
         yield f"lora.init_from: {error}"
         return
-    if family is not None and file.families and family not in file.families:
+    if is_foreign(file, family):
         yield (
             f"lora.init_from must be a LoRA file of {config.model.path!r}, but {str(config.lora.init_from)!r} is of "
             f"{file.fits}"
@@ -168,8 +172,13 @@ def _fused(config: RunConfig) -> Iterator[str]:
         except UserError as error:
             yield str(error) if "model.fuse" in str(error) else f"model.fuse: {error}"
             continue
-        if family is not None and file.families and family not in file.families:
+        if is_foreign(file, family):
             yield f"model.fuse must be LoRA files of {config.model.path!r}, but {path!r} is of {file.fits}"
+
+
+def is_foreign(file: AdapterFile, family: str | None) -> bool:
+    """Whether a LoRA file is known to be of other families than the model's, which may not be known."""
+    return family is not None and bool(file.families) and family not in file.families
 
 
 def _of_edits(config: RunConfig) -> Iterator[str]:
@@ -204,12 +213,10 @@ def _known_family(config: RunConfig) -> str | None:
 
 def _known_pipeline(config: RunConfig) -> str | None:
     """The pipeline that the model is made for, of models that the package knows without looking; None: not known."""
-    from ngrpo_lora.models._blueprint import architectures
-    from ngrpo_lora.models._index import pipeline_of
+    from ngrpo_lora.models._blueprint import known_pipeline
 
-    known = architectures().get(config.model.path)
     try:
-        return pipeline_of(config.model) if known is None else known["pipeline"]
+        return known_pipeline(config.model)
     except UserError:
         return None
 

@@ -13,8 +13,8 @@ from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig, load_config, preset_names
 from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.models._blueprint import architectures
-from ngrpo_lora.models._index import model_index, pipeline_of
+from ngrpo_lora.models._blueprint import architectures, known_pipeline
+from ngrpo_lora.models._index import pipeline_of
 from ngrpo_lora.models._loading import family_classes
 from ngrpo_lora.models._quantization import NEED_GPU
 from ngrpo_lora.prompts.files import Prompt
@@ -58,7 +58,7 @@ def own_settings(path: str | None, adapter: str | Path | None = None) -> Adapter
     presets, known = preset_by_model(), architectures()
     found = presets.get(path)
     if found is None:
-        pipeline = known[path]["pipeline"] if path in known else model_index(path)["_class_name"]
+        pipeline = known_pipeline(ModelConfig(path=path))
         alike = (run for model, run in presets.items() if known.get(model, {}).get("pipeline") == pipeline)
         found = next(alike, None)
     if found is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import refuse, run
+from commands import refuse
 from conftest import MakeConfig
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
@@ -37,9 +37,10 @@ from family_checks import (
     stock,
 )
 from hunyuan_parts import SMALL, make_first_frame_folder
-from PIL import Image, ImageSequence
+from PIL import Image
 from rounding import relative_error
 from safetensors import safe_open
+from video_checks import check_sampled_videos
 
 from ngrpo_lora.adapters import lora
 from ngrpo_lora.adapters.finding import FILE_NAME
@@ -306,28 +307,10 @@ def test_lora_adapts_the_same_layers_as_from_text(trained: Run):
 # Drawing by the commands --------------------------------------------------------------------------------------------
 
 
-def frames_of(path: str | Path) -> list[bytes]:
-    with Image.open(path) as file:
-        return [frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(file)]
-
-
 def test_a_video_says_what_it_starts_from_and_like_draws_it_again(
     trained: Run, tmp_path: Path, place: Path, prompts: Path
 ):
-    source, adapter = place / "0.png", trained.output_dir / "adapter" / FILE_NAME
-    two = ("sample", "--adapter", adapter, "--steps", 2, "--output")
-    (first,) = run(*two, tmp_path / "first", "--prompt", "a red star", "--source", source)
-    with Image.open(first) as file:
-        assert file.size == (64, 32)
-        assert json.loads(file.text["ngrpo"])["source"]["name"] == str(source)  # pyright: ignore[reportAttributeAccessIssue]
-    drawn = frames_of(first)
-    assert len(drawn) == 5
-    for words, alike in (([], True), (["--source", place / "1.png"], False)):
-        (again,) = run(*two, tmp_path / "again", "--like", first, *words)
-        assert (frames_of(again) == drawn) == alike
-    sides = ("--height", 32, "--width", 32)
-    sized = run(*two, tmp_path / "sized", "--prompts", prompts, "--num-prompts", 2, *sides)
-    assert [(Image.open(path).size, len(frames_of(path))) for path in sized] == [((32, 32), 5)] * 2
+    check_sampled_videos(trained.output_dir / "adapter" / FILE_NAME, place, prompts, tmp_path, (64, 32))
 
 
 def test_a_comparison_draws_from_the_sources_of_its_prompts(family: BaseFamily, tmp_path: Path, edits: list[Prompt]):

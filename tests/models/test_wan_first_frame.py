@@ -33,10 +33,11 @@ from family_checks import (
     record,
     stock,
 )
-from PIL import Image, ImageSequence
+from PIL import Image
 from rounding import relative_error
 from safetensors import safe_open
 from transformers import UMT5EncoderModel
+from video_checks import check_sampled_videos
 from wan_parts import SMALL, make_first_frame_folder
 
 from ngrpo_lora.adapters.finding import FILE_NAME
@@ -345,11 +346,6 @@ def test_rewards_and_the_grid_see_frames_beside_the_source(
 # Drawing by the commands --------------------------------------------------------------------------------------------
 
 
-def frames_of(path: str | Path) -> list[bytes]:
-    with Image.open(path) as file:
-        return [frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(file)]
-
-
 @pytest.fixture
 def adapter(single: Path, make_config: MakeConfig, tmp_path: Path, prompts: Path) -> Path:
     """An adapter that has an effect, without a run."""
@@ -363,19 +359,8 @@ def adapter(single: Path, make_config: MakeConfig, tmp_path: Path, prompts: Path
 
 
 def test_a_video_says_what_it_starts_from_and_like_draws_it_again(adapter: Path, tmp_path: Path, prompts: Path):
-    source, two = tmp_path / "0.png", ("sample", "--adapter", adapter, "--steps", 2, "--output")
-    (first,) = run(*two, tmp_path / "first", "--prompt", "a red star", "--source", source)
-    with Image.open(first) as file:
-        assert file.size == (32, 16)
-        assert json.loads(file.text["ngrpo"])["source"]["name"] == str(source)  # pyright: ignore[reportAttributeAccessIssue]
-    drawn = frames_of(first)
+    drawn = check_sampled_videos(adapter, tmp_path, prompts, tmp_path, (32, 16))
     assert len(set(drawn)) == 5
-    for words, alike in (([], True), (["--source", tmp_path / "1.png"], False)):
-        (again,) = run(*two, tmp_path / "again", "--like", first, *words)
-        assert (frames_of(again) == drawn) == alike
-    sides = ("--height", 32, "--width", 32)
-    sized = run(*two, tmp_path / "sized", "--prompts", prompts, "--num-prompts", 2, *sides)
-    assert [(Image.open(path).size, len(frames_of(path))) for path in sized] == [((32, 32), 5)] * 2
 
 
 def test_a_comparison_draws_from_the_sources_of_its_prompts(family: BaseFamily, tmp_path: Path, edits: list[Prompt]):
