@@ -90,9 +90,10 @@ class Interface:
         self.page.locator(".templates-tab-button").click()
         self.page.get_by_role("dialog").get_by_text("ngrpo-lora", exact=True).first.click()
         card = self.page.get_by_test_id(f"template-workflow-{name}")
+        before = self.page.evaluate_handle("() => app.graph._nodes[0]")
         card.click()
         card.wait_for(state="detached")
-        self.page.wait_for_function("() => app.graph._nodes.length > 3")
+        self.page.wait_for_function("(before) => ![undefined, before].includes(app.graph._nodes[0])", arg=before)
         self.settle()
 
     def press_run(self) -> None:
@@ -186,16 +187,16 @@ class Interface:
         return self.page.locator(".p-dialog").all_inner_texts()
 
     def add_by_search(self, words: str) -> None:
-        """Add the first node that the search finds to an empty graph."""
+        """Add the first node that the search finds to an empty graph; the words are in its name."""
         self.page.evaluate("() => app.graph.clear()")
-        self.page.mouse.dblclick(800, 600)
-        self.settle()
-        self.page.keyboard.type(words, delay=30)
-        self.settle()
-        self.page.keyboard.press("Enter")
-        self.settle()
+        self.page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+        search = self.page.get_by_role("combobox", name="Add a node...")
+        search.press_sequentially(words, delay=30)
+        self.page.locator("#results-list [aria-selected=true]").get_by_text(words).wait_for()
+        search.press("Enter")
+        self.page.wait_for_function("() => app.graph._nodes.length === 1 && app.graph._nodes[0].flags.ghost")
         self.page.mouse.click(800, 600)  # puts down what hangs at the pointer
-        self.page.wait_for_function("() => app.graph._nodes.length === 1")
+        self.page.wait_for_function("() => !app.graph._nodes[0].flags.ghost")
 
     def alone(self, kind: str) -> Image.Image:
         """A new node of a class, as Vue draws it, alone in the graph."""
@@ -233,6 +234,7 @@ def opened(
     page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
     page.goto(comfy.url)
     page.wait_for_function("() => window.app?.graph && document.querySelector('.templates-tab-button')")
+    page.wait_for_function("() => app.graph._nodes.length > 0")  # ComfyUI's own graph, which comes late
     interface = Interface(comfy, page, vue)
     interface.settle()
     yield interface
