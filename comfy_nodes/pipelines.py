@@ -19,8 +19,7 @@ from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.models._base import RELOADABLE
-from ngrpo_lora.models._blueprint import architectures
-from ngrpo_lora.models._index import INDEX
+from ngrpo_lora.models._index import INDEX, architectures
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.sampling.sampler import Sampler, solve
 from ngrpo_lora.sampling.settings import own_settings, with_settings

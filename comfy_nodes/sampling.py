@@ -15,7 +15,8 @@ from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.equations.noise import gaussian_noise, neighbor_noise
 from ngrpo_lora.equations.solvers import SOLVERS, dpmpp_2m_step, pairs
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.models._blueprint import architectures, make_family, read_blueprint
+from ngrpo_lora.models._blueprint import make_family, read_blueprint
+from ngrpo_lora.models._index import architectures
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.world import MODELS
 

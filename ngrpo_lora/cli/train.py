@@ -62,7 +62,7 @@ def train(
     alone = started_alone() or config.rewards.asks_people  # one page, which one process has
     asked = 1 if num_processes is None and alone else num_processes
     count = launching.process_count(config.model.device, asked, config.trainer.cpu_processes)
-    _warn_of_shortage(config, count)
+    _advise(config, count)
     if count == 1:
         _train(config)
         return
@@ -103,21 +103,28 @@ def _train_as_one_of_several(arguments: list[str] | None) -> None:
         raise typer.Exit(2) from None
 
 
-def _warn_of_shortage(config: RunConfig, gpus: int) -> None:
-    """Say before anything large is downloaded that the GPU is too small, and what would make the run fit."""
+def _advise(config: RunConfig, gpus: int) -> None:
+    """Say before anything large is downloaded what will not do well, and what would."""
+    from ngrpo_lora.models._distilled import distilled_note
+
+    for text in (distilled_note(config), _shortage(config, gpus)):
+        if text is not None:
+            typer.echo(f"ngrpo: {text}", err=True)
+
+
+def _shortage(config: RunConfig, gpus: int) -> str | None:
+    """That the GPU is too small, and what would make the run fit."""
     import torch
 
     if not (torch.cuda.is_available() and config.model.device.startswith(("auto", "cuda"))):
-        return
+        return None
     from ngrpo_lora import devices
     from ngrpo_lora.planning.report import shortage
 
     try:
-        text = shortage(config, devices.free_memory(), gpus)
+        return shortage(config, devices.free_memory(), gpus)
     except (UserError, subprocess.CalledProcessError):  # a model or a GPU that cannot be used says so when it is
-        return
-    if text is not None:
-        typer.echo(f"ngrpo: {text}", err=True)
+        return None
 
 
 def _train(config: RunConfig) -> None:

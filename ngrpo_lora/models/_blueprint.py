@@ -18,7 +18,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-import yaml
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -27,7 +26,7 @@ from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.devices import resolve_device, resolve_dtype, use_device
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.models._index import hub_file, model_index, pipeline_of
+from ngrpo_lora.models._index import architectures, hub_file, model_index
 from ngrpo_lora.models._loading import family_class
 from ngrpo_lora.models._quantization import check_quantization, quantize_linears
 from ngrpo_lora.prompts.files import Prompt
@@ -36,7 +35,6 @@ from ngrpo_lora.world import MODELS
 
 __all__ = ["BlankPrompts", "Blueprint", "blank_text", "make_family", "random_family", "read_blueprint"]
 
-ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
 TRANSFORMERS = ("transformer", "transformer_2")
 """Parts that compute velocities; the second one is there where two share the noise levels."""
 CONFIGS = {
@@ -91,22 +89,6 @@ def read_blueprint(config: ModelConfig) -> Blueprint:
         return read_files(config.path, config.revision)
     parts = {name: part for name, part in known.items() if name not in ("pipeline", "settings")}
     return Blueprint(known["pipeline"], known.get("settings", {}), parts, "the package's own figures")
-
-
-@cache
-def architectures() -> dict[str, dict[str, Any]]:
-    """The parts of the models that the package knows, by their Hub ids."""
-    return yaml.safe_load(ARCHITECTURES.read_text(encoding="utf-8"))["models"]
-
-
-def known_pipeline(config: ModelConfig) -> str:
-    """The name of the pipeline that a model is made for; of one that the package knows nothing is looked up.
-
-    Raises:
-        UserError: as `pipeline_of`.
-    """
-    known = architectures().get(config.path)
-    return pipeline_of(config) if known is None else known["pipeline"]
 
 
 @cache

@@ -1,12 +1,14 @@
-"""Finds the family of a model by the small `model_index.json` that every diffusers model has."""
+"""Finds the family of a model by the small `model_index.json` that every diffusers model has, or that we know."""
 
 from __future__ import annotations
 
 import ast
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
@@ -16,9 +18,10 @@ from ngrpo_lora.downloads import hub_errors
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.world import MODELS
 
-__all__ = ["family_of", "model_index", "model_json", "pipeline_of"]
+__all__ = ["architectures", "family_of", "known_pipeline", "model_index", "model_json", "pipeline_of"]
 
 INDEX = "model_index.json"
+ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
 
 
 def family_of(config: ModelConfig) -> str:
@@ -33,6 +36,22 @@ def family_of(config: ModelConfig) -> str:
 def pipeline_of(config: ModelConfig) -> str:
     """The name of the diffusers pipeline that a model is made for; otherwise as `family_of`."""
     return str(model_index(str(MODELS.get(config.path, config.path)), config.revision).get("_class_name"))
+
+
+@cache
+def architectures() -> dict[str, dict[str, Any]]:
+    """The parts of the models that the package knows, by their Hub ids."""
+    return yaml.safe_load(ARCHITECTURES.read_text(encoding="utf-8"))["models"]
+
+
+def known_pipeline(config: ModelConfig) -> str:
+    """The name of the pipeline that a model is made for; of one that the package knows nothing is looked up.
+
+    Raises:
+        UserError: as `pipeline_of`.
+    """
+    known = architectures().get(config.path)
+    return pipeline_of(config) if known is None else known["pipeline"]
 
 
 def family_of_pipeline(config: ModelConfig, pipeline: str) -> str:

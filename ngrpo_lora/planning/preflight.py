@@ -213,7 +213,7 @@ def _known_family(config: RunConfig) -> str | None:
 
 def _known_pipeline(config: RunConfig) -> str | None:
     """The pipeline that the model is made for, of models that the package knows without looking; None: not known."""
-    from ngrpo_lora.models._blueprint import known_pipeline
+    from ngrpo_lora.models._index import known_pipeline
 
     try:
         return known_pipeline(config.model)
@@ -299,8 +299,11 @@ def _other_kinds(output_dir: Path) -> Iterator[str]:
 
 
 def _new_run(config: RunConfig, output_dir: Path) -> Iterator[str]:
-    """Whether the folder holds another run; one that was killed before its first checkpoint may start again."""
-    path = output_dir / "config.yaml"
+    """Whether the folder holds another run; one that was killed before its first checkpoint may start again.
+
+    With other settings too, where not even the base was evaluated: a mistake in them may be what ended it.
+    """
+    path, metrics = output_dir / "config.yaml", output_dir / "metrics.jsonl"
     if not path.exists():
         return
     if checkpoints(output_dir) or any((output_dir / "adapter").glob("*")):
@@ -308,6 +311,8 @@ def _new_run(config: RunConfig, output_dir: Path) -> Iterator[str]:
             f"output_dir must not hold another run, but {config.output_dir!r} does; "
             "give resume=latest to go on with it, or another output_dir"
         )
+        return
+    if not (metrics.exists() and metrics.stat().st_size):
         return
     try:
         changed = _other_settings(load_config(path), config, MAY_CHANGE_BEFORE_BASE)

@@ -8,7 +8,7 @@ from pathlib import Path
 from ngrpo_lora.adapters.header import AdapterInfo, read_adapter
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import load_config
-from ngrpo_lora.models._blueprint import architectures
+from ngrpo_lora.models._index import architectures
 from ngrpo_lora.world import MODELS
 
 __all__ = ["Recommendation", "recommend"]

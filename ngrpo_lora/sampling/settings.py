@@ -13,8 +13,8 @@ from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig, load_config, preset_names
 from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.models._blueprint import architectures, known_pipeline
-from ngrpo_lora.models._index import pipeline_of
+from ngrpo_lora.models._distilled import distilled_steps
+from ngrpo_lora.models._index import architectures, known_pipeline, pipeline_of
 from ngrpo_lora.models._loading import family_classes
 from ngrpo_lora.models._quantization import NEED_GPU
 from ngrpo_lora.prompts.files import Prompt
@@ -42,8 +42,8 @@ def drawing_settings(adapter: str | Path | None, model: str | None, device: str 
 def own_settings(path: str | None, adapter: str | Path | None = None) -> AdapterInfo:
     """How a model is drawn: as an adapter says that was trained here, else as its preset or its family's trains it.
 
-    Only size, frames, steps and negative prompt are a preset's; shift and guidance are the model's own. A model
-    without a preset has the defaults, but 1024 x 1024 pixels.
+    Only size, frames, steps and negative prompt are a preset's; shift and guidance are the model's own, and so are the
+    steps of a model that is distilled. A model without a preset has the defaults, but 1024 x 1024 pixels.
 
     Args:
         path: the model; None is the one that the adapter names, or `embedded`.
@@ -61,10 +61,14 @@ def own_settings(path: str | None, adapter: str | Path | None = None) -> Adapter
         pipeline = known_pipeline(ModelConfig(path=path))
         alike = (run for model, run in presets.items() if known.get(model, {}).get("pipeline") == pipeline)
         found = next(alike, None)
-    if found is None:
-        return AdapterInfo(ModelConfig(path=path, height_px=1024, width_px=1024), RolloutConfig())
-    kept = found.model.model_dump(include={"height_px", "width_px", "num_frames", "negative_prompt"})
-    return AdapterInfo(ModelConfig(path=path, **kept), RolloutConfig(num_steps=found.rollout.num_steps))
+    own = {"height_px": 1024, "width_px": 1024}
+    num_steps = RolloutConfig().num_steps
+    if found is not None:
+        own = found.model.model_dump(include={"height_px", "width_px", "num_frames", "negative_prompt"})
+        num_steps = found.rollout.num_steps
+    model = ModelConfig(path=path, **own)
+    distilled = distilled_steps(model)
+    return AdapterInfo(model, RolloutConfig(num_steps=distilled[0] if distilled else num_steps))
 
 
 @cache

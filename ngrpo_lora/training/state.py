@@ -109,10 +109,15 @@ def check_complete(run: Run, reason: str | None) -> None:
 
 @contextmanager
 def checkpoint_on_error(run: Run) -> Iterator[None]:
-    """Whatever ends the block before its time, a checkpoint of the last complete iteration is written."""
+    """Whatever ends the block before its time, a checkpoint of the last complete iteration is written.
+
+    Where the evaluation of the base fails there is nothing to keep, and a corrected command begins in the same folder.
+    """
     try:
         yield
-    except BaseException:
+    except BaseException as failure:
+        if isinstance(failure, UserError) and run.iteration == 0 and run.evaluation_missing:
+            raise
         try:
             if run.kept is not None:
                 restore(run, run.kept)

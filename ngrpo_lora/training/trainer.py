@@ -51,6 +51,7 @@ def complete(run: Run) -> Metrics:
             evaluation = evaluate(run)
             run.best.note(run.iteration, evaluation)
             run.watchers.after_step(run.iteration, evaluation)
+            run.evaluation_missing = False
         while not stopped:
             metrics = iterate(run)
             run.watchers.after_update(run.iteration, metrics)

@@ -70,6 +70,7 @@ def test_train_refuses_bad_input_before_anything_loads(
     for name in ("held", "begun"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(dump_config(load_config(None, [f"output_dir={name}"])))
+    (tmp_path / "begun" / "metrics.jsonl").write_text('{"step": 0}\n')
     (tmp_path / "held" / "adapter").mkdir()
     (tmp_path / "held" / "adapter" / "pytorch_lora_weights.safetensors").touch()
     text = refuse("train", *words)
@@ -171,5 +172,18 @@ def test_a_gpu_that_is_too_small_is_told_before_training(
     config = load_config("demo", ["model.dtype=float32"])
     for free_gib, told in ((64, False), (0.8, True)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index, free=free_gib: (int(free * 2**30), 2**33))
-        train._warn_of_shortage(config, 1)
+        train._advise(config, 1)
         assert ("GiB are free; try " in capsys.readouterr().err) is told
+
+
+def test_other_steps_than_those_of_the_distillation_are_told_before_training(trained: list[RunConfig], tmp_path: Path):
+    words = ["train", "demo-turbo", "--num-processes", "1", f"output_dir={tmp_path / 'run'}"]
+    result = CliRunner().invoke(app, [*words, "rollout.num_steps=8", "evaluation.num_steps=16"])
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.output.split())
+    assert "embedded-turbo is distilled into 4 steps, but rollout.num_steps is 8 and evaluation.num_steps is 16" in told
+    assert told.endswith("give rollout.num_steps=4 evaluation.num_steps=4")
+    again = CliRunner().invoke(app, [*words, "rollout.num_steps=4", "evaluation.num_steps=4"])
+    assert again.exit_code == 0, again.output
+    assert "distilled" not in again.output
+    assert len(trained) == 2

@@ -195,6 +195,8 @@ class Interface:
         self.page.locator("#results-list [aria-selected=true]").get_by_text(words).wait_for()
         search.press("Enter")
         self.page.wait_for_function("() => app.graph._nodes.length === 1 && app.graph._nodes[0].flags.ghost")
+        search.wait_for(state="detached")
+        self.settle()  # what dims the page goes after it
         self.page.mouse.click(800, 600)  # puts down what hangs at the pointer
         self.page.wait_for_function("() => !app.graph._nodes[0].flags.ghost")
 

@@ -143,7 +143,7 @@ def test_no_weights_are_read(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_preset_can_be_planned_without_the_hub():
-    from ngrpo_lora.models._blueprint import architectures
+    from ngrpo_lora.models._index import architectures
 
     paths = {load_config(name).model.path for name in preset_names()} - {*MODELS}
     assert paths <= set(architectures())

@@ -11,7 +11,8 @@ import torch
 from ngrpo_lora.adapters import lora
 from ngrpo_lora.config import LoraConfig, ModelConfig
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.models._blueprint import Blueprint, architectures, blank_text, make_family, read_blueprint
+from ngrpo_lora.models._blueprint import Blueprint, blank_text, make_family, read_blueprint
+from ngrpo_lora.models._index import architectures
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.planning.meter import Meter
 from ngrpo_lora.planning.sketch import Sketch, adapted_layers, packed_size, sketch

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.models._blueprint import architectures
+from ngrpo_lora.models._index import architectures
 from ngrpo_lora.sampling.settings import drawing_settings, on_this_machine, own_settings, with_settings
 
 OTHER = AdapterInfo(

@@ -210,6 +210,23 @@ def test_a_reward_that_breaks_on_the_way_stops_the_run_where_it_can_go_on(make_c
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_reward_that_breaks_before_anything_is_made_can_be_replaced_in_the_same_folder(
+    make_config: MakeConfig, tmp_path: Path
+):
+    broken = tmp_path / "broken.py"
+    broken.write_text("def score(images, prompts, metadata):\n    return [float('nan')] * len(images)\n")
+    settings = ["trainer.num_iterations=1", "evaluation.strict=null"]
+    complete(prepare(make_config(tmp_path / "alone", *settings)))
+    with pytest.raises(UserError, match="evaluation of the base model"):
+        complete(prepare(make_config(tmp_path / "run", *settings, f"rewards={broken}:score")))
+    corrected = make_config(tmp_path / "run", *settings)
+    check_run(corrected)
+    complete(prepare(corrected))
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    with pytest.raises(UserError, match="output_dir must not hold another run"):
+        check_run(make_config(tmp_path / "run", *settings, "seed=7"))
+
+
 # Latents that are not finite ----------------------------------------------------------------------------------------
 
 
