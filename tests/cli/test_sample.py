@@ -158,9 +158,10 @@ def test_like_knows_the_files_that_the_base_has_taken_in(adapter: Path, tmp_path
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--steps", 1], "--steps Input should be greater than or equal to 2, got 1"),
+        (["--steps", 1], "--steps must be at least 2, got 1"),
         (["--height", 65], "--height must be a multiple of 16, got 65; the nearest are 64 and 80"),
-        (["--solver", "heun"], "--solver Input should be 'dpmpp_2m' or 'euler', got 'heun'"),
+        (["--solver", "heun"], "--solver must be 'dpmpp_2m' or 'euler', got 'heun'"),
+        (["--guidance", -1], "--guidance must be at least 0, got -1.0"),
         (["--strength", "nan"], "the strength of an adapter must be finite, got nan"),
         (["--prompts", "gone.txt"], "--prompts"),
         (["--adapter", "half.safetensors"], "is no readable safetensors file"),
