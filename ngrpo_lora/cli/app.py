@@ -206,6 +206,15 @@ def finite(option: typer.CallbackParam, value: Any) -> Any:
     return value
 
 
+def model_name(model: str | None) -> str | None:
+    """The model that an option names; what can be none is refused before anything is loaded."""
+    from ngrpo_lora.config.presets import check_model
+
+    if model is not None:
+        check_model(model, "--model")
+    return model
+
+
 def asked_device(device: str) -> str:
     """The device behind `auto`; one that is not there is an error."""
     from ngrpo_lora.config.section import DEVICE_PATTERN

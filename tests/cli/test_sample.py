@@ -113,6 +113,7 @@ def test_a_grid_has_prompts_and_seeds_by_base_and_adapters_and_each_cell_is_as_d
         (["--prompt", "  "], "--prompt must not be empty"),
         ([], "--prompt, --prompts or --like must be given"),
         (["--prompt", "a star", "--adapter", "x:nan"], "the strength of an adapter must be finite, got nan for 'x'"),
+        (["--prompt", "a star", "--model", "flux"], "got 'flux'; did you mean black-forest-labs/FLUX.1-dev?"),
         (["--prompt", "a star", "--output", "file.txt"], "--output must be a writable folder"),
     ],
 )
