@@ -28,4 +28,5 @@ def warn_of_bases(files: Iterable[AdapterFile]) -> None:
     bases = {file.path: base for file in files if (base := base_of(file.metadata))}
     if len({*bases.values()}) > 1:
         shown = ", ".join(f"{path} on {base}" for path, base in bases.items())
-        log.warning("adapters were trained on different bases (%s); on another than its own one may do less", shown)
+        remedy = "use those of one base, unless you mean to mix them"
+        log.warning("adapters were trained on different bases (%s), and may do less on another; %s", shown, remedy)

@@ -46,8 +46,8 @@ def test_different_bases_are_named_once_with_their_adapters(caplog: pytest.LogCa
     dev, schnell, foreign = opened("a", header(path=DEV)), opened("b", header(path=SCHNELL)), opened("c", {})
     fast = opened("d", header(path=DEV, fuse={"fast": 1.0}))
     assert said([dev, schnell, foreign], caplog) == [
-        "adapters were trained on different bases (a on owner/dev, b on owner/schnell); on another than its own one "
-        "may do less"
+        "adapters were trained on different bases (a on owner/dev, b on owner/schnell), and may do less on another; "
+        "use those of one base, unless you mean to mix them"
     ]
     (message,) = said([dev, fast], caplog)
     assert "(a on owner/dev, d on owner/dev + 1 x fast)" in message
