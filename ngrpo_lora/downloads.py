@@ -1,10 +1,11 @@
-"""Puts into words why a file of the Hub cannot be had."""
+"""Fetches files of the Hub, and puts into words why one cannot be had."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -15,7 +16,25 @@ from huggingface_hub.errors import (
 
 from ngrpo_lora.errors import UserError, first_line
 
-__all__ = ["hub_errors"]
+__all__ = ["download", "hub_errors"]
+
+
+def download(repo: str, name: str, revision: str | None = None, repo_type: str = "model") -> str:
+    """The path of a repository's file, downloaded or from the cache, as `hf_hub_download` gives it.
+
+    Where there is no network that would try again for half a minute, for a file that is not in the cache; here one
+    request finds it out. What else is wrong with it, such as a busy server, is left to the client.
+
+    Raises:
+        LocalEntryNotFoundError: no connection, and the file is not in the cache; or as `hf_hub_download`.
+    """
+    if try_to_load_from_cache(repo, name, revision=revision, repo_type=repo_type) is None:
+        try:
+            get_hf_file_metadata(hf_hub_url(repo, name, revision=revision, repo_type=repo_type))
+        except Exception as error:
+            if type(error).__name__ == "ConnectError":  # of the client's HTTP library, which differs by its version
+                raise LocalEntryNotFoundError(first_line(error)) from error
+    return hf_hub_download(repo, name, revision=revision, repo_type=repo_type)
 
 
 @contextmanager

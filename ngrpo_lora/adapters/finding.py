@@ -66,25 +66,25 @@ def the_adapter(names: Iterable[str], where: str, what: str) -> str | None:
 
 def _download(repo: str, name: str | None, what: str) -> Path:
     """The path of a Hub repository's file, or of its adapter where `name` is None, downloaded or from the cache."""
-    from huggingface_hub import hf_hub_download, model_info
+    from huggingface_hub import model_info
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    from ngrpo_lora.downloads import hub_errors
+    from ngrpo_lora.downloads import download, hub_errors
 
     if name is not None:
         refuse_pickle(Path(repo, name))
     shown = repr(repo if name is None else f"{repo}/{name}")
     with hub_errors(f"{what} {shown} is no file or folder here, and the repository {repo!r}", repo, "a local file"):
         try:
-            return Path(hf_hub_download(repo, name or STANDARD_NAMES[0]))
+            return Path(download(repo, name or STANDARD_NAMES[0]))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
             inside = [file.rfilename for file in model_info(repo).siblings or [] if "/" not in file.rfilename]
         if name is None and (found := the_adapter(inside, repo, what)):
             if found == STANDARD_NAMES[1] and "adapter_config.json" in inside:
-                hf_hub_download(repo, "adapter_config.json")  # where PEFT says alpha
-            return Path(hf_hub_download(repo, found))
+                download(repo, "adapter_config.json")  # where PEFT says alpha
+            return Path(download(repo, found))
     missing = f"{STANDARD_NAMES[0]} and {NO_OTHER}" if name is None else name
     raise ConfigError(f"{what} must be {PLACES}, but {repo!r} on the Hub holds no {missing}")
 

@@ -8,6 +8,7 @@ distilled LoRAs). Fused, it costs nothing in any pass, and the base of an adapte
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,9 +22,10 @@ from ngrpo_lora.config import Expert, ModelConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily, Parts
 from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.records.files import digest
 from ngrpo_lora.world import ADAPTERS
 
-__all__ = ["check_fusible", "fuse", "load_fused", "python_lines", "shown"]
+__all__ = ["changed_files", "check_fusible", "fuse", "load_fused", "python_lines", "shown"]
 
 
 def load_fused(model: ModelConfig, parts: Parts = "all", base_is_sharded: bool = False) -> BaseFamily:
@@ -33,12 +35,13 @@ def load_fused(model: ModelConfig, parts: Parts = "all", base_is_sharded: bool =
         ConfigError: a file cannot be found.
         UserError: it is no LoRA of this model, or it cannot be added; or as `load_family`.
     """
-    files = [(find_adapter(path, "model.fuse"), strength) for path, strength in model.fuse.items()]
+    files = {name: find_adapter(name, "model.fuse") for name in model.fuse}
 
     def add(family: BaseFamily) -> None:
-        for path, strength in files:
+        for name, path in files.items():
             file = read_fitting(family, path)
-            fuse(family.transformer_of(expert_of(file, family)), file, strength)
+            fuse(family.transformer_of(expert_of(file, family)), file, model.fuse[name])
+            family.fused[name] = digest(path)
 
     return load_family(model, parts, base_is_sharded, add)
 
@@ -64,6 +67,17 @@ def fuse(transformer: nn.Module, file: AdapterFile, strength: float) -> None:
                     "LoRA without biases"
                 )
             weight.copy_(added(weight, strength * change.to(weight.device), f"{name}.{kind}"))
+
+
+def changed_files(fused: Mapping[str, str]) -> list[str]:
+    """Names of files that a base had taken in and that have changed since.
+
+    Args:
+        fused: digests of the files as they were, by their names in `model.fuse`.
+    Raises:
+        ConfigError: a file cannot be found.
+    """
+    return [name for name, sha256 in fused.items() if digest(find_adapter(name, "model.fuse")) != sha256]
 
 
 def check_fusible(file: AdapterFile) -> None:

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig
-from ngrpo_lora.errors import UserError
+from ngrpo_lora.config.problems import rule_in_words
+from ngrpo_lora.errors import UserError, first_line
 
 NAME = "ngrpo-lora"
 
@@ -51,5 +52,7 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     try:
         own: dict[str, Any] = json.loads(metadata["ngrpo"])
         return AdapterInfo(ModelConfig.model_validate(own["model"]), RolloutConfig.model_validate(own["rollout"]))
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"adapter {str(path)!r} has ngrpo metadata that this version cannot read: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        detail = error.errors()[0] if isinstance(error, ValidationError) else None
+        why = f"{'.'.join(map(str, detail['loc']))} {rule_in_words(detail)}".strip() if detail else first_line(error)
+        raise UserError(f"adapter {str(path)!r} has ngrpo metadata that this version cannot read: {why}") from error

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ngrpo_lora.adapters.bases import warn_of_bases
 from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples, log_warnings, read_adapter_file
 from ngrpo_lora.adapters.report import header_value, reward_weights
 from ngrpo_lora.adapters.writing import peft_metadata, state_dict
@@ -23,7 +24,7 @@ from ngrpo_lora.world import MODELS
 
 __all__ = ["Merged", "merge", "merge_into_base"]
 
-KEPT = ("code_version", "family", "model", "rollout")  # of the first adapter's own metadata: how it is drawn
+KEPT = ("code_version", "family", "fused", "model", "rollout")  # of the first adapter's own metadata: how it is drawn
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def merge(sources: Sequence[tuple[str, float]], rank: int | None = None, family:
     for file in files:
         log_warnings(file)
     _check_alike(files)
+    warn_of_bases(files)
     layers: dict[str, Layer] = {}
     for name in dict.fromkeys(name for file in files for name in file.layers):
         pairs = [

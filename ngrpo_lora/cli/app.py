@@ -53,9 +53,33 @@ class _Group(TyperGroup):
         except UserError as error:
             typer.echo(f"ngrpo: {error}", err=True)
             raise typer.Exit(2) from None
+        except typer.BadParameter as error:
+            if error.param is None or not error.message:  # of one that is missing, the usage says more
+                raise
+            typer.echo(f"ngrpo: {option_problem(error)}", err=True)
+            raise typer.Exit(2) from None
         except OSError as error:
             typer.echo(f"ngrpo: {system_error(error)}", err=True)
             raise typer.Exit(2) from None
+
+
+def option_problem(error: typer.BadParameter) -> str:
+    """Rule and value of an option that the command line gave an impossible value, in place of the parser's words."""
+    from pydantic import ValidationError
+
+    from ngrpo_lora.config.problems import rule_in_words
+
+    name = option_name(error.param)
+    if not isinstance(error.__cause__, ValidationError):
+        return f"{name}: {error.message}"
+    detail = error.__cause__.errors()[0]
+    is_number = not detail["type"].endswith("_parsing")
+    return f"{name} {rule_in_words(detail)}, got {detail['input'] if is_number else repr(detail['input'])}"
+
+
+def option_name(option: Any) -> str:
+    """The longest name of an option, which says what it is."""
+    return max(option.opts, key=len)
 
 
 def system_error(error: OSError) -> str:
@@ -174,12 +198,21 @@ def make_folder(output: Path, option: str = "--output") -> None:
         raise ConfigError(f"{option} must be a writable folder, got {str(output)!r}: {error.strerror}") from None
 
 
-def finite(value: Any) -> Any:
+def finite(option: typer.CallbackParam, value: Any) -> Any:
     """The number, or numbers, that an option was given; NaN, which every range lets pass, and infinity are refused."""
     for number in value if isinstance(value, list) else [value]:
         if number is not None and not math.isfinite(number):
-            raise typer.BadParameter(f"{number} is not a finite number.")
+            raise ConfigError(f"{option_name(option)} must be a finite number, got {number}")
     return value
+
+
+def model_name(model: str | None) -> str | None:
+    """The model that an option names; what can be none is refused before anything is loaded."""
+    from ngrpo_lora.config.presets import check_model
+
+    if model is not None:
+        check_model(model, "--model")
+    return model
 
 
 def asked_device(device: str) -> str:

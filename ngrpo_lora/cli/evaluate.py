@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ngrpo_lora.cli.app import Device, Rewards, asked_device, make_folder
+from ngrpo_lora.cli.app import Device, Rewards, asked_device, make_folder, model_name
 from ngrpo_lora.errors import ConfigError
 
 HeldOut = Annotated[
@@ -98,7 +98,10 @@ def compare(
     ] = 1000,
     model: Annotated[
         str | None,
-        typer.Option(help="embedded, a diffusers folder or a Hub id; default: the model that the adapters name."),
+        typer.Option(
+            help="embedded, a diffusers folder or a Hub id; default: the model that the adapters name.",
+            callback=model_name,
+        ),
     ] = None,
     device: Device = "auto",
     output: Annotated[

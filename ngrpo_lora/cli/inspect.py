@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ngrpo_lora.cli.app import RunArguments, finite, print_options, print_table, split_arguments
+from ngrpo_lora.cli.app import RunArguments, finite, model_name, print_options, print_table, split_arguments
 from ngrpo_lora.errors import ConfigError
 
 
@@ -16,7 +16,10 @@ def inspect(
         list[str], typer.Argument(metavar="SOURCE...", help="As in prompts.train, such as mine.txt or hpdv2:test.")
     ],
     model: Annotated[
-        str | None, typer.Option(help="Count tokens with its tokenizers: embedded, a diffusers folder or a Hub id.")
+        str | None,
+        typer.Option(
+            help="Count tokens with its tokenizers: embedded, a diffusers folder or a Hub id.", callback=model_name
+        ),
     ] = None,
     held_out: Annotated[
         float | None, typer.Option(metavar="FRACTION", help="Divide as prompts.held_out would.")

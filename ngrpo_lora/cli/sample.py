@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ngrpo_lora.cli.app import make_folder
+from ngrpo_lora.cli.app import make_folder, model_name
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.seeds import consecutive_seeds
 
@@ -49,7 +49,9 @@ Like = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="embedded, a diffusers folder or a Hub id; default: the model that the adapter names."),
+    typer.Option(
+        help="embedded, a diffusers folder or a Hub id; default: the model that the adapter names.", callback=model_name
+    ),
 ]
 Steps = Annotated[
     int | None, typer.Option(help="Solver steps; default: the first adapter's, else the model's, as all below.")

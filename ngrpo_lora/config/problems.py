@@ -17,7 +17,7 @@ from ngrpo_lora.config.section import listed
 from ngrpo_lora.config.tracking import TrackerConfig
 from ngrpo_lora.config.words import Real, number_meant
 
-__all__ = ["show_value"]
+__all__ = ["rule_in_words", "show_value"]
 
 MAX_SHOWN = 300
 
@@ -42,7 +42,7 @@ def problems_in_words(error: ValidationError, data: Mapping[str, Any]) -> list[s
         # Drop what pydantic appends for the branches of a union: they are no keys.
         while parts and not parts[-1].isdigit() and ".".join(parts) not in options and not _in_entry(parts):
             parts.pop()
-        lines.setdefault(".".join(parts), []).append((_rule(detail), detail["input"]))
+        lines.setdefault(".".join(parts), []).append((rule_in_words(detail), detail["input"]))
     problems: list[str] = []
     for key, rules in lines.items():
         rule, value = " or ".join(dict.fromkeys(text for text, _ in rules)).replace(" or must be", " or"), rules[0][1]
@@ -112,7 +112,9 @@ _RULES = {
     "less_than": "must be less than {lt:g}",
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
     "float_type": "must be a number",
+    "float_parsing": "must be a number",
     "finite_number": "must be a finite number",
     "string_type": "must be text",
     "string_too_short": "must not be empty",
@@ -124,6 +126,7 @@ _RULES = {
     "tuple_type": "must be a list",
     "list_type": "must be a list",
     "missing": "must be given",
+    "extra_forbidden": "is unknown",
     "too_short": "must have at least {min_length} entries",
     "too_long": "must have at most {max_length} entries",
 }
@@ -137,7 +140,7 @@ def show_value(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
 
 
-def _rule(detail: ErrorDetails) -> str:
+def rule_in_words(detail: ErrorDetails) -> str:
     """The broken rule in our words; messages of our own validators pass unchanged."""
     context = detail.get("ctx", {})
     if detail["type"] == "value_error":

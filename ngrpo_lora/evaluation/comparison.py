@@ -182,7 +182,8 @@ def open_candidates(
     Raises:
         UserError: a file is not an adapter, there is nothing to compare with, or adapters draw in different ways.
     """
-    from ngrpo_lora.sampling.settings import drawing_settings  # diffusers is slow to import
+    from ngrpo_lora.adapters.matching import check_adapters  # diffusers is slow to import
+    from ngrpo_lora.sampling.settings import drawing_settings
 
     if len(adapters) + base < 2:
         raise ConfigError("ADAPTER must be given twice or more with --no-base, got 1; the others meet the first")
@@ -202,6 +203,7 @@ def open_candidates(
                     f"adapters must draw alike to be compared, but {key} is {value} for {one.label} and {first[key]} "
                     f"for {found[-len(adapters)].label}; compare each with its base in a call of its own"
                 )
+    check_adapters(found[0].info.model, adapters)
     return found[0], found[1:]
 
 

@@ -136,8 +136,11 @@ def diffusers_usage(repo: str, revision: str | None, adapter: Adapter, prompt: s
     image, opened = (", image=picture", ['picture = Image.open("picture.png")']) if adapter.edits else ("", [])
     head += [f"from PIL import Image{', ImageOps' if adapter.fits_source else ''}"] if adapter.edits else []
     if adapter.fits_source:
-        size = model.width_px, model.height_px
-        opened.append(f'picture = ImageOps.fit(picture.convert("RGB"), {size}, Image.Resampling.LANCZOS)')
+        opened = [  # as people see it, as `records.pictures.as_seen` reads one
+            'picture = ImageOps.exif_transpose(Image.open("picture.png")).convert("RGBA")',
+            'picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")',
+            f"picture = ImageOps.fit(picture, {(model.width_px, model.height_px)}, Image.Resampling.LANCZOS)",
+        ]
     if has_pipeline(adapter.pipeline):
         branch = "" if revision is None else f"custom_revision={revision!r}, "
         lines = [

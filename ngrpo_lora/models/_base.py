@@ -100,6 +100,7 @@ class BaseFamily(NoiseLevels):
         """
         self.config, self.device, self.dtype = config, torch.device(device), getattr(torch, config.dtype)
         self.cache: PromptCache | None = None  # where there are no text encoders
+        self.fused: dict[str, str] = {}  # digests of the files that `fuse` has added, by their names in `model.fuse`
         self.pipeline = self.load(parts)
         self.pipeline.set_progress_bar_config(disable=True)
         encoders: list[nn.Module | None] = [getattr(self.pipeline, name) for name in self.text_encoders]

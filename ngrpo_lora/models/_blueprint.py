@@ -26,14 +26,22 @@ from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.devices import resolve_device, resolve_dtype, use_device
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily
-from ngrpo_lora.models._index import architectures, hub_file, model_index
+from ngrpo_lora.models._index import architectures, hub_file, model_index, model_json
 from ngrpo_lora.models._loading import family_class
 from ngrpo_lora.models._quantization import check_quantization, quantize_linears
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.types import TextEmbeds
 from ngrpo_lora.world import MODELS
 
-__all__ = ["BlankPrompts", "Blueprint", "blank_text", "make_family", "random_family", "read_blueprint"]
+__all__ = [
+    "BlankPrompts",
+    "Blueprint",
+    "bare_transformer",
+    "blank_text",
+    "make_family",
+    "random_family",
+    "read_blueprint",
+]
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """Parts that compute velocities; the second one is there where two share the noise levels."""
@@ -89,6 +97,21 @@ def read_blueprint(config: ModelConfig) -> Blueprint:
         return read_files(config.path, config.revision)
     parts = {name: part for name, part in known.items() if name not in ("pipeline", "settings")}
     return Blueprint(known["pipeline"], known.get("settings", {}), parts, "the package's own figures")
+
+
+def bare_transformer(config: ModelConfig) -> nn.Module:
+    """The transformer of a model on the meta device; of one that the package does not know its `config.json` is read.
+
+    Raises:
+        UserError: no such model, or it cannot be reached.
+    """
+    known = None if config.revision else architectures().get(config.path)
+    if known is not None:
+        part = known["transformer"]
+    else:
+        own = model_json(str(MODELS.get(config.path, config.path)), "transformer/config.json", config.revision)
+        part = {"class": own["_class_name"], "config": own}
+    return Blueprint("", {}, {"transformer": part}, "").make("transformer")
 
 
 @cache

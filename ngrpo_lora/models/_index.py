@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
 from ngrpo_lora import models, registry
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.downloads import hub_errors
+from ngrpo_lora.config.presets import check_model
+from ngrpo_lora.downloads import download, hub_errors
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.world import MODELS
 
@@ -116,10 +116,11 @@ def hub_file(repo: str, name: str, revision: str | None = None) -> str:
     Raises:
         UserError: the file cannot be had; the message says why and what to do.
     """
+    check_model(repo)
     what = f"model.path {repo!r}"
     with hub_errors(what, repo, "a local folder"):
         try:
-            return hf_hub_download(repo, name, revision=revision)
+            return download(repo, name, revision=revision)
         except RevisionNotFoundError:
             raise UserError(
                 f"{what} has no revision {revision!r}; drop model.revision or give a branch, tag or commit"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, RunConfig, changed_keys, load_config, named_functions
+from ngrpo_lora.config.presets import check_model
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.prompts.sources import read_split
 from ngrpo_lora.records.checkpoints import checkpoints, find, iteration_of, number, resolve
 from ngrpo_lora.records.ownership import owner
-from ngrpo_lora.world import MODELS
 
 if TYPE_CHECKING:
     from ngrpo_lora.adapters.reading import AdapterFile
@@ -115,9 +114,11 @@ def _model(config: RunConfig) -> Iterator[str]:
             yield f"model.path must be a diffusers folder, but {str(path)!r} holds no model_index.json"
     elif path.is_file():
         yield f"model.path must be a folder, but {str(path)!r} is a file; give its diffusers folder"
-    elif config.model.path not in MODELS and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path):
-        known = " or ".join(MODELS)
-        yield f"model.path must be {known}, an existing folder or a Hub id (owner/name), got {config.model.path!r}"
+    else:
+        try:
+            check_model(config.model.path)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _family(config: RunConfig) -> Iterator[str]:

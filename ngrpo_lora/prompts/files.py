@@ -360,11 +360,11 @@ def _numbered(rows: list[dict[str, Any]]) -> Rows:
 
 
 def _hpdv2(source: str) -> Rows:
-    from huggingface_hub import hf_hub_download
+    from ngrpo_lora.downloads import download
 
     def load(repo: str, revision: str, file: str) -> Any:
         try:
-            path = hf_hub_download(repo, file, repo_type="dataset", revision=revision)
+            path = download(repo, file, revision, "dataset")
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"must be reachable, but {source!r} needs {file} of the Hub's {repo}, which cannot be had: "

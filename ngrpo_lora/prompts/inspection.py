@@ -68,15 +68,16 @@ def load_tokenizers(model: str) -> dict[str, Any]:
     Raises:
         UserError: no such folder or Hub model, or not in diffusers' form.
     """
-    from huggingface_hub import hf_hub_download
     from transformers import AutoTokenizer
+
+    from ngrpo_lora.downloads import download
 
     path = MODELS.get(model, Path(model))
     try:
         if path.is_dir():
             index, name = path / "model_index.json", str(path)
         else:
-            index, name = Path(hf_hub_download(model, "model_index.json")), model
+            index, name = Path(download(model, "model_index.json")), model
         folders = [key for key in json.loads(index.read_bytes()) if key.startswith("tokenizer")]
         return {folder: AutoTokenizer.from_pretrained(name, subfolder=folder) for folder in folders}
     except (OSError, ValueError) as error:

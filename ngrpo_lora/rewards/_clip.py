@@ -158,15 +158,16 @@ def read_weights(config: ModelRewardConfig, setting: str, path: str, filename: s
     Raises:
         UserError: there is no such file, or it does not hold tensors alone.
     """
-    from huggingface_hub import hf_hub_download
     from safetensors.torch import load_file
+
+    from ngrpo_lora.downloads import download
 
     file = Path(path)
     try:
         if file.is_dir():
             file = file / filename
         elif not file.is_file():
-            file = Path(hf_hub_download(path, filename, revision=config.revision if setting == "path" else None))
+            file = Path(download(path, filename, config.revision if setting == "path" else None))
         if file.suffix == ".safetensors":
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)

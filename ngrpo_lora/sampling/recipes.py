@@ -12,8 +12,10 @@ from typing import Any
 from PIL import Image
 from pydantic import ValidationError
 
-from ngrpo_lora.adapters.finding import adapter_label, find_adapter
+from ngrpo_lora.adapters.finding import adapter_label
+from ngrpo_lora.adapters.fusing import changed_files
 from ngrpo_lora.adapters.header import AdapterInfo, code_version
+from ngrpo_lora.adapters.matching import check_adapters
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models._base import BaseFamily
@@ -71,11 +73,12 @@ def draw_columns(
     Raises:
         UserError: no such model, or a file that is no adapter, or fits no layer of the model.
     """
+    check_adapters(info.model, [path for column in columns for path, _ in column.adapters])
     sampler = Sampler(info)
     for column in columns:  # an adapter that does not fit should be known before an hour of drawing
         sampler.use(column.adapters)
     digests = {path: digest(path) for column in columns for path, _ in column.adapters}
-    fused = {"fused": {name: digest(find_adapter(name, "model.fuse")) for name in info.model.fuse}}
+    fused = {"fused": sampler.family.fused}
     for number, prompt in enumerate(map(as_prompt, prompts)):
         sized = sampler.following(prompt) if follow_sources else sampler
         settings = shown_settings(sized.info, sized.family) | fused | {"source": described(prompt.source)}
@@ -139,12 +142,11 @@ def read_recipe(path: Path, same_adapters: bool = True, same_source: bool = True
         fused = {str(name): str(sha256) for name, sha256 in own.get("fused", {}).items()}
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"--like must be a PNG file that `ngrpo sample` wrote, but {str(path)!r} is none") from None
-    for name, sha256 in fused.items():
-        if digest(find_adapter(name, "model.fuse")) != sha256:
-            raise UserError(
-                f"{str(path)!r} was drawn on a base with {name!r} in its weights, which has changed since; put the "
-                "file back as it was, or draw without --like"
-            )
+    for name in changed_files(fused):
+        raise UserError(
+            f"{str(path)!r} was drawn on a base with {name!r} in its weights, which has changed since; put the file "
+            "back as it was, or draw without --like"
+        )
     for file, sha256, _ in adapters if same_adapters else []:
         if not file.is_file() or digest(file) != sha256:
             what = "has changed since" if file.is_file() else "is not there any more"

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from ngrpo_lora.adapters.header import AdapterInfo, read_adapter
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig, load_config, preset_names
+from ngrpo_lora.config.problems import rule_in_words
 from ngrpo_lora.devices import resolve_device
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.models._distilled import distilled_steps
@@ -117,8 +118,7 @@ def with_settings(info: AdapterInfo, changes: Mapping[str, str | float | None]) 
         return AdapterInfo(ModelConfig.model_validate(model), RolloutConfig.model_validate(rollout))
     except ValidationError as error:
         named = {field: option for option, field in OPTIONS.items()}
+        rules = [(named[str(detail["loc"][0])], rule_in_words(detail), detail["input"]) for detail in error.errors()]
         raise ConfigError(
-            f"--{named[str(detail['loc'][0])]} {detail['msg'].removeprefix('Value error, ')}"
-            + ("" if ", got " in detail["msg"] else f", got {detail['input']!r}")
-            for detail in error.errors()
+            f"--{option} {rule}" + ("" if ", got " in rule else f", got {value!r}") for option, rule, value in rules
         ) from None

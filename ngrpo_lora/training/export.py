@@ -70,6 +70,7 @@ def describe_adapter(keys: list[str], family: BaseFamily, config: RunConfig) -> 
         "family": type(family).__module__.rpartition(".")[2],
         "pipeline": family.pipeline_class,
         **({"edits": True} if family.edits else {}),
+        **({"fused": family.fused} if family.fused else {}),
         "model": model.model_dump(mode="json"),
         "rollout": rollout.model_dump(mode="json"),
         "rewards": [reward.model_dump(mode="json") for reward in config.rewards.train],

@@ -160,7 +160,7 @@ def test_what_stands_in_the_way_is_one_message(
         template = url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client tries again for 23 s
+        monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("a client that tries again"))
     name = "owner/other" if fault == "other" else REPO
     assert message in refuse("sample", "-p", "a star", "--adapter", name)
 

@@ -23,7 +23,7 @@ from ngrpo_lora.adapters.fusing import fuse, load_fused, python_lines
 from ngrpo_lora.adapters.header import read_adapter
 from ngrpo_lora.adapters.loading import load_adapter
 from ngrpo_lora.adapters.merging import merge, merge_into_base
-from ngrpo_lora.adapters.reading import Layer, read_adapter_file
+from ngrpo_lora.adapters.reading import Layer, read_adapter_file, read_metadata
 from ngrpo_lora.adapters.report import describe, lines
 from ngrpo_lora.adapters.writing import save_tensors, state_dict
 from ngrpo_lora.config import ModelConfig
@@ -31,6 +31,7 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.planning.preflight import check_run, check_settings
+from ngrpo_lora.records.files import digest
 from ngrpo_lora.sampling.sampler import Sampler
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import complete
@@ -105,6 +106,7 @@ def test_an_adapter_is_trained_beside_what_its_base_has_taken_in(
         torch.testing.assert_close(velocity(run.family), velocity(load_fused(ModelConfig(fuse={files[0]: 0.5}))))
     path = tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors"
     assert read_adapter(path).model.fuse == {files[0]: 0.5}
+    assert json.loads(read_metadata(path)["ngrpo"])["fused"] == {files[0]: digest(Path(files[0]))}
     said = dict(lines(describe(path)))["works beside"]
     assert said.startswith(f"{files[0]} at 0.5")
 

@@ -39,20 +39,20 @@ def test_a_file_that_is_no_safetensors_is_an_error_that_names_it(damage: str, ad
 
 
 @pytest.mark.parametrize(
-    "metadata",
+    ("metadata", "why"),
     [
-        "not json",
-        "[]",
-        "{}",
-        '{"model": {}}',
-        '{"model": {"hight_px": 64}, "rollout": {}}',
-        '{"model": {}, "rollout": {"num_steps": 0}}',
-        '{"model": null, "rollout": null}',
+        ("not json", "Expecting value"),
+        ("[]", "list indices must be"),
+        ("{}", "'model'"),
+        ('{"model": {}}', "'rollout'"),
+        ('{"model": {"hight_px": 64}, "rollout": {}}', "hight_px is unknown$"),
+        ('{"model": {}, "rollout": {"num_steps": 0}}', "num_steps must be at least 2$"),
+        ('{"model": null, "rollout": null}', "must be a section of keys$"),
     ],
 )
-def test_ngrpo_metadata_that_cannot_be_understood_is_an_error(metadata: str, adapter: Path, tmp_path: Path):
+def test_ngrpo_metadata_that_cannot_be_understood_is_an_error(metadata: str, why: str, adapter: Path, tmp_path: Path):
     path = rewrite(adapter, tmp_path / "odd.safetensors", ngrpo=metadata)
-    with pytest.raises(UserError, match=r"odd\.safetensors' has ngrpo metadata that this version cannot read"):
+    with pytest.raises(UserError, match=rf"odd\.safetensors' has ngrpo metadata that this version cannot read: {why}"):
         read_adapter(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,30 @@ def test_a_process_ends_with_status_2_and_one_line(tmp_path: Path):
 def test_what_is_no_number_is_in_no_range(option: str, number: str):
     result = CliRunner().invoke(app, [*option.split(), "1", option.split()[-1], number])
     assert result.exit_code == 2
-    assert f"Invalid value for '{option.split()[-1]}'" in result.output
+    assert re.fullmatch(rf"ngrpo: {option.split()[-1]} must be .*, got {number}\n", result.output)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("sample -p x --num-images 0", "--num-images must be at least 1, got 0"),
+        ("sample -p x --steps 1.5", "--steps must be a whole number, got '1.5'"),
+        ("sample -p x --strength much", "--strength must be a number, got 'much'"),
+        ("reward-server jpeg --port 70000", "--port must be at most 65535, got 70000"),
+        ("bench solver --steps 4 --steps 0", "--steps must be at least 1, got 0"),  # of a command's command
+    ],
+)
+def test_an_impossible_value_of_an_option_is_one_line(words: str, problem: str):
+    result = CliRunner().invoke(app, words.split())
+    assert (result.exit_code, result.output) == (2, f"ngrpo: {problem}\n")
+
+
+def test_what_is_missing_or_unknown_is_shown_with_the_usage():
+    for words, part in (("merge a", "Missing option '--output'"), ("score --batch-size 0", "No such option")):
+        result = CliRunner().invoke(app, words.split())
+        assert result.exit_code == 2
+        assert "Usage: " in result.output
+        assert part in result.output
 
 
 def test_version():

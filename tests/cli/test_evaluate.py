@@ -234,7 +234,7 @@ def test_bad_input_is_one_clear_line(words: str, part: str, folder: Path, monkey
 def test_counts_start_at_1(option: str):
     result = CliRunner().invoke(app, ["compare", "a", "-r", "world", option, "0"])
     assert result.exit_code == 2
-    assert f"'{option}'" in result.output
+    assert result.output == f"ngrpo: {option} must be at least 1, got 0\n"
 
 
 # Curves -------------------------------------------------------------------------------------------------------------

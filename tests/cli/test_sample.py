@@ -18,6 +18,8 @@ from tiny_transformers import make, random_layers
 from ngrpo_lora.adapters.report import describe
 from ngrpo_lora.adapters.writing import save_tensors, state_dict
 from ngrpo_lora.config import ModelConfig, RolloutConfig
+from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.records.files import digest
 from ngrpo_lora.records.pictures import collect, read_png_text
 from ngrpo_lora.sampling.sampler import sample_images
 
@@ -113,6 +115,7 @@ def test_a_grid_has_prompts_and_seeds_by_base_and_adapters_and_each_cell_is_as_d
         (["--prompt", "  "], "--prompt must not be empty"),
         ([], "--prompt, --prompts or --like must be given"),
         (["--prompt", "a star", "--adapter", "x:nan"], "the strength of an adapter must be finite, got nan for 'x'"),
+        (["--prompt", "a star", "--model", "flux"], "got 'flux'; did you mean black-forest-labs/FLUX.1-dev?"),
         (["--prompt", "a star", "--output", "file.txt"], "--output must be a writable folder"),
     ],
 )
@@ -138,12 +141,15 @@ def test_like_refuses_what_it_cannot_draw_again(adapter: Path, tmp_path: Path):
     assert run("sample", "--like", picture, "--adapter", adapter, *out)
 
 
-def test_like_knows_the_files_that_the_base_has_taken_in(adapter: Path, tmp_path: Path):
+def test_like_knows_the_files_that_the_base_has_taken_in(
+    adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     fused, beside, out = tmp_path / "fused.safetensors", tmp_path / "beside.safetensors", ("--output", tmp_path / "out")
     shutil.copy(adapter, fused)
     own = {
         "model": ModelConfig(fuse={str(fused): 0.5}).model_dump(),
         "rollout": RolloutConfig(num_steps=2).model_dump(),
+        "fused": {str(fused): digest(fused)},
     }
     save_file(load_file(adapter), beside, {"ngrpo": json.dumps(own)})
     (picture,) = run("sample", "--adapter", beside, "-p", "a star", *out)
@@ -151,6 +157,9 @@ def test_like_knows_the_files_that_the_base_has_taken_in(adapter: Path, tmp_path
     (again,) = run("sample", "--like", picture, *out)
     assert Path(again).read_bytes() == before
     save_file({key: 2 * x for key, x in load_file(fused).items()}, fused)
+    with caplog.at_level("WARNING", "ngrpo_lora"):
+        run("sample", "--adapter", beside, "-p", "a star", "--output", tmp_path / "changed")
+    assert f"model.fuse ({fused}) has changed since adapter {beside} was trained" in caplog.text
     said = refuse("sample", "--like", picture, *out)
     assert f"was drawn on a base with {str(fused)!r} in its weights, which has changed since; put the file back" in said
 
@@ -158,9 +167,10 @@ def test_like_knows_the_files_that_the_base_has_taken_in(adapter: Path, tmp_path
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--steps", 1], "--steps Input should be greater than or equal to 2, got 1"),
+        (["--steps", 1], "--steps must be at least 2, got 1"),
         (["--height", 65], "--height must be a multiple of 16, got 65; the nearest are 64 and 80"),
-        (["--solver", "heun"], "--solver Input should be 'dpmpp_2m' or 'euler', got 'heun'"),
+        (["--solver", "heun"], "--solver must be 'dpmpp_2m' or 'euler', got 'heun'"),
+        (["--guidance", -1], "--guidance must be at least 0, got -1.0"),
         (["--strength", "nan"], "the strength of an adapter must be finite, got nan"),
         (["--prompts", "gone.txt"], "--prompts"),
         (["--adapter", "half.safetensors"], "is no readable safetensors file"),
@@ -182,4 +192,5 @@ def test_bad_input_is_one_message(
         Path("two", f"{name}.safetensors").touch()
     save_tensors(Path("wan.safetensors"), state_dict(random_layers("wan", make("wan"))), {})
     own = ["--adapter", adapter] if "--strength" in words else []
+    monkeypatch.setattr(BaseFamily, "load", lambda *_: pytest.fail("a model was loaded"))
     assert part in refuse("sample", "-p", "a star", *own, *words)

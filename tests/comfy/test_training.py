@@ -413,7 +413,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(server: Comfy, ba
         ({"overrides": "model.family=this.that"}, "model.family must be one of"),
         (
             {"overrides": "model.path=nobody"},
-            "model.path must be embedded or embedded-edit, an existing folder or a Hub id",
+            "model.path must be embedded, embedded-edit, a diffusers folder or a Hub id",
         ),
         ({"overrides": "model.quantization=nf4"}, "model.quantization"),
         ({"name": "../x"}, "name must be letters, digits"),

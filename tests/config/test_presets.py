@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ngrpo_lora.cli import app
 from ngrpo_lora.config import dump_config, load_config, preset_names, presets
-from ngrpo_lora.config.presets import MEMORY, preset_files
+from ngrpo_lora.config.presets import MEMORY, check_model, preset_files
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.planning.plan import GIB, make_plan
 
@@ -131,3 +131,25 @@ def test_what_cannot_be_extended_is_an_error(text: str, message: str, tmp_path: 
     write(tmp_path / "other.yaml", "extends: self.yaml\n")
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path / "self.yaml", text))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("flux", "did you mean black-forest-labs/FLUX.1-dev?"),  # a preset
+        ("flux.1-schnel", "did you mean black-forest-labs/FLUX.1-schnell?"),
+        ("embeded", "did you mean embedded?"),
+        ("nope", "`ngrpo presets` lists some"),
+        ("./gone/model", "`ngrpo presets` lists some"),
+    ],
+)
+def test_a_name_that_is_no_model_leads_to_one(name: str, remedy: str):
+    with pytest.raises(ConfigError) as error:
+        check_model(name, "--model")
+    rule = "--model must be embedded, embedded-edit, a diffusers folder or a Hub id (owner/name)"
+    assert str(error.value) == f"{rule}, got {name!r}; {remedy}"
+
+
+def test_names_that_may_be_models_pass(tmp_path: Path):
+    for name in ("embedded", "embedded-edit", str(tmp_path), "owner/name", "Owner_1/na.me-2"):
+        check_model(name)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lora_files import rewrite
 
-from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.adapters.reading import read_metadata
+from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.evaluation import comparison
+from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.records.pictures import Picture, collect
 from ngrpo_lora.sampling import sampler, settings
@@ -95,6 +98,21 @@ def test_adapters_that_draw_in_other_ways_are_not_compared(adapter: Path, tmp_pa
     save_file(tensors, tmp_path / "nine.safetensors", metadata | {"ngrpo": json.dumps(own)})
     with pytest.raises(ConfigError, match="num_steps is 9 for nine and 4 for"):
         comparison.open_candidates([adapter, tmp_path / "nine.safetensors"], None, True, "cpu")
+
+
+def test_adapters_of_another_model_are_refused_and_of_another_base_named(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(BaseFamily, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match="is no LoRA of this model: .* and 3072 x 3072 here"):
+        comparison.open_candidates([adapter], "black-forest-labs/FLUX.1-dev", True, "cpu")
+    own = json.loads(read_metadata(adapter)["ngrpo"])
+    own["model"]["path"] = "owner/other"
+    other = rewrite(adapter, tmp_path / "other.safetensors", ngrpo=json.dumps(own))
+    with pytest.raises(ConfigError, match="must draw alike to be compared, but path is owner/other for other and embe"):
+        comparison.open_candidates([adapter, other], None, True, "cpu")
+    comparison.open_candidates([adapter, other], "embedded", True, "cpu")
+    assert f"{other} on owner/other)" in caplog.text
 
 
 def test_prompts_are_all_different_and_as_many_as_there_are(tmp_path: Path):

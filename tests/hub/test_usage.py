@@ -8,7 +8,10 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from card_folders import MISS, make_config, make_folder
+from PIL import Image
+from PIL.ExifTags import Base
 
 from ngrpo_lora import registry
 from ngrpo_lora.adapters.finding import FILE_NAME
@@ -16,6 +19,7 @@ from ngrpo_lora.hub.card import write_card
 from ngrpo_lora.hub.pipeline_file import has_pipeline
 from ngrpo_lora.hub.usage import OWN_SIZE, VIDEOS, diffusers_usage, read_pushed
 from ngrpo_lora.models._index import pipeline_classes
+from ngrpo_lora.prompts.pictures import SourcePicture
 
 
 @pytest.mark.parametrize("family", registry.names(registry.MODELS))
@@ -146,12 +150,8 @@ def test_a_video_starts_from_a_picture_of_its_size(expert: str, whole: str, tmp_
     code = diffusers_usage("owner/name", None, read_pushed(folder / FILE_NAME), "a", 7)
     lines = code.splitlines()
     assert "from PIL import Image, ImageOps" in lines
-    start = lines.index('picture = Image.open("picture.png")')
-    assert lines[start + 1 : start + 4] == [
-        'picture = ImageOps.fit(picture.convert("RGB"), (704, 720), Image.Resampling.LANCZOS)',
-        "video = pipeline(",
-        "    image=picture,",
-    ]
+    start = lines.index("picture = ImageOps.fit(picture, (704, 720), Image.Resampling.LANCZOS)")
+    assert lines[start + 1 : start + 3] == ["video = pipeline(", "    image=picture,"]
     types = f'{{"default": torch.bfloat16, "vae": torch.float32{whole}}}'
     assert f"pipeline = DiffusionPipeline.from_pretrained('owner/base', dtype={types}).to(\"cuda\")" in lines
     (call,) = [
@@ -165,12 +165,32 @@ def test_a_video_starts_from_a_picture_of_its_size(expert: str, whole: str, tmp_
     assert "and ftfy, without which this pipeline of diffusers fails" in card.text
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P"])
+def test_a_video_starts_from_the_picture_that_people_see(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a photograph that lies on its side, and of what is transparent, as `ngrpo sample --source` reads them."""
+    own = {"edits": True, "pipeline": "WanImageToVideoPipeline"}
+    config = make_config("model.num_frames=17", path="owner/base")
+    code = diffusers_usage(
+        "o/n", None, read_pushed(make_folder(tmp_path, config, ["a"], "wan", **own) / FILE_NAME), "", 7
+    )
+    pixels = torch.randint(0, 256, (40, 60, 4), dtype=torch.uint8).numpy()
+    exif = Image.Exif()
+    exif[Base.Orientation] = 6
+    Image.fromarray(pixels, "RGBA").convert(mode).save(tmp_path / "picture.png", exif=exif)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Image.Image] = {}
+    exec("\n".join(line for line in code.splitlines() if line.startswith(("from PIL", "picture ="))), found)
+    expected = SourcePicture(tmp_path / "picture.png", "picture.png", "here").fitted(704, 720)
+    assert found["picture"].mode == "RGB"
+    assert found["picture"].tobytes() == expected.tobytes()
+
+
 def test_a_video_of_hunyuan_video_is_of_the_size_of_its_picture(tmp_path: Path):
     own = {"edits": True, "pipeline": "HunyuanVideo15ImageToVideoPipeline"}
     config = make_config("model.num_frames=17", path="owner/base")
     folder = make_folder(tmp_path, config, ["a"], "hunyuan_video15", **own)
     code = diffusers_usage("owner/name", None, read_pushed(folder / FILE_NAME), "a", 7)
-    assert 'picture = ImageOps.fit(picture.convert("RGB"), (704, 720), Image.Resampling.LANCZOS)' in code.splitlines()
+    assert "picture = ImageOps.fit(picture, (704, 720), Image.Resampling.LANCZOS)" in code.splitlines()
     assert f"\n{OWN_SIZE} = lambda height, width, target_size: (height, width)\n" in code
     (call,) = [
         n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "pipeline"

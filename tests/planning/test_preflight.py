@@ -68,7 +68,7 @@ def test_what_is_wrong_with_a_start_is_said_before_a_model_loads(
 def test_what_does_not_go_with_the_model_is_said_without_asking_a_network(
     settings: list[str], message: str | None, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("ngrpo_lora.models._index.hf_hub_download", missing)
+    monkeypatch.setattr("ngrpo_lora.models._index.download", missing)
     config = make_config(tmp_path / "run", "evaluation.strict=null", *settings)
     if message is None:
         check_settings(config)

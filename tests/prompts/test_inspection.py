@@ -102,7 +102,7 @@ def test_inspect_shows_the_prompts_in_the_order_in_which_training_takes_them(mak
         (["world:train", "--held-out", "0.1"], "--held-out must divide files or datasets, but world:train is neither"),
         (
             ["mine.txt", "--model", "./nowhere"],
-            "--model must be embedded or embedded-edit, a diffusers folder or a Hub id",
+            "--model must be embedded, embedded-edit, a diffusers folder or a Hub id",
         ),
     ],
 )

@@ -59,7 +59,7 @@ def test_a_base_and_a_lora_of_another_trainer_are_drawn_at_the_size_of_the_model
         assert drawing_settings(adapter, None).model == ModelConfig()
     assert drawing_settings(ours, flux).model.height_px == 96
     assert drawing_settings(ours, None).model.path == "elsewhere"
-    with pytest.raises(UserError, match="'gone' is not"):
+    with pytest.raises(UserError, match="got 'gone'"):
         drawing_settings(theirs, "gone")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,12 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Preset", "describe_presets", "preset_files"]
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.world import MODELS
+
+__all__ = ["Preset", "check_model", "describe_presets", "preset_files"]
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 MEMORY = re.compile(r"-(?:(\d+)x)?(\d+)gb$")
 NEEDS = re.compile(r"^# Needs (.+) by `ngrpo plan`; measured: (.+)\.$", re.MULTILINE)
@@ -41,6 +47,26 @@ def preset_files() -> Iterator[Preset]:
         needs, measured = head.groups() if head else ("", "")
         purpose = files[name].splitlines()[0].removeprefix("# ").rstrip(".:")
         yield Preset(name, model_of(name), purpose, needs, measured)
+
+
+def check_model(path: str, what: str = "model.path") -> None:
+    """Check, without a network, that a path is a model of the package or a folder, or may be a model of the Hub.
+
+    Args:
+        what: the setting, with which the message begins.
+    Raises:
+        ConfigError: it is none of them; the message leads from the name of a preset, or of a model alone, to the model.
+    """
+    if path in MODELS or Path(path).is_dir() or HUB_ID.fullmatch(path):
+        return
+    known: dict[str, str] = {}
+    for preset in preset_files():
+        for name in (preset.name, preset.model.rpartition("/")[2].lower()):
+            known.setdefault(name, preset.model)
+    close = difflib.get_close_matches(path.lower(), known, n=1)
+    remedy = f"did you mean {known[close[0]]}?" if close else "`ngrpo presets` lists some"
+    models = ", ".join(MODELS)
+    raise ConfigError(f"{what} must be {models}, a diffusers folder or a Hub id (owner/name), got {path!r}; {remedy}")
 
 
 def memory(name: str) -> int:
