@@ -91,7 +91,7 @@ class Prompt(NamedTuple):
     @property
     def told(self) -> str:
         """The beginning of the text and where it stands, for messages."""
-        return f"{self.text!r:.120}" + (f", {self.place}" if self.place else "")
+        return f"{self.text!r:.120}" + (f" ({self.place})" if self.place else "")
 
     @property
     def key(self) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ FILE_URL = "file://"
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MIN_SIDE_PX = 32
 MAX_PIXELS = 2**26  # 8192 x 8192; what is larger may be a bomb: a small file that fills the memory
+OPENING = threading.Lock()  # what is warned of is a setting of all threads
 ONE_OF_SEVERAL = ("MPO",)  # photographs of phones: the frames after the first are previews and depth maps
 
 
@@ -99,7 +101,7 @@ class SourcePicture:
         """
         data = self.read()
         try:
-            with warnings.catch_warnings():
+            with OPENING, warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # too large is told below
                 file = Image.open(io.BytesIO(data), formats=FORMATS)
             with file:
