@@ -16,7 +16,8 @@ def inspect(
         list[str], typer.Argument(metavar="SOURCE...", help="As in prompts.train, such as mine.txt or hpdv2:test.")
     ],
     model: Annotated[
-        str | None, typer.Option(help="Count tokens with its tokenizers: embedded, a diffusers folder or a Hub id.")
+        str | None,
+        typer.Option(help="Count tokens and check source pictures for it: embedded, a diffusers folder or a Hub id."),
     ] = None,
     held_out: Annotated[
         float | None, typer.Option(metavar="FRACTION", help="Divide as prompts.held_out would.")
@@ -25,7 +26,7 @@ def inspect(
     show: Annotated[int, typer.Option(min=0, help="How many prompts to show.")] = 8,
 ) -> None:
     """Count prompts, their duplicates, lengths and tokens, and show the first ones that training would draw."""
-    from ngrpo_lora.prompts.inspection import inspect_sources
+    from ngrpo_lora.planning.inspection import inspect_sources
 
     print_table(inspect_sources(sources, model, held_out, seed, show))
 
