@@ -52,7 +52,8 @@ def _unread(config: RunConfig, needed: Mapping[str, Sequence[Prompt]], edits: bo
                 others = [name for name, other in _readers(edits).items() if not _refused(other, needed[key])]
                 count = f"{len(refused):,} of {len(needed[key]):,} in {key} {'is' if len(refused) == 1 else 'are'} not"
                 (prompt, rule), *_ = refused
-                yield f"{where}: {rule}, but {count}, first {prompt.told}; give {' or '.join(others) or 'another'}"
+                remedy = " or ".join(others) or "another reward, or other prompts"
+                yield f"{where}: {rule}, but {count}, first {prompt.told}; give {remedy}"
                 break
 
 

@@ -104,6 +104,7 @@ def test_prompts_of_the_package_are_all_alike(make_config: MakeConfig):
 
 
 CAPTION = "a prompt must be a caption of the world, such as 'a photo of a red star'"
+OTHERS = "another reward, or other prompts"
 INSTRUCTION = "a prompt must be an instruction of the world, such as 'make the star blue'"
 
 
@@ -115,6 +116,12 @@ INSTRUCTION = "a prompt must be an instruction of the world, such as 'make the s
         ("demo-edit", ["evaluation.strict=world_strict"], f"evaluation.strict: {CAPTION}", "evaluation.strict"),
         ("demo-edit", ["evaluation.rewards=world"], f"evaluation.rewards (world): {CAPTION}", "evaluation.rewards"),
         (None, ["rewards=jpeg", "prompts.held_out=mine.txt"], f"evaluation.strict: {CAPTION}, but 1 of 2", None),
+        (
+            None,
+            ["prompts.held_out=mine.txt", "evaluation.strict=null"],
+            f"rewards (world): {CAPTION}, but 1 of 2 in prompts.held_out is not",
+            None,
+        ),
         (None, ["prompts.train=mine.txt"], f"rewards (world): {CAPTION}, but 1 of 2 in prompts.train is not", None),
         (
             "demo-edit",
@@ -131,7 +138,7 @@ def test_a_reward_that_does_not_read_the_prompts_is_told_before_a_model_loads(
     Path("mine.txt").write_text("a red star\na cat\n")
     (message,) = problems(preset, *settings)
     assert message.startswith(rule)
-    assert message.endswith("; give " + ("another" if advised is None else "world_edit or world_edit_strict"))
+    assert message.endswith("; give " + (OTHERS if advised is None else "world_edit or world_edit_strict"))
     if advised:
         check_run(load_config(preset, [f"{advised}=world_edit_strict", "output_dir=run"]))
 
@@ -139,7 +146,7 @@ def test_a_reward_that_does_not_read_the_prompts_is_told_before_a_model_loads(
 def test_where_another_reward_reads_the_prompts_as_the_model_draws_it_is_named():
     Path("mine.txt").write_text("make the star blue\n")
     (message,) = problems(None, "prompts.train=mine.txt")
-    assert message.endswith("first 'make the star blue' (line 1 of 'mine.txt'); give another")
+    assert message.endswith(f"first 'make the star blue' (line 1 of 'mine.txt'); give {OTHERS}")
 
 
 def test_rewards_of_the_embedded_world_that_read_prompts_say_so():
