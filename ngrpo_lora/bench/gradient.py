@@ -39,6 +39,7 @@ from ngrpo_lora.config import RunConfig
 from ngrpo_lora.console import console
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.evaluation.statistics import CONFIDENCE, Estimate, mean_interval
+from ngrpo_lora.planning.misfits import check_prompts
 from ngrpo_lora.planning.preflight import check_settings
 from ngrpo_lora.prompts.sources import open_run
 from ngrpo_lora.reports.tables import markdown_table
@@ -290,6 +291,7 @@ def check(settings: Sequence[Setting], asked: Asked) -> None:
                 "adapter, such as the folder of a checkpoint"
             )
         check_settings(setting.config)
+        check_prompts(setting.config)
         _, held_out = open_run(held_out_only(setting.config, setting.config.output_dir, asked))
         if (different := len({prompt.text for prompt in held_out})) < MIN_HELD_OUT:
             raise ConfigError(
