@@ -312,6 +312,6 @@ def prepared(config: RunConfig, prompts: str) -> RunConfig:
     if prompts:
         check_without_source(config)
         prompts_path(folder.name, prompts).write_text("\n".join(prompt_lines(prompts)) + "\n", encoding="utf-8")
+    check_pictures(config.prompts)  # before one is opened
     check_run(config)
-    check_pictures(config.prompts)
     return config

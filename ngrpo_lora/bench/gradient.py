@@ -39,14 +39,16 @@ from ngrpo_lora.config import RunConfig
 from ngrpo_lora.console import console
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.evaluation.statistics import CONFIDENCE, Estimate, mean_interval
+from ngrpo_lora.planning.misfits import check_prompts
 from ngrpo_lora.planning.preflight import check_settings
+from ngrpo_lora.prompts.sources import open_run
 from ngrpo_lora.reports.tables import markdown_table
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.training.evaluation import draw_held_out, score_held_out
 from ngrpo_lora.training.lora_step import MAX_SKIPPED_IN_A_ROW, LoraStep
 from ngrpo_lora.training.rewarding import too_many_failed
 from ngrpo_lora.training.run import Run
-from ngrpo_lora.training.setup import open_prompts, prepare
+from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import iterate
 
 __all__ = ["Asked", "GradientStep", "Point", "chosen", "common_share", "gradient_table", "halves", "measure"]
@@ -289,7 +291,8 @@ def check(settings: Sequence[Setting], asked: Asked) -> None:
                 "adapter, such as the folder of a checkpoint"
             )
         check_settings(setting.config)
-        _, held_out = open_prompts(held_out_only(setting.config, setting.config.output_dir, asked))
+        check_prompts(setting.config)
+        _, held_out = open_run(held_out_only(setting.config, setting.config.output_dir, asked))
         if (different := len({prompt.text for prompt in held_out})) < MIN_HELD_OUT:
             raise ConfigError(
                 f"prompts.held_out must give at least {MIN_HELD_OUT} different prompts, two for each half, got "

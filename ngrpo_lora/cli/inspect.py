@@ -18,7 +18,8 @@ def inspect(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Count tokens with its tokenizers: embedded, a diffusers folder or a Hub id.", callback=model_name
+            help="Count tokens and check source pictures for it: embedded, a diffusers folder or a Hub id.",
+            callback=model_name,
         ),
     ] = None,
     held_out: Annotated[
@@ -28,7 +29,7 @@ def inspect(
     show: Annotated[int, typer.Option(min=0, help="How many prompts to show.")] = 8,
 ) -> None:
     """Count prompts, their duplicates, lengths and tokens, and show the first ones that training would draw."""
-    from ngrpo_lora.prompts.inspection import inspect_sources
+    from ngrpo_lora.planning.inspection import inspect_sources
 
     print_table(inspect_sources(sources, model, held_out, seed, show))
 

@@ -102,6 +102,7 @@ def sample(
 
     from ngrpo_lora.models._loading import family_class
     from ngrpo_lora.prompts import sources
+    from ngrpo_lora.prompts.checking import check_sources
     from ngrpo_lora.prompts.files import Prompt
     from ngrpo_lora.sampling import recipes, settings
 
@@ -118,7 +119,7 @@ def sample(
     wanted = [one if one.source else one._replace(source=picture) for one in wanted]
     options = {"steps": steps, "shift": shift, "guidance": guidance, "solver": solver, "height": height, "width": width}
     info = settings.editing(settings.with_settings(info, options), wanted)
-    sources.check_sources("--prompt", wanted, family_class(info.model).edits, info.model.path)
+    check_sources("--prompt", wanted, family_class(info.model).edits, info.model.path, ", or one with --source")
     columns = recipes.columns_of(adapters, grid, base_too)
     seeds = consecutive_seeds(seed or 0, num_images)
     drawings = recipes.draw_columns(info, columns, wanted, seeds, follow_sources)

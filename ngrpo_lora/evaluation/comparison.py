@@ -20,9 +20,10 @@ from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation import pages
 from ngrpo_lora.evaluation.judging import judge, write_csv, write_json
 from ngrpo_lora.evaluation.statistics import Difference, compare_scores
+from ngrpo_lora.prompts.checking import check_sources
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.pictures import SourcePicture
-from ngrpo_lora.prompts.sources import check_sources, open_prompts
+from ngrpo_lora.prompts.sources import open_prompts
 from ngrpo_lora.records.files import digest
 from ngrpo_lora.records.metrics import finite
 from ngrpo_lora.records.pictures import Picture, read_png_text, save_png

@@ -118,7 +118,7 @@ def shown(picture: Picture, size: tuple[int, int]) -> dict[str, Any]:
     metadata = dict(picture.metadata)
     named = take_pictures(metadata, picture.path.parent, picture.place)
     pictures = {name: one for name, one in named.items() if isinstance(one.content, Path) and one.content.is_file()}
-    return Prompt(picture.prompt or "", metadata, **pictures).shown(size)
+    return Prompt(picture.prompt or "", metadata, **pictures, place=picture.place).shown(size)
 
 
 def score_pictures(

@@ -55,8 +55,15 @@ def completed(picture: Picture) -> Picture:
 
 
 def named_by(picture: Picture) -> dict[str, SourcePicture]:
-    """The source and mask that a picture's metadata name, whether their files are there or not."""
-    return take_pictures(dict(picture.metadata), picture.path.parent, picture.place)
+    """The source and mask that a picture's metadata name, whether their files are there or not.
+
+    Raises:
+        ConfigError: they name two sources or two masks.
+    """
+    try:
+        return take_pictures(dict(picture.metadata), picture.path.parent, picture.place)
+    except ConfigError as error:
+        raise ConfigError(f"SOURCE {error}") from None
 
 
 def without_sources(pictures: Sequence[Picture]) -> list[Picture]:

@@ -350,7 +350,7 @@ class BaseFamily(NoiseLevels):
         if not self.edits or prompt.source is None:
             rule = "must have a source picture" if self.edits else "must have no source picture"
             found = "none" if prompt.source is None else repr(prompt.source.name)
-            raise ConfigError(f"a prompt for {self.config.path!r} {rule}, but {prompt.text!r:.120} has {found}")
+            raise ConfigError(f"a prompt for {self.config.path!r} {rule}, but {prompt.told} has {found}")
         return self.encode_edit(prompt.text, prompt.source.fitted(*self.source_size))
 
     @property

@@ -12,7 +12,8 @@ from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, RunConfig, changed_keys, load_config, named_functions
 from ngrpo_lora.config.presets import check_model
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.prompts.sources import read_split
+from ngrpo_lora.planning.misfits import misfits, watched
+from ngrpo_lora.prompts.sources import Split, read_split
 from ngrpo_lora.records.checkpoints import checkpoints, find, iteration_of, number, resolve
 from ngrpo_lora.records.ownership import owner
 
@@ -39,9 +40,12 @@ def check_run(config: RunConfig) -> None:
     Raises:
         ConfigError: one line per problem.
     """
-    problems = [*_prompts(config), *_settings(config), *_output_dir(config)]
+    split, problems = _prompts(config)
+    problems += [*_settings(config), *_output_dir(config)]
     if not problems:
         problems = [*_not_writable(Path(config.output_dir)), *_family(config)]
+    if not problems:
+        problems = [*misfits(config, split)]
     if not problems:
         problems = [*_hub(config)]  # last, as it may make the repository
     if problems:
@@ -57,7 +61,7 @@ def check_settings(config: RunConfig) -> None:
     sources = (config.prompts.train, config.prompts.held_out)
     sources = [[one] if isinstance(one, str) else one for one in sources if isinstance(one, str | dict)]
     local = not any(name.startswith(REMOTE) for source in sources for name in source)
-    if problems := [*(_prompts(config) if local else ()), *_settings(config)]:
+    if problems := [*(_prompts(config)[1] if local else ()), *_settings(config)]:
         raise ConfigError(problems)
 
 
@@ -92,11 +96,12 @@ def _settings(config: RunConfig) -> Iterator[str]:
     yield from _of_edits(config)
 
 
-def _prompts(config: RunConfig) -> Iterator[str]:
+def _prompts(config: RunConfig) -> tuple[Split, list[str]]:
+    """The tables of prompts, or what is wrong with them."""
     try:
-        read_split(config.prompts)
+        return read_split(config.prompts), []
     except ConfigError as error:
-        yield from error.problems
+        return Split({}, {}), [*error.problems]
 
 
 def _functions(config: RunConfig) -> Iterator[str]:
@@ -184,7 +189,7 @@ def is_foreign(file: AdapterFile, family: str | None) -> bool:
 
 def _of_edits(config: RunConfig) -> Iterator[str]:
     """Whether the model edits what rewards of edits judge its pictures beside."""
-    judging = [reward.key for reward in (*config.rewards.train, *config.evaluation.rewards) if reward.judges_edits]
+    judging = [reward.key for reward in (*config.rewards.train, *watched(config).values()) if reward.judges_edits]
     if not judging or (pipeline := _known_pipeline(config)) is None:
         return
 
@@ -358,17 +363,11 @@ def _evaluated_otherwise(old: RunConfig, new: RunConfig) -> Iterator[str]:
     before, after = old.evaluation.measures, new.evaluation.measures
     if {*before} - {*after} and {*after} - {*before}:  # one may be measured by another function under the same name
         yield f"evaluation.measures: {[*before]} -> {[*after]}"
-    now = _watched(new)
-    for key, reward in _watched(old).items():
+    now = watched(new)
+    for key, reward in watched(old).items():
         if key in now and (was := _called_as(reward, now[key])) != now[key]:
             shown = (str(one.model_dump(mode="json", exclude_defaults=True)) for one in (was, now[key]))
             yield f"{key}: {' -> '.join(shown)}"
-
-
-def _watched(config: RunConfig) -> dict[str, RewardConfig]:
-    """The rewards that evaluations add, by where they are set, and the pass-or-fail one."""
-    found = {f"evaluation.rewards ({reward.key})": reward for reward in config.evaluation.rewards}
-    return found | ({} if config.strict_reward is None else {"evaluation.strict": config.strict_reward})
 
 
 def _with_calls_of(old: RunConfig, new: RunConfig) -> RunConfig:

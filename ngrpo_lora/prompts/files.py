@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.prompts.pictures import SourcePicture, is_picture_column, take_pictures
+from ngrpo_lora.prompts.pictures import SourcePicture, is_picture_column, sole_column, take_pictures
 from ngrpo_lora.records.texts import decoded, parse_json
 from ngrpo_lora.world.edits import EDIT_TASKS
 from ngrpo_lora.world.scenes import TASKS
@@ -66,12 +66,16 @@ Rows = Iterable[tuple[str, Any]]  # where a row stands, and the row: text, or ce
 
 
 class Prompt(NamedTuple):
-    """The text of a prompt, the metadata that rewards get with it, and of an edit the source and perhaps its mask."""
+    """The text of a prompt, the metadata that rewards get with it, and of an edit the source and perhaps its mask.
+
+    place: where it stands, for messages; none where it is of no file or dataset.
+    """
 
     text: str
     metadata: dict[str, Any] = {}
     source: SourcePicture | None = None
     mask: SourcePicture | None = None
+    place: str = ""
 
     def shown(self, size: tuple[int, int]) -> dict[str, Any]:
         """The metadata as rewards get it: of an edit with `source` and `mask` as PIL pictures of (width, height).
@@ -83,6 +87,11 @@ class Prompt(NamedTuple):
             return self.metadata
         mask = {} if self.mask is None else {"mask": self.mask.fitted(*size)}
         return self.metadata | {"source": self.source.fitted(*size)} | mask
+
+    @property
+    def told(self) -> str:
+        """The beginning of the text and where it stands, for messages."""
+        return f"{self.text!r:.120}" + (f" ({self.place})" if self.place else "")
 
     @property
     def key(self) -> str:
@@ -128,21 +137,22 @@ def read_prompts(source: str, deduplicate: bool = True) -> PromptTable:
     folder = _folder(source)
     prompts: list[Prompt] = []
     num_blank = 0
-    for place, row in rows:
-        text, metadata, pictures = row, {}, {}
+    for number, row in rows:
+        text, metadata, pictures, place = row, {}, {}, f"{number} of {source!r}"
         if isinstance(row, dict):
-            name = _column(row, column, f"{place} of {source!r}")
+            name = _column(row, column, place)
             text = row[name]
-            metadata = {key: value for key, value in row.items() if key != name and value is not None}
-            pictures = take_pictures(metadata, folder, f"{place} of {source!r}")
+            others = {key: value for key, value in row.items() if key != name}
+            pictures = take_pictures(others, folder, place)
+            metadata = {key: value for key, value in others.items() if value is not None}
         if text is not None and not isinstance(text, str):
-            raise ConfigError(f"must hold prompts as text, but {place} of {source!r} holds {reprlib.repr(text)}")
+            raise ConfigError(f"must hold prompts as text, but {place} holds {reprlib.repr(text)}")
         if text := _visible(text or ""):
-            prompts.append(Prompt(text, metadata, **pictures))
+            prompts.append(Prompt(text, metadata, **pictures, place=place))
         else:
             num_blank += 1
         if "\0" in text:
-            raise ConfigError(f"must hold text, but {place} of {source!r} holds a NUL character; leave it out")
+            raise ConfigError(f"must hold text, but {place} holds a NUL character; leave it out")
     if not prompts:
         raise ConfigError(f"must hold at least one prompt, but {source!r} is empty")
     kept = list({prompt.key: prompt for prompt in reversed(prompts)}.values())[::-1]
@@ -215,14 +225,9 @@ def _column(row: dict[str, Any], wanted: str, place: str) -> str:
         return wanted
     if not wanted:
         for known in COLUMNS:
-            found = [name for name in row if name.strip().casefold() == known]
-            if len(found) > 1:
-                raise ConfigError(
-                    f"must have one column {known}, but {place} has {' and '.join(map(repr, found))}; name the one of "
-                    f"the prompts after the source, with #{found[0].strip()}"
-                )
-            if found:
-                return found[0]
+            remedy = "name the one of the prompts after the source, with #{}"
+            if (found := sole_column(row, known, place, remedy)) is not None:
+                return found
         raise ConfigError(
             f"must have a column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}, but {place} has "
             f"{', '.join(row) or 'none'}; name another one after the source, with #COLUMN"

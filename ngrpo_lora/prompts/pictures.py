@@ -12,7 +12,9 @@ import hashlib
 import io
 import json
 import os
+import threading
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +27,22 @@ from ngrpo_lora.errors import ConfigError, UserError, first_line
 from ngrpo_lora.records.files import digest
 from ngrpo_lora.records.pictures import NoWhite, as_seen, read_png_text
 
-__all__ = ["SourcePicture", "find_picture", "is_picture_column", "read_source", "recorded_source", "take_pictures"]
+__all__ = [
+    "SourcePicture",
+    "find_picture",
+    "is_picture_column",
+    "read_source",
+    "recorded_source",
+    "sole_column",
+    "take_pictures",
+]
 
 COLUMNS = ("source", "mask")
 FILE_URL = "file://"
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MIN_SIDE_PX = 32
 MAX_PIXELS = 2**26  # 8192 x 8192; what is larger may be a bomb: a small file that fills the memory
+OPENING = threading.Lock()  # what is warned of is a setting of all threads
 ONE_OF_SEVERAL = ("MPO",)  # photographs of phones: the frames after the first are previews and depth maps
 
 
@@ -90,7 +101,7 @@ class SourcePicture:
         """
         data = self.read()
         try:
-            with warnings.catch_warnings():
+            with OPENING, warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # too large is told below
                 file = Image.open(io.BytesIO(data), formats=FORMATS)
             with file:
@@ -132,19 +143,38 @@ def is_picture_column(name: str) -> bool:
     return name.strip().casefold() in COLUMNS
 
 
+def sole_column(names: Iterable[str], known: str, place: str, remedy: str = "rename one of them") -> str | None:
+    """The name of a row's column that means `known`, in any case; None where there is none.
+
+    Args:
+        place: where the row stands, for messages.
+        remedy: what to do about several; `{}` stands for the first of them.
+    Raises:
+        ConfigError: several columns mean it.
+    """
+    found = [name for name in names if name.strip().casefold() == known]
+    if len(found) > 1:
+        said, remedy = " and ".join(map(repr, found)), remedy.format(found[0].strip())
+        raise ConfigError(f"must have one column {known}, but {place} has {said}; {remedy}")
+    return found[0] if found else None
+
+
 def take_pictures(metadata: dict[str, Any], folder: Path, place: str) -> dict[str, SourcePicture]:
     """The pictures of a row by what they are, `source` or `mask`; in its metadata their names take their place.
 
     Args:
         folder: what a relative path counts from.
         place: where the row stands, for messages.
+    Raises:
+        ConfigError: two columns are of one name but for its case.
     """
     found: dict[str, SourcePicture] = {}
-    for column in filter(is_picture_column, metadata):
-        picture = find_picture(metadata[column], folder, place)
-        if picture is not None:
+    for known in COLUMNS:
+        column = sole_column(metadata, known, place)
+        picture = None if column is None else find_picture(metadata[column], folder, place)
+        if column is not None and picture is not None:
             metadata[column] = picture.name
-            found[column.strip().casefold()] = picture
+            found[known] = picture
     return found
 
 

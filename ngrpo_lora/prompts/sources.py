@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from ngrpo_lora.config import PromptsConfig
+from ngrpo_lora.config import PromptsConfig, RunConfig
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.prompts.files import BUILTIN_SOURCES, TASKS_OF, Prompt, PromptTable, read_prompts
 from ngrpo_lora.prompts.pictures import SourcePicture
@@ -29,18 +29,22 @@ __all__ = [
     "PromptSource",
     "Split",
     "WorldPrompts",
-    "check_sources",
     "count_longer",
     "divide",
+    "needed_prompts",
     "open_prompts",
+    "open_run",
     "open_split",
     "read_split",
     "token_lengths",
+    "training_prompts",
 ]
 
 logger = logging.getLogger(__name__)
 
 Sources = str | Mapping[str, int]
+
+NUM_ALIKE = 1000  # prompts of a built-in source that stand for all others
 
 
 class PromptSource(Protocol):
@@ -210,13 +214,24 @@ def _read(key: str, sources: Sources, deduplicate: bool, problems: list[str]) ->
     return tables
 
 
-def open_split(config: PromptsConfig, train_seed: int, held_out_seed: int) -> tuple[PromptSource, PromptSource]:
-    """The training and the held-out prompts of a run; logs what was dropped, and what is in both.
+def open_split(
+    config: PromptsConfig, train_seed: int, held_out_seed: int, split: Split | None = None
+) -> tuple[PromptSource, PromptSource]:
+    """The training and the held-out prompts of a run.
 
+    Args:
+        split: what was read already; without it the files are read here, and it is logged what was dropped, and what
+            is in both.
     Raises:
         ConfigError: as `read_split`.
     """
-    split = read_split(config)
+    if split is None:
+        _log_repeated(split := read_split(config))
+    held_out = config.held_out if isinstance(config.held_out, str | dict) else config.train
+    return open_prompts(config.train, train_seed, split.train), open_prompts(held_out, held_out_seed, split.held_out)
+
+
+def _log_repeated(split: Split) -> None:
     for key, tables in split._asdict().items():
         for name, table in tables.items():
             if table.num_duplicates:
@@ -229,58 +244,37 @@ def open_split(config: PromptsConfig, train_seed: int, held_out_seed: int) -> tu
             len(common),
             len(kept_apart),
         )
-    held_out = config.held_out if isinstance(config.held_out, str | dict) else config.train
-    return open_prompts(config.train, train_seed, split.train), open_prompts(held_out, held_out_seed, split.held_out)
 
 
-def check_sources(key: str, prompts: Iterable[Prompt], edits: bool, model: str) -> None:
-    """Check that each prompt of a model that edits has a picture that can be read, and that no other has one.
+def open_run(config: RunConfig, split: Split | None = None) -> tuple[PromptSource, list[Prompt]]:
+    """Where the training prompts of a run come from, and the held-out ones of every evaluation; as `open_split`."""
+    prompts, held_out = open_split(config.prompts, derive_seed(config.seed, "prompts"), config.evaluation.seed, split)
+    return prompts, [held_out.prompt(i) for i in range(config.evaluation.num_prompts)]
 
-    Args:
-        key: of the configuration, such as `prompts.train`.
-        edits: whether the model edits pictures.
-        model: its name, for messages.
-    Raises:
-        ConfigError: one message, of the first that is wrong.
+
+def training_prompts(config: RunConfig) -> range:
+    """The positions of all prompts that a run trains on."""
+    return range(config.trainer.num_iterations * config.rollout.prompts_per_iteration)
+
+
+def needed_prompts(config: RunConfig, split: Split) -> dict[str, list[Prompt]]:
+    """The different prompts that a run takes from `prompts.train` and `prompts.held_out`, in the order of their files.
+
+    Where all training prompts are made by the package, the first `NUM_ALIKE` stand for the others.
     """
-    seen: set[tuple[SourcePicture, SourcePicture | None]] = set()
-    for prompt in prompts:
-        source = prompt.source
-        if not edits and source is not None:
-            raise ConfigError(
-                f"{key} must have no source pictures for {model!r}, which edits none, but {source.place} has "
-                f"{source.name!r}; rename the column source, or give a model that edits, such as FLUX.1-Kontext, or "
-                "FLUX.2 with model.edits=true"
-            )
-        if not edits:
-            continue
-        if source is None:
-            raise ConfigError(
-                f"{key} must have a source picture with every prompt for {model!r}, which starts from one, but "
-                f"{_said(prompt, 'source')}; name its file in a column source, or with --source of `ngrpo sample`"
-            )
-        if prompt.mask is None and prompt.metadata.get("mask") not in (None, ""):
-            raise ConfigError(
-                f"{key} must have pictures in the column mask, but {_said(prompt, 'mask')}; name files, or leave it out"
-            )
-        if (source, prompt.mask) not in seen:
-            seen.add((source, prompt.mask))
-            try:
-                check_pair(source, prompt.mask)
-            except ConfigError as error:
-                raise ConfigError(f"{key} {error}") from None
+    prompts, held_out = open_run(config, split)
+    positions = training_prompts(config) if split.train else training_prompts(config)[:NUM_ALIKE]
+    return {
+        "prompts.train": _in_order(split.train, map(prompts.prompt, positions)),
+        "prompts.held_out": _in_order(split.held_out, held_out),
+    }
 
 
-def _said(prompt: Prompt, column: str) -> str:
-    value = prompt.metadata.get(column)
-    return f"{prompt.text!r:.120} has {'none' if value is None else repr(value)[:120]}"
-
-
-def check_pair(source: SourcePicture, mask: SourcePicture | None) -> None:
-    """Check that a source and its mask can be read and are of one size; raises ConfigError."""
-    size = source.load().size
-    if mask is not None and (found := mask.load().size) != size:
-        raise mask.refused(f"is a mask of {found[0]} x {found[1]} px for a source of {size[0]} x {size[1]} px")
+def _in_order(tables: Mapping[str, PromptTable], taken: Iterable[Prompt]) -> list[Prompt]:
+    """Different prompts as their tables have them; those of no table come last."""
+    wanted = {(one.key, one.mask): one for one in taken}
+    listed = {(one.key, one.mask): one for table in tables.values() for one in table.prompts}
+    return [*({key: one for key, one in listed.items() if key in wanted} | wanted).values()]
 
 
 def token_lengths(texts: Sequence[str], tokenizer: Callable[..., Any]) -> list[int]:

@@ -10,5 +10,6 @@ A file here holds either a function `score`, or `class Config(RewardConfig)` and
     score(video, prompt, metadata)     all frames of one video -> a number
 
 `prompt` and `metadata` may be left out, and all of them may be `async def`. `ngrpo_lora/scoring` calls them. A file
-with `NEEDS_SOURCE = True` judges edits: each picture beside its source.
+with `NEEDS_SOURCE = True` judges edits: each picture beside its source. One that is for certain prompts alone has a
+function `reads`, which raises ValueError for all others: "a prompt must be ..., got ...".
 """

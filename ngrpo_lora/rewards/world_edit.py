@@ -12,9 +12,13 @@ from typing import Any
 from PIL import Image
 
 from ngrpo_lora.rewards._edits import verdicts
+from ngrpo_lora.world.edits import parse_edit
 
 NEEDS_SOURCE = True
 """Each picture is judged beside its source; without one there is no score."""
+
+reads = parse_edit
+"""What reads a prompt: it raises ValueError for one that is no instruction of the world."""
 
 
 def score(images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:

@@ -11,6 +11,9 @@ from PIL import Image
 from ngrpo_lora.world.scenes import parse
 from ngrpo_lora.world.verifier import verify
 
+reads = parse
+"""What reads a prompt: it raises ValueError for one that is no caption of the world."""
+
 
 def score(images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
     """Strict verdict of every image for its prompt, 0 or 1: `Verdict.strict`."""

@@ -21,7 +21,7 @@ from ngrpo_lora.models._embeddings import EmbeddingCache
 from ngrpo_lora.models._loading import family_class, load_family
 from ngrpo_lora.models._offload import blocks_of
 from ngrpo_lora.prompts.files import Prompt
-from ngrpo_lora.prompts.sources import PromptSource, check_sources, count_longer, open_split
+from ngrpo_lora.prompts.sources import PromptSource, count_longer, open_run, training_prompts
 from ngrpo_lora.ranks import process_device
 from ngrpo_lora.records.checkpoints import drop_after, resolve
 from ngrpo_lora.scoring.cache import ScoreCache
@@ -66,8 +66,7 @@ def prepare(config: RunConfig, *watchers: Watcher, family: BaseFamily | None = N
     looking_on = Watchers([*own, *watchers])
     steps = foreseen_steps(config, family)
     algorithm = open_algorithm(config, steps)
-    prompts, held_out = open_prompts(config)
-    check_pictures(config, processes, prompts, held_out, family or family_class(config.model))
+    prompts, held_out = open_run(config)
     # Rewards and measures come first: what they lack should be known before a large model is loaded.
     scorer, watching, score_cache = open_rewards(config, device, processes)
     with ExitStack() as failing:
@@ -162,47 +161,6 @@ def open_rewards(config: RunConfig, device: str, processes: Processes) -> tuple[
     scorer, watching = scorers
     caching = any(reward.cache for reward in (*trained, *watched))
     return scorer, watching, ScoreCache(folder / "scores.sqlite") if caching else None
-
-
-def open_prompts(config: RunConfig) -> tuple[PromptSource, list[Prompt]]:
-    """Where training prompts come from, and the held-out ones of every evaluation.
-
-    Raises:
-        ConfigError: a source cannot be read.
-    """
-    prompts, held_out = open_split(config.prompts, derive_seed(config.seed, "prompts"), config.evaluation.seed)
-    return prompts, [held_out.prompt(i) for i in range(config.evaluation.num_prompts)]
-
-
-def training_prompts(config: RunConfig) -> range:
-    """The positions of all prompts that the run trains on."""
-    return range(config.trainer.num_iterations * config.rollout.prompts_per_iteration)
-
-
-def check_pictures(
-    config: RunConfig,
-    processes: Processes,
-    prompts: PromptSource,
-    held_out: list[Prompt],
-    family: BaseFamily | type[BaseFamily],
-) -> None:
-    """Check the source pictures of all prompts that the run needs; each process checks a share.
-
-    Where the model edits none, the first prompts show whether a table has a column of them.
-
-    Raises:
-        SharedError: one is missing or cannot be used, or the model edits no pictures.
-    """
-    count, problem = len(training_prompts(config)) if family.edits else 1000, None
-    needed = {"train": (prompts.prompt, count), "held_out": (held_out.__getitem__, len(held_out))}
-    try:
-        for key, (prompt, total) in needed.items():
-            own = map(prompt, processes.share(total))
-            check_sources(f"prompts.{key}", own, family.edits, config.model.path)
-    except ConfigError as error:
-        problem = str(error)
-    if problem := processes.agree(problem):
-        raise SharedError(problem)
 
 
 def load_model(

@@ -236,7 +236,7 @@ def test_edits_of_a_file_in_the_input_folder_are_trained_and_drawn_as_they_were_
         (
             train("a", "prompts.train=words.jsonl"),
             "prompts.train must have a source picture with every prompt for 'embedded-edit', which starts from one, "
-            "but 'make the star blue' has none; name its file in a column source\n",
+            "but 1 of 1 has none, first 'make the star blue' (line 1 of",
         ),
         (
             train("b", prompts="make the star blue"),

@@ -122,3 +122,13 @@ def test_a_source_is_scored_where_it_is_asked_for(folder: Path):
     table(folder, {"file_name": "a.png", "source": "before.png", "mask": "../others/b.png"})
     assert names(with_sources(collect([folder / "before.png"]), [LOOKS])) == ["before.png"]
     assert names(with_sources(collect([folder, other]), [LOOKS])) == ["a.png", "b.png"]
+
+
+def test_two_sources_of_a_picture_are_refused(folder: Path):
+    table(folder, {"file_name": "a.png", "source": "b.png", "Source": "c.png"})
+    with pytest.raises(UserError) as error:
+        with_sources(collect([folder]), [LOOKS])
+    assert str(error.value) == (
+        "SOURCE must have one column source, but line 1 of 'edited/metadata.jsonl' has 'source' and 'Source'; rename "
+        "one of them"
+    )

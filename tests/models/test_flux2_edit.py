@@ -38,13 +38,14 @@ from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig
-from ngrpo_lora.errors import ConfigError, SharedError, UserError
+from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.evaluation.comparison import Candidate, suiting
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
 from ngrpo_lora.models._embeddings import EmbeddingCache
 from ngrpo_lora.models._loading import family_class
 from ngrpo_lora.planning.plan import make_plan
+from ngrpo_lora.planning.preflight import check_run
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.sampling.sampler import Sampler
 from ngrpo_lora.sampling.settings import drawing_settings, editing
@@ -305,10 +306,10 @@ def test_prompts_that_do_not_go_with_the_setting_are_refused_before_a_model_is_l
     with_sources = [f"prompts.train={prompts}", f"prompts.held_out={prompts}"]
     drawing = r"prompts\.train must have no source pictures .* or FLUX\.2 with model\.edits=true"
     for edits in ("null", "false"):
-        with pytest.raises(SharedError, match=drawing):
-            prepare(make_config(tmp_path / "run", *common, *with_sources, f"model.edits={edits}"))
-    with pytest.raises(SharedError, match=r"prompts\.train must have a source picture with every prompt"):
-        prepare(make_config(tmp_path / "run", *common, "model.edits=true"))
+        with pytest.raises(ConfigError, match=drawing):
+            check_run(make_config(tmp_path / "run", *common, *with_sources, f"model.edits={edits}"))
+    with pytest.raises(ConfigError, match=r"prompts\.train must have a source picture with every prompt"):
+        check_run(make_config(tmp_path / "run", *common, "model.edits=true"))
 
 
 @pytest.mark.usefixtures("unread")

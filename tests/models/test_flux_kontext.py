@@ -30,12 +30,13 @@ from safetensors.torch import load_file
 
 from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.config import ModelConfig, RolloutConfig
-from ngrpo_lora.errors import ConfigError, SharedError
+from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation import comparison
 from ngrpo_lora.evaluation.report.record import Record
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
 from ngrpo_lora.models._embeddings import EmbeddingCache
+from ngrpo_lora.planning.preflight import check_run
 from ngrpo_lora.prompts.files import Prompt, read_prompts
 from ngrpo_lora.sampling.sampler import draw
 from ngrpo_lora.training.setup import prepare
@@ -178,13 +179,13 @@ def test_pictures_are_checked_before_a_model_is_loaded(
 ):
     monkeypatch.setattr(BaseFamily, "load", lambda *args: pytest.fail("a model is loaded"))
     sources = [f"prompts.train={prompts}", f"prompts.held_out={prompts}", "evaluation.strict=null", "model.device=cpu"]
-    with pytest.raises(SharedError, match=r"prompts\.train must have no source pictures for 'embedded'"):
-        prepare(make_config(tmp_path / "run", *sources))
+    with pytest.raises(ConfigError, match=r"prompts\.train must have no source pictures for 'embedded'"):
+        check_run(make_config(tmp_path / "run", *sources))
     (tmp_path / "1.png").write_bytes(b"")
-    with pytest.raises(SharedError, match=r"prompts\.train must have readable source pictures, but '1\.png' \(line 2"):
-        prepare(make_config(tmp_path / "run", *sources, f"model.path={folder}"))
-    with pytest.raises(SharedError, match=r"prompts\.train must have a source picture with every prompt"):
-        prepare(make_config(tmp_path / "run", *sources, "prompts.train=world:train", f"model.path={folder}"))
+    with pytest.raises(ConfigError, match=r"prompts\.train must have readable source pictures, but '1\.png' \(line 2"):
+        check_run(make_config(tmp_path / "run", *sources, f"model.path={folder}"))
+    with pytest.raises(ConfigError, match=r"prompts\.train must have a source picture with every prompt"):
+        check_run(make_config(tmp_path / "run", *sources, "prompts.train=world:train", f"model.path={folder}"))
 
 
 # Drawing ------------------------------------------------------------------------------------------------------------

@@ -45,15 +45,15 @@ from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProces
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.bench.bare import measure_bare
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.errors import ConfigError, SharedError, UserError
+from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models import qwen_image
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
 from ngrpo_lora.models._embeddings import EmbeddingCache
 from ngrpo_lora.models._qwen_vl import PictureProcessor
+from ngrpo_lora.planning.preflight import check_run
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.sampling.sampler import draw
-from ngrpo_lora.training.setup import prepare
 
 SIZE: dict[str, Any] = {"height_px": 64, "width_px": 96}
 STEPS = 3
@@ -331,14 +331,13 @@ def test_pictures_are_checked_before_a_model_is_loaded(
     monkeypatch.setattr(BaseFamily, "load", lambda *args: pytest.fail("a model is loaded"))
     sources = [f"prompts.train={prompts}", f"prompts.held_out={prompts}", "evaluation.strict=null", "model.device=cpu"]
     made = [tmp_path / "run", *sources, f"model.path={folder}"]
-    with pytest.raises(SharedError, match=r"prompts\.train must have a source picture with every prompt"):
-        prepare(make_config(*made, "prompts.train=world:train"))
+    with pytest.raises(ConfigError, match=r"prompts\.train must have a source picture with every prompt"):
+        check_run(make_config(*made, "prompts.train=world:train"))
     for content, why in ((b"", "is empty"), (b"no picture", "is no picture"), (None, "is no file")):
         (tmp_path / "1.png").unlink() if content is None else (tmp_path / "1.png").write_bytes(content)
-        with pytest.raises(
-            SharedError, match=rf"prompts\.train must have readable source pictures, but '1\.png'.*{why}"
-        ):
-            prepare(make_config(*made))
+        message = rf"prompts\.train must have readable source pictures, but '1\.png'.*{why}"
+        with pytest.raises(ConfigError, match=message):
+            check_run(make_config(*made))
 
 
 def test_a_plan_counts_the_tokens_of_the_source(folder: Path):

@@ -42,11 +42,12 @@ from wan_parts import SMALL, make_first_frame_folder
 
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.config import ModelConfig
-from ngrpo_lora.errors import ConfigError, SharedError, UserError
+from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.evaluation.report.record import Record
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
 from ngrpo_lora.planning.plan import make_plan
+from ngrpo_lora.planning.preflight import check_run
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.sampling.sampler import Sampler, draw
@@ -478,8 +479,8 @@ def test_pictures_are_checked_before_a_model_is_loaded(
     monkeypatch.setattr(BaseFamily, "load", lambda *args: pytest.fail("a model is loaded"))
     sources = [f"prompts.train={prompts}", f"prompts.held_out={prompts}", "evaluation.strict=null", "model.device=cpu"]
     made = [tmp_path / "run", *sources, f"model.path={single}", *SETTINGS]
-    with pytest.raises(SharedError, match=r"prompts\.train must have a source picture with every prompt"):
-        prepare(make_config(*made, "prompts.train=world:train"))
+    with pytest.raises(ConfigError, match=r"prompts\.train must have a source picture with every prompt"):
+        check_run(make_config(*made, "prompts.train=world:train"))
     small = io.BytesIO()
     Image.new("RGB", (31, 400)).save(small, "PNG")
     for content, why in (
@@ -489,10 +490,9 @@ def test_pictures_are_checked_before_a_model_is_loaded(
         (None, "is no file"),
     ):
         (tmp_path / "1.png").unlink() if content is None else (tmp_path / "1.png").write_bytes(content)
-        with pytest.raises(
-            SharedError, match=rf"prompts\.train must have readable source pictures, but '1\.png'.*{why}"
-        ):
-            prepare(make_config(*made))
+        message = rf"prompts\.train must have readable source pictures, but '1\.png'.*{why}"
+        with pytest.raises(ConfigError, match=message):
+            check_run(make_config(*made))
     one = ("sample", "--prompt", "a red star", "--model", single)
     assert "--prompt must have a source picture with every prompt" in refuse(*one)
     assert "--prompt must have readable source pictures, but 'gone.png' (--source)" in refuse(

@@ -42,6 +42,10 @@ def test_what_is_wrong_with_a_start_is_said_before_a_model_loads(
             ["rewards=preservation"],
             "rewards: preservation judges edits beside their sources, but model.path 'embedded'",
         ),
+        (
+            ["evaluation.strict=world_edit_strict"],
+            "rewards: world_edit_strict judges edits beside their sources, but model.path",
+        ),
         (["evaluation.rewards=[world_edit]"], "rewards: world_edit judges edits beside their sources, but model.path"),
         (
             [
@@ -69,7 +73,8 @@ def test_what_does_not_go_with_the_model_is_said_without_asking_a_network(
     settings: list[str], message: str | None, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("ngrpo_lora.models._index.download", missing)
-    config = make_config(tmp_path / "run", "evaluation.strict=null", *settings)
+    strict = [] if any("strict=" in setting for setting in settings) else ["evaluation.strict=null"]
+    config = make_config(tmp_path / "run", *strict, *settings)
     if message is None:
         check_settings(config)
         return

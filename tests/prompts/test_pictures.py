@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,10 @@ import pytest
 from PIL import Image
 
 from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.prompts.checking import check_sources
 from ngrpo_lora.prompts.files import Prompt, read_prompts
 from ngrpo_lora.prompts.pictures import MAX_PIXELS, SourcePicture
-from ngrpo_lora.prompts.sources import check_sources, divide
+from ngrpo_lora.prompts.sources import divide
 
 SIZE = (48, 32)
 ORIENTATION = 0x0112
@@ -155,61 +155,6 @@ def test_a_picture_that_cannot_be_used_is_refused(name: str):
     assert str(error.value).startswith(start + why)
 
 
-def problem(sources: list[Any], edits: bool = True) -> str:
-    """What `check_sources` says of a file of prompts with these sources."""
-    rows = [{"prompt": f"make it {i}"} | ({} if one is None else {"source": one}) for i, one in enumerate(sources)]
-    Path("edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ConfigError) as error:
-        check_sources("prompts.train", read_prompts("edits.jsonl").prompts, edits, "owner/model")
-    (found,) = error.value.problems
-    return found
-
-
-@pytest.mark.parametrize(
-    ("source", "why"),
-    [
-        ("gone.png", "is no file ('HERE/gone.png'); correct the path"),
-        ("folder.png", "is a folder, a pipe or a device; name a file"),
-        ("pipe.png", "is a folder, a pipe or a device; name a file"),
-        ("https://example.org/a.png", "is no file ('HERE/https:/example.org/a.png'); download it, and name the file"),
-        ("file:///gone/a.png", "is no file ('/gone/a.png'); correct the path"),
-        (f"{'a' * 300}.png", "cannot be read (["),
-    ],
-)
-def test_a_source_that_cannot_be_read_is_named_with_its_line(source: str, why: str):
-    Path("folder.png").mkdir()
-    os.mkfifo("pipe.png")
-    start = f"prompts.train must have readable source pictures, but {source!r} (line 1 of 'edits.jsonl') "
-    assert problem([source]).replace(os.getcwd(), "HERE").startswith(start + why)
-
-
-@pytest.mark.parametrize(
-    ("source", "found"), [(None, "none"), ("  ", "'  '"), ("coco", "'coco'"), (3, "3"), (["a.png"], "['a.png']")]
-)
-def test_a_prompt_of_a_model_that_edits_needs_a_source(source: Any, found: str):
-    written("a.png", saved(halves()))
-    assert problem(["a.png", source]) == (
-        "prompts.train must have a source picture with every prompt for 'owner/model', which starts from one, but "
-        f"'make it 1' has {found}; name its file in a column source, or with --source of "
-        "`ngrpo sample`"
-    )
-
-
-def test_a_mask_is_a_picture_of_the_size_of_its_source():
-    a, wide = written("a.png", saved(halves())), written("wide.png", saved(halves().resize((64, 32))))
-    gone, named = SourcePicture(Path("gone.png"), "gone.png", "there"), Prompt("a", {"mask": "left half"}, a)
-    check_sources("prompts.train", [Prompt("a", {"mask": ""}, a), Prompt("a", {}, a, a)], True, "owner/model")
-    check_sources("prompts.train", [Prompt("a", {}, None, gone)], False, "embedded")  # of no edit: any column's text
-    assert Prompt("a", {"mask": "gone.png"}, None, gone).shown((8, 8)) == {"mask": "gone.png"}
-    for prompt, why in (
-        (Prompt("a", {}, a, wide), r"'wide.png' \(.*\) is a mask of 64 x 32 px for a source of 48 x 32 px"),
-        (Prompt("a", {}, a, gone), r"'gone.png' \(there\) is no file"),
-        (named, "must have pictures in the column mask, but 'a' has 'left half'; name files, or leave it out"),
-    ):
-        with pytest.raises(ConfigError, match=why):
-            check_sources("prompts.train", [prompt], True, "owner/model")
-
-
 def test_rewards_are_shown_the_middle_of_a_source_and_its_mask():
     (folder := Path("edits")).mkdir()
     written("edits/a.png", saved(halves()))
@@ -221,14 +166,6 @@ def test_rewards_are_shown_the_middle_of_a_source_and_its_mask():
     assert corners(shown["source"]) == ((255, 0, 0), (0, 0, 255))
     assert corners(shown["mask"]) == ((0,) * 3, (255,) * 3)
     assert abs(np.asarray(shown["mask"])[..., 0].mean() - 127.5) < 2
-
-
-def test_a_model_that_does_not_edit_takes_no_source():
-    assert problem(["coco", "a.png"], edits=False) == (
-        "prompts.train must have no source pictures for 'owner/model', which edits none, but line 2 of 'edits.jsonl' "
-        "has 'a.png'; rename the column source, or give a model that edits, such as FLUX.1-Kontext, "
-        "or FLUX.2 with model.edits=true"
-    )
 
 
 def test_other_text_in_a_column_of_that_name_is_metadata_as_ever():
@@ -299,12 +236,3 @@ def test_pictures_decide_what_is_a_duplicate_and_what_is_held_out():
     ]
     assert [p.key for p in divide(moved, 0.1)[1]] == [p.key for p in held_out]
     assert len(train) + len(held_out) == 1000
-
-
-def test_each_picture_is_read_once_in_a_check(monkeypatch: pytest.MonkeyPatch):
-    source = written("a.png", saved(halves()))
-    loads: list[str] = []
-    load = SourcePicture.load
-    monkeypatch.setattr(SourcePicture, "load", lambda self: (loads.append(self.name), load(self))[1])
-    check_sources("prompts.train", [Prompt("a", {}, source), Prompt("b", {}, source)] * 3, True, "owner/model")
-    assert loads == ["a.png"]

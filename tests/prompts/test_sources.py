@@ -14,11 +14,11 @@ from transformers import AutoTokenizer
 
 from ngrpo_lora.config import PromptsConfig
 from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.prompts.checking import check_sources
 from ngrpo_lora.prompts.files import Prompt, read_prompts
 from ngrpo_lora.prompts.sources import (
     PromptList,
     PromptSource,
-    check_sources,
     count_longer,
     divide,
     open_prompts,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ngrpo_lora.adapters.header import AdapterInfo
+from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.prompts.checking import check_sources
 from ngrpo_lora.prompts.files import BUILTIN_SOURCES, Prompt, PromptTable, read_prompts
+from ngrpo_lora.prompts.pictures import SourcePicture
 from ngrpo_lora.prompts.sources import divide, open_prompts, token_lengths
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.world import MODELS
@@ -30,12 +35,13 @@ def inspect_sources(
     """A column of figures for each source, then the first prompts that a run on them would train on.
 
     Args:
-        model: whose tokenizers count tokens: `embedded`, a diffusers folder or a Hub id; None: tokens are not counted.
+        model: whose tokenizers count tokens, and for which sources are checked: `embedded`, a diffusers folder or a Hub
+            id; None: neither is done.
         held_out: fraction of the prompts that is held out; None: nothing is.
         seed: seed of the run, `seed` in its configuration.
     Raises:
-        ConfigError: as `read_prompts`, or a fraction that cannot be held out.
-        UserError: as `load_tokenizers`.
+        ConfigError: as `read_prompts` and `check_sources`, or a fraction that cannot be held out.
+        UserError: as `load_tokenizers`, or the model is of no known family.
     """
     if held_out is not None and not 0 < held_out < 1:
         raise ConfigError(f"--held-out must be more than 0 and less than 1, got {held_out:g}")
@@ -43,9 +49,11 @@ def inspect_sources(
     tokenizers = {} if model is None else load_tokenizers(model)
     columns: list[dict[str, str]] = []
     tables: dict[str, PromptTable] = {}
+    read = {source: _read(source, run_seed) for source in sources}
+    sizes = {} if model is None else _check(model, read)
     for source in sources:
-        table = _read(source, run_seed)
-        column = _figures(table, source in BUILTIN_SOURCES, tokenizers)
+        table = read[source]
+        column = _figures(table, source in BUILTIN_SOURCES, tokenizers, sizes)
         if held_out is not None:
             train, kept = _divide(source, table, held_out)
             column["train / held out"] = f"{len(train):,} / {len(kept):,}"
@@ -98,6 +106,20 @@ def _read(source: str, seed: int) -> PromptTable:
         raise ConfigError(f"SOURCE {error}") from None
 
 
+def _check(model: str, tables: Mapping[str, PromptTable]) -> dict[SourcePicture, tuple[int, int]]:
+    """The sizes of all sources; a model that both draws and edits is checked as one that edits where there is one."""
+    from ngrpo_lora.models._loading import family_class  # diffusers is slow to import
+    from ngrpo_lora.sampling.settings import editing
+
+    drawn = AdapterInfo(ModelConfig(path=model), RolloutConfig())
+    prompts = [prompt for table in tables.values() for prompt in table.prompts]
+    try:
+        edits = family_class(editing(drawn, prompts).model).edits
+    except UserError as error:
+        raise UserError(str(error).replace("model.path", "--model")) from None
+    return check_sources("SOURCE", prompts, edits, model)
+
+
 def _divide(source: str, table: PromptTable, held_out: float) -> tuple[list[Prompt], list[Prompt]]:
     if source in BUILTIN_SOURCES:
         raise ConfigError(f"--held-out must divide files or datasets, but {source} is neither; drop one of them")
@@ -107,7 +129,9 @@ def _divide(source: str, table: PromptTable, held_out: float) -> tuple[list[Prom
         raise ConfigError(f"--held-out={held_out:g} of {source!r} {error}") from None
 
 
-def _figures(table: PromptTable, endless: bool, tokenizers: dict[str, Any]) -> dict[str, str]:
+def _figures(
+    table: PromptTable, endless: bool, tokenizers: dict[str, Any], sizes: Mapping[SourcePicture, tuple[int, int]]
+) -> dict[str, str]:
     texts = [prompt.text for prompt in table.prompts]
     rows = len(texts) + table.num_duplicates + table.num_blank
     keys = dict.fromkeys(key for prompt in table.prompts for key in prompt.metadata)
@@ -117,6 +141,7 @@ def _figures(table: PromptTable, endless: bool, tokenizers: dict[str, Any]) -> d
         "duplicates dropped": f"{table.num_duplicates:,}",
         "blank rows skipped": f"{table.num_blank:,}",
         "metadata": ", ".join(keys) or "none",
+        "source pictures": _sources([prompt.source for prompt in table.prompts if prompt.source is not None], sizes),
         "words": _spread([len(text.split()) for text in texts]),
         "characters": _spread([len(text) for text in texts]),
     }
@@ -126,6 +151,15 @@ def _figures(table: PromptTable, endless: bool, tokenizers: dict[str, Any]) -> d
         share = f"{longer:,} ({longer / len(lengths):.1%}) over its limit of {limit:,}"
         figures[f"tokens of {name}"] = f"{_spread(lengths)}; {share}"
     return figures
+
+
+def _sources(sources: Sequence[SourcePicture], sizes: Mapping[SourcePicture, tuple[int, int]]) -> str:
+    """How many different ones there are, and where they were read the smallest and the largest size."""
+    found = f"{len(set(sources)):,}" if sources else "none"
+    if not (known := sorted((sizes[source] for source in set(sources) & sizes.keys()), key=math.prod)):
+        return found
+    shown = dict.fromkeys(f"{width} x {height}" for width, height in (known[0], known[-1]))
+    return f"{found}, {' to '.join(shown)} px"
 
 
 def _spread(lengths: Sequence[int]) -> str:

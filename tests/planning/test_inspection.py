@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from ngrpo_lora.cli import app
@@ -58,6 +59,7 @@ def test_inspect_counts_prompts_duplicates_blanks_lengths_and_the_split():
         "duplicates dropped": "1",
         "blank rows skipped": "1",
         "metadata": "none",
+        "source pictures": "none",
         "words": "2 to 14, median 2",
         "characters": "8 to 52, median 9",
         "train / held out": "34 / 7",
@@ -77,6 +79,68 @@ def test_inspect_has_a_column_for_every_source_and_counts_tokens():
     assert "[more].jsonl" in output.splitlines()[0]
     assert shown(output)[1].startswith("[bold] ")
     assert re.search(r'\[bold\] (\d)  {"tag": "x", "count": \1}', output)
+
+
+def edits(*sources: str) -> None:
+    """A table of instructions with these sources, and three pictures."""
+    for name, size in {"a.png": (64, 48), "b.png": (40, 40), "c.png": (80, 33)}.items():
+        Image.new("RGB", size).save(name)
+    Path("edits.csv").write_text("\n".join(["prompt,source", *(f"make it {i},{s}" for i, s in enumerate(sources))]))
+
+
+def test_inspect_counts_sources_and_says_their_sizes_for_a_model():
+    edits("a.png", "b.png", "c.png", "b.png")
+    assert figures(inspect("edits.csv"))["source pictures"] == "3"
+    output = inspect("edits.csv", "edits:train", "--model", "embedded-edit")
+    assert figures(output)["source pictures"] == "3, 40 x 40 to 64 x 48 px"
+    assert figures(output, 1)["source pictures"] == "1,000, 64 x 64 px"
+    assert figures(inspect("mine.txt", "--model", "embedded"))["source pictures"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("sources", "model", "message"),
+    [
+        (
+            ["a.png", "", ""],
+            "embedded-edit",
+            "SOURCE must have a source picture with every prompt for 'embedded-edit', which starts from one, but 2 of "
+            "3 have none, first 'make it 1' (line 3 of 'edits.csv'); name the files in a column source",
+        ),
+        (
+            ["", "a.png"],
+            "embedded",
+            "SOURCE must have no source pictures for 'embedded', which edits none, but line 3 of 'edits.csv' has",
+        ),
+        (
+            ["a.png", "gone.png"],
+            "embedded-edit",
+            "SOURCE must have readable source pictures, but 'gone.png' (line 3 of",
+        ),
+    ],
+)
+def test_inspect_refuses_sources_that_do_not_go_with_the_model(sources: list[str], model: str, message: str):
+    edits(*sources)
+    inspect("edits.csv")
+    assert message in refused("edits.csv", "--model", model)
+
+
+def test_inspect_refuses_a_model_of_no_family(tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
+    said = f"--model '{tmp_path / 'other'}' is a OtherPipeline, for which there is no family"
+    assert said in refused("mine.txt", "--model", "other")
+
+
+def test_inspect_takes_a_model_that_does_both_for_one_that_edits_where_there_are_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    edits("a.png")
+    assert figures(inspect("edits.csv", "--model", "both"))["source pictures"] == "1, 64 x 48 px"
+    assert figures(inspect("mine.txt", "--model", "both"))["source pictures"] == "none"
+    edits("a.png", "")
+    assert "but 1 of 2 has none, first 'make it 1'" in refused("edits.csv", "--model", "both")
 
 
 def test_inspect_shows_the_prompts_in_the_order_in_which_training_takes_them(make_config, tmp_path: Path):

@@ -1,0 +1,93 @@
+"""Whether the prompts of a run go with its model and its rewards, before any of these is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from ngrpo_lora import registry
+from ngrpo_lora.config import RewardConfig, RunConfig
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.prompts.checking import check_sources
+from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.prompts.sources import Split, needed_prompts, read_split
+
+__all__ = ["check_prompts", "misfits", "watched"]
+
+Reader = Callable[[str], object]
+
+
+def check_prompts(config: RunConfig) -> None:
+    """Check that the prompts of a run can be read, and go with its model and rewards; looks up what the model is.
+
+    Raises:
+        ConfigError: one line per problem.
+        UserError: as `misfits`.
+    """
+    if problems := [*misfits(config, read_split(config.prompts))]:
+        raise ConfigError(problems)
+
+
+def misfits(config: RunConfig, split: Split) -> Iterator[str]:
+    """What does not go together: source pictures and the model, or prompts and a reward.
+
+    Args:
+        split: the tables of the run's prompts.
+    Raises:
+        UserError: as `family_class`.
+    """
+    from ngrpo_lora.models._loading import family_class  # diffusers is slow to import
+
+    edits, needed = family_class(config.model).edits, needed_prompts(config, split)
+    for key, prompts in needed.items():
+        try:
+            check_sources(key, prompts, edits, config.model.path)
+        except ConfigError as error:
+            yield from error.problems
+            return
+    yield from _unread(config, needed, edits)
+
+
+def watched(config: RunConfig) -> dict[str, RewardConfig]:
+    """The rewards that evaluations add, by where they are set, and the pass-or-fail one."""
+    found = {f"evaluation.rewards ({reward.key})": reward for reward in config.evaluation.rewards}
+    return found | ({} if config.strict_reward is None else {"evaluation.strict": config.strict_reward})
+
+
+def _unread(config: RunConfig, needed: Mapping[str, Sequence[Prompt]], edits: bool) -> Iterator[str]:
+    """The rewards of the package that have no score for a prompt, as they read certain ones alone."""
+    trained = {f"rewards ({reward.key})": reward for reward in config.rewards.train}
+    for where, reward in (trained | watched(config)).items():
+        reads = _reader(reward.name)
+        for key in needed if where in trained else ["prompts.held_out"]:
+            if reads is not None and (refused := _refused(reads, needed[key])):
+                others = [name for name, other in _readers(edits).items() if not _refused(other, needed[key])]
+                count = f"{len(refused):,} of {len(needed[key]):,} in {key} {'is' if len(refused) == 1 else 'are'} not"
+                (prompt, rule), *_ = refused
+                remedy = " or ".join(others) or "another reward, or other prompts"
+                yield f"{where}: {rule}, but {count}, first {prompt.told}; give {remedy}"
+                break
+
+
+def _reader(name: str) -> Reader | None:
+    """What a reward of the package reads prompts with; None for one that takes any."""
+    if ":" in name or not registry.defines(registry.REWARDS, name, "reads"):
+        return None
+    return registry.load(registry.REWARDS, name).reads
+
+
+def _readers(edits: bool) -> dict[str, Reader]:
+    """What rewards of the package read prompts with that judge edits, or pictures drawn from text."""
+    known = {name: _reader(name) for name in registry.names(registry.REWARDS)}
+    fitting = {name: reads for name, reads in known.items() if reads is not None}
+    return {name: reads for name, reads in fitting.items() if RewardConfig(name=name).judges_edits == edits}
+
+
+def _refused(reads: Reader, prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
+    """The prompts that a reward does not read, each with what it should be."""
+    found: list[tuple[Prompt, str]] = []
+    for prompt in prompts:
+        try:
+            reads(prompt.text)
+        except ValueError as error:
+            found.append((prompt, str(error).partition(", got ")[0]))
+    return found

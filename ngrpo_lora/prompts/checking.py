@@ -1,0 +1,85 @@
+"""Checks the source pictures of prompts against a model, without loading it: whoever draws from them checks them so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.prompts.pictures import SourcePicture, sole_column
+
+__all__ = ["check_sources"]
+
+Size = tuple[int, int]
+
+READERS = 8  # threads; a large picture takes some hundred megabytes while it is read
+
+
+def check_sources(
+    key: str, prompts: Iterable[Prompt], edits: bool, model: str, otherwise: str = ""
+) -> dict[SourcePicture, Size]:
+    """Check that each prompt of a model that edits has a picture that can be read, and that no other has one.
+
+    Args:
+        key: of the configuration, such as `prompts.train`.
+        edits: whether the model edits pictures.
+        model: its name, for messages.
+        otherwise: how else than in a column a source is given, for messages.
+    Returns:
+        The different sources, each with its (width, height) in pixels.
+    Raises:
+        ConfigError: one message, of the first that is wrong.
+    """
+    prompts = [*prompts]
+    if not edits:
+        _check_absent(key, prompts, model)
+        return {}
+    _check_present(key, prompts, model, otherwise)
+    pairs = [*dict.fromkeys((prompt.source, prompt.mask) for prompt in prompts if prompt.source is not None)]
+    try:
+        with ThreadPoolExecutor(READERS) as readers:
+            sizes = [*readers.map(lambda pair: _check_pair(*pair), pairs)]
+    except ConfigError as error:
+        raise ConfigError(f"{key} {error}") from None
+    return {source: size for (source, _), size in zip(pairs, sizes, strict=True)}
+
+
+def _check_absent(key: str, prompts: Sequence[Prompt], model: str) -> None:
+    for source in (prompt.source for prompt in prompts if prompt.source is not None):
+        raise ConfigError(
+            f"{key} must have no source pictures for {model!r}, which edits none, but {source.place} has "
+            f"{source.name!r}; rename the column source, or give a model that edits, such as FLUX.1-Kontext, or "
+            "FLUX.2 with model.edits=true"
+        )
+
+
+def _check_present(key: str, prompts: Sequence[Prompt], model: str, otherwise: str) -> None:
+    if lacking := [prompt for prompt in prompts if prompt.source is None]:
+        count = f"{len(lacking):,} of {len(prompts):,} {'has' if len(lacking) == 1 else 'have'} none"
+        cell = _cell(lacking[0], "source") or ""
+        raise ConfigError(
+            f"{key} must have a source picture with every prompt for {model!r}, which starts from one, but {count}, "
+            f"first {lacking[0].told}{f', whose source {cell!r:.120} is no picture' if str(cell).strip() else ''}; "
+            f"name the files in a column source, as in a .csv or .jsonl file{otherwise}"
+        )
+    for prompt in prompts:
+        if prompt.mask is None and (cell := _cell(prompt, "mask")) not in (None, ""):
+            raise ConfigError(
+                f"{key} must have pictures in the column mask, but {prompt.told} has {cell!r:.120}; name files, or "
+                "leave it out"
+            )
+
+
+def _cell(prompt: Prompt, column: str) -> object:
+    """What the row of a prompt says in a column of pictures."""
+    name = sole_column(prompt.metadata, column, prompt.place)
+    return None if name is None else prompt.metadata[name]
+
+
+def _check_pair(source: SourcePicture, mask: SourcePicture | None) -> Size:
+    """The size of a source that can be read, as its mask is, which is of the same size; else raises ConfigError."""
+    size = source.load().size
+    if mask is not None and (found := mask.load().size) != size:
+        raise mask.refused(f"is a mask of {found[0]} x {found[1]} px for a source of {size[0]} x {size[1]} px")
+    return size

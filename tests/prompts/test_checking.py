@@ -1,0 +1,137 @@
+"""What is said of source pictures that do not go with a model, before it is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.prompts.checking import check_sources
+from ngrpo_lora.prompts.files import Prompt, read_prompts
+from ngrpo_lora.prompts.pictures import SourcePicture
+
+
+@pytest.fixture(autouse=True)
+def _working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """File names in messages are then short, and nothing is written elsewhere."""
+    monkeypatch.chdir(tmp_path)
+
+
+def painted(name: str, size: tuple[int, int] = (48, 32)) -> SourcePicture:
+    Image.new("RGB", size, "red").save(name)
+    return SourcePicture(Path(name), name, "line 1 of 'edits.jsonl'")
+
+
+def problem(sources: list[Any], edits: bool = True) -> str:
+    """What `check_sources` says of a file of prompts with these sources."""
+    rows = [{"prompt": f"make it {i}"} | ({} if one is None else {"source": one}) for i, one in enumerate(sources)]
+    Path("edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError) as error:
+        check_sources("prompts.train", read_prompts("edits.jsonl").prompts, edits, "owner/model")
+    (found,) = error.value.problems
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("gone.png", "is no file ('HERE/gone.png'); correct the path"),
+        ("folder.png", "is a folder, a pipe or a device; name a file"),
+        ("pipe.png", "is a folder, a pipe or a device; name a file"),
+        ("https://example.org/a.png", "is no file ('HERE/https:/example.org/a.png'); download it, and name the file"),
+        ("file:///gone/a.png", "is no file ('/gone/a.png'); correct the path"),
+        (f"{'a' * 300}.png", "cannot be read (["),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named_with_its_line(source: str, why: str):
+    Path("folder.png").mkdir()
+    os.mkfifo("pipe.png")
+    start = f"prompts.train must have readable source pictures, but {source!r} (line 1 of 'edits.jsonl') "
+    assert problem([source]).replace(os.getcwd(), "HERE").startswith(start + why)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (None, ""),
+        ("  ", ""),
+        ("coco", ", whose source 'coco' is no picture"),
+        (3, ", whose source 3 is no picture"),
+        (["a.png"], ", whose source ['a.png'] is no picture"),
+    ],
+)
+def test_the_first_prompt_without_the_source_that_it_needs_is_named_with_its_line(source: Any, found: str):
+    painted("a.png")
+    assert problem(["a.png", source]) == (
+        "prompts.train must have a source picture with every prompt for 'owner/model', which starts from one, but 1 of "
+        f"2 has none, first 'make it 1' (line 2 of 'edits.jsonl'){found}; name the files in a column source, as in a "
+        ".csv or .jsonl file"
+    )
+
+
+def test_prompts_without_a_source_are_counted():
+    painted("a.png")
+    assert "but 3 of 5 have none, first 'make it 1' (line 2 of 'edits.jsonl'); " in problem(
+        ["a.png", None, None, "a.png", None]
+    )
+    with pytest.raises(ConfigError, match=r"--prompt .* but 1 of 1 has none, first 'a'; .* or one with --source$"):
+        check_sources("--prompt", [Prompt("a")], True, "owner/model", ", or one with --source")
+
+
+def test_what_a_column_says_counts_in_any_case():
+    painted("a.png")
+    Path("edits.csv").write_text("prompt,Source, MASK\na,coco,\n")
+    with pytest.raises(ConfigError, match="whose source 'coco' is no picture"):
+        check_sources("prompts.train", read_prompts("edits.csv").prompts, True, "owner/model")
+    Path("edits.csv").write_text("prompt,Source, MASK\na,a.png,left half\n")
+    with pytest.raises(ConfigError, match=r"but 'a' \(line 2 of 'edits.csv'\) has 'left half'; name files"):
+        check_sources("prompts.train", read_prompts("edits.csv").prompts, True, "owner/model")
+
+
+def test_a_mask_is_a_picture_of_the_size_of_its_source():
+    a, wide = painted("a.png"), painted("wide.png", (64, 32))
+    gone, named = SourcePicture(Path("gone.png"), "gone.png", "there"), Prompt("a", {"mask": "left half"}, a)
+    check_sources("prompts.train", [Prompt("a", {"mask": ""}, a), Prompt("a", {}, a, a)], True, "owner/model")
+    check_sources("prompts.train", [Prompt("a", {}, None, gone)], False, "embedded")  # of no edit: any column's text
+    assert Prompt("a", {"mask": "gone.png"}, None, gone).shown((8, 8)) == {"mask": "gone.png"}
+    for prompt, why in (
+        (Prompt("a", {}, a, wide), r"'wide.png' \(.*\) is a mask of 64 x 32 px for a source of 48 x 32 px"),
+        (Prompt("a", {}, a, gone), r"'gone.png' \(there\) is no file"),
+        (named, "must have pictures in the column mask, but 'a' has 'left half'; name files, or leave it out"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            check_sources("prompts.train", [prompt], True, "owner/model")
+
+
+def test_a_model_that_does_not_edit_takes_no_source():
+    assert problem(["coco", "a.png"], edits=False) == (
+        "prompts.train must have no source pictures for 'owner/model', which edits none, but line 2 of 'edits.jsonl' "
+        "has 'a.png'; rename the column source, or give a model that edits, such as FLUX.1-Kontext, "
+        "or FLUX.2 with model.edits=true"
+    )
+
+
+def test_each_picture_is_read_once_in_a_check(monkeypatch: pytest.MonkeyPatch):
+    source, other = painted("a.png"), painted("b.png", (64, 40))
+    loads: list[str] = []
+    load = SourcePicture.load
+    monkeypatch.setattr(SourcePicture, "load", lambda self: (loads.append(self.name), load(self))[1])
+    prompts = [Prompt("a", {}, source), Prompt("b", {}, source), Prompt("b", {}, other)] * 3
+    sizes = check_sources("prompts.train", prompts, True, "owner/model")
+    assert sorted(loads) == ["a.png", "b.png"]
+    assert sizes == {source: (48, 32), other: (64, 40)}
+
+
+def test_pictures_are_read_side_by_side_and_the_first_that_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch):
+    met, load = threading.Barrier(2, timeout=60), SourcePicture.load
+    monkeypatch.setattr(SourcePicture, "load", lambda self: (met.wait(), load(self))[1])
+    painted("a.png")
+    painted("b.png", (8, 8))
+    Path("c.png").write_bytes(b"")
+    assert "'b.png' (line 2 of 'edits.jsonl') is 8 x 8 px, below 32 px" in problem(["a.png", "b.png", "c.png", "d.png"])
