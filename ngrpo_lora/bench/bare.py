@@ -23,6 +23,7 @@ from ngrpo_lora.config import RunConfig
 from ngrpo_lora.devices import without_cudnn_attention
 from ngrpo_lora.evaluation.statistics import Estimate, mean_interval
 from ngrpo_lora.models._base import BaseFamily
+from ngrpo_lora.planning.misfits import check_prompts
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.training.metering import STAGES
 from ngrpo_lora.training.rewarding import samples
@@ -59,6 +60,7 @@ class Bare(NamedTuple):
 
 def bare_table(config: RunConfig, iterations: int, tell: Callable[[str], None]) -> None:
     """Measure and tell an iteration over its bare calls, as a Markdown table; intervals are over pairs of both."""
+    check_prompts(config)
     found = measure_bare(config, iterations)
     tell(f"| | {' | '.join(STAGES)} | all | all, CPU time |")
     tell("|---|---|---|---|---|---|")

@@ -39,6 +39,7 @@ from ngrpo_lora.config import RunConfig
 from ngrpo_lora.console import console
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.evaluation.statistics import CONFIDENCE, Estimate, mean_interval
+from ngrpo_lora.planning.misfits import check_prompts
 from ngrpo_lora.planning.preflight import check_settings
 from ngrpo_lora.prompts.sources import open_run
 from ngrpo_lora.reports.tables import markdown_table
@@ -290,12 +291,14 @@ def check(settings: Sequence[Setting], asked: Asked) -> None:
                 "adapter, such as the folder of a checkpoint"
             )
         check_settings(setting.config)
-        _, held_out = open_run(held_out_only(setting.config, setting.config.output_dir, asked))
+        measured = held_out_only(setting.config, setting.config.output_dir, asked)
+        _, held_out = open_run(measured)
         if (different := len({prompt.text for prompt in held_out})) < MIN_HELD_OUT:
             raise ConfigError(
                 f"prompts.held_out must give at least {MIN_HELD_OUT} different prompts, two for each half, got "
                 f"{different}; name a larger source"
             )
+        check_prompts(measured)
 
 
 def gradient_table(settings: Sequence[Setting], asked: Asked, output: Path | None, tell: Callable[[str], None]) -> None:

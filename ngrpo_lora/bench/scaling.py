@@ -38,6 +38,7 @@ from ngrpo_lora.config import RunConfig, dump_config, parse_config
 from ngrpo_lora.console import console
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.evaluation.judging import write_json
+from ngrpo_lora.planning.misfits import check_prompts
 from ngrpo_lora.planning.preflight import check_settings
 from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import read_metrics
@@ -296,6 +297,7 @@ def scaling_table(
     """
     check_processes(config, processes)
     check_settings(config)
+    check_prompts(config)
     cases = plan(config)
     if output is not None:
         check_writable(output)

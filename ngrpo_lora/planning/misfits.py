@@ -9,11 +9,22 @@ from ngrpo_lora.config import RewardConfig, RunConfig
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.prompts.checking import check_sources
 from ngrpo_lora.prompts.files import Prompt
-from ngrpo_lora.prompts.sources import Split, needed_prompts
+from ngrpo_lora.prompts.sources import Split, needed_prompts, read_split
 
-__all__ = ["misfits", "watched"]
+__all__ = ["check_prompts", "misfits", "watched"]
 
 Reader = Callable[[str], object]
+
+
+def check_prompts(config: RunConfig) -> None:
+    """Check that the prompts of a run can be read, and go with its model and rewards; looks up what the model is.
+
+    Raises:
+        ConfigError: one line per problem.
+        UserError: as `misfits`.
+    """
+    if problems := [*misfits(config, read_split(config.prompts))]:
+        raise ConfigError(problems)
 
 
 def misfits(config: RunConfig, split: Split) -> Iterator[str]:

@@ -95,6 +95,13 @@ def test_pictures_that_a_run_does_not_need_are_not_read(make_config: MakeConfig)
     check_run(config)
 
 
+@pytest.mark.parametrize("command", ["overhead", "gradient", "scaling"])
+def test_benches_check_prompts_before_they_load_a_model(command: str):
+    result = CliRunner().invoke(app, ["bench", command, "demo-edit", "prompts.train=world:train"])
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert result.stderr.startswith("ngrpo: prompts.train must have a source picture with every prompt")
+
+
 def test_prompts_of_the_package_are_all_alike(make_config: MakeConfig):
     config = make_config(Path("run"), "trainer.num_iterations=100000")
     assert len(training_prompts(config)) > 100_000
