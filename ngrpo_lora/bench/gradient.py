@@ -291,13 +291,14 @@ def check(settings: Sequence[Setting], asked: Asked) -> None:
                 "adapter, such as the folder of a checkpoint"
             )
         check_settings(setting.config)
-        check_prompts(setting.config)
-        _, held_out = open_run(held_out_only(setting.config, setting.config.output_dir, asked))
+        measured = held_out_only(setting.config, setting.config.output_dir, asked)
+        _, held_out = open_run(measured)
         if (different := len({prompt.text for prompt in held_out})) < MIN_HELD_OUT:
             raise ConfigError(
                 f"prompts.held_out must give at least {MIN_HELD_OUT} different prompts, two for each half, got "
                 f"{different}; name a larger source"
             )
+        check_prompts(measured)
 
 
 def gradient_table(settings: Sequence[Setting], asked: Asked, output: Path | None, tell: Callable[[str], None]) -> None:

@@ -18,9 +18,17 @@ from ngrpo_lora.downloads import download, hub_errors
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.world import MODELS
 
-__all__ = ["architectures", "family_of", "known_pipeline", "model_index", "model_json", "pipeline_of"]
+__all__ = ["architectures", "edits_pictures", "family_of", "known_pipeline", "model_index", "model_json", "pipeline_of"]
 
 INDEX = "model_index.json"
+EDITING = (
+    "FluxKontextPipeline",
+    "HunyuanVideo15ImageToVideoPipeline",
+    "QwenImageEditPipeline",
+    "QwenImageEditPlusPipeline",
+    "WanImageToVideoPipeline",
+)
+"""Pipelines of the models that always start from a picture; those of FLUX.2 do with `model.edits`."""
 ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
 
 
@@ -52,6 +60,17 @@ def known_pipeline(config: ModelConfig) -> str:
     """
     known = architectures().get(config.path)
     return pipeline_of(config) if known is None else known["pipeline"]
+
+
+def edits_pictures(config: ModelConfig, pipeline: str | None = None) -> bool:
+    """Whether a model edits pictures, without importing its family; otherwise as `family_of`.
+
+    A family's class says so too (`edits`), and `family_class` holds it against `model.edits`.
+
+    Args:
+        pipeline: the model's; None looks it up.
+    """
+    return bool(config.edits) or (pipeline or known_pipeline(config)) in EDITING
 
 
 def family_of_pipeline(config: ModelConfig, pipeline: str) -> str:

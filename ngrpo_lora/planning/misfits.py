@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, RunConfig
 from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.models._index import edits_pictures
 from ngrpo_lora.prompts.checking import check_sources
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.sources import Split, needed_prompts, read_split
@@ -33,11 +34,9 @@ def misfits(config: RunConfig, split: Split) -> Iterator[str]:
     Args:
         split: the tables of the run's prompts.
     Raises:
-        UserError: as `family_class`.
+        UserError: as `edits_pictures`.
     """
-    from ngrpo_lora.models._loading import family_class  # diffusers is slow to import
-
-    edits, needed = family_class(config.model).edits, needed_prompts(config, split)
+    edits, needed = edits_pictures(config.model), needed_prompts(config, split)
     for key, prompts in needed.items():
         try:
             check_sources(key, prompts, edits, config.model.path)

@@ -193,13 +193,9 @@ def _of_edits(config: RunConfig) -> Iterator[str]:
     if not judging or (pipeline := _known_pipeline(config)) is None:
         return
 
-    from ngrpo_lora.models._loading import family_class  # diffusers is slow to import
+    from ngrpo_lora.models._index import edits_pictures
 
-    try:
-        edits = family_class(config.model, pipeline).edits
-    except UserError:  # which another check says
-        return
-    if not edits:
+    if not edits_pictures(config.model, pipeline):
         yield (
             f"rewards: {judging[0]} judges edits beside their sources, but model.path {config.model.path!r} edits no "
             "pictures; leave it out, or give a model that does, such as embedded-edit or FLUX.2 with model.edits=true"

@@ -10,8 +10,8 @@ import pytest
 from ngrpo_lora import registry
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.models._index import family_of, model_index, pipeline_classes
-from ngrpo_lora.models._loading import family_class
+from ngrpo_lora.models._index import edits_pictures, family_of, model_index, pipeline_classes
+from ngrpo_lora.models._loading import family_class, family_classes
 
 
 def folder_of(path: Path, pipeline: str) -> str:
@@ -29,6 +29,9 @@ def test_a_family_is_found_by_its_pipeline_which_is_read_and_not_imported(family
         assert family_of(config) == family_of(config.model_copy(update={"family": family})) == family
         assert family_class(config).pipeline_class == pipeline
         assert family_class(config).__module__ == module.__name__
+        assert family_class(config).edits is edits_pictures(config)
+        for kind in family_classes(config, pipeline):
+            assert edits_pictures(config.model_copy(update={"edits": kind.edits})) is kind.edits
 
 
 def test_the_embedded_model_is_flux():
