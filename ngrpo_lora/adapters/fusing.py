@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ngrpo_lora.adapters.finding import HUB_FILE, find_adapter
 from ngrpo_lora.adapters.loading import expert_of, read_fitting, said_expert
 from ngrpo_lora.adapters.merging import added
-from ngrpo_lora.adapters.reading import AdapterFile, read_metadata
+from ngrpo_lora.adapters.reading import AdapterFile, check_fusible, read_metadata
 from ngrpo_lora.config import Expert, ModelConfig
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily, Parts
@@ -25,7 +25,7 @@ from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.records.files import digest
 from ngrpo_lora.world import ADAPTERS
 
-__all__ = ["changed_files", "check_fusible", "fuse", "load_fused", "python_lines", "shown"]
+__all__ = ["changed_files", "fuse", "load_fused", "python_lines", "shown"]
 
 
 def load_fused(model: ModelConfig, parts: Parts = "all", base_is_sharded: bool = False) -> BaseFamily:
@@ -78,12 +78,6 @@ def changed_files(fused: Mapping[str, str]) -> list[str]:
         ConfigError: a file cannot be found.
     """
     return [name for name, sha256 in fused.items() if digest(find_adapter(name, "model.fuse")) != sha256]
-
-
-def check_fusible(file: AdapterFile) -> None:
-    """Raise UserError for a DoRA, whose scales depend on the sum and on each other file that is added."""
-    if any(layer.magnitude is not None for layer in file.layers.values()):
-        raise UserError(f"model.fuse {str(file.path)!r} is a DoRA, which is no sum with the base; give a plain LoRA")
 
 
 def python_lines(model: ModelConfig, by_pipeline: bool = True) -> list[str]:

@@ -28,7 +28,16 @@ from ngrpo_lora.adapters.names import diffusers_names, is_exchanged, row_shares
 from ngrpo_lora.adapters.namings import naming_of
 from ngrpo_lora.errors import UserError
 
-__all__ = ["AdapterFile", "Layer", "check_fits", "examples", "log_warnings", "read_adapter_file", "read_metadata"]
+__all__ = [
+    "AdapterFile",
+    "Layer",
+    "check_fits",
+    "check_fusible",
+    "examples",
+    "log_warnings",
+    "read_adapter_file",
+    "read_metadata",
+]
 
 log = logging.getLogger(__name__)
 
@@ -274,6 +283,12 @@ def _differ(mine: Layers, other: Layers) -> bool:
         layer.sides != other[name].sides or layer.scale != other[name].scale or not layer.up.equal(other[name].up)
         for name, layer in mine.items()
     )
+
+
+def check_fusible(file: AdapterFile) -> None:
+    """Raise UserError for a DoRA, whose scales depend on the sum and on each other file that is added."""
+    if any(layer.magnitude is not None for layer in file.layers.values()):
+        raise UserError(f"model.fuse {str(file.path)!r} is a DoRA, which is no sum with the base; give a plain LoRA")
 
 
 def check_fits(file: AdapterFile, transformer: nn.Module, family: str | None = None) -> None:

@@ -168,8 +168,7 @@ def _fused(config: RunConfig) -> Iterator[str]:
         return
 
     from ngrpo_lora.adapters.finding import find_adapter
-    from ngrpo_lora.adapters.fusing import check_fusible
-    from ngrpo_lora.adapters.reading import read_adapter_file
+    from ngrpo_lora.adapters.reading import check_fusible, read_adapter_file
 
     family = _known_family(config)
     for path in config.model.fuse:

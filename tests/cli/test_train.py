@@ -167,6 +167,7 @@ def test_a_gpu_that_is_too_small_is_told_before_training(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     """The card is made up; the plan is real."""
+    importlib.import_module("ngrpo_lora.planning.report")  # libraries look for a card when they are imported
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     config = load_config("demo", ["model.dtype=float32"])
