@@ -62,12 +62,10 @@ def own_settings(path: str | None, adapter: str | Path | None = None) -> Adapter
         pipeline = known_pipeline(ModelConfig(path=path))
         alike = (run for model, run in presets.items() if known.get(model, {}).get("pipeline") == pipeline)
         found = next(alike, None)
-    own = {"height_px": 1024, "width_px": 1024}
-    num_steps = RolloutConfig().num_steps
+    model, num_steps = ModelConfig(path=path, height_px=1024, width_px=1024), RolloutConfig().num_steps
     if found is not None:
-        own = found.model.model_dump(include={"height_px", "width_px", "num_frames", "negative_prompt"})
-        num_steps = found.rollout.num_steps
-    model = ModelConfig(path=path, **own)
+        kept = found.model.model_dump(include={"height_px", "width_px", "num_frames", "negative_prompt"})
+        model, num_steps = ModelConfig(path=path, **kept), found.rollout.num_steps
     distilled = distilled_steps(model)
     return AdapterInfo(model, RolloutConfig(num_steps=distilled[0] if distilled else num_steps))
 
