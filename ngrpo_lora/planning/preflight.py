@@ -42,12 +42,10 @@ def check_run(config: RunConfig) -> None:
     """
     split, problems = _prompts(config)
     problems += [*_settings(config), *_output_dir(config)]
-    if not problems:
-        problems = [*_not_writable(Path(config.output_dir)), *_family(config)]
-    if not problems:
-        problems = [*misfits(config, split)]
-    if not problems:
-        problems = [*_hub(config)]  # last, as it may make the repository
+    problems = problems or [*_family(config)]
+    problems = problems or [*misfits(config, split)]
+    problems = problems or [*_not_writable(Path(config.output_dir))]
+    problems = problems or [*_hub(config)]  # last, as it may make the repository
     if problems:
         raise ConfigError(problems)
 
@@ -197,7 +195,7 @@ def _of_edits(config: RunConfig) -> Iterator[str]:
     if not edits_pictures(config.model, pipeline):
         yield (
             f"rewards: {judging[0]} judges edits beside their sources, but model.path {config.model.path!r} edits no "
-            "pictures; leave it out, or give a model that does, such as embedded-edit or FLUX.2 with model.edits=true"
+            "pictures; leave it out, or begin with a preset of a model that does, such as demo-edit or flux-kontext"
         )
 
 

@@ -33,6 +33,7 @@ def _nothing_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def problems(preset: str | None, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as error:
         check_run(load_config(preset, [*overrides, "output_dir=run"]))
+    assert not Path("run").exists()
     return [*error.value.problems]
 
 
