@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 from ngrpo_lora.adapters.reading import AdapterFile
 from ngrpo_lora.adapters.report import header_value, mapping, numbers
+from ngrpo_lora.world import MODELS
 
-__all__ = ["base_of", "warn_of_bases"]
+__all__ = ["base_of", "warn_of_bases", "warn_of_use"]
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +25,35 @@ def base_of(header: Mapping[str, str]) -> str | None:
     return "".join([str(model["path"]), revision, *fused])
 
 
-def warn_of_bases(files: Iterable[AdapterFile]) -> None:
-    """Say once which adapters, of those that are used together, were trained on which of several bases."""
+def warn_of_bases(files: Iterable[AdapterFile]) -> bool:
+    """Say once which adapters, of those that are used together, were trained on which of several bases.
+
+    Returns:
+        Whether there was something to say.
+    """
     bases = {file.path: base for file in files if (base := base_of(file.metadata))}
     if len({*bases.values()}) > 1:
         shown = ", ".join(f"{path} on {base}" for path, base in bases.items())
         remedy = "use those of one base, unless you mean to mix them"
         log.warning("adapters were trained on different bases (%s), and may do less on another; %s", shown, remedy)
+    return len({*bases.values()}) > 1
+
+
+def warn_of_use(files: Iterable[AdapterFile], base: str, beside: Collection[str], remedy: str) -> None:
+    """Say which of our own adapters were trained on another base than they are used on, or beside files that it lacks.
+
+    A folder of a user's own may hold any weights: what it is called says nothing.
+
+    Args:
+        base: the model that they are used on.
+        beside: the names, as in `model.fuse`, of the files that it has taken in.
+        remedy: what to do about files that it lacks.
+    """
+    for file in files:
+        model = mapping(header_value(file.metadata, "ngrpo", {}), "model")
+        own = str(model.get("path", base))
+        if own != base and all(path in MODELS or not Path(path).exists() for path in (own, base)):
+            log.warning("adapter %s was trained on %s, and may do less on %s", file.path, own, base)
+        if lacking := [name for name in numbers(mapping(model, "fuse")) if name not in beside]:
+            what = f"works beside {', '.join(lacking)}, which {base} has not taken in"
+            log.warning("adapter %s %s; %s", file.path, what, remedy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from pathlib import Path
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.world import ADAPTERS
 
-__all__ = ["adapter_label", "find_adapter", "finite_strength", "parse_weighted"]
+__all__ = ["adapter_label", "find_adapter"]
 
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # of every adapter that is written here
@@ -87,31 +86,6 @@ def _download(repo: str, name: str | None, what: str) -> Path:
             return Path(download(repo, found))
     missing = f"{STANDARD_NAMES[0]} and {NO_OTHER}" if name is None else name
     raise ConfigError(f"{what} must be {PLACES}, but {repo!r} on the Hub holds no {missing}")
-
-
-def parse_weighted(text: str, default: float = 1.0) -> tuple[str, float]:
-    """`FILE:0.5` -> the path and its weight, or `default` where none is given.
-
-    Raises:
-        ConfigError: a weight that is not finite.
-    """
-    path, _, number = text.rpartition(":")
-    try:
-        path, weight = (path, float(number)) if path else (text, default)
-    except ValueError:  # the colon is part of the path
-        path, weight = text, default
-    return path, finite_strength(path, weight)
-
-
-def finite_strength(path: str, strength: float) -> float:
-    """Return `strength`, which must be finite; `path` names the adapter in the message.
-
-    Raises:
-        ConfigError: it is not finite.
-    """
-    if not math.isfinite(strength):
-        raise ConfigError(f"the strength of an adapter must be finite, got {strength} for {path!r}")
-    return strength
 
 
 def adapter_label(path: Path) -> str:

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from ngrpo_lora.adapters.bases import warn_of_bases
+from ngrpo_lora.adapters.bases import warn_of_bases, warn_of_use
+from ngrpo_lora.adapters.finding import find_adapter
 from ngrpo_lora.adapters.fusing import changed_files
 from ngrpo_lora.adapters.layers import NAMES
 from ngrpo_lora.adapters.reading import check_fits, read_adapter_file
@@ -14,6 +15,7 @@ from ngrpo_lora.adapters.report import header_value, mapping
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.models._blueprint import bare_transformer
 from ngrpo_lora.models._index import family_of_pipeline, known_pipeline
+from ngrpo_lora.records.files import digest
 
 __all__ = ["check_adapters"]
 
@@ -37,4 +39,10 @@ def check_adapters(model: ModelConfig, adapters: Iterable[Path]) -> None:
         for name in changed_files({name: sha256 for name, sha256 in fused.items() if name in model.fuse}):
             what = "what follows is drawn with the file as it is now"
             log.warning("model.fuse (%s) has changed since adapter %s was trained: %s", name, file.path, what)
-    warn_of_bases(files)
+    if not warn_of_bases(files):
+        warn_of_use(files, model.path, model.fuse, "draw with the settings of the run that trained it")
+    taken = {digest(find_adapter(name, "model.fuse")): name for name in model.fuse}
+    for path in paths:
+        if (name := taken.get(digest(path))) is not None:
+            twice = "is in the base already (model.fuse: %s), and counts twice; leave it out"
+            log.warning(f"adapter %s {twice}", path, name)

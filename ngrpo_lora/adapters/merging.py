@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ngrpo_lora.adapters.bases import warn_of_bases
+from ngrpo_lora.adapters.bases import warn_of_bases, warn_of_use
 from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples, log_warnings, read_adapter_file
-from ngrpo_lora.adapters.report import header_value, reward_weights
+from ngrpo_lora.adapters.report import header_value, mapping, reward_weights
 from ngrpo_lora.adapters.writing import peft_metadata, state_dict
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.records.files import digest, written_folder
@@ -35,6 +35,8 @@ class Merged:
     metadata: dict[str, str]
     error: float
     """Norm of what a lower rank leaves out, relative to that of the exact sum."""
+    files: Sequence[AdapterFile]
+    """The adapters themselves."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The layers as diffusers' LoRA state dict, float32."""
@@ -76,7 +78,7 @@ def merge(sources: Sequence[tuple[str, float]], rank: int | None = None, family:
         total = sum(layer.norm() ** 2 for layer in layers.values())
         error = math.sqrt(sum(lost for _, lost in reduced.values()) / total) if total else 0.0
         layers = {name: layer for name, (layer, _) in reduced.items()}
-    return Merged(layers, _metadata(files, [weight for _, weight in sources], layers), error)
+    return Merged(layers, _metadata(files, [weight for _, weight in sources], layers), error, files)
 
 
 def _check_alike(files: Sequence[AdapterFile]) -> None:
@@ -163,6 +165,7 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
     if output.exists():
         raise ConfigError(f"--output must be a new folder with --base, but {str(output)!r} is there")
     _check_base(merged, base, shards)
+    warn_of_use(merged.files, base, _taken_in(merged, shards), "merge it too, as `ngrpo merge FILE OTHER --base`")
     try:
         with written_folder(output) as folder:
             shutil.copytree(source, folder, ignore=lambda place, names: [n for n in names if Path(place, n) in shards])
@@ -175,6 +178,16 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
                 save_file(weights, folder / "transformer" / shard.name, metadata)
     except OSError as error:
         raise UserError(f"--output {str(output)!r} cannot be written: {error}") from None
+
+
+def _taken_in(merged: Merged, shards: Sequence[Path]) -> set[str]:
+    """Names, as in `model.fuse`, of files beside which adapters work and that a base has, or is about to have."""
+    with safe_open(shards[0], "pt") as file:
+        before = header_value(file.metadata() or {}, "ngrpo_merged", [])
+    entries = [one for one in (*before, *header_value(merged.metadata, "ngrpo_merged", [])) if isinstance(one, dict)]
+    digests = {one.get("sha256") for one in entries}
+    fused = [mapping(header_value(file.metadata, "ngrpo", {}), "fused") for file in merged.files]
+    return {name for one in fused for name, sha256 in one.items() if sha256 in digests}
 
 
 def _change(merged: Merged, key: str) -> torch.Tensor | None:

@@ -211,7 +211,8 @@ def lines(said: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("base", said["base"]))
     if "fused" in said:
         files = ", ".join(f"{path} at {strength:g}" for path, strength in said["fused"].items())
-        rows.append(("works beside", f"{files}, which its base had taken in: load it too, wherever you draw"))
+        what = "which its base had taken in: `ngrpo sample` adds it, elsewhere load it too"
+        rows.append(("works beside", f"{files}, {what}"))
     for name, part in said.get("text_encoders", {}).items():
         ranks = ", ".join(part["ranks"])
         rows.append((f"text encoder {name}", f"{part['kind']}; {part['layers']} layers of rank {ranks}; left out"))

@@ -145,13 +145,15 @@ def merge(
 ) -> None:
     """Add up adapters into one, or into the weights of a base model."""
     from ngrpo_lora.adapters.families import check_family
-    from ngrpo_lora.adapters.finding import parse_weighted
     from ngrpo_lora.adapters.merging import merge as merge_adapters
     from ngrpo_lora.adapters.merging import merge_into_base
     from ngrpo_lora.adapters.writing import save_tensors
+    from ngrpo_lora.config.paths import parse_weighted
 
     check_family(family)
     merged = merge_adapters([parse_weighted(text) for text in adapters], rank, family)
+    if any(output.resolve() == file.path.resolve() for file in merged.files):
+        raise ConfigError(f"--output must not be one of the files that are merged, got {str(output)!r}; name a new one")
     if base is None:
         save_tensors(output, merged.tensors(), merged.metadata)
     else:

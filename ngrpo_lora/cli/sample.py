@@ -54,7 +54,10 @@ Model = Annotated[
     ),
 ]
 Steps = Annotated[
-    int | None, typer.Option(help="Solver steps; default: the first adapter's, else the model's, as all below.")
+    int | None,
+    typer.Option(
+        help="Solver steps; default: the first adapter's that says how it is drawn, else the model's, as all below."
+    ),
 ]
 Shift = Annotated[float | None, typer.Option(help="Timestep shift.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
@@ -94,19 +97,17 @@ def sample(
     if not (prompt or prompts or like):
         raise ConfigError("--prompt, --prompts or --like must be given, for example --prompt 'a red star'")
 
-    from ngrpo_lora.adapters.finding import find_adapter, finite_strength, parse_weighted
-
-    chosen = [parse_weighted(text, 1.0 if strength is None else strength) for text in adapter or []]
-    adapters = [(find_adapter(path, "--adapter"), factor) for path, factor in chosen]
+    adapters = named_adapters(adapter or [], 1.0 if strength is None else strength)
     make_folder(output)
 
+    from ngrpo_lora.config.paths import finite_strength
     from ngrpo_lora.models._loading import family_class
     from ngrpo_lora.prompts import sources
     from ngrpo_lora.prompts.checking import check_sources
     from ngrpo_lora.prompts.files import Prompt
     from ngrpo_lora.sampling import recipes, settings
 
-    info = settings.drawing_settings(adapters[0][0] if adapters else None, model)
+    info = settings.drawing_settings(settings.leading([path for path, _ in adapters]), model)
     picture = None if source is None else named_picture(source)
     follow_sources = height is None and width is None and (like is None or source is not None)
     if like is not None:
@@ -124,6 +125,15 @@ def sample(
     seeds = consecutive_seeds(seed or 0, num_images)
     drawings = recipes.draw_columns(info, columns, wanted, seeds, follow_sources)
     save_drawings(drawings, len(columns), output, grid)
+
+
+def named_adapters(texts: list[str], strength: float) -> list[tuple[Path, float]]:
+    """The files that --adapter names, each with its own strength, or the given one."""
+    from ngrpo_lora.adapters.finding import find_adapter
+    from ngrpo_lora.config.paths import parse_weighted
+
+    chosen = [parse_weighted(text, strength) for text in texts]
+    return [(find_adapter(path, "--adapter"), factor) for path, factor in chosen]
 
 
 def named_picture(source: str) -> SourcePicture:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ngrpo_lora import registry
-from ngrpo_lora.config.paths import AdapterText, FolderText
+from ngrpo_lora.config.paths import AdapterText, FolderText, parse_weighted
 from ngrpo_lora.config.section import DEVICE_PATTERN, Section
 
 __all__ = ["Expert", "ModelConfig"]
@@ -30,7 +31,7 @@ class ModelConfig(Section, frozen=True):
     fuse: dict[AdapterText, Annotated[float, Field(allow_inf_nan=False)]] = Field(
         default={},
         description="LoRA files (owner/name/file.safetensors on the Hub; embedded-turbo) that are added into the "
-        "frozen base as it is loaded, with their strengths, {lightning.safetensors: 1.0}, or one name alone: what "
+        "frozen base as it is loaded, with their strengths, {lightning.safetensors: 1.0}, or names alone: what "
         "distils the base into few steps, say. The trained adapter works beside them.",
     )
     edits: bool | None = Field(
@@ -92,9 +93,19 @@ class ModelConfig(Section, frozen=True):
 
     @field_validator("fuse", mode="before")
     @classmethod
-    def _whole_strength(cls, value: object) -> object:
-        """A name stands for this one at strength 1."""
-        return {value: 1.0} if isinstance(value, str) else value
+    def _with_strengths(cls, value: object) -> object:
+        """A name, or several, stand for these at strength 1, or at that behind a colon; each file is named once."""
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            pairs = [parse_weighted(name) for name in names]
+        elif isinstance(names, dict):
+            pairs = [*names.items()]
+        else:
+            return value
+        for place, (name, _) in enumerate(pairs):
+            if any(os.path.abspath(name) == os.path.abspath(other) for other, _ in pairs[:place]):
+                raise ValueError(f"must name each file once, got {name!r} twice; add up the strengths")
+        return dict(pairs)
 
     @field_validator("family")
     @classmethod

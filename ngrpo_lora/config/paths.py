@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from typing import Annotated
@@ -9,9 +10,19 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from ngrpo_lora import registry
+from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.world import MODELS
 
-__all__ = ["AdapterText", "FolderText", "PathText", "SourceText", "expanded", "expanded_source"]
+__all__ = [
+    "AdapterText",
+    "FolderText",
+    "PathText",
+    "SourceText",
+    "expanded",
+    "expanded_source",
+    "finite_strength",
+    "parse_weighted",
+]
 
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^{}]*)\})", re.ASCII)
 MAX_NAME_BYTES = 255
@@ -58,6 +69,31 @@ def expanded_source(source: str) -> str:
     """
     kind, path, column = re.fullmatch(r"(hf:)?([^#?]*)(.*)", source, re.DOTALL).groups("")  # type: ignore[union-attr]
     return f"{kind}{expanded(path)}{column}"
+
+
+def parse_weighted(text: str, default: float = 1.0) -> tuple[str, float]:
+    """`FILE:0.5` -> the path and its weight, or `default` where none is given.
+
+    Raises:
+        ConfigError: a weight that is not finite.
+    """
+    path, _, number = text.rpartition(":")
+    try:
+        path, weight = (path, float(number)) if path else (text, default)
+    except ValueError:  # the colon is part of the path
+        path, weight = text, default
+    return path, finite_strength(path, weight)
+
+
+def finite_strength(path: str, strength: float) -> float:
+    """Return `strength`, which must be finite; `path` names the adapter in the message.
+
+    Raises:
+        ConfigError: it is not finite.
+    """
+    if not math.isfinite(strength):
+        raise ConfigError(f"the strength of an adapter must be finite, got {strength} for {path!r}")
+    return strength
 
 
 def from_anywhere(path: str) -> str:

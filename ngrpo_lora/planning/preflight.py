@@ -267,7 +267,8 @@ def _output_dir(config: RunConfig) -> Iterator[str]:
     try:
         if resume == "latest" and not checkpoints(output_dir):
             folder = str(output_dir / "checkpoints")
-            yield f"resume=latest needs a checkpoint, but {folder!r} holds none; drop resume to start anew"
+            remedy = _anew(output_dir) or "drop resume to start anew"
+            yield f"resume=latest needs a checkpoint, but {folder!r} holds none; {remedy}"
             return
         folder = find(resume, output_dir).resolve()
     except UserError as error:
@@ -297,6 +298,14 @@ def _other_kinds(output_dir: Path) -> Iterator[str]:
             yield f"output_dir must have a file {name!r}, or nothing of that name, but {str(path)!r} is none; move it"
 
 
+def _anew(output_dir: Path) -> str | None:
+    """How to begin with the adapter of a run whose checkpoints are gone; None where it has none."""
+    adapter = output_dir / "adapter"
+    if not any(adapter.glob("*")):
+        return None
+    return f"no checkpoint is left of its run: give another output_dir, with lora.init_from={adapter}"
+
+
 def _new_run(config: RunConfig, output_dir: Path) -> Iterator[str]:
     """Whether the folder holds another run; one that was killed before its first checkpoint may start again.
 
@@ -305,11 +314,9 @@ def _new_run(config: RunConfig, output_dir: Path) -> Iterator[str]:
     path, metrics = output_dir / "config.yaml", output_dir / "metrics.jsonl"
     if not path.exists():
         return
-    if checkpoints(output_dir) or any((output_dir / "adapter").glob("*")):
-        yield (
-            f"output_dir must not hold another run, but {config.output_dir!r} does; "
-            "give resume=latest to go on with it, or another output_dir"
-        )
+    if (resumable := checkpoints(output_dir)) or _anew(output_dir):
+        remedy = "give resume=latest to go on with it, or another output_dir" if resumable else _anew(output_dir)
+        yield f"output_dir must not hold another run, but {config.output_dir!r} does; {remedy}"
         return
     if not (metrics.exists() and metrics.stat().st_size):
         return

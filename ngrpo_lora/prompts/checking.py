@@ -81,5 +81,6 @@ def _check_pair(source: SourcePicture, mask: SourcePicture | None) -> Size:
     """The size of a source that can be read, as its mask is, which is of the same size; else raises ConfigError."""
     size = source.load().size
     if mask is not None and (found := mask.load().size) != size:
-        raise mask.refused(f"is a mask of {found[0]} x {found[1]} px for a source of {size[0]} x {size[1]} px")
+        shown = f"is a mask of {found[0]} x {found[1]} px for a source of {size[0]} x {size[1]} px"
+        raise mask.refused(f"{shown}; make it as large")
     return size

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.prompts.pictures import SourcePicture, is_picture_column, sole_column, take_pictures
-from ngrpo_lora.records.texts import decoded, parse_json
+from ngrpo_lora.records.texts import decoded, parse_json, separator
 from ngrpo_lora.world.edits import EDIT_TASKS
 from ngrpo_lora.world.scenes import TASKS
 
@@ -213,7 +213,7 @@ def _rows(source: str) -> tuple[Rows, str]:
         case ".json":
             return _json_array(text, path), column
         case ".csv" | ".tsv":
-            return _csv(text, path, "\t" if suffix == ".tsv" else ","), column
+            return _csv(text, path, "\t" if suffix == ".tsv" else separator(text)), column
     if column:
         raise ConfigError(f"must name a column only of a table, but {path!r} is a text file; drop #{column}")
     return _lines(text), column

@@ -156,7 +156,10 @@ def newest_whole(output_dir: Path) -> Path | None:
             return folder
         log.warning("checkpoint %s is damaged (%s); looking for the one before it", folder.name, problem)
     if found:
-        raise UserError(f"all checkpoints in {str(output_dir / 'checkpoints')!r} are damaged; start anew elsewhere")
+        raise UserError(
+            f"all checkpoints in {str(output_dir / 'checkpoints')!r} are damaged; give another output_dir, with "
+            f"lora.init_from={output_dir / 'adapter'} where its adapter is whole"
+        )
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-__all__ = ["check_text", "decoded", "parse_json"]
+__all__ = ["check_text", "decoded", "parse_json", "separator"]
 
 MAX_DEPTH = 100  # far below what Python's recursion allows, as others walk through the value too
 
@@ -70,3 +70,9 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _depth(value: Any) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return 1 + max(map(_depth, inner), default=0) if isinstance(value, dict | list) else 0
+
+
+def separator(table: str) -> str:
+    """What a table's header has between its columns: a comma, or a semicolon, as Excel writes in much of Europe."""
+    header = table.lstrip().partition("\n")[0]
+    return ";" if ";" in header and "," not in header else ","

@@ -131,6 +131,8 @@ def read_recipe(path: Path, same_adapters: bool = True, same_source: bool = True
     Raises:
         UserError: the picture has no recipe, or an adapter or the source is gone or has changed.
     """
+    if not path.is_file():
+        raise ConfigError(f"--like must be a PNG file that `ngrpo sample` wrote, but {str(path)!r} is no file")
     text = read_png_text(path)
     try:
         own = json.loads(text["ngrpo"])

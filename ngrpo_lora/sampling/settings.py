@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +38,11 @@ def drawing_settings(adapter: str | Path | None, model: str | None, device: str 
         UserError: as `own_settings`.
     """
     return on_this_machine(own_settings(model, adapter), None, device)
+
+
+def leading(adapters: Sequence[Path]) -> Path | None:
+    """The adapter that says how several are drawn: the first that was trained here, else the first."""
+    return next((path for path in adapters if "ngrpo" in read_metadata(path)), adapters[0] if adapters else None)
 
 
 def own_settings(path: str | None, adapter: str | Path | None = None) -> AdapterInfo:

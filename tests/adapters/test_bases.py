@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ngrpo_lora.adapters.bases import base_of, warn_of_bases
+from ngrpo_lora.adapters.bases import base_of, warn_of_bases, warn_of_use
 from ngrpo_lora.adapters.merging import merge
 from ngrpo_lora.adapters.reading import AdapterFile
 from ngrpo_lora.adapters.writing import save_tensors
@@ -66,3 +66,27 @@ def test_a_merge_says_it(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (message,) = [record.getMessage() for record in caplog.records if "different bases" in record.getMessage()]
     assert f"{tmp_path / 'b'} on {SCHNELL}" in message
     assert json.loads(merged.metadata["ngrpo"]).keys() == {"family", "fused", "model"}  # of the first
+
+
+@pytest.mark.parametrize(
+    ("trained", "used", "beside", "part"),
+    [
+        ({"path": DEV}, DEV, (), None),
+        ({"path": DEV}, SCHNELL, (), "was trained on owner/dev, and may do less on owner/schnell"),
+        ({"path": "embedded"}, "embedded-edit", (), "was trained on embedded, and may do less on embedded-edit"),
+        ({"path": DEV}, ".", (), None),  # a folder may hold any weights
+        ({"path": DEV, "fuse": {"fast": 1.0}}, DEV, ("fast",), None),
+        (
+            {"path": DEV, "fuse": {"fast": 1.0}},
+            DEV,
+            ("slow",),
+            "works beside fast, which owner/dev has not taken in; y",
+        ),
+    ],
+)
+def test_an_adapter_that_is_used_otherwise_than_it_was_trained_is_told(
+    trained: dict[str, object], used: str, beside: tuple[str, ...], part: str | None, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.WARNING, "ngrpo_lora"):
+        warn_of_use([opened("a", header(**trained)), opened("c", {})], used, beside, "y")
+    assert caplog.messages == ([] if part is None else [f"adapter a {part}"])

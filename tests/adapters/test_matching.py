@@ -89,3 +89,13 @@ def test_a_file_of_the_base_that_has_changed_is_said(adapter: Path, tmp_path: Pa
         f"model.fuse ({fused}) has changed since adapter {beside} was trained: what follows is drawn with the file as "
         "it is now"
     )
+
+
+def test_an_adapter_that_the_base_has_taken_in_already_is_said(
+    adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    fused = shutil.copy(adapter, tmp_path / "fused.safetensors")
+    with caplog.at_level(logging.WARNING, "ngrpo_lora"):
+        check_adapters(ModelConfig(fuse={str(fused): 1.0}), [adapter])
+    (message,) = caplog.messages
+    assert message == f"adapter {adapter} is in the base already (model.fuse: {fused}), and counts twice; leave it out"

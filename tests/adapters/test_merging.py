@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from ngrpo_lora.adapters.writing import peft_metadata, save_tensors, state_dict
 from ngrpo_lora.cli import app
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.models._loading import load_family
+from ngrpo_lora.records.files import digest
 from ngrpo_lora.world import EMBEDDED
 
 
@@ -190,3 +192,29 @@ def test_what_cannot_be_merged_is_refused_in_one_line(embedded_adapter: str, tmp
     assert "the sum with the base is too large for torch.float16, in " in message
     assert not (tmp_path / "folder").exists()
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_base_without_what_an_adapter_works_beside_is_told(
+    embedded_adapter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    fast = str(tmp_path / "fast.safetensors")
+    shutil.copy(embedded_adapter, fast)
+    own = {"model": ModelConfig(fuse={fast: 1.0}).model_dump(), "fused": {fast: digest(Path(fast))}}
+    beside = tmp_path / "beside.safetensors"
+    layers = read_adapter_file(embedded_adapter).layers
+    save_tensors(beside, state_dict(layers), {"ss_base_model_version": "flux1", "ngrpo": json.dumps(own)})
+    with caplog.at_level(logging.WARNING, "ngrpo_lora"):
+        run(beside, "--base", "embedded", "--output", tmp_path / "without")
+        (message,) = [text for text in caplog.messages if "works beside" in text]
+        assert f"works beside {fast}, which embedded has not taken in; merge it too" in message
+        caplog.clear()
+        run(beside, fast, "--base", "embedded", "--output", tmp_path / "with")  # at once
+        run(fast, "--base", "embedded", "--output", tmp_path / "first")  # or before
+        run(beside, "--base", tmp_path / "first", "--output", tmp_path / "second")
+        assert not [text for text in caplog.messages if "works beside" in text]
+
+
+def test_no_adapter_is_lost_to_its_own_merge(embedded_adapter: str):
+    before = Path(embedded_adapter).read_bytes()
+    assert "must not be one of the files" in refuse(f"{embedded_adapter}:0", "--output", embedded_adapter)
+    assert Path(embedded_adapter).read_bytes() == before

@@ -10,6 +10,7 @@ from refusing import message
 
 from ngrpo_lora.config import RunConfig, changed_keys, describe, dump_config, load_config, preset_names
 from ngrpo_lora.config.plugins import algorithm_settings
+from ngrpo_lora.errors import ConfigError
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -179,3 +180,26 @@ def test_a_section_as_a_whole_and_its_other_keys_go_together_in_any_order():
 def test_another_algorithm_has_nothing_of_the_settings_of_the_files_one():
     config = load_config("demo", ["algorithm=flow_grpo", "algorithm.eta=0.5"])
     assert config.algorithm.model_dump() == {**algorithm_settings("flow_grpo")().model_dump(), "eta": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "strengths"),
+    [
+        ("fast.safetensors", [("fast.safetensors", 1.0)]),
+        ("fast.safetensors:0.5", [("fast.safetensors", 0.5)]),
+        ("[a.safetensors, b.safetensors:0.25]", [("a.safetensors", 1.0), ("b.safetensors", 0.25)]),
+        ("{a.safetensors: 2}", [("a.safetensors", 2.0)]),
+        ("{}", []),
+    ],
+)
+def test_files_that_the_base_takes_in_are_named_with_or_without_strengths(
+    text: str, strengths: list[tuple[str, float]]
+):
+    assert [*load_config(None, [f"model.fuse={text}"]).model.fuse.items()] == strengths
+
+
+def test_a_file_that_the_base_takes_in_is_named_once():
+    with pytest.raises(ConfigError, match=r"model\.fuse must name each file once, got '\./a' twice; add up"):
+        load_config(None, ["model.fuse={a: 1, ./a: 1}"])
+    with pytest.raises(ConfigError, match="the strength of an adapter must be finite, got nan for 'a'"):
+        load_config(None, ["model.fuse=a:nan"])

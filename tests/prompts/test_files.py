@@ -473,3 +473,9 @@ def test_offline_a_dataset_that_is_not_in_the_cache_is_an_error(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert message in refused(source)
+
+
+def test_a_table_of_excel_with_semicolons_is_read():
+    Path("excel.csv").write_bytes("\ufeffPrompt;Note\r\na red star, large;x\r\n".encode())
+    (prompt,) = read_prompts("excel.csv").prompts
+    assert (prompt.text, prompt.metadata) == ("a red star, large", {"Note": "x"})

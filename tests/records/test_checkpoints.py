@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
         with pytest.raises(UserError, match=r"iteration-000002' is damaged \(.*\); resume from an older one"):
             checkpoints.load(str(checkpoints.checkpoint_dir(tmp_path, 2)), tmp_path, "cpu")
     DAMAGES[damage](checkpoints.checkpoint_dir(tmp_path, 1) / checkpoints.TENSORS_FILE)
-    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged; start anew elsewhere"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged; give another output_dir"):
         checkpoints.load("latest", tmp_path, "cpu")
 
 

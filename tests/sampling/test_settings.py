@@ -13,7 +13,7 @@ from ngrpo_lora.adapters.header import AdapterInfo
 from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.models._index import architectures
-from ngrpo_lora.sampling.settings import drawing_settings, on_this_machine, own_settings, with_settings
+from ngrpo_lora.sampling.settings import drawing_settings, leading, on_this_machine, own_settings, with_settings
 
 OTHER = AdapterInfo(
     ModelConfig(device="cpu", path="elsewhere", dtype="bfloat16", height_px=96, width_px=48),
@@ -44,6 +44,14 @@ def test_a_model_is_drawn_as_the_adapter_says_else_as_its_preset(tmp_path: Path)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "QwenImagePipeline"}))
     assert (own_settings(str(folder)).model.height_px, own_settings(str(folder)).model.negative_prompt) == (1024, " ")
     assert all(own_settings(path).model.height_px >= 480 for path in architectures())
+
+
+def test_several_adapters_are_drawn_as_the_first_of_ours_says(tmp_path: Path):
+    ours = write_header(tmp_path / "ours.safetensors", {"ngrpo": "{}"})
+    theirs, others = (write_header(tmp_path / f"{name}.safetensors", {}) for name in ("theirs", "others"))
+    assert leading([theirs, ours, others]) == ours
+    assert leading([theirs, others]) == theirs
+    assert leading([]) is None
 
 
 def test_a_base_and_a_lora_of_another_trainer_are_drawn_at_the_size_of_the_models_preset(tmp_path: Path):
