@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, RunConfig
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.models._index import edits_pictures
 from ngrpo_lora.prompts.checking import check_sources
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.sources import Split, needed_prompts, read_split
@@ -36,6 +35,8 @@ def misfits(config: RunConfig, split: Split) -> Iterator[str]:
     Raises:
         UserError: as `edits_pictures`.
     """
+    from ngrpo_lora.models._index import edits_pictures  # the client of the Hub is slow to import
+
     edits, needed = edits_pictures(config.model), needed_prompts(config, split)
     for key, prompts in needed.items():
         try:
