@@ -318,7 +318,7 @@ def _new_run(config: RunConfig, output_dir: Path) -> Iterator[str]:
         remedy = "give resume=latest to go on with it, or another output_dir" if resumable else _anew(output_dir)
         yield f"output_dir must not hold another run, but {config.output_dir!r} does; {remedy}"
         return
-    if not (metrics.exists() and metrics.stat().st_size):
+    if metrics.is_file() and not metrics.stat().st_size:
         return
     try:
         changed = _other_settings(load_config(path), config, MAY_CHANGE_BEFORE_BASE)

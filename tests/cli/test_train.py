@@ -71,7 +71,6 @@ def test_train_refuses_bad_input_before_anything_loads(
     for name in ("held", "begun"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(dump_config(load_config(None, [f"output_dir={name}"])))
-    (tmp_path / "begun" / "metrics.jsonl").write_text('{"step": 0}\n')
     (tmp_path / "held" / "adapter").mkdir()
     (tmp_path / "held" / "adapter" / "pytorch_lora_weights.safetensors").touch()
     text = refuse("train", *words)
