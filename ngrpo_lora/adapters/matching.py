@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ngrpo_lora.adapters.bases import warn_of_bases, warn_of_use
 from ngrpo_lora.adapters.finding import find_adapter
-from ngrpo_lora.adapters.fusing import changed_files
 from ngrpo_lora.adapters.layers import NAMES
 from ngrpo_lora.adapters.reading import check_fits, read_adapter_file
 from ngrpo_lora.adapters.report import header_value, mapping
@@ -33,16 +32,17 @@ def check_adapters(model: ModelConfig, adapters: Iterable[Path]) -> None:
         return
     transformer = bare_transformer(model)
     files = [read_adapter_file(path, family) for path in paths]
+    taken = {name: digest(find_adapter(name, "model.fuse")) for name in model.fuse}
     for file in files:
         check_fits(file, transformer, family)
         fused = mapping(header_value(file.metadata, "ngrpo", {}), "fused")
-        for name in changed_files({name: sha256 for name, sha256 in fused.items() if name in model.fuse}):
+        for name in (name for name, sha256 in taken.items() if fused.get(name, sha256) != sha256):
             what = "what follows is drawn with the file as it is now"
             log.warning("model.fuse (%s) has changed since adapter %s was trained: %s", name, file.path, what)
     if not warn_of_bases(files):
         warn_of_use(files, model.path, model.fuse, "draw with the settings of the run that trained it")
-    taken = {digest(find_adapter(name, "model.fuse")): name for name in model.fuse}
     for path in paths:
-        if (name := taken.get(digest(path))) is not None:
+        own = digest(path)
+        for name in (name for name, sha256 in taken.items() if sha256 == own):
             twice = "is in the base already (model.fuse: %s), and counts twice; leave it out"
             log.warning(f"adapter %s {twice}", path, name)

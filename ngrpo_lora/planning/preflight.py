@@ -314,8 +314,8 @@ def _new_run(config: RunConfig, output_dir: Path) -> Iterator[str]:
     path, metrics = output_dir / "config.yaml", output_dir / "metrics.jsonl"
     if not path.exists():
         return
-    if (resumable := checkpoints(output_dir)) or _anew(output_dir):
-        remedy = "give resume=latest to go on with it, or another output_dir" if resumable else _anew(output_dir)
+    resumed = "give resume=latest to go on with it, or another output_dir" if checkpoints(output_dir) else None
+    if remedy := resumed or _anew(output_dir):
         yield f"output_dir must not hold another run, but {config.output_dir!r} does; {remedy}"
         return
     if metrics.is_file() and not metrics.stat().st_size:
