@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import runpy
 from pathlib import Path
 
 import diffusers
@@ -178,8 +179,9 @@ def test_a_video_starts_from_the_picture_that_people_see(mode: str, tmp_path: Pa
     exif[Base.Orientation] = 6
     Image.fromarray(pixels, "RGBA").convert(mode).save(tmp_path / "picture.png", exif=exif)
     monkeypatch.chdir(tmp_path)
-    found: dict[str, Image.Image] = {}
-    exec("\n".join(line for line in code.splitlines() if line.startswith(("from PIL", "picture ="))), found)
+    of_the_picture = [line for line in code.splitlines() if line.startswith(("from PIL", "picture ="))]
+    (tmp_path / "snippet.py").write_text("\n".join(of_the_picture), encoding="utf-8")
+    found = runpy.run_path(str(tmp_path / "snippet.py"))
     expected = SourcePicture(tmp_path / "picture.png", "picture.png", "here").fitted(704, 720)
     assert found["picture"].mode == "RGB"
     assert found["picture"].tobytes() == expected.tobytes()
