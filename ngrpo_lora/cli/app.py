@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ngrpo_lora.config import Option
 
 __all__ = ["app"]
+
+made: list[Path] = []  # folders that the command made, outer ones first: what stays empty goes again
 
 
 HOME_OR_VARIABLE = re.compile(r"(--[a-z-]+=)?((?:~[\w.-]*|\$[A-Za-z_]\w*|\$\{\w+\})(?:[/\\].*)?)", re.ASCII | re.DOTALL)
@@ -61,6 +64,10 @@ class _Group(TyperGroup):
         except OSError as error:
             typer.echo(f"ngrpo: {system_error(error)}", err=True)
             raise typer.Exit(2) from None
+        finally:
+            while made:
+                with suppress(OSError):  # something is in it
+                    made.pop().rmdir()
 
 
 def option_problem(error: typer.BadParameter) -> str:
@@ -189,9 +196,11 @@ Device = Annotated[str, typer.Option(help="auto (prefers a GPU), cpu, cuda, cuda
 
 
 def make_folder(output: Path, option: str = "--output") -> None:
-    """Make the folder that an option names, and make sure that it can be written to."""
+    """Make the folder that an option names, and make sure that it can be written to; left empty, it goes again."""
+    missing = [folder for folder in (*reversed(output.parents), output) if not folder.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
+        made.extend(missing)
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:

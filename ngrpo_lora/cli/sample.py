@@ -98,17 +98,17 @@ def sample(
         raise ConfigError("--prompt, --prompts or --like must be given, for example --prompt 'a red star'")
 
     adapters = named_adapters(adapter or [], 1.0 if strength is None else strength)
+    picture = None if source is None else named_picture(source)
     make_folder(output)
 
     from ngrpo_lora.config.paths import finite_strength
     from ngrpo_lora.models._loading import family_class
     from ngrpo_lora.prompts import sources
-    from ngrpo_lora.prompts.checking import check_sources
+    from ngrpo_lora.prompts.checking import check_sources, warn_of_cropping
     from ngrpo_lora.prompts.files import Prompt
     from ngrpo_lora.sampling import recipes, settings
 
     info = settings.drawing_settings(settings.leading([path for path, _ in adapters]), model)
-    picture = None if source is None else named_picture(source)
     follow_sources = height is None and width is None and (like is None or source is not None)
     if like is not None:
         recipe = recipes.read_recipe(like, same_adapters=not adapters, same_source=source is None)
@@ -120,7 +120,10 @@ def sample(
     wanted = [one if one.source else one._replace(source=picture) for one in wanted]
     options = {"steps": steps, "shift": shift, "guidance": guidance, "solver": solver, "height": height, "width": width}
     info = settings.editing(settings.with_settings(info, options), wanted)
-    check_sources("--prompt", wanted, family_class(info.model).edits, info.model.path, ", or one with --source")
+    edits = family_class(info.model).edits
+    sizes = check_sources("--prompt", wanted, edits, info.model.path, ", or one with --source")
+    if not follow_sources:
+        warn_of_cropping("--width and --height", sizes, (info.model.width_px, info.model.height_px))
     columns = recipes.columns_of(adapters, grid, base_too)
     seeds = consecutive_seeds(seed or 0, num_images)
     drawings = recipes.draw_columns(info, columns, wanted, seeds, follow_sources)
@@ -137,13 +140,15 @@ def named_adapters(texts: list[str], strength: float) -> list[tuple[Path, float]
 
 
 def named_picture(source: str) -> SourcePicture:
-    """The picture that --source names, by a path or a `file://` URL."""
+    """The picture that --source names, by a path or a `file://` URL; it can be read."""
     if not source.strip():
         raise ConfigError("--source must not be empty; name the picture to edit")
 
     from ngrpo_lora.prompts.pictures import SourcePicture, find_picture
 
-    return find_picture(source, Path(), "--source") or SourcePicture(Path(source), source, "--source")
+    picture = find_picture(source, Path(), "--source") or SourcePicture(Path(source), source, "--source")
+    picture.load()
+    return picture
 
 
 def save_drawings(drawings: Iterable[Drawing], num_columns: int, output: Path, grid: bool) -> None:

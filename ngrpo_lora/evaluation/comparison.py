@@ -20,7 +20,7 @@ from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation import pages
 from ngrpo_lora.evaluation.judging import judge, write_csv, write_json
 from ngrpo_lora.evaluation.statistics import Difference, compare_scores
-from ngrpo_lora.prompts.checking import check_sources
+from ngrpo_lora.prompts.checking import check_sources, warn_of_cropping
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.pictures import SourcePicture
 from ngrpo_lora.prompts.sources import open_prompts
@@ -224,7 +224,8 @@ def suiting(prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[
 
     found = [replace(one, info=editing(one.info, prompts)) for one in candidates]
     model = found[0].info.model
-    check_sources("--prompts", prompts, family_class(model).edits, model.path)
+    sizes = check_sources("--prompts", prompts, family_class(model).edits, model.path)
+    warn_of_cropping("--prompts", sizes, (model.width_px, model.height_px))
     return found
 
 

@@ -14,10 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ngrpo_lora.adapters.header import AdapterInfo
-from ngrpo_lora.config import ModelConfig, RolloutConfig
 from ngrpo_lora.errors import ConfigError, UserError
-from ngrpo_lora.prompts.checking import check_sources
+from ngrpo_lora.prompts.checking import check_sources, warn_of_cropping
 from ngrpo_lora.prompts.files import BUILTIN_SOURCES, Prompt, PromptTable, read_prompts
 from ngrpo_lora.prompts.pictures import SourcePicture
 from ngrpo_lora.prompts.sources import divide, open_prompts, token_lengths
@@ -109,15 +107,17 @@ def _read(source: str, seed: int) -> PromptTable:
 def _check(model: str, tables: Mapping[str, PromptTable]) -> dict[SourcePicture, tuple[int, int]]:
     """The sizes of all sources; a model that both draws and edits is checked as one that edits where there is one."""
     from ngrpo_lora.models._loading import family_class  # diffusers is slow to import
-    from ngrpo_lora.sampling.settings import editing
+    from ngrpo_lora.sampling.settings import editing, own_settings
 
-    drawn = AdapterInfo(ModelConfig(path=model), RolloutConfig())
     prompts = [prompt for table in tables.values() for prompt in table.prompts]
     try:
+        drawn = own_settings(model)
         edits = family_class(editing(drawn, prompts).model).edits
     except UserError as error:
         raise UserError(str(error).replace("model.path", "--model")) from None
-    return check_sources("SOURCE", prompts, edits, model)
+    sizes = check_sources("SOURCE", prompts, edits, model)
+    warn_of_cropping("SOURCE", sizes, (drawn.model.width_px, drawn.model.height_px))
+    return sizes
 
 
 def _divide(source: str, table: PromptTable, held_out: float) -> tuple[list[Prompt], list[Prompt]]:

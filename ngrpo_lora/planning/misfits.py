@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, RunConfig
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.prompts.checking import check_sources
+from ngrpo_lora.prompts.checking import check_sources, warn_of_cropping
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.sources import Split, needed_prompts, read_split
 
@@ -40,10 +40,11 @@ def misfits(config: RunConfig, split: Split) -> Iterator[str]:
     edits, needed = edits_pictures(config.model), needed_prompts(config, split)
     for key, prompts in needed.items():
         try:
-            check_sources(key, prompts, edits, config.model.path)
+            sizes = check_sources(key, prompts, edits, config.model.path)
         except ConfigError as error:
             yield from error.problems
             return
+        warn_of_cropping(key, sizes, (config.model.width_px, config.model.height_px))
     yield from _unread(config, needed, edits)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.pictures import SourcePicture, sole_column
 
-__all__ = ["check_sources"]
+__all__ = ["check_sources", "warn_of_cropping"]
+
+log = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 
 READERS = 8  # threads; a large picture takes some hundred megabytes while it is read
+MIN_KEPT = 0.5  # share of a source that should be left of it
 
 
 def check_sources(
@@ -43,6 +47,30 @@ def check_sources(
     except ConfigError as error:
         raise ConfigError(f"{key} {error}") from None
     return {source: size for (source, _), size in zip(pairs, sizes, strict=True)}
+
+
+def warn_of_cropping(key: str, sources: Mapping[SourcePicture, Size], drawn: Size) -> None:
+    """Say how many sources lose most of their area where they are cropped to the shape of what is drawn.
+
+    Args:
+        key: as of `check_sources`.
+        sources: as it returns them.
+        drawn: (width, height) of pictures in pixels.
+    """
+    width, height = drawn
+    cut = {one: size for one, size in sources.items() if _kept(size, drawn) < MIN_KEPT}
+    for first, size in [*cut.items()][:1]:
+        log.warning(
+            f"{key}: of {len(cut):,} of {len(sources):,} source pictures less than half is left, as they are cropped "
+            f"to the shape of {width} x {height} px, first {first.name!r} ({first.place}) of {size[0]} x {size[1]} px, "
+            f"of which {_kept(size, drawn):.0%} is left; crop them as you wish, or set width and height to their shape"
+        )
+
+
+def _kept(size: Size, drawn: Size) -> float:
+    """The share of a picture that is left where it is scaled to cover another shape, and the middle cut out."""
+    ratio = size[0] * drawn[1] / (size[1] * drawn[0])
+    return min(ratio, 1 / ratio)
 
 
 def _check_absent(key: str, prompts: Sequence[Prompt], model: str) -> None:

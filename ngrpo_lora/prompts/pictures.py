@@ -135,6 +135,8 @@ class SourcePicture:
 
     def refused(self, why: str) -> ConfigError:
         """The error for this picture: rule, value with its place, and what is wrong with what remedy."""
+        if self.place.startswith("--"):  # an option that names this one picture
+            return ConfigError(f"{self.place} must be a readable picture, but {self.name!r} {why}")
         return ConfigError(f"must have readable source pictures, but {self.name!r} ({self.place}) {why}")
 
 

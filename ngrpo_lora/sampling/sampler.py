@@ -20,6 +20,7 @@ from ngrpo_lora.equations.noise import gaussian_noise
 from ngrpo_lora.equations.solvers import SOLVERS
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import family_class
+from ngrpo_lora.prompts.checking import warn_of_cropping
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.sampling import settings
 from ngrpo_lora.types import TextEmbeds
@@ -122,7 +123,9 @@ class Sampler:
         """
         if prompt.source is None or not self.family.edits:
             return self
-        height, width = self.family.edited_size(prompt.source.load())
+        source = prompt.source.load()
+        height, width = self.family.edited_size(source)
+        warn_of_cropping("the size of a drawing", {prompt.source: source.size}, (width, height))
         model = self.info.model.model_copy(update={"height_px": height, "width_px": width})
         return self.with_settings(AdapterInfo(model, self.info.rollout))
 

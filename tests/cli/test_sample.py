@@ -193,4 +193,11 @@ def test_bad_input_is_one_message(
     save_tensors(Path("wan.safetensors"), state_dict(random_layers("wan", make("wan"))), {})
     own = ["--adapter", adapter] if "--strength" in words else []
     monkeypatch.setattr(BaseFamily, "load", lambda *_: pytest.fail("a model was loaded"))
+    there = {*Path().iterdir()}
     assert part in refuse("sample", "-p", "a star", *own, *words)
+    assert {*Path().iterdir()} == there
+    assert part in refuse("sample", "-p", "a star", *own, *words, "--output", "new/folder")
+    assert {*Path().iterdir()} == there
+    Path("mine").mkdir()
+    assert part in refuse("sample", "-p", "a star", *own, *words, "--output", "mine")
+    assert Path("mine").is_dir()

@@ -225,13 +225,13 @@ def test_a_command_that_draws_checks_pictures_first(folder: Path, tmp_path: Path
     one = ("sample", "--prompt", "make it red")
     assert "--prompt must have a source picture with every prompt" in refuse(*one, "--model", folder)
     gone = refuse(*one, "--model", folder, "--source", "gone.png")
-    assert "--prompt must have readable source pictures, but 'gone.png' (--source) is no file" in gone
+    assert "--source must be a readable picture, but 'gone.png' is no file" in gone
     picture(tmp_path, 3)
     assert "--source must not be empty; name the picture to edit" in refuse(*one, "--model", folder, "--source", " ")
     url = (tmp_path / "gone.png").as_uri()
-    assert f"'{url}' (--source) is no file ('{tmp_path / 'gone.png'}')" in refuse(
-        *one, "--model", folder, "--source", url
-    )
+    gone = refuse(*one, "--model", folder, "--source", url)
+    assert f"'{url}' is no file ('{tmp_path / 'gone.png'}')" in gone
+    assert {path.name for path in tmp_path.iterdir()} == {"3.png"}  # and no empty folder
     none = refuse(*one, "--model", "embedded", "--source", "3.png")
     assert "--prompt must have no source pictures for 'embedded', which edits none" in none
 

@@ -375,9 +375,7 @@ def test_a_command_that_draws_checks_pictures_first(folder: Path, tmp_path: Path
     monkeypatch.setattr(BaseFamily, "load", lambda *args: pytest.fail("a model is loaded"))
     one = ("sample", "--prompt", "make it red", "--model", folder)
     assert "--prompt must have a source picture with every prompt" in refuse(*one)
-    assert "--prompt must have readable source pictures, but 'gone.png' (--source)" in refuse(
-        *one, "--source", "gone.png"
-    )
+    assert "--source must be a readable picture, but 'gone.png' is no file" in refuse(*one, "--source", "gone.png")
 
 
 def test_a_comparison_draws_from_the_sources_of_its_prompts(family: BaseFamily, tmp_path: Path, edits: list[Prompt]):

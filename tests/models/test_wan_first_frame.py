@@ -495,9 +495,7 @@ def test_pictures_are_checked_before_a_model_is_loaded(
             check_run(make_config(*made))
     one = ("sample", "--prompt", "a red star", "--model", single)
     assert "--prompt must have a source picture with every prompt" in refuse(*one)
-    assert "--prompt must have readable source pictures, but 'gone.png' (--source)" in refuse(
-        *one, "--source", "gone.png"
-    )
+    assert "--source must be a readable picture, but 'gone.png' is no file" in refuse(*one, "--source", "gone.png")
 
 
 def test_a_prompt_without_a_picture_is_refused(family: BaseFamily):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.prompts.checking import check_sources
+from ngrpo_lora.prompts.checking import check_sources, warn_of_cropping
 from ngrpo_lora.prompts.files import Prompt, read_prompts
 from ngrpo_lora.prompts.pictures import SourcePicture
 
@@ -135,3 +135,22 @@ def test_pictures_are_read_side_by_side_and_the_first_that_is_wrong_is_told(monk
     painted("b.png", (8, 8))
     Path("c.png").write_bytes(b"")
     assert "'b.png' (line 2 of 'edits.jsonl') is 8 x 8 px, below 32 px" in problem(["a.png", "b.png", "c.png", "d.png"])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_sources_of_which_less_than_half_is_drawn_are_counted(turned: bool, caplog: pytest.LogCaptureFixture):
+    strip, wide, half = painted("strip.png"), painted("wide.png"), painted("half.png")
+    sizes = {half: (128, 64), strip: (3872, 32), wide: (160, 64)}
+    if turned:
+        sizes = {picture: (height, width) for picture, (width, height) in sizes.items()}
+    warn_of_cropping("prompts.train", sizes, (64, 64))
+    shape = "32 x 3872" if turned else "3872 x 32"
+    assert caplog.messages == [
+        "prompts.train: of 2 of 3 source pictures less than half is left, as they are cropped to the shape of 64 x 64 "
+        f"px, first 'strip.png' (line 1 of 'edits.jsonl') of {shape} px, of which 1% is left; crop them as you wish, "
+        "or set width and height to their shape"
+    ]
+    caplog.clear()
+    warn_of_cropping("prompts.train", {half: sizes[half]}, (64, 64))
+    warn_of_cropping("prompts.train", {}, (64, 64))
+    assert not caplog.messages
