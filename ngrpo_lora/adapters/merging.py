@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ from ngrpo_lora.world import MODELS
 
 __all__ = ["Merged", "merge", "merge_into_base"]
 
+log = logging.getLogger(__name__)
+
+MIN_KEPT = 0.9  # share of a change that should be left of it in the number type of a base
 KEPT = ("code_version", "family", "fused", "model", "rollout")  # of the first adapter's own metadata: how it is drawn
 
 
@@ -147,7 +152,8 @@ def _source(file: AdapterFile) -> dict[str, Any]:
 def merge_into_base(merged: Merged, base: str, output: Path) -> None:
     """Copy a model's folder with the adapters added into its transformer's weights, whose number type stays the same.
 
-    One file of weights is in memory at a time.
+    One file of weights is in memory at a time. A change that is small beside the steps of that number type is mostly
+    lost to rounding: how much of it is left, as its projection on the change, is said where that is not nearly all.
 
     Args:
         base: `embedded`, `embedded-edit`, or a folder as diffusers' `save_pretrained` writes it.
@@ -165,7 +171,8 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
     if output.exists():
         raise ConfigError(f"--output must be a new folder with --base, but {str(output)!r} is there")
     _check_base(merged, base, shards)
-    warn_of_use(merged.files, base, _taken_in(merged, shards), "merge it too, as `ngrpo merge FILE OTHER --base`")
+    warn_of_use(merged.files, base, _taken_in(merged, shards), f"merge it too: {_with_another(base, output)}")
+    kept = total = 0.0
     try:
         with written_folder(output) as folder:
             shutil.copytree(source, folder, ignore=lambda place, names: [n for n in names if Path(place, n) in shards])
@@ -173,11 +180,25 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
                 weights = load_file(shard)
                 for key in weights:
                     if (change := _change(merged, key)) is not None:
-                        weights[key] = added(weights[key], change, key)
+                        before, weights[key] = weights[key], added(weights[key], change, key)
+                        change = change.view(before.shape).double()
+                        kept += float(((weights[key].double() - before.double()) * change).sum())
+                        total += float(change.square().sum())
                 metadata = {"format": "pt", "ngrpo_merged": merged.metadata["ngrpo_merged"]}
                 save_file(weights, folder / "transformer" / shard.name, metadata)
     except OSError as error:
         raise UserError(f"--output {str(output)!r} cannot be written: {error}") from None
+    if kept < MIN_KEPT * total:
+        dtype = str(before.dtype).removeprefix("torch.")
+        log.warning(
+            f"{kept / total:.0%} of what the adapters change is left in the {dtype} numbers of {base}, the rest is "
+            "lost to rounding; load the adapters beside the base, or merge them into one that is stored in float32"
+        )
+
+
+def _with_another(base: str, output: Path) -> str:
+    """The command, but for the names of files, that merges two adapters into a base."""
+    return f"ngrpo merge FILE OTHER --base {shlex.quote(base)} --output {shlex.quote(str(output))}"
 
 
 def _taken_in(merged: Merged, shards: Sequence[Path]) -> set[str]:

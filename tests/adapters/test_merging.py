@@ -127,6 +127,32 @@ def test_a_merged_base_has_the_adapters_velocity_within_its_rounding(
     assert {weight.dtype for weight in stored.values()} == {dtype}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_that_rounding_takes_is_told_with_what_is_left(
+    dtype: torch.dtype, embedded_adapter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    base = shutil.copytree(EMBEDDED, tmp_path / "base")
+    weights = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = {name: w.to(dtype) for name, w in load_file(weights).items()}
+    save_file(before, weights, {"format": "pt"})
+    changes = {f"{name}.weight": layer.delta() for name, layer in read_adapter_file(embedded_adapter).layers.items()}
+    told: dict[float, list[str]] = {}
+    with caplog.at_level(logging.WARNING, "ngrpo_lora"):
+        for strength in (0.0, 0.001, 1.0):
+            caplog.clear()
+            output = tmp_path / f"merged{strength}"
+            run(f"{embedded_adapter}:{strength}", "--base", base, "--output", output)
+            told[strength] = [text for text in caplog.messages if "rounding" in text]
+            if strength == 0.001 and dtype == torch.bfloat16:
+                after = load_file(output / weights.relative_to(base))
+                pairs = [((after[k].double() - before[k].double()), strength * changes[k].double()) for k in changes]
+                left = sum((got * wanted).sum() for got, wanted in pairs) / sum((w * w).sum() for _, w in pairs)
+                assert 0 < left < 0.5
+                start = f"{left:.0%} of what the adapters change is left in the bfloat16 numbers of {base}, the rest is"
+                assert [text[: len(start)] for text in told.pop(strength)] == [start]
+    assert not any(told.values())
+
+
 def test_a_base_in_several_files_is_merged_file_by_file(embedded_adapter: str, tmp_path: Path):
     from diffusers import FluxTransformer2DModel
 
@@ -206,7 +232,8 @@ def test_a_base_without_what_an_adapter_works_beside_is_told(
     with caplog.at_level(logging.WARNING, "ngrpo_lora"):
         run(beside, "--base", "embedded", "--output", tmp_path / "without")
         (message,) = [text for text in caplog.messages if "works beside" in text]
-        assert f"works beside {fast}, which embedded has not taken in; merge it too" in message
+        command = f"ngrpo merge FILE OTHER --base embedded --output {tmp_path / 'without'}"
+        assert f"works beside {fast}, which embedded has not taken in; merge it too: {command}" in message
         caplog.clear()
         run(beside, fast, "--base", "embedded", "--output", tmp_path / "with")  # at once
         run(fast, "--base", "embedded", "--output", tmp_path / "first")  # or before
