@@ -86,7 +86,9 @@ def _train_as_one_of_several(arguments: list[str] | None) -> None:
         problem = str(error)
     processes = Processes(device, timeout_s)
     try:
-        if config is not None and processes.is_main:
+        if not processes.is_main:  # what there is to say of files is said once
+            logging.getLogger("ngrpo_lora.adapters").setLevel(logging.ERROR)
+        elif config is not None:
             problem = _problem(check_run, config)
         if problem := processes.agree(problem):
             raise SharedError(problem)

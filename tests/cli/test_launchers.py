@@ -17,6 +17,7 @@ import pytest
 import yaml
 from conftest import MakeConfig
 from runs import SEVERAL, TROUBLE, assert_nearly_same_run, read_rows
+from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from ngrpo_lora.config import dump_config
@@ -119,6 +120,14 @@ def test_what_no_process_can_read_is_said_once(launcher: str, tmp_path: Path):
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert said.count("did you mean rollout.group_size?") == 1
+
+
+def test_what_there_is_to_say_of_an_adapter_is_said_once(file: Path, alone: Path, tmp_path: Path):
+    adapter = tmp_path / "adapter.safetensors"
+    save_file(load_file(alone / "adapter" / "pytorch_lora_weights.safetensors"), adapter)  # without metadata
+    words = [*TRAIN, file, f"output_dir={tmp_path / 'run'}", f"model.fuse={adapter}", "trainer.num_iterations=1"]
+    (said,) = finish(start([BIN / "torchrun", "--nproc-per-node", "2", *words]))
+    assert said.count("does not say its alpha") == 1
 
 
 @pytest.mark.slow
