@@ -30,7 +30,7 @@ class Leap(NamedTuple):
 def leaping_logits(candidates: Tensor, anchor: Tensor, temperature: float) -> Tensor:
     """`-||x_i - x_anchor||^2 / tau` (Eq. 8 before the softmax): (G, ...), (...) -> (G,) float64."""
     offsets = (candidates - anchor).flatten(1).double()
-    return torch.linalg.vecdot(offsets, offsets) / -temperature
+    return torch.linalg.vector_norm(offsets, dim=1).square() / -temperature
 
 
 def leaping_log_ratio(candidates: Tensor, anchor_old: Tensor, displacement: Tensor, temperature: float) -> Tensor:
@@ -77,7 +77,7 @@ def leap(
     """
     offsets = (candidates - anchors_old[:, None]).flatten(2).double()  # (M, G, D)
     delta = (offsets @ displacements.flatten(1).double()[..., None])[..., 0] * (2 / temperatures)  # (M, G)
-    logits = torch.linalg.vecdot(offsets, offsets) / -temperatures
+    logits = torch.linalg.vector_norm(offsets, dim=2).square() / -temperatures  # one walk, where vecdot writes squares
     if present is not None:
         logits, delta = logits.where(present, -torch.inf), delta.where(present, 0.0)
     old = torch.log_softmax(logits, 1)
@@ -100,8 +100,9 @@ def mean_squared_distances(candidates: Tensor) -> Tensor:
     rows = exact(candidates).flatten(2).double()  # (W, G, D)
     finite = are_finite(rows)
     count, rows = finite.sum(1), rows.where(finite[..., None], 0.0)
-    total, squares = rows.sum(1), rows.flatten(1)
-    about_mean = torch.linalg.vecdot(squares, squares) - torch.linalg.vecdot(total, total) / count
+    total, flat = rows.sum(1), rows.flatten(1)
+    norms = torch.linalg.vector_norm(flat, dim=1), torch.linalg.vector_norm(total, dim=1)
+    about_mean = norms[0].square() - norms[1].square() / count
     return 2 * about_mean / (count - 1)
 
 

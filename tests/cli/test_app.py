@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -142,3 +144,27 @@ def test_a_command_that_loads_a_model_says_its_own_words_alone(tmp_path: Path):
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"{Path('drawn/000-a-red-star-seed0.png')}\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_memory_that_passes_free_is_kept(tmp_path: Path):
+    code = """if True:
+        import resource, sys
+        from ngrpo_lora.cli import app
+        if sys.argv[1:]:
+            app(["config"], standalone_mode=False)
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            blocks = [bytearray(2**20) for _ in range(200)]
+            blocks.clear()
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        print(max([faults() for _ in range(4)][1:]), file=sys.stderr)
+    """
+    given_back, kept = (
+        int(subprocess.run([sys.executable, "-c", code, *word], cwd=tmp_path, capture_output=True, text=True).stderr)
+        for word in ([], ["app"])
+    )
+    assert given_back > 200 * 2**20 / resource.getpagesize() / 2
+    assert kept < 1000
