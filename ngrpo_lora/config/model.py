@@ -49,8 +49,8 @@ class ModelConfig(Section, frozen=True):
         pattern=DEVICE_PATTERN,
         description="auto (prefers a GPU), cpu, cuda, cuda:N or mps.",
     )
-    height_px: int = Field(default=64, ge=16, description="Image height in pixels, a multiple of 16.")
-    width_px: int = Field(default=64, ge=16, description="Image width in pixels, a multiple of 16.")
+    height_px: int = Field(default=64, ge=16, le=8192, description="Image height in pixels, a multiple of 16.")
+    width_px: int = Field(default=64, ge=16, le=8192, description="Image width in pixels, a multiple of 16.")
     expert: Expert | None = Field(
         default=None,
         description="Of a model with a transformer for high noise levels and one for low ones (Wan 2.2 A14B): the one "
@@ -70,7 +70,7 @@ class ModelConfig(Section, frozen=True):
         default="", description="What guidance by two passes leads away from; models with distilled guidance ignore it."
     )
     num_frames: int | None = Field(
-        default=None, ge=1, description="Frames of a video, 4 k + 1; null: what the model recommends."
+        default=None, ge=1, le=4093, description="Frames of a video, 4 k + 1; null: what the model recommends."
     )
     quantization: Literal["none", "nf4", "int8", "int8_torchao", "float8_torchao"] = Field(
         default="none",

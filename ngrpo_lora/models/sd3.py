@@ -15,6 +15,7 @@ Source of the conventions: diffusers' `StableDiffusion3Pipeline`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +25,12 @@ from torch import Tensor
 
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.equations.solvers import shifted
+from ngrpo_lora.errors import UserError
 from ngrpo_lora.models._base import BaseFamily, Parts
-from ngrpo_lora.models._index import model_index
+from ngrpo_lora.models._index import model_index, model_json
 from ngrpo_lora.types import TextEmbeds
 
+PARTS = ("transformer", "vae")  # whose settings say how large a picture can be
 GUIDANCE = {"3-medium": 7.0, "3.5-medium": 4.5, "3.5-large": 3.5}
 
 
@@ -74,8 +77,20 @@ class Family(BaseFamily):
         absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None]
         return (*super().left_out(parts), *absent)
 
+    def configure(self, config: ModelConfig) -> None:
+        """Apply the settings of `config`; UserError for a side that the transformer has no positions for."""
+        if self.draws:
+            check_sides(config, self.pipeline.transformer.config, self.pipeline.vae_scale_factor)
+        super().configure(config)
+
     def load(self, parts: Parts) -> Any:
-        """Load the pipeline; if only prompts are encoded, its transformer has a configuration and no weights."""
+        """Load the pipeline; if only prompts are encoded, its transformer has a configuration and no weights.
+
+        A side that it has no positions for is refused before its weights are read.
+        """
+        if parts != "text":
+            transformer, vae = (model_json(self.source, f"{x}/config.json", self.config.revision) for x in PARTS)
+            check_sides(self.config, transformer, 2 ** (len(vae["block_out_channels"]) - 1))
         pipeline = super().load(parts)
         if parts == "text":
             kind = diffusers.SD3Transformer2DModel
@@ -134,3 +149,14 @@ class Family(BaseFamily):
             pooled_projections=text.tensors["pooled_prompt_embeds"],
             return_dict=False,
         )[0]
+
+
+def check_sides(config: ModelConfig, transformer: Mapping[str, Any], cell_px: int) -> None:
+    """Raise UserError for a side of more patches than the transformer has positions for; latents have `cell_px`."""
+    most_px = transformer["pos_embed_max_size"] * transformer["patch_size"] * cell_px
+    for side, size_px in (("height_px", config.height_px), ("width_px", config.width_px)):
+        if size_px > most_px:
+            raise UserError(
+                f"model.{side} must be at most {most_px} for {config.path!r}, which has positions for no more, got "
+                f"{size_px}; make it smaller"
+            )

@@ -27,6 +27,8 @@ from refusing import message
         ("algorithm.num_train_steps=9", ["algorithm.num_train_steps", "rollout.num_steps", "9"]),
         ("algorithm=naighbor", ["algorithm.name must be one of", "'naighbor'", "did you mean neighbor?"]),
         ("algorithm=[1]", ["algorithm must be a name or a mapping", "[1]"]),
+        ("model.width_px=8208", ["model.width_px must be at most 8192, got 8208"]),
+        ("model.num_frames=4097", ["model.num_frames must be at most 4093, got 4097"]),
         ("model.height_px=104", ["model.height_px must be a multiple of 16, got 104", "96 and 112"]),
         ("model.width_px=0", ["model.width_px must be at least 16, got 0"]),
         ("model.family=fluxx", ["model.family must be one of", "did you mean flux?"]),

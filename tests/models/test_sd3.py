@@ -136,6 +136,17 @@ def test_the_version_is_told_by_the_transformer(family: Any, tmp_path: Path):
     assert third.settings["guidance_scale"] == 7.0
 
 
+def test_a_side_beyond_the_transformers_positions_is_refused_before_weights_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    largest = load(folder, height_px=128, width_px=16)  # 16 patches of 8 px
+    with pytest.raises(UserError, match=r"model.width_px must be at most 128 for .*, got 144; make it smaller"):
+        largest.with_settings(largest.config.model_copy(update={"width_px": 144}))
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(UserError, match=r"model.height_px must be at most 128 for .* has positions for no more"):
+        load(folder, height_px=144, width_px=64)
+
+
 def test_velocities_and_pictures_are_the_pipelines(family: Any, pipeline: Any):
     recording = run(pipeline, family, PROMPTS[2], guidance_scale=4.5)
     check_velocities(family, PROMPTS[2], recording)
