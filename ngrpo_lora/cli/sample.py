@@ -67,6 +67,9 @@ Width = Annotated[int | None, typer.Option(help="Pixels.")]
 Output = Annotated[Path, typer.Option(help="Folder for the PNG files; made when missing.")]
 
 
+OR_SOURCE = ", or one with --source"  # how else a source is given
+
+
 def sample(
     prompt: PromptTexts = None,
     prompts: PromptSource = None,
@@ -120,8 +123,7 @@ def sample(
     wanted = [one if one.source else one._replace(source=picture) for one in wanted]
     options = {"steps": steps, "shift": shift, "guidance": guidance, "solver": solver, "height": height, "width": width}
     info = settings.editing(settings.with_settings(info, options), wanted)
-    edits = family_class(info.model).edits
-    sizes = check_sources("--prompt", wanted, edits, info.model.path, ", or one with --source")
+    sizes = check_sources("--prompt", wanted, family_class(info.model).edits, info.model.path, OR_SOURCE)
     if not follow_sources:
         warn_of_cropping("--width and --height", sizes, (info.model.width_px, info.model.height_px))
     columns = recipes.columns_of(adapters, grid, base_too)

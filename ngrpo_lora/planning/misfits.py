@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, RunConfig
-from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.prompts.checking import check_sources, warn_of_cropping
 from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.prompts.sources import Split, needed_prompts, read_split
@@ -14,6 +14,8 @@ from ngrpo_lora.prompts.sources import Split, needed_prompts, read_split
 __all__ = ["check_prompts", "misfits", "watched"]
 
 Reader = Callable[[str], object]
+
+HELD_OUT = "prompts.held_out"
 
 
 def check_prompts(config: RunConfig) -> None:
@@ -46,6 +48,7 @@ def misfits(config: RunConfig, split: Split) -> Iterator[str]:
             return
         warn_of_cropping(key, sizes, (config.model.width_px, config.model.height_px))
     yield from _unread(config, needed, edits)
+    yield from _unasked(config, edits)
 
 
 def watched(config: RunConfig) -> dict[str, RewardConfig]:
@@ -54,12 +57,31 @@ def watched(config: RunConfig) -> dict[str, RewardConfig]:
     return found | ({} if config.strict_reward is None else {"evaluation.strict": config.strict_reward})
 
 
+def _trained(config: RunConfig) -> dict[str, RewardConfig]:
+    """The rewards that are trained on, by where they are set."""
+    return {f"rewards ({reward.key})": reward for reward in config.rewards.train}
+
+
+def _unasked(config: RunConfig, edits: bool) -> Iterator[str]:
+    """The questions of one's own that a judge would not ask, as the model edits, or as it does not."""
+    asked, other = ("edit_template", "template") if edits else ("template", "edit_template")
+    makes = "of edits, which {} makes" if edits else "of edits alone, and {} makes none"
+    how = "asked with the source before the result" if edits else "asked of pictures that are drawn"
+    for where, reward in (_trained(config) | watched(config)).items():
+        fields = type(reward).model_fields
+        own = {name for name in (asked, other) if name in fields and getattr(reward, name) != fields[name].default}
+        if own == {other} and asked in fields:
+            why = f"{other} is {'not ' if edits else ''}asked {makes.format(repr(config.model.path))}"
+            yield f"{where}: {why}; give your question as {asked}, which is {how}"
+
+
 def _unread(config: RunConfig, needed: Mapping[str, Sequence[Prompt]], edits: bool) -> Iterator[str]:
     """The rewards of the package that have no score for a prompt, as they read certain ones alone."""
-    trained = {f"rewards ({reward.key})": reward for reward in config.rewards.train}
+    trained = _trained(config)
     for where, reward in (trained | watched(config)).items():
         reads = _reader(reward.name)
-        for key in needed if where in trained else ["prompts.held_out"]:
+        yield from _lacking(where, reward, {key: needed[key] for key in needed if where in trained or key == HELD_OUT})
+        for key in needed if where in trained else [HELD_OUT]:
             if reads is not None and (refused := _refused(reads, needed[key])):
                 others = [name for name, other in _readers(edits).items() if not _refused(other, needed[key])]
                 count = f"{len(refused):,} of {len(needed[key]):,} in {key} {'is' if len(refused) == 1 else 'are'} not"
@@ -67,6 +89,29 @@ def _unread(config: RunConfig, needed: Mapping[str, Sequence[Prompt]], edits: bo
                 remedy = " or ".join(others) or "another reward, or other prompts"
                 yield f"{where}: {rule}, but {count}, first {prompt.told}; give {remedy}"
                 break
+
+
+def _lacking(where: str, reward: RewardConfig, needed: Mapping[str, Sequence[Prompt]]) -> Iterator[str]:
+    """What a reward of the package finds no metadata for, with the first prompt: it would end the run later."""
+    if ":" in reward.name or not registry.defines(registry.REWARDS, reward.name, "check_metadata"):
+        return
+    check = registry.load(registry.REWARDS, reward.name).check_metadata
+    for key, prompts in needed.items():
+        refused = [(prompt, str(error)) for prompt in prompts if (error := _error(check, prompt.metadata))]
+        if refused:
+            count = f"{len(refused):,} of {len(prompts):,} in {key} {'does' if len(refused) == 1 else 'do'} not fit"
+            (prompt, problem), *_ = refused
+            yield f"{where}: {count}, first {prompt.told}: {problem}"
+            return
+
+
+def _error(check: Callable[[Mapping[str, object]], None], metadata: Mapping[str, object]) -> UserError | None:
+    """What a check raises, if it does."""
+    try:
+        check(metadata)
+    except UserError as error:
+        return error
+    return None
 
 
 def _reader(name: str) -> Reader | None:

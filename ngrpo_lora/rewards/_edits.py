@@ -50,5 +50,5 @@ def verdicts(
             seen[key] = seen[key] if key in seen else look(pixels)
             judged.append(verify_edit(np.asarray(image), seen[key], edit))
         except ValueError as error:
-            raise UserError(f"reward {reward}: {error}") from None
+            raise UserError(f"reward {reward}: {error}; correct the prompt or its source, or leave it out") from None
     return judged

@@ -8,7 +8,7 @@ measures edits with it. The network, its licence and its memory are those of `cl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from ngrpo_lora.config.rewards.clip_directional import Config
 from ngrpo_lora.errors import UserError
 from ngrpo_lora.rewards._clip import load_clip
+from ngrpo_lora.rewards._edits import source_of
 from ngrpo_lora.rewards.clip_score import resize_of
 
 CAPTIONS = ("source_caption", "target_caption")
@@ -35,18 +36,18 @@ class Reward:
     def __call__(self, images: Sequence[Image.Image], metadata: Sequence[dict[str, Any]]) -> Tensor:
         """(B,) float32, the cosine of each picture's change and its caption's; UserError where one of these lacks."""
         for row in metadata:
-            self.check(row)
+            source_of(self.config.key, row)
+            check_metadata(row)
         before = self.clip.image_embeds([row["source"] for row in metadata], self.resize)
         after = self.clip.image_embeds(images, self.resize)
         source, target = (self.clip.text_embeds([row[caption] for row in metadata]) for caption in CAPTIONS)
         return F.cosine_similarity(after - before, target - source)
 
-    def check(self, metadata: dict[str, Any]) -> None:
-        """Raise UserError unless metadata hold a source picture and both captions."""
-        wanted = {"source": Image.Image, **dict.fromkeys(CAPTIONS, str)}
-        for name, kind in wanted.items():
-            if not isinstance(metadata.get(name), kind):
-                raise UserError(
-                    f"reward {self.config.key} needs the columns {', '.join(wanted)} in the prompts, but a prompt has "
-                    f"no {name}; add it, a picture of the source and texts that say what it shows before and after"
-                )
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raise UserError unless the metadata of a prompt hold both captions."""
+    if lacking := [name for name in CAPTIONS if not isinstance(metadata.get(name), str)]:
+        raise UserError(
+            f"reward clip_directional needs the columns {' and '.join(CAPTIONS)} in the prompts, texts that say what "
+            f"the picture shows before and after the edit, got no {' and no '.join(lacking)}; add what is missing"
+        )

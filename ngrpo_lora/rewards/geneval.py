@@ -20,7 +20,7 @@ is its authors' own, so that scores agree on the whole but not for each image. I
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -257,14 +257,19 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
     return {name for name, length in zip(get_args(Relation), (-x, x, -y, y), strict=True) if length > 0.5}
 
 
-def parse(metadata: dict[str, Any]) -> Scene:
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raise UserError unless the metadata of a prompt are of GenEval's form."""
+    parse(metadata)
+
+
+def parse(metadata: Mapping[str, Any]) -> Scene:
     """Validate the metadata of a prompt: what its image must and must not show.
 
     Raises:
         UserError: the metadata is not of GenEval's form.
     """
     try:
-        return Scene.model_validate(metadata)
+        return Scene.model_validate({**metadata})
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])

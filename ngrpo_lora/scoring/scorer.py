@@ -135,7 +135,7 @@ class BoundReward:
         self.form, self.parameters = call_form(config.name, self.function)
         call = self.function if inspect.isroutine(self.function) else type(self.function).__call__
         self.is_async = inspect.iscoroutinefunction(call)
-        self.proven = False
+        self.proven = self.silence_told = False
         self.reported: set[type[BaseException]] = set()
         self.failures: Counter[str] = Counter()  # of the last call: how many images have no score, by reason
         self.one_at_a_time = threading.Lock()
@@ -265,6 +265,11 @@ class BoundReward:
         if scores.shape != (count,):
             wanted = "a number" if self.form in ("single", "video") else f"{count} numbers for {count} images"
             raise UserError(f"reward {self.label} must return {wanted}, got {shown(returned)}")
+        silent = int((~scores.isfinite()).sum())
+        if silent and not self.silence_told and not self.config.asks_people:  # who may leave images out
+            self.silence_told = True
+            what = "returned no finite number for %d of %d images, which are masked; this is said once"
+            log.warning(f"reward %s {what}", self.label, silent, count)
         if self.config.range is not None:
             low, high = self.config.range
             outside = (scores < low) | (scores > high)

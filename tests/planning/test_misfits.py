@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,46 @@ def test_where_another_reward_reads_the_prompts_as_the_model_draws_it_is_named()
     Path("mine.txt").write_text("make the star blue\n")
     (message,) = problems(None, "prompts.train=mine.txt")
     assert message.endswith(f"first 'make the star blue' (line 1 of 'mine.txt'); give {OTHERS}")
+
+
+def test_a_question_that_would_not_be_asked_is_refused():
+    own, drawn = "{name: judge, base_url: 'http://a/v1', %s}", ["evaluation.strict=null"]
+    poster = own % "template: 'Is {prompt} a poster?'"
+    edit = own % "edit_template: 'Is {prompt} done?'"
+    both = own % "template: 'Is {prompt} a poster?', edit_template: 'Is {prompt} done?'"
+    (message,) = problems("demo-edit", *drawn, f"rewards={poster}")
+    assert message == (
+        "rewards (judge): template is not asked of edits, which 'embedded-edit' makes; give your question as "
+        "edit_template, which is asked with the source before the result"
+    )
+    (message,) = problems("demo", *drawn, f"rewards={edit}")
+    assert message.startswith("rewards (judge): edit_template is asked of edits alone, and 'embedded' makes none; give")
+    (message,) = problems("demo", f"evaluation.rewards={edit}")
+    assert message.startswith("evaluation.rewards (judge): edit_template is asked")
+    for preset, rewards in (("demo-edit", edit), ("demo", poster), ("demo", both), ("demo-edit", both)):
+        config = load_config(preset, [*drawn, f"rewards={rewards}"])
+        assert [*misfits(config, read_split(config.prompts))] == []
+
+
+def test_metadata_that_a_reward_needs_is_asked_for_before_anything_loads():
+    Image.new("RGB", (48, 48)).save("a.png")
+    texts = {"source_caption": "a star", "target_caption": "a blue star"}
+    rows = [{"prompt": f"edit {n}", "source": "a.png"} | texts for n in range(8)]
+    del rows[5]["target_caption"]
+    rows[6]["source_caption"] = None
+    Path("edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = ["prompts.train=edits.jsonl", "prompts.held_out=0.5", "evaluation.strict=null"]
+    (message,) = problems("demo-edit", *own, "rewards={name: clip_directional, path: nowhere}")
+    expected = r"rewards \(clip_directional\): \d of \d in prompts.(train|held_out) do(es)? not fit, first 'edit [56]' "
+    expected += r"\(line [67] of 'edits.jsonl'\): reward clip_directional needs the columns source_caption and "
+    expected += r"target_caption .*, got no (source|target)_caption; add what is missing"
+    assert re.fullmatch(expected, message)
+    Path("a.txt").write_text("a bench\na red apple\n")
+    own = ["prompts.train=a.txt", "evaluation.strict=null"]
+    (message,) = problems(None, *own, "rewards=jpeg", "evaluation.rewards=geneval", "prompts.held_out=0.5")
+    start = "evaluation.rewards (geneval): 1 of 1 in prompts.held_out does not fit, first 'a "
+    assert message.startswith(start)
+    assert "needs prompts that say what they `include`" in message
 
 
 def test_rewards_of_the_embedded_world_that_read_prompts_say_so():

@@ -321,12 +321,19 @@ def test_clip_directional_of_a_picture_that_did_not_change_is_0(clip_config, fol
     assert Scorer([config])(Samples([images[0]], [""], [metadata]))["clip_directional"].tolist() == [0]
 
 
-@pytest.mark.parametrize("name", ["source", "source_caption", "target_caption"])
-def test_clip_directional_says_what_a_prompt_lacks(clip_config, folder, images, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("source", "needs the source picture of every prompt"),
+        ("source_caption", "needs the columns source_caption and target_caption .*, got no source_caption; add"),
+        ("target_caption", "needs the columns source_caption and target_caption .*, got no target_caption; add"),
+    ],
+)
+def test_clip_directional_says_what_a_prompt_lacks(clip_config, folder, images, name, message):
     config = clip_directional.Config(name="clip_directional", path=str(folder))
     metadata = {"source": images[0], "source_caption": "a cat", "target_caption": "a dog"}
     del metadata[name]
-    with pytest.raises(UserError, match=rf"needs the columns source, .* but a prompt has no {name};"):
+    with pytest.raises(UserError, match=message):
         Scorer([config])(Samples([images[0]], [""], [metadata]))
 
 

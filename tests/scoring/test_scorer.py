@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import os
 import threading
 import time
@@ -242,6 +243,16 @@ def test_a_first_score_outside_its_range_is_an_error_and_later_ones_are_masked(
     assert_scores(reward(SAMPLES[[0, 1, 2]]), 0, 50, 100)
     assert_scores(reward(SAMPLES), 0, 50, 100, NAN, NAN, NAN)
     assert "must lie in its range [0, 100], got 150; 3 images are masked" in caplog.text
+
+
+def test_scores_that_are_no_numbers_are_told_once(
+    make_reward: Callable[..., BoundReward], caplog: pytest.LogCaptureFixture
+):
+    reward = make_reward(lambda images: [math.nan if red(i) > 60 else red(i) for i in images])
+    for _ in range(2):
+        assert_scores(reward(SAMPLES), 0, 50, NAN, NAN, NAN, NAN)
+    told = "reward mine returned no finite number for 4 of 6 images, which are masked; this is said once"
+    assert caplog.messages == [told]
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,29 @@ def test_a_reward_that_breaks_on_the_way_stops_the_run_where_it_can_go_on(make_c
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_reward_that_has_no_score_for_any_image_ends_a_run_whatever_the_limit(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    settings = [
+        "trainer.num_iterations=2",
+        "evaluation.strict=null",
+        "evaluation.every=2",
+        "rewards.max_failed_share=1",
+    ]
+    run = prepare(make_config(tmp_path / "run", *settings, "rewards.max_failed_share=1"))
+    (reward,) = run.scorer.rewards.values()
+    score = reward.function
+    reward.function = lambda images, prompts, metadata: (
+        [math.nan] * len(images) if run.iteration else score(images, prompts, metadata)
+    )
+    what = (
+        "iteration 2: reward redness has no score for any image; the reasons are above; correct it, or what it is given"
+    )
+    with pytest.raises(UserError, match=f"{what}, then go on with resume=latest"):
+        complete(run)
+    assert len([text for text in caplog.messages if "returned no finite number" in text]) == 1
+
+
 def test_a_reward_that_breaks_before_anything_is_made_can_be_replaced_in_the_same_folder(
     make_config: MakeConfig, tmp_path: Path
 ):
