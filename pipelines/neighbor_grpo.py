@@ -144,6 +144,8 @@ class NeighborGRPOMixin(StockPipeline):
         multiple = 2 * self.vae_scale_factor
         if height % multiple or width % multiple:
             raise ValueError(f"height and width must be multiples of {multiple} here, got {height} and {width}")
+        if (steps := call.get("num_inference_steps", 1)) < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
         scheduler = self._exact_scheduler(settings, height, width, solver, shift)
         return_dict, images_per_prompt = call.pop("return_dict", True), call.pop("num_images_per_prompt", None)
         prompts = split_prompts(call)

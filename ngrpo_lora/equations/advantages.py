@@ -22,13 +22,15 @@ def group_advantages(
     Returns:
         (P, G) float64; a group of equal rewards gives exactly 0.
     Raises:
-        ValueError: not (P, G >= 2), a valid reward that is not finite, or p outside (0, 2].
+        ValueError: not (P, G >= 2), a valid reward that is not finite, p outside (0, 2], or a spread below 0.
     """
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
     if rewards.ndim != 2 or rewards.shape[1] < 2 or not rewards[valid].isfinite().all():
         raise ValueError(f"rewards must be finite and (P, G >= 2), got {rewards}")
     if p is not None and not 0 < p <= 2:
         raise ValueError(f"p must be in (0, 2], got {p}")
+    if not min_spread >= 0:
+        raise ValueError(f"min_spread must be 0 or more, got {min_spread}")
     rewards = rewards.double()
     count = valid.sum(1, keepdim=True)  # (P, 1)
     mean = rewards.where(valid, 0.0).sum(1, keepdim=True) / count.clamp(min=1)  # (P, 1)

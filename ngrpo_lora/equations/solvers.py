@@ -20,10 +20,10 @@ def flow_sigmas(num_steps: int, shift: float = 1.0) -> Tensor:
     `shift` is SD3's static shift (arXiv 2403.03206, Eq. 23); FLUX's dynamic shift is `exp(mu)`.
 
     Raises:
-        ValueError: fewer than one step, or a shift that is not positive.
+        ValueError: fewer than one step, or a shift that is not positive and finite.
     """
-    if num_steps < 1 or not shift > 0:
-        raise ValueError(f"num_steps must be >= 1 and shift > 0, got {num_steps} and {shift}")
+    if num_steps < 1 or not 0 < shift < math.inf:
+        raise ValueError(f"num_steps must be >= 1 and shift > 0 and finite, got {num_steps} and {shift}")
     return shifted(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).float()
 
 

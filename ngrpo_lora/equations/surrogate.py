@@ -28,9 +28,20 @@ class Leap(NamedTuple):
 
 
 def leaping_logits(candidates: Tensor, anchor: Tensor, temperature: float) -> Tensor:
-    """`-||x_i - x_anchor||^2 / tau` (Eq. 8 before the softmax): (G, ...), (...) -> (G,) float64."""
+    """`-||x_i - x_anchor||^2 / tau` (Eq. 8 before the softmax): (G, ...), (...) -> (G,) float64.
+
+    Raises:
+        ValueError: a temperature that is not positive and finite.
+    """
+    check_temperature(temperature)
     offsets = (candidates - anchor).flatten(1).double()
     return torch.linalg.vector_norm(offsets, dim=1).square() / -temperature
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless a temperature is positive and finite."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
 def leaping_log_ratio(candidates: Tensor, anchor_old: Tensor, displacement: Tensor, temperature: float) -> Tensor:
@@ -50,8 +61,7 @@ def leaping_log_ratio(candidates: Tensor, anchor_old: Tensor, displacement: Tens
     if candidates.ndim < 2 or not candidates.shape[1:] == anchor_old.shape == displacement.shape:
         shapes = [tuple(x.shape) for x in (candidates, anchor_old, displacement)]
         raise ValueError(f"candidates must be (G, ...) of anchor_old's and displacement's shape (...), got {shapes}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    check_temperature(temperature)
     return leap(candidates[None], anchor_old[None], displacement[None], temperature).log_ratio[0]
 
 
@@ -88,7 +98,13 @@ def leap(
 
 
 def auto_temperature(candidates: Tensor) -> float:
-    """The mean squared distance between two candidates: (G, ...) -> tau, so that logits are of order 1."""
+    """The mean squared distance between two candidates: (G, ...) -> tau, so that logits are of order 1.
+
+    Raises:
+        ValueError: fewer than two candidates.
+    """
+    if candidates.ndim < 2 or len(candidates) < 2:
+        raise ValueError(f"candidates must be (G >= 2, ...), got {tuple(candidates.shape)}")
     return mean_squared_distances(candidates[None]).item()
 
 
@@ -115,7 +131,11 @@ def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
         log_ratio, advantages: (..., G).
     Returns:
         The objective, to be maximised, (...), and (..., G) bool: the terms that the clip holds back (no gradient).
+    Raises:
+        ValueError: a clip range that is not positive.
     """
+    if not clip_range > 0:
+        raise ValueError(f"clip_range must be positive, got {clip_range}")
     ratio = log_ratio.clamp(max=80).exp()
     free, held = advantages * ratio, advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.minimum(free, held).sum(-1), held < free

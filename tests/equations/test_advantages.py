@@ -122,6 +122,12 @@ def test_a_valid_reward_that_is_not_finite_is_an_error(value: float):
         group_advantages(torch.tensor([[1.0, value]]))
 
 
+@pytest.mark.parametrize("min_spread", [-1.0, math.nan])
+def test_a_spread_below_0_is_an_error(min_spread: float):
+    with pytest.raises(ValueError, match=f"min_spread must be 0 or more, got {min_spread}"):
+        group_advantages(random_rewards(), min_spread=min_spread)
+
+
 @pytest.mark.parametrize("p", [0.0, -1.0, 2.001, math.nan])
 def test_p_outside_0_to_2_is_an_error(p: float):
     with pytest.raises(ValueError, match=rf"p must be in \(0, 2\], got {p}"):

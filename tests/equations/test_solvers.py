@@ -62,9 +62,12 @@ def test_a_shift_is_a_shift_of_the_log_snr():
     torch.testing.assert_close((1 - shifted) / shifted, (1 - plain) / plain / 3)
 
 
-@pytest.mark.parametrize(("num_steps", "shift"), [(0, 1.0), (-1, 1.0), (4, 0.0), (4, -2.0), (4, math.nan)])
+@pytest.mark.parametrize(
+    ("num_steps", "shift"), [(0, 1.0), (-1, 1.0), (4, 0.0), (4, -2.0), (4, math.nan), (4, math.inf)]
+)
 def test_flow_sigmas_refuses(num_steps: int, shift: float):
-    with pytest.raises(ValueError, match=f"num_steps must be >= 1 and shift > 0, got {num_steps} and {shift}"):
+    message = f"num_steps must be >= 1 and shift > 0 and finite, got {num_steps} and {shift}"
+    with pytest.raises(ValueError, match=message):
         flow_sigmas(num_steps, shift)
 
 

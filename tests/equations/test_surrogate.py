@@ -163,6 +163,20 @@ def test_shapes_that_do_not_agree_are_an_error(candidates: tuple, anchor: tuple,
 def test_a_temperature_that_is_not_positive_and_finite_is_an_error(temperature: float):
     with pytest.raises(ValueError, match=f"temperature must be positive and finite, got {temperature}"):
         leaping_log_ratio(torch.zeros(4, 3), torch.zeros(3), torch.zeros(3), temperature)
+    with pytest.raises(ValueError, match=f"temperature must be positive and finite, got {temperature}"):
+        leaping_logits(torch.zeros(4, 3), torch.zeros(3), temperature)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (0, 3), (4,)])
+def test_a_temperature_of_fewer_than_two_candidates_is_an_error(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=r"candidates must be \(G >= 2, \.\.\.\), got "):
+        auto_temperature(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("clip_range", [0.0, -0.1, math.nan])
+def test_a_clip_range_that_is_not_positive_is_an_error(clip_range: float):
+    with pytest.raises(ValueError, match=f"clip_range must be positive, got {clip_range}"):
+        clipped_objective(torch.zeros(4), torch.ones(4), clip_range)
 
 
 def test_a_policy_that_is_certain_of_its_anchor_still_has_ratios_and_a_gradient():

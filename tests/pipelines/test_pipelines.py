@@ -892,6 +892,7 @@ def test_images_that_cannot_be_started_from_are_errors(call: dict[str, Any], mes
         ({"num_images_per_prompt": 2}, "seeds stands for num_images_per_prompt, generator and latents"),
         ({"generator": torch.Generator()}, "seeds stands for"),
         ({"seeds": None, "generator": [torch.Generator()] * 3}, "must be as many as pictures, 1, got 3"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"height": 100}, "height and width must be multiples of 16 here, got 100 and 64"),
         ({"solver": "heun"}, "solver must be one of euler, dpmpp_2m, got 'heun'"),
         ({"shift": 0.0}, "sigmas must decrease"),
