@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ngrpo_lora.adapters.bases import lacking, warn_of_bases, warn_of_use
-from ngrpo_lora.adapters.contents import close, fused_digests, located, merged_before, strengths
+from ngrpo_lora.adapters.contents import close, fused_digests, located, merged_before, names_within, strengths
 from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples, log_warnings, read_adapter_file
 from ngrpo_lora.adapters.report import header_value, mapping, numbers, reward_weights
 from ngrpo_lora.adapters.writing import peft_metadata, state_dict
@@ -211,8 +211,9 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
     if output.exists():
         raise ConfigError(f"--output must be a new folder with --base, but {str(output)!r} is there")
     _check_base(merged, base, shards)
-    entries = [*merged_before(base), *merged.entries]
+    entries = [*(before := merged_before(base)), *merged.entries]
     taken = strengths(entries)
+    _warn_of_again(merged, base, strengths(before), taken)
     warn_of_use(merged.files, base, (), taken, _with_all(merged, taken, base, output))
     kept = total = 0.0
     try:
@@ -236,6 +237,14 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
             f"{kept / total:.0%} of what the adapters change is left in the {dtype} numbers of {base}, the rest is "
             "lost to rounding; load the adapters beside the base, or merge them into one that is stored in float32"
         )
+
+
+def _warn_of_again(merged: Merged, base: str, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    """Say which files a base has in its weights already, with their strengths by digest before and after."""
+    for sha256, name in names_within(merged.entries).items():
+        if sha256 in before:
+            what = f"in its weights at {before[sha256]:g} already, which becomes {after.get(sha256, 0.0):g}"
+            log.warning("%s has %s %s; leave it out, unless you mean to add to it", base, name, what)
 
 
 def _with_all(merged: Merged, taken: Mapping[str, float], base: str, output: Path) -> str:

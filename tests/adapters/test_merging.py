@@ -304,12 +304,19 @@ def test_what_an_adapter_works_beside_is_merged_at_its_strength_or_left_out(
 
 
 def test_a_base_knows_all_that_was_ever_merged_into_it(
-    distilled: tuple[str, str], embedded_adapter: str, tmp_path: Path
+    distilled: tuple[str, str], embedded_adapter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     beside, fast = distilled
     run(f"{fast}:0.5", "--base", "embedded", "--output", tmp_path / "first")
     run(f"{embedded_adapter}:0.25", "--base", tmp_path / "first", "--output", tmp_path / "second")
-    run(beside, "--base", tmp_path / "second", "--output", tmp_path / "third")
+    with caplog.at_level(logging.WARNING, "ngrpo_lora"):
+        run(beside, "--base", tmp_path / "second", "--output", tmp_path / "third")
+        assert "in its weights" not in caplog.text
+        run(f"{fast}:0.5", beside, "--base", tmp_path / "first", "--output", tmp_path / "more")
+        run(f"{fast}:-0.5", "--base", tmp_path / "first", "--output", tmp_path / "less")
+    said = f"{tmp_path / 'first'} has fast.safetensors in its weights at 0.5 already, which becomes "
+    found = [text for text in caplog.messages if "in its weights" in text]
+    assert found == [f"{said}{now}; leave it out, unless you mean to add to it" for now in ("1", "0")]
     (shard,) = (tmp_path / "third" / "transformer").glob("*.safetensors")
     assert [(part["file"], part["weight"]) for part in merged_into(shard)] == [
         ("fast.safetensors", 0.5),
