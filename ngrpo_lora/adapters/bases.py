@@ -6,11 +6,12 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from ngrpo_lora.adapters.contents import close, fused_digests
 from ngrpo_lora.adapters.reading import AdapterFile
 from ngrpo_lora.adapters.report import header_value, mapping, numbers
 from ngrpo_lora.world import MODELS
 
-__all__ = ["base_of", "warn_of_bases", "warn_of_use"]
+__all__ = ["base_of", "lacking", "warn_of_bases", "warn_of_use"]
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +40,28 @@ def warn_of_bases(files: Iterable[AdapterFile]) -> bool:
     return len({*bases.values()}) > 1
 
 
-def warn_of_use(files: Iterable[AdapterFile], base: str, beside: Collection[str], remedy: str) -> None:
+def lacking(file: AdapterFile, beside: Collection[str], taken: Mapping[str, float]) -> dict[str, float]:
+    """Files beside which an adapter was trained and that a base has not taken in, with their strengths by name.
+
+    Args:
+        beside: names, as in `model.fuse`, of files that it has taken in.
+        taken: files that it has taken in, under whatever name, with strengths by digest.
+    """
+    fused = fused_digests(file.metadata)
+    works_beside = numbers(mapping(mapping(header_value(file.metadata, "ngrpo", {}), "model"), "fuse"))
+    return {name: one for name, one in works_beside.items() if name not in beside and fused.get(name) not in taken}
+
+
+def warn_of_use(
+    files: Iterable[AdapterFile], base: str, beside: Collection[str], taken: Mapping[str, float], remedy: str
+) -> None:
     """Say which of our own adapters were trained on another base than they are used on, or beside files that it lacks.
 
     A folder of a user's own may hold any weights: what it is called says nothing.
 
     Args:
         base: the model that they are used on.
-        beside: the names, as in `model.fuse`, of the files that it has taken in.
+        beside, taken: what it has taken in, as in `lacking`.
         remedy: what to do about files that it lacks.
     """
     for file in files:
@@ -54,6 +69,12 @@ def warn_of_use(files: Iterable[AdapterFile], base: str, beside: Collection[str]
         own = str(model.get("path", base))
         if own != base and all(path in MODELS or not Path(path).exists() for path in (own, base)):
             log.warning("adapter %s was trained on %s, and may do less on %s", file.path, own, base)
-        if lacking := [name for name in numbers(mapping(model, "fuse")) if name not in beside]:
-            what = f"works beside {', '.join(lacking)}, which {base} has not taken in"
+        if missing := lacking(file, beside, taken):
+            what = f"works beside {', '.join(missing)}, which {base} has not taken in"
             log.warning("adapter %s %s; %s", file.path, what, remedy)
+        fused = fused_digests(file.metadata)
+        for name, strength in numbers(mapping(model, "fuse")).items():
+            here = taken.get(fused.get(name, ""), strength)
+            if not close(here, strength):
+                what = f"works beside {name} at {strength:g}, which {base} has taken in at {here:g}"
+                log.warning("adapter %s %s; its pictures may be worse there", file.path, what)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ngrpo_lora.adapters.bases import warn_of_use
+from ngrpo_lora.adapters.contents import taken_in
 from ngrpo_lora.adapters.finding import HUB_FILE, find_adapter
 from ngrpo_lora.adapters.loading import expert_of, read_fitting, said_expert
 from ngrpo_lora.adapters.merging import added
@@ -37,11 +38,12 @@ def load_fused(model: ModelConfig, parts: Parts = "all", base_is_sharded: bool =
         UserError: it is no LoRA of this model, or it cannot be added; or as `load_family`.
     """
     files = {name: find_adapter(name, "model.fuse") for name in model.fuse}
+    taken = taken_in(model) if files else {}
 
     def add(family: BaseFamily) -> None:
         for name, path in files.items():
             file = read_fitting(family, path)
-            warn_of_use([file], model.path, model.fuse, "give it in model.fuse too")
+            warn_of_use([file], model.path, model.fuse, taken, "give it in model.fuse too")
             fuse(family.transformer_of(expert_of(file, family)), file, model.fuse[name])
             family.fused[name] = digest(path)
 

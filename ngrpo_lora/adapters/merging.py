@@ -16,9 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ngrpo_lora.adapters.bases import warn_of_bases, warn_of_use
+from ngrpo_lora.adapters.bases import lacking, warn_of_bases, warn_of_use
+from ngrpo_lora.adapters.contents import close, fused_digests, located, merged_before, names_within, strengths
 from ngrpo_lora.adapters.reading import AdapterFile, Layer, examples, log_warnings, read_adapter_file
-from ngrpo_lora.adapters.report import header_value, mapping, reward_weights
+from ngrpo_lora.adapters.report import header_value, mapping, numbers, reward_weights
 from ngrpo_lora.adapters.writing import peft_metadata, state_dict
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.records.files import digest, written_folder
@@ -29,7 +30,7 @@ __all__ = ["Merged", "merge", "merge_into_base"]
 log = logging.getLogger(__name__)
 
 MIN_KEPT = 0.9  # share of a change that should be left of it in the number type of a base
-KEPT = ("code_version", "family", "fused", "model", "rollout")  # of the first adapter's own metadata: how it is drawn
+KEPT = ("code_version", "family", "fused", "model", "rollout")  # of an adapter's own metadata: how it is drawn
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class Merged:
     """Norm of what a lower rank leaves out, relative to that of the exact sum."""
     files: Sequence[AdapterFile]
     """The adapters themselves."""
+    weights: Sequence[float]
+    """What each of them is multiplied by."""
+    family: str | None = None
+    """The family that was asked for, of files that fit several."""
+
+    @property
+    def entries(self) -> list[Any]:
+        """What was merged, as the header says it."""
+        return header_value(self.metadata, "ngrpo_merged", [])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The layers as diffusers' LoRA state dict, float32."""
@@ -62,7 +72,8 @@ def merge(sources: Sequence[tuple[str, float]], rank: int | None = None, family:
     for file in files:
         log_warnings(file)
     _check_alike(files)
-    warn_of_bases(files)
+    inside = {sha256 for file in files for sha256 in fused_digests(file.metadata).values()}
+    warn_of_bases(file for file in files if digest(file.path) not in inside)
     layers: dict[str, Layer] = {}
     for name in dict.fromkeys(name for file in files for name in file.layers):
         pairs = [
@@ -83,7 +94,8 @@ def merge(sources: Sequence[tuple[str, float]], rank: int | None = None, family:
         total = sum(layer.norm() ** 2 for layer in layers.values())
         error = math.sqrt(sum(lost for _, lost in reduced.values()) / total) if total else 0.0
         layers = {name: layer for name, (layer, _) in reduced.items()}
-    return Merged(layers, _metadata(files, [weight for _, weight in sources], layers), error, files)
+    weights = [weight for _, weight in sources]
+    return Merged(layers, _metadata(files, weights, layers), error, files, weights, family)
 
 
 def _check_alike(files: Sequence[AdapterFile]) -> None:
@@ -124,14 +136,15 @@ def _reduce(layer: Layer, rank: int) -> tuple[Layer, float]:
 
 
 def _metadata(files: Sequence[AdapterFile], weights: Sequence[float], layers: Mapping[str, Layer]) -> dict[str, str]:
-    """Metadata of the merged file: how the first adapter is drawn, and what was merged."""
-    first = files[0].metadata
+    """Metadata of the merged file: how it is drawn, as the first adapter that says so, and what was merged."""
+    leader = next((file for file in files if header_value(file.metadata, "ngrpo", {})), files[0])
+    first = leader.metadata
     merged = [
         {"file": file.path.name, "sha256": digest(file.path), "weight": weight} | _source(file)
         for file, weight in zip(files, weights, strict=True)
     ]
     metadata = {key: value for key, value in first.items() if key.startswith("modelspec.") or "base_model" in key}
-    if own := header_value(first, "ngrpo", {}):
+    if own := _still_beside(leader, strengths(merged)):
         metadata["ngrpo"] = json.dumps({key: own[key] for key in KEPT if key in own}, sort_keys=True)
     return metadata | {
         "format": "pt",
@@ -143,10 +156,37 @@ def _metadata(files: Sequence[AdapterFile], weights: Sequence[float], layers: Ma
     }
 
 
+def _still_beside(file: AdapterFile, held: Mapping[str, float]) -> dict[str, Any]:
+    """An adapter's own metadata without the files of `model.fuse` that a sum with it holds: they would count twice.
+
+    Args:
+        held: strengths of what was added up, by digest.
+    Raises:
+        UserError: the sum holds one at another strength than the adapter was trained beside.
+    """
+    own, fused = header_value(file.metadata, "ngrpo", {}), fused_digests(file.metadata)
+    model = mapping(own, "model")
+    fuse = numbers(mapping(model, "fuse"))
+    inside = [name for name in fuse if fused.get(name) in held]
+    for name in inside:
+        if not close(held[fused[name]], fuse[name]):
+            raise UserError(
+                f"adapter {str(file.path)!r} works beside {name!r} at {fuse[name]:g}, so that file must be merged at "
+                f"that weight, got {held[fused[name]]:g}; give {name}:{fuse[name]:g}, or leave it out"
+            )
+    if not inside:
+        return own
+    left = {name: strength for name, strength in mapping(model, "fuse").items() if name not in inside}
+    kept = {name: sha256 for name, sha256 in fused.items() if name not in inside}
+    own = {key: value for key, value in own.items() if key != "fused"} | {"model": model | {"fuse": left}}
+    return own | ({"fused": kept} if kept else {})
+
+
 def _source(file: AdapterFile) -> dict[str, Any]:
-    """The rewards that one of our own adapters was trained on; empty for others."""
+    """What is known of a merged file: the rewards that one of our own was trained on, and what was merged into it."""
     labels = reward_weights(header_value(file.metadata, "ngrpo", {}))
-    return {"rewards": [*labels]} if labels else {}
+    inside = header_value(file.metadata, "ngrpo_merged", [])
+    return ({"rewards": [*labels]} if labels else {}) | ({"merged": inside} if inside else {})
 
 
 def merge_into_base(merged: Merged, base: str, output: Path) -> None:
@@ -171,7 +211,10 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
     if output.exists():
         raise ConfigError(f"--output must be a new folder with --base, but {str(output)!r} is there")
     _check_base(merged, base, shards)
-    warn_of_use(merged.files, base, _taken_in(merged, shards), f"merge it too: {_with_another(base, output)}")
+    entries = [*(before := merged_before(base)), *merged.entries]
+    taken = strengths(entries)
+    _warn_of_again(merged, base, strengths(before), taken)
+    warn_of_use(merged.files, base, (), taken, _with_all(merged, taken, base, output))
     kept = total = 0.0
     try:
         with written_folder(output) as folder:
@@ -184,7 +227,7 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
                         change = change.view(before.shape).double()
                         kept += float(((weights[key].double() - before.double()) * change).sum())
                         total += float(change.square().sum())
-                metadata = {"format": "pt", "ngrpo_merged": merged.metadata["ngrpo_merged"]}
+                metadata = {"format": "pt", "ngrpo_merged": json.dumps(entries, sort_keys=True)}
                 save_file(weights, folder / "transformer" / shard.name, metadata)
     except OSError as error:
         raise UserError(f"--output {str(output)!r} cannot be written: {error}") from None
@@ -196,19 +239,34 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
         )
 
 
-def _with_another(base: str, output: Path) -> str:
-    """The command, but for the names of files, that merges two adapters into a base."""
-    return f"ngrpo merge FILE OTHER --base {shlex.quote(base)} --output {shlex.quote(str(output))}"
+def _warn_of_again(merged: Merged, base: str, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    """Say which files a base has in its weights already, with their strengths by digest before and after."""
+    for sha256, name in names_within(merged.entries).items():
+        if sha256 in before:
+            what = f"in its weights at {before[sha256]:g} already, which becomes {after.get(sha256, 0.0):g}"
+            log.warning("%s has %s %s; leave it out, unless you mean to add to it", base, name, what)
 
 
-def _taken_in(merged: Merged, shards: Sequence[Path]) -> set[str]:
-    """Names, as in `model.fuse`, of files beside which adapters work and that a base has, or is about to have."""
-    with safe_open(shards[0], "pt") as file:
-        before = header_value(file.metadata() or {}, "ngrpo_merged", [])
-    entries = [one for one in (*before, *header_value(merged.metadata, "ngrpo_merged", [])) if isinstance(one, dict)]
-    digests = {one.get("sha256") for one in entries}
-    fused = [mapping(header_value(file.metadata, "ngrpo", {}), "fused") for file in merged.files]
-    return {name for one in fused for name, sha256 in one.items() if sha256 in digests}
+def _with_all(merged: Merged, taken: Mapping[str, float], base: str, output: Path) -> str:
+    """What to do so that a base holds all that adapters work beside, with the command that does it."""
+    sources = [*zip((str(file.path) for file in merged.files), merged.weights, strict=True)]
+    gone, known = [], {**taken}
+    for file in merged.files:
+        fused = fused_digests(file.metadata)
+        for name, strength in lacking(file, [name for name, _ in sources], known).items():
+            known[fused.get(name, name)] = strength
+            try:
+                sources.append((located(name, fused.get(name), [file.path]), strength))
+            except ConfigError:
+                sources.append((name, strength))
+                gone.append(name)
+    number = 2
+    while (free := output.with_name(f"{output.name}-{number}")).exists():
+        number += 1
+    files = [f"{path}:{weight:.16g}" if weight != 1 or ":" in path else path for path, weight in sources]
+    family = ["--family", merged.family] if merged.family else []
+    command = shlex.join(["ngrpo", "merge", *files, "--base", base, "--output", str(free), *family])
+    return "".join(f"put {name} back there; " for name in gone) + f"merge it too: {command}"
 
 
 def _change(merged: Merged, key: str) -> torch.Tensor | None:

@@ -95,11 +95,7 @@ def sample(
 
     Every file says how it was drawn, so that --like can draw it again.
     """
-    if not all(text.strip() for text in prompt or []):
-        raise ConfigError("--prompt must not be empty; say what to draw, for example --prompt 'a red star'")
-    if not (prompt or prompts or like):
-        raise ConfigError("--prompt, --prompts or --like must be given, for example --prompt 'a red star'")
-
+    check_asked(prompt, prompts, like)
     adapters = named_adapters(adapter or [], 1.0 if strength is None else strength)
     picture = None if source is None else named_picture(source)
     make_folder(output)
@@ -111,10 +107,11 @@ def sample(
     from ngrpo_lora.prompts.files import Prompt
     from ngrpo_lora.sampling import recipes, settings
 
-    info = settings.drawing_settings(settings.leading([path for path, _ in adapters]), model)
     follow_sources = height is None and width is None and (like is None or source is not None)
-    if like is not None:
-        recipe = recipes.read_recipe(like, same_adapters=not adapters, same_source=source is None)
+    if like is None:
+        info = settings.drawing_settings(settings.leading([path for path, _ in adapters]), model)
+    else:
+        recipe = recipes.read_recipe(like, same_adapters=not adapters, same_source=source is None, base=model)
         info, picture = settings.on_this_machine(recipe.info, model), picture or recipe.prompt.source
         prompt, seed = prompt or [recipe.prompt.text] * (not prompts), recipe.seed if seed is None else seed
         again = [(str(path), own if strength is None else strength) for path, own in recipe.adapters]
@@ -130,6 +127,14 @@ def sample(
     seeds = consecutive_seeds(seed or 0, num_images)
     drawings = recipes.draw_columns(info, columns, wanted, seeds, follow_sources)
     save_drawings(drawings, len(columns), output, grid)
+
+
+def check_asked(prompt: list[str] | None, prompts: str | None, like: Path | None) -> None:
+    """Raise ConfigError where there is nothing to draw, or an empty prompt."""
+    if not all(text.strip() for text in prompt or []):
+        raise ConfigError("--prompt must not be empty; say what to draw, for example --prompt 'a red star'")
+    if not (prompt or prompts or like):
+        raise ConfigError("--prompt, --prompts or --like must be given, for example --prompt 'a red star'")
 
 
 def named_adapters(texts: list[str], strength: float) -> list[tuple[Path, float]]:

@@ -188,7 +188,7 @@ def open_candidates(
 
     if len(adapters) + base < 2:
         raise ConfigError("ADAPTER must be given twice or more with --no-base, got 1; the others meet the first")
-    infos = [drawing_settings(adapter, model, device) for adapter in adapters]
+    infos = [drawing_settings(adapter, model, device, adapters) for adapter in adapters]
     found = [Candidate("base", None, infos[0])] if base else []
     for adapter, info in zip(adapters, infos, strict=True):
         name, number = adapter_label(adapter), 2

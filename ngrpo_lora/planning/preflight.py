@@ -6,19 +6,16 @@ import importlib.util
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, RunConfig, changed_keys, load_config, named_functions
 from ngrpo_lora.config.presets import check_model
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.planning.loras import fused, initial, known_pipeline_of, with_files_of
 from ngrpo_lora.planning.misfits import misfits, watched
 from ngrpo_lora.prompts.sources import Split, read_split
 from ngrpo_lora.records.checkpoints import checkpoints, find, iteration_of, number, resolve
 from ngrpo_lora.records.ownership import owner
-
-if TYPE_CHECKING:
-    from ngrpo_lora.adapters.reading import AdapterFile
 
 __all__ = ["check_functions", "check_resumable", "check_run", "check_settings"]
 
@@ -89,8 +86,8 @@ def _settings(config: RunConfig) -> Iterator[str]:
     yield from _functions(config)
     yield from _model(config)
     yield from _packages(config)
-    yield from _init_from(config)
-    yield from _fused(config)
+    yield from initial(config)
+    yield from fused(config)
     yield from _of_edits(config)
 
 
@@ -138,56 +135,10 @@ def _family(config: RunConfig) -> Iterator[str]:
         yield str(error)
 
 
-def _init_from(config: RunConfig) -> Iterator[str]:
-    """Whether the adapter to start from can be read, and has room in the new one; a resumed run does not need it."""
-    if config.lora.init_from is None or config.resume is not None:
-        return
-
-    from ngrpo_lora.adapters.reading import read_adapter_file
-
-    try:
-        file = read_adapter_file(config.lora.init_from, family := _known_family(config))
-    except UserError as error:
-        yield f"lora.init_from: {error}"
-        return
-    if is_foreign(file, family):
-        yield (
-            f"lora.init_from must be a LoRA file of {config.model.path!r}, but {str(config.lora.init_from)!r} is of "
-            f"{file.fits}"
-        )
-    rank, room = max(layer.rank for layer in file.layers.values()), config.lora.rank
-    if rank > room:
-        yield f"lora.rank must be at least {rank}, that of lora.init_from {config.lora.init_from!r}, got {room}"
-
-
-def _fused(config: RunConfig) -> Iterator[str]:
-    """Whether the LoRA files that the base takes in are there, and are of its family."""
-    if not config.model.fuse:
-        return
-
-    from ngrpo_lora.adapters.finding import find_adapter
-    from ngrpo_lora.adapters.reading import check_fusible, read_adapter_file
-
-    family = _known_family(config)
-    for path in config.model.fuse:
-        try:
-            check_fusible(file := read_adapter_file(find_adapter(path, "model.fuse"), family))
-        except UserError as error:
-            yield str(error) if "model.fuse" in str(error) else f"model.fuse: {error}"
-            continue
-        if is_foreign(file, family):
-            yield f"model.fuse must be LoRA files of {config.model.path!r}, but {path!r} is of {file.fits}"
-
-
-def is_foreign(file: AdapterFile, family: str | None) -> bool:
-    """Whether a LoRA file is known to be of other families than the model's, which may not be known."""
-    return family is not None and bool(file.families) and family not in file.families
-
-
 def _of_edits(config: RunConfig) -> Iterator[str]:
     """Whether the model edits what rewards of edits judge its pictures beside."""
     judging = [reward.key for reward in (*config.rewards.train, *watched(config).values()) if reward.judges_edits]
-    if not judging or (pipeline := _known_pipeline(config)) is None:
+    if not judging or (pipeline := known_pipeline_of(config)) is None:
         return
 
     from ngrpo_lora.models._index import edits_pictures
@@ -197,27 +148,6 @@ def _of_edits(config: RunConfig) -> Iterator[str]:
             f"rewards: {judging[0]} judges edits beside their sources, but model.path {config.model.path!r} edits no "
             "pictures; leave it out, or begin with a preset of a model that does, such as demo-edit or flux-kontext"
         )
-
-
-def _known_family(config: RunConfig) -> str | None:
-    """The model's family; None where it cannot be told, which another check says."""
-    from ngrpo_lora.models._index import family_of_pipeline
-
-    pipeline = _known_pipeline(config)
-    try:
-        return None if pipeline is None else family_of_pipeline(config.model, pipeline)
-    except UserError:
-        return None
-
-
-def _known_pipeline(config: RunConfig) -> str | None:
-    """The pipeline that the model is made for, of models that the package knows without looking; None: not known."""
-    from ngrpo_lora.models._index import known_pipeline
-
-    try:
-        return known_pipeline(config.model)
-    except UserError:
-        return None
 
 
 def _hub(config: RunConfig) -> Iterator[str]:
@@ -342,7 +272,8 @@ def _changes(path: Path, config: RunConfig, evaluated: bool) -> Iterator[str]:
     except ConfigError as error:
         yield from (f"resume: {path}: {problem}" for problem in error.problems)
         return
-    for change in _other_settings(_with_calls_of(old, config), config, MAY_CHANGE_BEFORE_BASE):
+    same = with_files_of(_with_calls_of(old, config), config, path.parent)
+    for change in _other_settings(same, config, MAY_CHANGE_BEFORE_BASE):
         yield f"a resumed run must keep its settings, but {change}; undo it, or start anew in another output_dir"
     for change in _evaluated_otherwise(old, config) if evaluated else ():
         yield (

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 from pydantic import ValidationError
 
+from ngrpo_lora.adapters.contents import settled
 from ngrpo_lora.adapters.finding import adapter_label
 from ngrpo_lora.adapters.fusing import changed_files
 from ngrpo_lora.adapters.header import AdapterInfo, code_version
@@ -122,12 +123,13 @@ class Recipe:
     seed: int
 
 
-def read_recipe(path: Path, same_adapters: bool = True, same_source: bool = True) -> Recipe:
+def read_recipe(path: Path, same_adapters: bool = True, same_source: bool = True, base: str | None = None) -> Recipe:
     """Read the recipe that `ngrpo sample` wrote into a picture.
 
     Args:
         same_adapters: whether the LoRA files must be there, unchanged; if not, they are not looked at.
         same_source: the same of the picture that was edited, where there is one.
+        base: the model to draw on instead, which may have files of `model.fuse` in its weights.
     Raises:
         UserError: the picture has no recipe, or an adapter or the source is gone or has changed.
     """
@@ -144,7 +146,9 @@ def read_recipe(path: Path, same_adapters: bool = True, same_source: bool = True
         fused = {str(name): str(sha256) for name, sha256 in own.get("fused", {}).items()}
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"--like must be a PNG file that `ngrpo sample` wrote, but {str(path)!r} is none") from None
-    for name in changed_files(fused):
+    moved = info.model.model_copy(update={"path": base or info.model.path})
+    model = settled(moved, fused, [path, *(file for file, _, _ in adapters)], info.model.path)
+    for name in changed_files({name: sha256 for name, sha256 in fused.items() if name in model.fuse}):
         raise UserError(
             f"{str(path)!r} was drawn on a base with {name!r} in its weights, which has changed since; put the file "
             "back as it was, or draw without --like"
@@ -156,4 +160,5 @@ def read_recipe(path: Path, same_adapters: bool = True, same_source: bool = True
     picture = None
     if source and same_source:
         picture = read_source(path, source[0], source[1], source[2], "give the picture with --source")
-    return Recipe(info, tuple((file, strength) for file, _, strength in adapters), Prompt(prompt, {}, picture), seed)
+    drawn_by = tuple((file, strength) for file, _, strength in adapters)
+    return Recipe(AdapterInfo(model, info.rollout), drawn_by, Prompt(prompt, {}, picture), seed)

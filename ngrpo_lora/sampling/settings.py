@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ngrpo_lora.adapters.contents import fused_digests, settled
 from ngrpo_lora.adapters.header import AdapterInfo, read_adapter
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.config import ModelConfig, RolloutConfig, RunConfig, load_config, preset_names
@@ -31,13 +32,24 @@ OPTIONS = {
 """Options of `ngrpo sample`, and the settings that they change."""
 
 
-def drawing_settings(adapter: str | Path | None, model: str | None, device: str = "auto") -> AdapterInfo:
+def drawing_settings(
+    adapter: str | Path | None, model: str | None, device: str = "auto", beside: Sequence[Path] = ()
+) -> AdapterInfo:
     """Settings to draw with on this machine: see `own_settings`; `model` replaces the base that an adapter names.
 
+    A file of `model.fuse` that `model` has in its weights is left out, and one that was moved is looked for.
+
+    Args:
+        beside: other adapters, beside which such a file may be.
     Raises:
-        UserError: as `own_settings`.
+        UserError: as `own_settings`, or a file of `model.fuse` is nowhere to be found.
     """
-    return on_this_machine(own_settings(model, adapter), None, device)
+    info = own_settings(model, adapter)
+    if adapter is not None and info.model.fuse:
+        own, fused = read_adapter(adapter).model, fused_digests(read_metadata(adapter))
+        settings = settled(info.model, fused, {Path(adapter), *beside}, own.path)
+        info = AdapterInfo(settings, info.rollout)
+    return on_this_machine(info, None, device)
 
 
 def leading(adapters: Sequence[Path]) -> Path | None:

@@ -16,6 +16,7 @@ from ngrpo_lora.adapters.writing import save_tensors
 from ngrpo_lora.config import ModelConfig
 
 DEV, SCHNELL = "owner/dev", "owner/schnell"
+FAST = {"path": DEV, "fuse": {"fast": 1.0}}
 
 
 def header(**model: object) -> dict[str, str]:
@@ -69,24 +70,33 @@ def test_a_merge_says_it(tmp_path: Path, caplog: pytest.LogCaptureFixture):
 
 
 @pytest.mark.parametrize(
-    ("trained", "used", "beside", "part"),
+    ("trained", "used", "beside", "taken", "part"),
     [
-        ({"path": DEV}, DEV, (), None),
-        ({"path": DEV}, SCHNELL, (), "was trained on owner/dev, and may do less on owner/schnell"),
-        ({"path": "embedded"}, "embedded-edit", (), "was trained on embedded, and may do less on embedded-edit"),
-        ({"path": DEV}, ".", (), None),  # a folder may hold any weights
-        ({"path": DEV, "fuse": {"fast": 1.0}}, DEV, ("fast",), None),
+        ({"path": DEV}, DEV, (), {}, None),
+        ({"path": DEV}, SCHNELL, (), {}, "was trained on owner/dev, and may do less on owner/schnell"),
+        ({"path": "embedded"}, "embedded-edit", (), {}, "was trained on embedded, and may do less on embedded-edit"),
+        ({"path": DEV}, ".", (), {}, None),  # a folder may hold any weights
+        (FAST, DEV, ("fast",), {}, None),
+        (FAST, DEV, ("slow",), {"b": 1.0}, "works beside fast, which owner/dev has not taken in; y"),
+        (FAST, DEV, (), {"a": 1.0000001}, None),  # under another name, or merged
         (
-            {"path": DEV, "fuse": {"fast": 1.0}},
+            FAST,
             DEV,
-            ("slow",),
-            "works beside fast, which owner/dev has not taken in; y",
+            ("fast",),
+            {"a": 0.5},
+            "works beside fast at 1, which owner/dev has taken in at 0.5; its pictures may be worse there",
         ),
     ],
 )
 def test_an_adapter_that_is_used_otherwise_than_it_was_trained_is_told(
-    trained: dict[str, object], used: str, beside: tuple[str, ...], part: str | None, caplog: pytest.LogCaptureFixture
+    trained: dict[str, object],
+    used: str,
+    beside: tuple[str, ...],
+    taken: dict[str, float],
+    part: str | None,
+    caplog: pytest.LogCaptureFixture,
 ):
+    metadata = {"ngrpo": json.dumps(json.loads(header(**trained)["ngrpo"]) | {"fused": {"fast": "a"}})}
     with caplog.at_level(logging.WARNING, "ngrpo_lora"):
-        warn_of_use([opened("a", header(**trained)), opened("c", {})], used, beside, "y")
+        warn_of_use([opened("a", metadata), opened("c", {})], used, beside, taken, "y")
     assert caplog.messages == ([] if part is None else [f"adapter a {part}"])

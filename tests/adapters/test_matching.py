@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_transformers import make, random_layers
 
 from ngrpo_lora.adapters.matching import check_adapters
+from ngrpo_lora.adapters.merging import merge, merge_into_base
 from ngrpo_lora.adapters.reading import Layer, read_adapter_file, read_metadata
 from ngrpo_lora.adapters.writing import save_tensors, state_dict
 from ngrpo_lora.config import ModelConfig
@@ -99,3 +100,36 @@ def test_an_adapter_that_the_base_has_taken_in_already_is_said(
         check_adapters(ModelConfig(fuse={str(fused): 1.0}), [adapter])
     (message,) = caplog.messages
     assert message == f"adapter {adapter} is in the base already (model.fuse: {fused}), and counts twice; leave it out"
+
+
+def test_what_a_base_holds_by_a_merge_is_said_as_it_is(adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    fused, base = Path(shutil.copy(adapter, tmp_path / "fused.safetensors")), str(tmp_path / "base")
+    merge_into_base(merge([(str(fused), 0.5)]), "embedded", tmp_path / "base")
+    own = json.loads(read_metadata(adapter)["ngrpo"]) | {"fused": {str(fused): digest(fused)}}
+    own["model"]["fuse"] = {str(fused): 0.5}
+    beside = rewrite(adapter, tmp_path / "beside.safetensors", 0.5, ngrpo=json.dumps(own))
+    merged = merge([(str(beside), 1.0), (str(fused), 0.5)])
+    save_tensors(tmp_path / "sum.safetensors", merged.tensors(), merged.metadata)
+
+    def said(model: ModelConfig, *adapters: Path) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "ngrpo_lora"):
+            check_adapters(model, adapters)
+        return caplog.messages
+
+    left_out = f"model.fuse ({fused}) is left out, as {base} has it in its weights"
+    assert said(ModelConfig(path=base), beside) == [left_out]
+    other = rewrite(beside, tmp_path / "other.safetensors", 0.2)
+    assert said(ModelConfig(path=base), beside, other) == [left_out]  # once
+    twice = f"is in the base already (merged into {base}), and counts twice; leave it out"
+    assert said(ModelConfig(path=base), adapter) == [f"adapter {adapter} {twice}"]
+    (message,) = said(ModelConfig(path=base), tmp_path / "sum.safetensors")
+    assert message.endswith(
+        f"holds fused.safetensors, which is in the base already (merged into {base}), and counts twice; draw on a base "
+        "without it"
+    )
+    assert said(ModelConfig(), tmp_path / "sum.safetensors") == []
+    again = shutil.copy(fused, tmp_path / "again.safetensors")
+    assert f"model.fuse ({fused}) is in model.fuse ({again}) too, and counts twice" in said(
+        ModelConfig(fuse={str(fused): 0.25, str(again): 0.25}), beside
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +19,19 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from ngrpo_lora import gaussian_noise
+from ngrpo_lora.adapters.header import read_adapter
 from ngrpo_lora.adapters.loading import load_adapter
 from ngrpo_lora.adapters.merging import merge
-from ngrpo_lora.adapters.reading import Layer, read_adapter_file
+from ngrpo_lora.adapters.reading import Layer, read_adapter_file, read_metadata
+from ngrpo_lora.adapters.report import describe, lines
 from ngrpo_lora.adapters.writing import peft_metadata, save_tensors, state_dict
 from ngrpo_lora.cli import app
-from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.config import ModelConfig, RolloutConfig
+from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.records.files import digest
+from ngrpo_lora.sampling.sampler import Sampler
+from ngrpo_lora.sampling.settings import drawing_settings
 from ngrpo_lora.world import EMBEDDED
 
 
@@ -220,25 +226,139 @@ def test_what_cannot_be_merged_is_refused_in_one_line(embedded_adapter: str, tmp
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_a_base_without_what_an_adapter_works_beside_is_told(
-    embedded_adapter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    fast = str(tmp_path / "fast.safetensors")
-    shutil.copy(embedded_adapter, fast)
-    own = {"model": ModelConfig(fuse={fast: 1.0}).model_dump(), "fused": {fast: digest(Path(fast))}}
-    beside = tmp_path / "beside.safetensors"
+@pytest.fixture
+def distilled(embedded_adapter: str, tmp_path: Path) -> tuple[str, str]:
+    """An adapter, and the file beside which it was trained at 0.5; nobody else's."""
+    layers = {name: Layer(0.5 * x.down.flip(1), x.up) for name, x in read_adapter_file(embedded_adapter).layers.items()}
+    fast, beside = str(tmp_path / "fast.safetensors"), str(tmp_path / "beside.safetensors")
+    header = {"ss_base_model_version": "flux1", "lora_adapter_metadata": peft_metadata(layers)}
+    save_tensors(Path(fast), state_dict(layers), header)
+    own = {
+        "model": ModelConfig(fuse={fast: 0.5}).model_dump(),
+        "rollout": RolloutConfig().model_dump(),
+        "fused": {fast: digest(Path(fast))},
+    }
     layers = read_adapter_file(embedded_adapter).layers
-    save_tensors(beside, state_dict(layers), {"ss_base_model_version": "flux1", "ngrpo": json.dumps(own)})
+    save_tensors(Path(beside), state_dict(layers), header | {"ngrpo": json.dumps(own)})
+    return beside, fast
+
+
+def drawn(adapter: str | None, strength: float = 1.0) -> Tensor:
+    """The velocity as `ngrpo sample` has it, and so its pictures."""
+    return velocity(Sampler(drawing_settings(adapter, None), adapter, strength).family)
+
+
+def base_drawn(path: Path) -> Tensor:
+    """The same of a model in a folder."""
+    return velocity(load_family(ModelConfig(path=str(path))))
+
+
+@torch.no_grad()
+def velocity(family: BaseFamily) -> Tensor:
+    return family.velocity(gaussian_noise((1, *family.latent_shape), 0), 0.5, family.encode(["a red star"]))
+
+
+def merged_into(path: Path) -> list[dict[str, Any]]:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["ngrpo_merged"])
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+@pytest.mark.parametrize("first", ["adapter", "file"])
+def test_a_sum_with_what_an_adapter_works_beside_draws_as_the_two_and_takes_it_in_once(
+    strength: float, first: str, distilled: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    beside, fast = distilled
+    words = [f"{beside}:{strength}", f"{fast}:0.5"]
+    path = str(tmp_path / "m.safetensors")
     with caplog.at_level(logging.WARNING, "ngrpo_lora"):
-        run(beside, "--base", "embedded", "--output", tmp_path / "without")
-        (message,) = [text for text in caplog.messages if "works beside" in text]
-        command = f"ngrpo merge FILE OTHER --base embedded --output {tmp_path / 'without'}"
-        assert f"works beside {fast}, which embedded has not taken in; merge it too: {command}" in message
+        run(*words[:: 1 if first == "adapter" else -1], "--output", path)
+    assert not caplog.messages
+    assert read_adapter(path).model == ModelConfig()
+    assert "fused" not in json.loads(read_metadata(path)["ngrpo"])
+    assert "works beside" not in dict(lines(describe(path)))
+    expected = drawn(beside, strength)
+    assert relative_error(drawn(path), expected) <= 1e-5
+    assert relative_error(drawn(None), expected) > 0.05
+    run(path, "--output", tmp_path / "again.safetensors")  # what is in it is known from there on
+    assert [part["file"] for part in merged_into(tmp_path / "again.safetensors")[0]["merged"]] == [
+        Path(word.rpartition(":")[0]).name for word in words[:: 1 if first == "adapter" else -1]
+    ]
+
+
+def test_what_an_adapter_works_beside_is_merged_at_its_strength_or_left_out(
+    distilled: tuple[str, str], embedded_adapter: str, tmp_path: Path
+):
+    beside, fast = distilled
+    out = ("--output", tmp_path / "m.safetensors")
+    said = refuse(beside, fast, *out)
+    assert f"works beside {fast!r} at 0.5, so that file must be merged at that weight, got 1; give {fast}:0.5" in said
+    assert not (tmp_path / "m.safetensors").exists()
+    run(fast, "--output", tmp_path / "inner.safetensors")
+    assert "at that weight, got 0.75; give" in refuse(beside, f"{tmp_path / 'inner.safetensors'}:0.75", *out)
+    run(beside, f"{tmp_path / 'inner.safetensors'}:0.5", *out)
+    assert read_adapter(tmp_path / "m.safetensors").model.fuse == {}
+    run(embedded_adapter, beside, *out)  # without it the sum works beside it as before
+    assert read_adapter(tmp_path / "m.safetensors").model.fuse == {fast: 0.5}
+    assert json.loads(read_metadata(tmp_path / "m.safetensors")["ngrpo"])["fused"] == {fast: digest(Path(fast))}
+
+
+def test_a_base_knows_all_that_was_ever_merged_into_it(
+    distilled: tuple[str, str], embedded_adapter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    beside, fast = distilled
+    run(f"{fast}:0.5", "--base", "embedded", "--output", tmp_path / "first")
+    run(f"{embedded_adapter}:0.25", "--base", tmp_path / "first", "--output", tmp_path / "second")
+    with caplog.at_level(logging.WARNING, "ngrpo_lora"):
+        run(beside, "--base", tmp_path / "second", "--output", tmp_path / "third")
+        assert "in its weights" not in caplog.text
+        run(f"{fast}:0.5", beside, "--base", tmp_path / "first", "--output", tmp_path / "more")
+        run(f"{fast}:-0.5", "--base", tmp_path / "first", "--output", tmp_path / "less")
+    said = f"{tmp_path / 'first'} has fast.safetensors in its weights at 0.5 already, which becomes "
+    found = [text for text in caplog.messages if "in its weights" in text]
+    assert found == [f"{said}{now}; leave it out, unless you mean to add to it" for now in ("1", "0")]
+    (shard,) = (tmp_path / "third" / "transformer").glob("*.safetensors")
+    assert [(part["file"], part["weight"]) for part in merged_into(shard)] == [
+        ("fast.safetensors", 0.5),
+        ("adapter.safetensors", 0.25),
+        ("beside.safetensors", 1.0),
+    ]
+
+
+def test_a_base_without_what_an_adapter_works_beside_is_told_with_the_command_that_merges_both(
+    distilled: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    beside, fast = distilled
+
+    def told(*words: object) -> list[str]:
         caplog.clear()
-        run(beside, fast, "--base", "embedded", "--output", tmp_path / "with")  # at once
-        run(fast, "--base", "embedded", "--output", tmp_path / "first")  # or before
-        run(beside, "--base", tmp_path / "first", "--output", tmp_path / "second")
-        assert not [text for text in caplog.messages if "works beside" in text]
+        with caplog.at_level(logging.WARNING, "ngrpo_lora"):
+            run(*words)
+        return [text for text in caplog.messages if "works beside" in text]
+
+    (tmp_path / "with-2").mkdir()  # a place that is taken
+    (message,) = told(f"{beside}:0.7", "--base", "embedded", "--output", tmp_path / "with", "--family", "flux")
+    start, _, command = message.partition("; merge it too: ")
+    assert start.endswith(f"works beside {fast}, which embedded has not taken in")
+    program, verb, *words = shlex.split(command)
+    assert (program, verb, words[0], words[1]) == ("ngrpo", "merge", f"{beside}:0.7", f"{fast}:0.5")
+    assert told(*words) == []  # word for word
+    assert relative_error(base_drawn(tmp_path / "with-3"), drawn(beside, 0.7)) <= 0.01
+    assert told(fast, "--base", "embedded", "--output", tmp_path / "strong") == []
+    (message,) = told(beside, "--base", tmp_path / "strong", "--output", tmp_path / "other")
+    assert message.endswith(
+        f"works beside {fast} at 0.5, which {tmp_path / 'strong'} has taken in at 1; its pictures may be worse there"
+    )
+    assert told(f"{fast}:0.5", "--base", "embedded", "--output", tmp_path / "first") == []
+    assert told(beside, "--base", tmp_path / "first", "--output", tmp_path / "second") == []
+    Path(fast).rename(tmp_path / "moved.safetensors")  # beside the adapter still
+    (message,) = told(beside, "--base", "embedded", "--output", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    _, _, *words = shlex.split(message.partition("; merge it too: ")[2])
+    assert told(*words) == []
+    Path("moved.safetensors").unlink()
+    (message,) = told(beside, "--base", "embedded", "--output", tmp_path / "gone")
+    assert f"; put {fast} back there; merge it too: ngrpo merge " in message
 
 
 def test_no_adapter_is_lost_to_its_own_merge(embedded_adapter: str):

@@ -164,6 +164,46 @@ def test_like_knows_the_files_that_the_base_has_taken_in(
     assert f"was drawn on a base with {str(fused)!r} in its weights, which has changed since; put the file back" in said
 
 
+def test_a_file_of_the_base_is_taken_in_once_and_found_where_it_was_moved(
+    adapter: Path, doubled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """On a base that has it merged in, beside the adapter, and nowhere; by the adapter, and by a picture's recipe."""
+    fused, base = tmp_path / "fused.safetensors", tmp_path / "base"
+    shutil.copy(doubled, fused)
+    own = {
+        "model": ModelConfig(fuse={str(fused): 0.5}, dtype="bfloat16").model_dump(),
+        "rollout": RolloutConfig(num_steps=2).model_dump(),
+        "fused": {str(fused): digest(fused)},
+    }
+    (tmp_path / "run").mkdir()
+    beside = tmp_path / "run" / "beside.safetensors"
+    save_file(load_file(adapter), beside, {"ngrpo": json.dumps(own)})
+    run("merge", f"{fused}:0.5", "--base", "embedded", "--output", base)
+
+    def drawn(*words: object) -> list[str]:
+        caplog.clear()
+        with caplog.at_level("WARNING", "ngrpo_lora"):
+            names.extend(run("sample", "-p", "a star", *words, "--output", tmp_path / f"out{len(names)}"))
+        return [text for text in caplog.messages if "alpha" not in text]
+
+    names: list[str] = []
+    left_out = f"model.fuse ({fused}) is left out, as {base} has it in its weights"
+    moved = f"model.fuse ({fused}) is not there any more; {tmp_path / 'run' / 'f.safetensors'}, which is the same file"
+    assert drawn("--adapter", beside) == []
+    assert drawn("--adapter", beside, "--model", base) == [left_out]
+    drawn("--like", names[0], "--model", base)
+    assert json.loads(read_png_text(Path(names[1]))["ngrpo"])["fused"] == {}
+    fused.rename(tmp_path / "run" / "f.safetensors")
+    assert drawn("--adapter", beside) == drawn("--like", names[0]) == [f"{moved}, takes its place"]
+    (tmp_path / "run" / "f.safetensors").rename(tmp_path / "far.safetensors")
+    for words in (["--adapter", beside], ["--like", names[0]]):
+        said = refuse("sample", "-p", "a star", *words, "--output", tmp_path / "none")
+        assert f"{str(fused)!r} does not exist; put fused.safetensors back there, or beside the adapter" in said
+    assert not (tmp_path / "none").exists()
+    assert drawn("--adapter", beside, "--model", base) == [left_out]
+    assert all(np.array_equal(pixels(name), pixels(names[0])) for name in names)  # the merge rounds as the base does
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from lora_files import rewrite
 
+from ngrpo_lora.adapters.merging import merge, merge_into_base
 from ngrpo_lora.adapters.reading import read_metadata
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.evaluation import comparison
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.prompts.files import Prompt
+from ngrpo_lora.records.files import digest
 from ngrpo_lora.records.pictures import Picture, collect
 from ngrpo_lora.sampling import sampler, settings
 
@@ -113,6 +116,26 @@ def test_adapters_of_another_model_are_refused_and_of_another_base_named(
         comparison.open_candidates([adapter, other], None, True, "cpu")
     comparison.open_candidates([adapter, other], "embedded", True, "cpu")
     assert f"{other} on owner/other)" in caplog.text
+
+
+def test_adapters_whose_base_took_in_a_file_that_was_moved_draw_alike(
+    adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Each run has its own copy of that file; or the model has it in its weights."""
+    fused, own = tmp_path / "fused.safetensors", json.loads(read_metadata(adapter)["ngrpo"])
+    own["model"]["fuse"], own["fused"] = {str(fused): 0.5}, {str(fused): digest(adapter)}
+    adapters = []
+    for name, factor in (("a", 1.0), ("b", 0.5)):
+        (tmp_path / name).mkdir()
+        adapters.append(rewrite(adapter, tmp_path / name / f"{name}.safetensors", factor, ngrpo=json.dumps(own)))
+        shutil.copy(adapter, tmp_path / name / "copy.safetensors")
+    merge_into_base(merge([(str(adapter), 0.5)]), "embedded", tmp_path / "base")
+    base, _ = comparison.open_candidates(adapters, None, True, "cpu")
+    assert base.info.model.fuse == {str(tmp_path / "a" / "copy.safetensors"): 0.5}
+    caplog.clear()
+    base, _ = comparison.open_candidates(adapters, str(tmp_path / "base"), True, "cpu")
+    assert base.info.model.fuse == {}
+    assert caplog.text.count(f"({fused}) is left out, as {tmp_path / 'base'} has it in its weights") == 1
 
 
 def test_prompts_are_all_different_and_as_many_as_there_are(tmp_path: Path):
