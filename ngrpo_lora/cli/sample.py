@@ -120,14 +120,13 @@ def sample(
     wanted = [one if one.source else one._replace(source=picture) for one in wanted]
     options = {"steps": steps, "shift": shift, "guidance": guidance, "solver": solver, "height": height, "width": width}
     info = settings.editing(settings.with_settings(info, options), wanted)
-    edits = family_class(info.model).edits
-    sizes = check_sources("--prompt", wanted, edits, info.model.path, ", or one with --source")
+    edits, path = family_class(info.model).edits, info.model.path
+    sizes = check_sources("--prompt", wanted, edits, path, ", or one with --source")
     if not follow_sources:
         warn_of_cropping("--width and --height", sizes, (info.model.width_px, info.model.height_px))
     columns = recipes.columns_of(adapters, grid, base_too)
     seeds = consecutive_seeds(seed or 0, num_images)
-    drawings = recipes.draw_columns(info, columns, wanted, seeds, follow_sources)
-    save_drawings(drawings, len(columns), output, grid)
+    save_drawings(recipes.draw_columns(info, columns, wanted, seeds, follow_sources), len(columns), output, grid)
 
 
 def named_adapters(texts: list[str], strength: float) -> list[tuple[Path, float]]:
