@@ -125,8 +125,7 @@ def sample(
         warn_of_cropping("--width and --height", sizes, (info.model.width_px, info.model.height_px))
     columns = recipes.columns_of(adapters, grid, base_too)
     seeds = consecutive_seeds(seed or 0, num_images)
-    drawings = recipes.draw_columns(info, columns, wanted, seeds, follow_sources)
-    save_drawings(drawings, len(columns), output, grid)
+    save_drawings(recipes.draw_columns(info, columns, wanted, seeds, follow_sources), len(columns), output, grid)
 
 
 def check_asked(prompt: list[str] | None, prompts: str | None, like: Path | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.judging import write_csv, write_json
 from ngrpo_lora.evaluation.statistics import Difference, Scores, compare_scores
-from ngrpo_lora.records.metrics import has_same_prompts, measures, read_metrics
+from ngrpo_lora.records.metrics import has_same_prompts, labels_of, measures, read_evaluations, read_metrics
 from ngrpo_lora.reports.tables import change, markdown_table
 
 __all__ = ["Pairs", "compare_evaluations", "measures_table", "read_pairs"]
@@ -18,7 +18,7 @@ __all__ = ["Pairs", "compare_evaluations", "measures_table", "read_pairs"]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Scores in a run's first and last evaluation; row i of both is the same prompt and seed.
+    """Scores in a run's first and last evaluation; row i of both is the same prompt, seed and picture to edit.
 
     first, last: the iterations of the two.
     """
@@ -41,22 +41,25 @@ def read_pairs(run: Path) -> Pairs:
     Raises:
         ConfigError: fewer than two evaluations, or none with the same prompts and seeds.
     """
-    files = sorted((run / "evaluations").glob("*.jsonl"))
-    if len(files) < 2:
+    evaluations = read_evaluations(run)
+    if len(evaluations) < 2:
         raise ConfigError(
-            f"SOURCE must be a run with a first and a later evaluation, but {str(run)!r} has {len(files)} of them"
+            f"SOURCE must be a run with a first and a later evaluation, but {str(run)!r} has {len(evaluations)} of them"
         )
-    first, last = ({(row["prompt"], row["seed"]): row for row in read_metrics(file)} for file in (files[0], files[-1]))
+    (start, first), *_, (end, last) = evaluations.items()
     pairs = [key for key in first if key in last]
     if not pairs:
-        raise ConfigError(f"evaluations of {str(run)!r} have no prompt and seed in common; they cannot be compared")
-    labels = [label for label in first[pairs[0]] if label in last[pairs[0]] and label not in ("prompt", "seed")]
+        edits = ", of the same picture to edit," if any(edited for *_, edited in (*first, *last)) else ""
+        raise ConfigError(
+            f"evaluations of {str(run)!r} have no prompt and seed{edits} in common; they cannot be compared"
+        )
+    labels = [label for label in labels_of(first[pairs[0]]) if label in last[pairs[0]]]
     before, after = (
         {label: [math.nan if side[key][label] is None else side[key][label] for key in pairs] for label in labels}
         for side in (first, last)
     )
-    prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
-    return Pairs(int(files[0].stem), int(files[-1].stem), prompts, seeds, before, after)
+    prompts, seeds = [prompt for prompt, *_ in pairs], [seed for _, seed, _ in pairs]
+    return Pairs(start, end, prompts, seeds, before, after)
 
 
 def compare_evaluations(run: Path, output: Path) -> list[Difference]:

@@ -19,6 +19,7 @@ from ngrpo_lora.adapters.fusing import shown
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.hub.usage import VIDEOS, Adapter, read_pushed, shown_guidance, usage
 from ngrpo_lora.records.pictures import read_png_text
+from ngrpo_lora.reports.grids import are_paired
 from ngrpo_lora.reports.tables import markdown_table
 from ngrpo_lora.world import MODELS
 
@@ -77,7 +78,7 @@ def shown_pictures(folder: Path) -> list[Shown]:
     found = []
     for path in sorted((folder / "samples" / "last").glob("*.png")):
         text, before = read_png_text(path), folder / "samples" / "first" / path.name
-        same = read_png_text(before) == text  # a resumed run may have been given other prompts
+        same = are_paired(read_png_text(before), text)  # a resumed run may have been given other prompts
         after, first = (file.relative_to(folder).as_posix() for file in (path, before))
         found.append(Shown(str(text["prompt"]), int(text["seed"]), after, first if same else None))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -74,12 +75,15 @@ def _kept(size: Size, drawn: Size) -> float:
 
 
 def _check_absent(key: str, prompts: Sequence[Prompt], model: str) -> None:
-    for source in (prompt.source for prompt in prompts if prompt.source is not None):
-        raise ConfigError(
-            f"{key} must have no source pictures for {model!r}, which edits none, but {source.place} has "
-            f"{source.name!r}; rename the column source, or give a model that edits, such as FLUX.1-Kontext, or "
-            "FLUX.2 with model.edits=true"
-        )
+    for prompt in prompts:
+        if (source := prompt.source) is not None:
+            is_option, in_table = source.place.startswith("--"), bool(prompt.place)
+            remedy = f"leave out {source.place}, or " if is_option else "rename the column source, or " * in_table
+            raise ConfigError(
+                f"{key} must have no source pictures for {model!r}, which edits none, but {source.place} has "
+                f"{source.name!r}; {remedy}give a model that edits, such as embedded-edit, FLUX.1-Kontext, or FLUX.2 "
+                "with model.edits=true"
+            )
 
 
 def _check_present(key: str, prompts: Sequence[Prompt], model: str, otherwise: str) -> None:
@@ -89,7 +93,7 @@ def _check_present(key: str, prompts: Sequence[Prompt], model: str, otherwise: s
         raise ConfigError(
             f"{key} must have a source picture with every prompt for {model!r}, which starts from one, but {count}, "
             f"first {lacking[0].told}{f', whose source {cell!r:.120} is no picture' if str(cell).strip() else ''}; "
-            f"name the files in a column source, as in a .csv or .jsonl file{otherwise}"
+            f"{_remedy(lacking[0].place)}{otherwise}"
         )
     for prompt in prompts:
         if prompt.mask is None and (cell := _cell(prompt, "mask")) not in (None, ""):
@@ -97,6 +101,16 @@ def _check_present(key: str, prompts: Sequence[Prompt], model: str, otherwise: s
                 f"{key} must have pictures in the column mask, but {prompt.told} has {cell!r:.120}; name files, or "
                 "leave it out"
             )
+
+
+def _remedy(place: str) -> str:
+    """How the row of a table or a dataset is given its source."""
+    if (found := re.search(r" of 'hf:([^'?#]*)([^'#]*)", place)) is None:
+        return "name the files in a column source, as in a .csv or .jsonl file"
+    if "source=" in found[2]:
+        return "give every row a picture in the column that ?source= names"
+    options = f"{found[2]}&" if found[2] else "?"
+    return f"name the dataset's column of pictures, as in hf:{found[1]}{options}source=image"
 
 
 def _cell(prompt: Prompt, column: str) -> object:

@@ -23,28 +23,20 @@ from, with their style as metadata.
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import json
 import os
-import re
 import reprlib
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ngrpo_lora.errors import ConfigError
-from ngrpo_lora.prompts.pictures import SourcePicture, is_picture_column, sole_column, take_pictures
-from ngrpo_lora.records.texts import decoded, parse_json, separator
+from ngrpo_lora.prompts.pictures import SourcePicture, sole_column, take_pictures
+from ngrpo_lora.prompts.tables import TABLES, Rows, file_rows, needs, numbered, path_and_column, plain_columns, reason
 from ngrpo_lora.world.edits import EDIT_TASKS
 from ngrpo_lora.world.scenes import TASKS
-
-if TYPE_CHECKING:
-    import pyarrow
 
 __all__ = ["BUILTIN_SOURCES", "Prompt", "PromptTable", "as_prompt", "prompt_key", "read_prompts"]
 
@@ -60,9 +52,8 @@ HPDV2_TEST = ("zhwang/HPDv2", "b9517430f34b1080d4f741118d2a440155a165cd")
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 HPDV2_SOURCES = ("hpdv2:train", "hpdv2:test", *(f"hpdv2:test/{style}" for style in HPDV2_STYLES))
 
+DIGEST_LENGTH = 16  # hexadecimal digits of a digest that are kept
 INVISIBLE = "\ufeff\u200b\u2060"  # byte order marks of files that were joined, and spaces without width
-
-Rows = Iterable[tuple[str, Any]]  # where a row stands, and the row: text, or cells by column
 
 
 class Prompt(NamedTuple):
@@ -94,10 +85,29 @@ class Prompt(NamedTuple):
         return f"{self.text!r:.120}" + (f" ({self.place})" if self.place else "")
 
     @property
-    def key(self) -> str:
-        """What equal prompts have in common: the text's `prompt_key`, and the source."""
+    def asked(self) -> str:
+        """What a model is asked for, as a string: the text's `prompt_key`, and the source by its name."""
         text = prompt_key(self.text)
         return text if self.source is None else f"{text}\x1f{self.source.origin}"
+
+    @property
+    def key(self) -> str:
+        """What equal prompts have in common: what a model is asked for, and the mask by which rewards judge an edit."""
+        judged = None if self.source is None else self.mask
+        return self.asked if judged is None else f"{self.asked}\x1f{judged.origin}"
+
+    @property
+    def pictures(self) -> str:
+        """A short digest of the source of an edit, and of its mask; empty where text and place in its source tell all.
+
+        Those that the package renders are told by their seed, and not by the bytes that a library's version makes.
+
+        Raises:
+            ConfigError: one of them cannot be read.
+        """
+        if self.source is None or not self.place:
+            return ""
+        return "+".join(one.digest[:DIGEST_LENGTH] for one in (self.source, self.mask) if one is not None)
 
     @property
     def condition(self) -> str:
@@ -172,7 +182,7 @@ def _folder(source: str) -> Path:
     """The folder from which paths in a file or a dataset's folder count; on the Hub there is none, and no such path."""
     if source.startswith("hf:"):
         return Path(source.removeprefix("hf:").partition("#")[0].partition("?")[0])
-    return Path(source if os.path.exists(source) else source.rpartition("#")[0] or source).parent
+    return Path(path_and_column(source)[0]).parent
 
 
 def _rows(source: str) -> tuple[Rows, str]:
@@ -182,9 +192,7 @@ def _rows(source: str) -> tuple[Rows, str]:
     if source.startswith("hf:"):
         name, _, column = source.removeprefix("hf:").partition("#")
         return _hub_dataset(name), column
-    path, column = source, ""
-    if "#" in source and not os.path.exists(source):
-        path, _, column = source.rpartition("#")
+    path, column = path_and_column(source)
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise ConfigError(
             f"must be a file, which is read more than once, but {path!r} is a pipe or a device; save it to a file first"
@@ -199,24 +207,21 @@ def _rows(source: str) -> tuple[Rows, str]:
             + (f"; did you mean {close[0]}?" if close else "")
         ) from None
     except OSError as error:
+        if os.path.isdir(path):
+            raise ConfigError(_is_folder(path)) from None
         raise ConfigError(f"must be a readable text file, but {path!r} is not: {error.strerror}") from None
-    suffix = Path(path).suffix.lower()
-    if suffix == ".parquet":
-        return _parquet(data, path), column
-    try:
-        text = decoded(data, path)
-    except ValueError as error:
-        raise ConfigError(f"must be a UTF-8 text file, but {error}; save it as UTF-8") from None
-    match suffix:
-        case ".jsonl":
-            return _json_lines(text, path), column
-        case ".json":
-            return _json_array(text, path), column
-        case ".csv" | ".tsv":
-            return _csv(text, path, "\t" if suffix == ".tsv" else separator(text)), column
-    if column:
+    if column and Path(path).suffix.lower() not in TABLES:
         raise ConfigError(f"must name a column only of a table, but {path!r} is a text file; drop #{column}")
-    return _lines(text), column
+    return file_rows(data, path), column
+
+
+def _is_folder(path: str) -> str:
+    """What to say of a folder, which may be one of pictures."""
+    name = path if os.path.isabs(path) else f".{os.sep}{os.path.normpath(path)}"
+    return (
+        f"must be a file or a dataset, but {path!r} is a folder; name a file in it, or, where its metadata.jsonl says "
+        f"the prompt of each picture, hf:{name}, and to edit the pictures hf:{name}?source=image"
+    )
 
 
 def _column(row: dict[str, Any], wanted: str, place: str) -> str:
@@ -237,79 +242,6 @@ def _column(row: dict[str, Any], wanted: str, place: str) -> str:
     raise ConfigError(f"must have the column {wanted!r}, but {place} has {', '.join(row) or 'none'}{hint}")
 
 
-def _lines(text: str) -> Iterator[tuple[str, str]]:
-    # Not str.splitlines, which also breaks at characters that JSON and prompts may hold.
-    for number, line in enumerate(re.split(r"\r\n?|\n", text.removesuffix("\n").removesuffix("\r")), 1):
-        yield f"line {number}", line
-
-
-def _json_lines(text: str, path: str) -> Rows:
-    for place, line in _lines(text):
-        try:
-            yield place, parse_json(line) if line.strip() else line
-        except ValueError as error:
-            raise ConfigError(
-                f"must hold a JSON object or string on every line, but {place} of {path!r} is not JSON: "
-                f"{error}; correct the line"
-            ) from None
-
-
-def _json_array(text: str, path: str) -> Rows:
-    try:
-        rows = parse_json(text or "[]")
-    except ValueError as error:
-        raise ConfigError(f"must be JSON, but {path!r} is not: {error}; correct it") from None
-    if not isinstance(rows, list):
-        raise ConfigError(f"must be a JSON array of objects or strings, but {path!r} is not one")
-    return ((f"entry {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _csv(text: str, path: str, delimiter: str) -> Rows:
-    reader, last = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 0
-    try:
-        header = next((row for row in reader if row), [])
-        _check_columns([name for name in header if name.strip()], path)
-        for row in reader:
-            last = reader.line_num
-            if len(row) > len(header):
-                raise ConfigError(
-                    f"must have as many cells in a row as in its header, but line {last} of {path!r} has more; "
-                    "put a cell that holds the separator in quotes"
-                )
-            if row:
-                yield f"line {last}", dict(zip_longest(header, row))
-    except csv.Error as error:
-        raise ConfigError(
-            f"must be a table, but {path!r} is faulty after line {last}: {error}; check its quotes"
-        ) from None
-
-
-def _check_columns(names: Sequence[str], path: str) -> None:
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ConfigError(
-            f"must have every column once, but {path!r} has {', '.join(map(repr, twice))} twice; rename one of them"
-        )
-
-
-def _parquet(data: bytes, path: str) -> Rows:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(_needs("pyarrow", path)) from None
-    try:
-        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
-        _check_columns(file.schema_arrow.names, path)
-        rows = file.read(_plain_columns(file.schema_arrow)).to_pylist()
-    except ConfigError:
-        raise
-    except UnicodeDecodeError:
-        raise ConfigError(f"must hold UTF-8 text, but {path!r} has text that is not; write it anew as UTF-8") from None
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ConfigError(f"must be a parquet file, but {path!r} is not: {_first_line(error)}") from None
-    return _numbered(rows)
-
-
 def _hub_dataset(name: str) -> Rows:
     """One split of a dataset, through the `datasets` library: from the Hub, its cache, or a folder."""
     path, _, query = name.partition("?")
@@ -322,46 +254,22 @@ def _hub_dataset(name: str) -> Rows:
         import datasets
         import datasets.exceptions
     except ImportError:
-        raise ConfigError(_needs("datasets", f"hf:{name}")) from None
+        raise ConfigError(needs("datasets", f"hf:{name}")) from None
     try:
         dataset = datasets.load_dataset(
             path, options.get("config"), split=options.get("split", "train"), revision=options.get("revision")
         )
         if SOURCE in options:
             dataset = dataset.rename_column(options[SOURCE], SOURCE)
-        columns = _plain_columns(dataset.features.arrow_schema)
+        columns = plain_columns(dataset.features.arrow_schema)
         table: Any = dataset.select_columns(columns).with_format("arrow")[:]
         rows = table.to_pylist()
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(
-            f"must be a dataset that can be loaded, but 'hf:{name}' cannot: {_first_line(error)}; correct its name, "
+            f"must be a dataset that can be loaded, but 'hf:{name}' cannot: {reason(error)}; correct its name, "
             "split, config or revision, or the connection to the Hub"
         ) from None
-    return _numbered(rows)
-
-
-def _plain_columns(schema: pyarrow.Schema) -> list[str]:
-    """Columns of text, numbers, truth values and lists or structures of them, and source pictures: no dates."""
-    from pyarrow import types
-
-    def is_plain(kind: pyarrow.DataType) -> bool:
-        if types.is_nested(kind):
-            return all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
-        if types.is_dictionary(kind):
-            return is_plain(kind.value_type)
-        texts = (types.is_string, types.is_large_string, types.is_string_view)
-        others = (types.is_boolean, types.is_integer, types.is_floating, types.is_null)
-        return any(check(kind) for check in (*texts, *others))
-
-    def holds_pictures(kind: pyarrow.DataType) -> bool:
-        names = {kind.field(i).name for i in range(kind.num_fields)} if types.is_struct(kind) else set()
-        return types.is_binary(kind) or types.is_large_binary(kind) or names == {"bytes", "path"}
-
-    return [f.name for f in schema if is_plain(f.type) or is_picture_column(f.name) and holds_pictures(f.type)]
-
-
-def _numbered(rows: list[dict[str, Any]]) -> Rows:
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    return numbered(rows)
 
 
 def _hpdv2(source: str) -> Rows:
@@ -373,7 +281,7 @@ def _hpdv2(source: str) -> Rows:
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"must be reachable, but {source!r} needs {file} of the Hub's {repo}, which cannot be had: "
-                f"{_first_line(error)}; check the connection, or HF_ENDPOINT and HF_HOME"
+                f"{reason(error)}; check the connection, or HF_ENDPOINT and HF_HOME"
             ) from None
         return json.loads(Path(path).read_bytes())
 
@@ -386,12 +294,3 @@ def _hpdv2(source: str) -> Rows:
         if source in ("hpdv2:test", f"hpdv2:test/{style}"):
             for text in load(*HPDV2_TEST, f"benchmark/{style}.json"):
                 yield f"{style}.json", {"prompt": text, "style": style}
-
-
-def _needs(package: str, source: str) -> str:
-    remedy = "pip install datasets"
-    return f"must be readable here, but {source!r} needs {package}, which is not installed; {remedy}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -193,7 +193,8 @@ def find_picture(value: Any, folder: Path, place: str) -> SourcePicture | None:
     """
     if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:  # as `datasets` keeps pictures
         data, name = value.get("bytes"), value.get("path")
-        if data is None:
+        name = name if isinstance(name, str) else ""
+        if not isinstance(data, bytes):  # JSON has none
             return find_picture(name, folder, place)
         return SourcePicture(data, name or "bytes", place)
     if isinstance(value, bytes):

@@ -141,7 +141,7 @@ def open_prompts(source: Sources, seed: int, tables: Mapping[str, PromptTable] |
 
 
 def divide(prompts: Iterable[Prompt], fraction: float) -> tuple[list[Prompt], list[Prompt]]:
-    """Divide prompts into a training and a held-out part by the SHA-256 of `Prompt.key`: equal ones stay together.
+    """Divide prompts into a training and a held-out part by the SHA-256 of `Prompt.asked`: equal ones stay together.
 
     Neither order, file nor seed matters, and a larger fraction holds out what a smaller one does, and more.
 
@@ -152,7 +152,7 @@ def divide(prompts: Iterable[Prompt], fraction: float) -> tuple[list[Prompt], li
     """
     parts: tuple[list[Prompt], list[Prompt]] = ([], [])
     for prompt in prompts:
-        parts[derive_seed("held_out", prompt.key) < fraction * 2**63].append(prompt)
+        parts[derive_seed("held_out", prompt.asked) < fraction * 2**63].append(prompt)
     if not all(parts):
         train, held_out = map(len, parts)
         raise ConfigError(
@@ -236,7 +236,7 @@ def _log_repeated(split: Split) -> None:
         for name, table in tables.items():
             if table.num_duplicates:
                 logger.info("prompts.%s: %d duplicates of %s dropped", key, table.num_duplicates, name)
-    seen, kept_apart = ({prompt.key for table in tables.values() for prompt in table.prompts} for tables in split)
+    seen, kept_apart = ({prompt.asked for table in tables.values() for prompt in table.prompts} for tables in split)
     if common := seen & kept_apart:
         logger.warning(
             "%d of %d prompts of prompts.held_out are in prompts.train too: held-out figures tell less than they seem; "

@@ -16,6 +16,10 @@ from torch import Tensor
 from ngrpo_lora.records.files import written
 from ngrpo_lora.types import Metrics
 
+PICTURES = "edited_pictures"  # column of an evaluation: a digest of the source that was edited, and of its mask
+
+Drawn = tuple[str, int, str]  # prompt, seed, and the digest of the pictures that were edited, empty where none were
+
 
 class MetricsFile:
     """Writer of `metrics.jsonl`; opened for a resumed run, it drops the lines after the checkpoint."""
@@ -73,12 +77,43 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def save_scores(path: Path, prompts: Sequence[str], seeds: Sequence[int], scores: dict[str, Tensor]) -> None:
-    """Write every score of an evaluation, one line an image, so that runs can be compared image by image."""
+def save_scores(
+    path: Path, prompts: Sequence[str], seeds: Sequence[int], scores: dict[str, Tensor], pictures: Sequence[str] = ()
+) -> None:
+    """Write every score of an evaluation, one line an image, so that runs can be compared image by image.
+
+    Args:
+        pictures: `Prompt.pictures` of each prompt; what is empty is not written.
+    """
     columns = {label: raw.tolist() for label, raw in scores.items()}
     with written(path) as partial, partial.open("w") as file:
-        for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            file.write(to_line({"prompt": prompt, "seed": seed} | {k: values[row] for k, values in columns.items()}))
+        for row, (prompt, seed, edited) in enumerate(zip(prompts, seeds, pictures or [""] * len(prompts), strict=True)):
+            drawn = {"prompt": prompt, "seed": seed} | ({PICTURES: edited} if edited else {})
+            file.write(to_line(drawn | {k: values[row] for k, values in columns.items()}))
+
+
+def labels_of(row: Mapping[str, Any]) -> list[str]:
+    """The rewards of a line of an evaluation; the other columns say what was drawn."""
+    return [label for label in row if label not in ("prompt", "seed", PICTURES)]
+
+
+def read_evaluations(output_dir: Path) -> dict[int, dict[Drawn, dict[str, Any]]]:
+    """The lines of all evaluations of a run, by iteration and by what was drawn.
+
+    Lines of earlier versions tell edits by prompt and seed alone: they count as being of the pictures of the first
+    evaluation that says them.
+    """
+    paths = sorted((output_dir / "evaluations").glob("*.jsonl"))
+    evaluations = {int(path.stem): read_metrics(path) for path in paths}
+    known: dict[tuple[str, int], str] = {}
+    for row in (row for rows in evaluations.values() for row in rows if PICTURES in row):
+        known.setdefault((row["prompt"], row["seed"]), row[PICTURES])
+
+    def drawn(row: dict[str, Any]) -> Drawn:
+        pair = row["prompt"], row["seed"]
+        return *pair, row.get(PICTURES, known.get(pair, ""))
+
+    return {step: {drawn(row): row for row in rows} for step, rows in evaluations.items()}
 
 
 def read_scores(output_dir: Path) -> dict[int, dict[str, np.ndarray]]:
@@ -86,44 +121,42 @@ def read_scores(output_dir: Path) -> dict[int, dict[str, np.ndarray]]:
     evaluations = {}
     for path in sorted((output_dir / "evaluations").glob("*.jsonl")):
         rows = read_metrics(path)
-        labels = [label for label in rows[0] if label not in ("prompt", "seed")]
-        evaluations[int(path.stem)] = {label: np.array([row[label] for row in rows], dtype=float) for label in labels}
+        evaluations[int(path.stem)] = {
+            label: np.array([row[label] for row in rows], dtype=float) for label in labels_of(rows[0])
+        }
     return evaluations
 
 
 def read_paired(output_dir: Path) -> dict[int, dict[str, np.ndarray]]:
     """Scores of all evaluations of a run, in the rows (N,) and labels of the first one.
 
-    They are NaN where a reward failed, and where an evaluation has no such prompt and seed or no such reward.
+    They are NaN where a reward failed, and where an evaluation has no such prompt, seed and picture to edit, or no such
+    reward.
     """
-    evaluations: dict[int, dict[str, np.ndarray]] = {}
-    keys: list[tuple[str, int]] = []
-    labels: list[str] = []
-    for path in sorted((output_dir / "evaluations").glob("*.jsonl")):
-        found = {(row["prompt"], row["seed"]): row for row in read_metrics(path)}
-        keys = keys or [*found]
-        labels = labels or [label for label in found[keys[0]] if label not in ("prompt", "seed")]
-        evaluations[int(path.stem)] = {
-            label: np.array([found.get(key, {}).get(label) for key in keys], dtype=float) for label in labels
-        }
-    return evaluations
+    evaluations = read_evaluations(output_dir)
+    first = next(iter(evaluations.values()), {})
+    labels = labels_of(next(iter(first.values()), {}))
+    return {
+        step: {label: np.array([found.get(key, {}).get(label) for key in first], dtype=float) for label in labels}
+        for step, found in evaluations.items()
+    }
 
 
 def prompt_sets(output_dir: Path) -> dict[int, int]:
     """Which evaluations drew the same prompts and seeds: the number of their set by iteration, 0 for the first one's.
 
-    A run that was resumed by an earlier version, or whose prompt file has changed, may have several.
+    A run that was resumed by an earlier version, or whose prompt file or pictures have changed, may have several.
     """
-    numbers: dict[frozenset[tuple[str, int]], int] = {}
-    found = {}
-    for path in sorted((output_dir / "evaluations").glob("*.jsonl")):
-        drawn = frozenset((row["prompt"], row["seed"]) for row in read_metrics(path))
-        found[int(path.stem)] = numbers.setdefault(drawn, len(numbers))
-    return found
+    numbers: dict[frozenset[Drawn], int] = {}
+    evaluations = read_evaluations(output_dir)
+    return {step: numbers.setdefault(frozenset(found), len(numbers)) for step, found in evaluations.items()}
 
 
 def has_same_prompts(output_dir: Path) -> bool:
-    """Whether a run's first and last evaluation drew the same prompts and seeds, as far as the run has kept them."""
+    """Whether a run's first and last evaluation drew the same prompts and seeds, as far as the run has kept them.
+
+    Edits of other pictures are other prompts.
+    """
     return [0, *prompt_sets(output_dir).values()][-1] == 0
 
 

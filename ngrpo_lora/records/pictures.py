@@ -22,6 +22,7 @@ from ngrpo_lora.records.texts import decoded, parse_json
 
 __all__ = ["NoWhite", "Picture", "as_seen", "collect", "read_png_text", "save_png"]
 
+SHEET = "ngrpo-sheet"  # keyword of the PNG text of what shows other pictures, and is none to be scored itself
 METADATA = "metadata.jsonl"
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError)  # of Pillow, for bad files
@@ -127,6 +128,8 @@ class Picture:
 def collect(sources: Sequence[Path], prompt: str | None = None, grid: tuple[int, int] | None = None) -> list[Picture]:
     """The pictures of files and folders, in order; each is read once, so that a bad one is reported at once.
 
+    Contact sheets that this package has written into a folder are none of its pictures.
+
     Args:
         prompt: the prompt of all of them. None: each one's own, looked for in this order: `name.txt` beside it, its
             line of `metadata.jsonl` in its folder (`{"file_name": ..., "prompt": ...}`), or its own PNG text, which
@@ -144,9 +147,11 @@ def _files(sources: Sequence[Path]) -> Iterator[Path]:
     for source in sources:
         if source.is_dir():
             found = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
-            if not found:
-                raise ConfigError(f"SOURCE must hold pictures ({', '.join(SUFFIXES)}), but {str(source)!r} has none")
-            yield from found
+            kept = [path for path in found if SHEET not in read_png_text(path)]
+            if not kept:
+                what = "contact sheets only" if found else "none"
+                raise ConfigError(f"SOURCE must hold pictures ({', '.join(SUFFIXES)}), but {str(source)!r} has {what}")
+            yield from kept
         elif source.is_file():
             yield source
         else:

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import held_out_series, measures, prompt_sets, read_metrics, read_paired, series
+from ngrpo_lora.records.pictures import SHEET
 from ngrpo_lora.reports.grids import LINE_PX, NUM_SHOWN
 
 PER_LINE = 4  # measures side by side
@@ -39,7 +40,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
+        figure.savefig(partial, dpi=110, format="png", metadata={SHEET: "curves"})
     plt.close(figure)
     return path
 
@@ -183,7 +184,7 @@ def write_summary(output_dir: Path) -> Path:
         axis.axis("off")
     path = output_dir / "summary.png"
     with written(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
+        figure.savefig(partial, dpi=110, format="png", metadata={SHEET: "curves"})
     plt.close(figure)
     return path
 

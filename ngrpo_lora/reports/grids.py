@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ngrpo_lora.records.files import written, written_folder
-from ngrpo_lora.records.pictures import FRAME_RATE, save_png
+from ngrpo_lora.records.files import written_folder
+from ngrpo_lora.records.metrics import PICTURES
+from ngrpo_lora.records.pictures import FRAME_RATE, SHEET, save_png
 
 CELL_PX, CAPTION_LINES, LINE_PX = 160, 2, 17
 NUM_SHOWN = 4
@@ -26,9 +27,8 @@ def save_grid(
     columns: int = 6,
     caption_lines: int = CAPTION_LINES,
 ) -> None:
-    """Draw a captioned grid with `draw_grid` and write it to a file."""
-    with written(path) as partial:
-        draw_grid(images, captions, columns, caption_lines).save(partial, "PNG")
+    """Draw a captioned grid with `draw_grid` and write it to a file, which says that it is a contact sheet."""
+    save_png(path, draw_grid(images, captions, columns, caption_lines), {SHEET: "contact sheet"})
 
 
 def draw_grid(
@@ -67,15 +67,34 @@ def wrapped(caption: str) -> list[str]:
     return [part for line in caption.splitlines() for part in textwrap.wrap(line, 28)]
 
 
-def save_shown(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    """Write the first `NUM_SHOWN` pictures in full size, each with its prompt and seed: `0.png`, `1.png`, ...
+def save_shown(
+    folder: Path,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    pictures: Sequence[str] = (),
+) -> None:
+    """Write the first `NUM_SHOWN` pictures in full size, each with what was drawn: `0.png`, `1.png`, ...
 
     They take the place of all that an earlier evaluation left in the folder, which may be more of them.
+
+    Args:
+        pictures: `Prompt.pictures` of each prompt; what is empty is not written.
     """
     with written_folder(folder) as partial:
         partial.mkdir()
         for index, image in enumerate(images[:NUM_SHOWN]):
-            save_png(partial / f"{index}.png", image, {"prompt": prompts[index], "seed": str(seeds[index])})
+            edited = {PICTURES: pictures[index]} if pictures and pictures[index] else {}
+            save_png(partial / f"{index}.png", image, {"prompt": prompts[index], "seed": str(seeds[index])} | edited)
+
+
+def are_paired(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two pictures of `save_shown` can be compared, by their PNG text: of one prompt, seed and source to edit.
+
+    Earlier versions did not say the source.
+    """
+    keys = "prompt", "seed", *((PICTURES,) if PICTURES in one and PICTURES in other else ())
+    return all(one.get(key) == other.get(key) for key in keys)
 
 
 def clip(frames: Sequence[Image.Image]) -> bytes:

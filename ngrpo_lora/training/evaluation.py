@@ -119,17 +119,18 @@ def leave_records(run: Run, own: range, images: list[Image.Image], scores: dict[
     clips = [made for share in run.processes.gather(own_clips(run, own, images)) for made in share]
     if run.processes.is_main:
         texts, seeds = [prompt.text for prompt in run.held_out], held_out_seeds(run)
+        pictures = [prompt.pictures for prompt in run.held_out]
         folder = run.output_dir / "samples"
         save_grid(folder / f"{stem}.png", shown, texts[: len(shown)])
         part = folder / ("last" if run.iteration else "first")
-        save_shown(part, shown, texts, seeds)
+        save_shown(part, shown, texts, seeds, pictures)
         for index, made in enumerate(clips):  # each beside its middle frame
             (part / f"{index}.webp").write_bytes(made)
         if run.family.edits:
             size = run.config.model.width_px, run.config.model.height_px
             sources = [prompt.shown(size)["source"] for prompt in run.held_out[: min(len(shown), NUM_SHOWN)]]
-            save_shown(folder / "sources", sources, texts, seeds)
-        save_scores(run.output_dir / "evaluations" / f"{stem}.jsonl", texts, seeds, scores)
+            save_shown(folder / "sources", sources, texts, seeds, pictures)
+        save_scores(run.output_dir / "evaluations" / f"{stem}.jsonl", texts, seeds, scores, pictures)
 
 
 def own_clips(run: Run, own: range, images: list[Image.Image]) -> list[bytes]:

@@ -95,6 +95,8 @@ def test_a_grid_has_prompts_and_seeds_by_base_and_adapters_and_each_cell_is_as_d
     with Image.open(shown[-1]) as sheet:
         assert sheet.width == 4 * 160
         assert sheet.height >= 4 * 160
+    scored = run("score", tmp_path / "out", "--reward", "jpeg", "--output", tmp_path / "scores")
+    assert f"| {len(expected)} | 0 |" in "\n".join(scored)  # the sheet is none of the pictures
     settings = ["-p", "two blue circles", "--seed", 1, "--steps", 2, "--output"]
     (base,) = run("sample", *settings, tmp_path / "base")
     (alone,) = run("sample", *settings, tmp_path / "alone", "--adapter", adapters[0])

@@ -10,6 +10,7 @@ import pytest
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation import runs
 from ngrpo_lora.evaluation.statistics import mean_interval
+from ngrpo_lora.records.metrics import PICTURES
 
 
 def test_a_runs_evaluations_are_paired_by_prompt_and_seed(tmp_path: Path):
@@ -55,3 +56,16 @@ def test_measures_of_runs_are_told_before_and_after_beside_their_scores(tmp_path
     runs.compare_evaluations(tmp_path / "one", tmp_path)
     found = json.loads((tmp_path / "one.json").read_text())["measures"]
     assert found == [{"measure": "hue_bits", "before": 2.5, "after": 1.5}]
+
+
+def test_edits_of_other_pictures_are_no_pair(tmp_path: Path):
+    (tmp_path / "evaluations").mkdir()
+    for step, last in ((0, "y"), (2, "z")):
+        rows = [{"prompt": "a", "seed": i, PICTURES: one, "r": step + i} for i, one in enumerate(["x", last])]
+        (tmp_path / "evaluations" / f"{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = runs.read_pairs(tmp_path)
+    assert (pairs.seeds, pairs.before, pairs.after) == ([0], {"r": [0]}, {"r": [2]})
+    path = tmp_path / "evaluations" / "000002.jsonl"
+    path.write_text(path.read_text().replace('"x"', '"w"'))
+    with pytest.raises(ConfigError, match="have no prompt and seed, of the same picture to edit, in common"):
+        runs.read_pairs(tmp_path)

@@ -64,6 +64,8 @@ def test_a_source_that_cannot_be_read_is_named_with_its_line(source: str, why: s
         ("coco", ", whose source 'coco' is no picture"),
         (3, ", whose source 3 is no picture"),
         (["a.png"], ", whose source ['a.png'] is no picture"),
+        ({"bytes": "abc", "path": None}, ", whose source {'bytes': 'abc', 'path': None} is no picture"),
+        ({"bytes": "abc", "path": 3}, ", whose source {'bytes': 'abc', 'path': 3} is no picture"),
     ],
 )
 def test_the_first_prompt_without_the_source_that_it_needs_is_named_with_its_line(source: Any, found: str):
@@ -112,9 +114,35 @@ def test_a_mask_is_a_picture_of_the_size_of_its_source():
 def test_a_model_that_does_not_edit_takes_no_source():
     assert problem(["coco", "a.png"], edits=False) == (
         "prompts.train must have no source pictures for 'owner/model', which edits none, but line 2 of 'edits.jsonl' "
-        "has 'a.png'; rename the column source, or give a model that edits, such as FLUX.1-Kontext, "
-        "or FLUX.2 with model.edits=true"
+        "has 'a.png'; rename the column source, or give a model that edits, such as embedded-edit, "
+        "FLUX.1-Kontext, or FLUX.2 with model.edits=true"
     )
+
+
+@pytest.mark.parametrize(
+    ("place", "remedy"),
+    [("--source", "leave out --source, or give a model that edits"), ("prompt 0", "give a model that edits")],
+)
+def test_a_source_of_no_column_is_not_a_column_to_rename(place: str, remedy: str):
+    source = SourcePicture(Path("a.png"), "a.png", place)
+    with pytest.raises(ConfigError) as error:
+        check_sources("--prompt", [Prompt("a", {}, source)], False, "embedded")
+    assert f"but {place} has 'a.png'; {remedy}, such as " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("hf:./folder", "name the dataset's column of pictures, as in hf:./folder?source=image"),
+        ("hf:a/b?split=x#y", "name the dataset's column of pictures, as in hf:a/b?split=x&source=image"),
+        ("hf:a/b?source=x", "give every row a picture in the column that ?source= names"),
+        ("a.csv", "name the files in a column source, as in a .csv or .jsonl file"),
+    ],
+)
+def test_a_source_that_is_lacking_is_given_as_its_prompts_are(name: str, remedy: str):
+    with pytest.raises(ConfigError) as error:
+        check_sources("SOURCE", [Prompt("a", place=f"row 1 of {name!r}")], True, "owner/model")
+    assert str(error.value).endswith(f"; {remedy}")
 
 
 def test_each_picture_is_read_once_in_a_check(monkeypatch: pytest.MonkeyPatch):

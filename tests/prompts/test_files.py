@@ -82,7 +82,11 @@ def test_a_source_that_does_not_exist_is_an_error_that_names_all_kinds_and_the_n
     assert refused("world:train/colour").endswith("did you mean world:train/color?")
     assert refused("hpdv2:test/photos").endswith("did you mean hpdv2:test/photo?")
     Path("folder").mkdir()
-    assert refused("folder").startswith("must be a readable text file, but 'folder' is not")
+    assert refused("folder") == (
+        "must be a file or a dataset, but 'folder' is a folder; name a file in it, or, where its metadata.jsonl says "
+        "the prompt of each picture, hf:./folder, and to edit the pictures hf:./folder?source=image"
+    )
+    assert f", hf:{Path('folder').absolute()}, and" in refused(str(Path("folder").absolute()))
 
 
 def test_json_lines_are_strings_or_objects_whose_other_keys_are_metadata():

@@ -224,10 +224,39 @@ def test_pictures_in_a_dataset_are_sources(name: str):
         read_prompts("hf:./folder?source=after")
 
 
-def test_pictures_decide_what_is_a_duplicate_and_what_is_held_out():
-    one, other = (SourcePicture(Path(f"{i}.png"), f"{i}.png", "") for i in range(2))
-    assert Prompt("a", {}, one).key == Prompt(" A", {"n": 1}, one).key
-    assert len({Prompt("a").key, Prompt("a", {}, one).key, Prompt("a", {}, other).key}) == 3
+def test_json_holds_no_bytes_of_pictures_but_may_name_them():
+    """As what was written of a parquet file's rows."""
+    written("a.png", saved(halves()))
+    rows = [{"prompt": "a", "source": {"bytes": data, "path": "a.png"}} for data in (None, "abc", [1])]
+    Path("edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for prompt in read_prompts("edits.jsonl", deduplicate=False).prompts:
+        assert prompt.source == SourcePicture(Path("a.png"), "a.png", "")
+
+
+def test_an_edit_with_another_mask_is_another_prompt_and_no_duplicate():
+    for name, fill in (("a.png", 0), ("m.png", 0), ("n.png", 255)):
+        written(name, saved(halves(fill, 255, "L")))
+    Path("edits.csv").write_text("prompt,source,mask\na,a.png,m.png\na,a.png,n.png\nA,a.png,m.png\na,a.png,\n")
+    table = read_prompts("edits.csv")
+    assert {one.mask and one.mask.name for one in table.prompts} == {"m.png", "n.png", None}
+    assert table.num_duplicates == 1
+    assert len({one.asked for one in table.prompts}) == 1  # what a model sees: on one side of what is held out
+    source, mask = (SourcePicture(Path(name), name, "") for name in ("a.png", "m.png"))
+    masked = [Prompt(f"p{i}", {}, source, mask) for i in range(99)]
+    bare = [one._replace(mask=None) for one in masked]
+    assert [one.text for one in divide(masked, 0.3)[1]] == [one.text for one in divide(bare, 0.3)[1]]
+
+
+def test_pictures_of_an_edit_are_told_by_what_they_hold():
+    a, m = written("a.png", saved(halves())), written("m.png", saved(halves(0, 255, "L")))
+    edit = Prompt("a", {}, a, m, "line 1")
+    assert edit.pictures == f"{a.digest[:16]}+{m.digest[:16]}"
+    assert edit._replace(mask=None).pictures == a.digest[:16]
+    assert edit._replace(source=None).pictures == ""
+    assert edit._replace(place="").pictures == ""  # rendered by the package, whose seed tells it
+    other_a, other_m = (written(name, saved(halves((0, 1, 0)))) for name in ("a.png", "m.png"))
+    others = [edit._replace(source=other_a), edit._replace(mask=other_m)]
+    assert len({one.pictures for one in (edit, *others)}) == 3
     prompts = [Prompt("make it red", {}, SourcePicture(Path(f"{i}.png"), f"{i}.png", "")) for i in range(1000)]
     train, held_out = divide(prompts, 0.1)
     assert 60 < len(held_out) < 140

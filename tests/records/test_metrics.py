@@ -101,6 +101,37 @@ def test_scores_of_evaluations_are_read_as_they_are_and_in_the_rows_of_the_first
     np.testing.assert_array_equal(paired[7]["b"], [math.nan] * 3)
 
 
+def save_edits(folder: Path, step: int, pictures: list[str], scores: list[float]) -> None:
+    path = folder / "evaluations" / f"{step:06d}.jsonl"
+    save_scores(path, ["p"] * len(scores), [*range(len(scores))], {"a": torch.tensor(scores)}, pictures)
+
+
+def test_edits_of_other_pictures_are_other_prompts(tmp_path: Path):
+    for step, pictures in ((0, ["x", "y+m"]), (2, ["x", "y+m"]), (4, ["x", "y+n"]), (6, ["x", "y"])):
+        save_edits(tmp_path, step, pictures, [1.0, 2.0])
+    assert prompt_sets(tmp_path) == {0: 0, 2: 0, 4: 1, 6: 2}
+    assert not has_same_prompts(tmp_path)
+    np.testing.assert_array_equal(read_paired(tmp_path)[2]["a"], [1, 2])
+    np.testing.assert_array_equal(read_paired(tmp_path)[4]["a"], [1, math.nan])
+    assert [[*found] for found in read_scores(tmp_path).values()] == [["a"]] * 4
+
+
+def test_an_evaluation_of_an_earlier_version_pairs_with_one_that_says_its_pictures(tmp_path: Path):
+    save_edits(tmp_path, 0, [], [1.0, 2.0])
+    save_edits(tmp_path, 2, ["x", "y"], [3.0, 4.0])
+    assert has_same_prompts(tmp_path)
+    np.testing.assert_array_equal(read_paired(tmp_path)[2]["a"], [3, 4])
+    save_edits(tmp_path, 4, ["x", "z"], [3.0, 4.0])
+    assert prompt_sets(tmp_path) == {0: 0, 2: 0, 4: 1}
+
+
+def test_evaluations_of_texts_say_nothing_of_pictures(tmp_path: Path):
+    save_edits(tmp_path, 0, [], [1.0])
+    save_edits(tmp_path, 2, [""], [1.0])
+    for path in (tmp_path / "evaluations").iterdir():
+        assert json.loads(path.read_text()) == {"prompt": "p", "seed": 0, "a": 1.0}
+
+
 def test_evaluations_of_other_prompts_are_told_from_those_of_the_same(tmp_path: Path):
     assert has_same_prompts(tmp_path)
     for step, seeds in ((0, [5, 6]), (2, [6, 5]), (4, [5, 6, 7]), (6, [1, 2])):

@@ -9,8 +9,10 @@ import pytest
 from pictures import COLORS, solid
 from PIL import Image
 
-from ngrpo_lora.records.pictures import read_png_text
-from ngrpo_lora.reports.grids import CAPTION_PX, CELL_PX, save_grid, save_shown
+from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.records.metrics import PICTURES
+from ngrpo_lora.records.pictures import collect, read_png_text
+from ngrpo_lora.reports.grids import CAPTION_PX, CELL_PX, are_paired, save_grid, save_shown
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 6, 1), (6, 6, 1), (7, 6, 2), (8, 3, 3)])
@@ -58,3 +60,25 @@ def test_shown_pictures_take_the_place_of_all_earlier_ones(tmp_path: Path):
         save_shown(tmp_path / "last", [solid(color) for color in COLORS[:count]], ["a"] * 3, [7, 8, 9])
     assert sorted(path.name for path in (tmp_path / "last").iterdir()) == ["0.png", "1.png"]
     assert read_png_text(tmp_path / "last" / "1.png") == {"prompt": "a", "seed": "8"}
+    save_shown(tmp_path / "last", [solid(COLORS[0])] * 2, ["a"] * 2, [7, 8], ["x+m", ""])
+    found = [read_png_text(tmp_path / "last" / name) for name in ("0.png", "1.png")]
+    assert found == [{"prompt": "a", "seed": "7", PICTURES: "x+m"}, {"prompt": "a", "seed": "8"}]
+
+
+def test_pictures_are_paired_by_prompt_seed_and_source_where_both_say_it():
+    text = {"prompt": "a", "seed": "7"}
+    assert are_paired(text, text)
+    assert are_paired(text, text | {PICTURES: "x"})
+    assert are_paired(text | {PICTURES: "x"}, text | {PICTURES: "x"})
+    for other in ({"seed": "8"}, {"prompt": "b"}, {PICTURES: "y"}):
+        assert not are_paired(text | {PICTURES: "x"}, text | {PICTURES: "x"} | other)
+
+
+def test_a_grid_is_no_picture_of_its_folder(tmp_path: Path):
+    save_grid(tmp_path / "grid.png", [solid(COLORS[0])], ["a"])
+    with pytest.raises(ConfigError, match=r"SOURCE must hold pictures .* has contact sheets only"):
+        collect([tmp_path])
+    save_shown(tmp_path / "last", [solid(COLORS[0])], ["a"], [7])
+    (tmp_path / "last" / "0.png").rename(tmp_path / "a.png")
+    assert [picture.path.name for picture in collect([tmp_path])] == ["a.png"]
+    assert [picture.path.name for picture in collect([tmp_path / "grid.png"])] == ["grid.png"]  # asked for by name

@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import FinishedRun, MakeConfig
+from PIL import Image
 from runs import read_rows, reward_of, same, weights
 
 from ngrpo_lora.adapters import lora
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.adapters.header import read_adapter
 from ngrpo_lora.errors import UserError
+from ngrpo_lora.evaluation.runs import read_pairs
+from ngrpo_lora.records.metrics import has_same_prompts, prompt_sets
+from ngrpo_lora.records.pictures import read_png_text
+from ngrpo_lora.reports.grids import are_paired
 from ngrpo_lora.sampling.sampler import draw
 from ngrpo_lora.training.evaluation import draw_held_out
 from ngrpo_lora.training.setup import prepare
@@ -72,6 +77,30 @@ def test_an_evaluation_leaves_every_score_by_prompt_and_seed(finished_run: Finis
     last = read_rows(finished_run.output_dir)[-1]
     for label in ("redness", "world_strict"):
         assert sum(row[label] for row in rows) / 2 == pytest.approx(last[f"eval/{label}_mean"])
+
+
+def test_edits_of_pictures_that_were_overwritten_are_not_compared(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for name in "ab":
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "e.csv").write_text("prompt,source\nmake it blue,a.png\nmake it green,b.png\n")
+    table, output = tmp_path / "e.csv", tmp_path / "run"
+    settings = ["model.path=embedded-edit", f"prompts.train={table}", f"prompts.held_out={table}"]
+    settings += ["evaluation.strict=null", "trainer.num_iterations=1"]
+    complete(prepare(make_config(output, *settings)))
+    assert has_same_prompts(output)
+    assert len(read_pairs(output).seeds) == 2
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    settings[-1] = "trainer.num_iterations=2"
+    complete(prepare(make_config(output, *settings, "resume=latest")))
+    assert prompt_sets(output) == {0: 0, 1: 0, 2: 1}
+    assert read_pairs(output).prompts == ["make it green"]
+    shown = [read_png_text(output / "samples" / part / f"{i}.png") for i in range(2) for part in ("first", "last")]
+    assert sorted(map(are_paired, shown[::2], shown[1::2])) == [False, True]
+    assert [f"pictures of prompts.{key} ({table})" for key in ("train", "held_out")] == [
+        record.args[0] for record in caplog.records if "have changed since this run began" in record.msg
+    ]
 
 
 @pytest.mark.parametrize("watched", [False, True])

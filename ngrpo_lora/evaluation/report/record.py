@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from ngrpo_lora.evaluation.statistics import Difference
 from ngrpo_lora.records.files import written_folder
 from ngrpo_lora.records.metrics import held_out_series, prompt_sets, read_metrics, series
 from ngrpo_lora.records.pictures import read_png_text, save_png
+from ngrpo_lora.reports.grids import are_paired
 from ngrpo_lora.training.best import ended_early
 
 __all__ = ["Candidate", "Record", "Shown", "names", "save_group"]
@@ -129,10 +130,10 @@ class Record:
         found = []
         for before in sorted((self.folder / "samples" / "first").glob("*.png"), key=lambda path: int(path.stem)):
             after, text = self.folder / "samples" / "last" / before.name, read_png_text(before)
-            paired = later and after.is_file() and pair_of(read_png_text(after)) == pair_of(text)
+            paired = later and after.is_file() and are_paired(read_png_text(after), text)
             source = self.folder / "samples" / "sources" / before.name
-            same = source.is_file() and read_png_text(source).get("prompt") == text.get("prompt")
-            prompt, seed = pair_of(text)
+            same = source.is_file() and are_paired(read_png_text(source), text)
+            prompt, seed = text.get("prompt", ""), text.get("seed", "")
             found.append(Shown(prompt, seed, before, after if paired else None, source if same else None))
         return found
 
@@ -146,11 +147,6 @@ class Record:
                 found.append(Candidate(text["prompt"], int(text["iteration"]), float(text["reward"]), path))
         ranked = sorted(found, key=lambda one: (-one.reward, int(one.path.stem)))
         return [one for one in ranked if one.iteration <= self.iteration]
-
-
-def pair_of(text: Mapping[str, str]) -> tuple[str, str]:
-    """The prompt and the seed of a picture by its PNG text: pictures that have both in common can be compared."""
-    return text.get("prompt", ""), text.get("seed", "")
 
 
 def save_group(

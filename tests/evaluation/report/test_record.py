@@ -11,7 +11,8 @@ from PIL import Image
 
 from ngrpo_lora.config import TrainerConfig
 from ngrpo_lora.evaluation.report.record import GROUP_PX, Record, names, save_group
-from ngrpo_lora.records.pictures import save_png
+from ngrpo_lora.records.metrics import PICTURES
+from ngrpo_lora.records.pictures import read_png_text, save_png
 
 
 def test_a_record_says_where_its_run_stands(write_run):
@@ -42,6 +43,17 @@ def test_pictures_of_another_prompt_or_seed_are_no_pair(write_run):
         save_png(last / "0.png", Image.new("RGB", (64, 64)), text)
         again = Record.read(record.folder, record.config, is_running=False)
         assert [(shown.seed, shown.after) for shown in again.shown] == [("7", None), ("9", last / "2.png")]
+
+
+def test_edits_of_other_pictures_are_no_pair(write_run):
+    record = write_run()
+    for part, digests in (("first", "xx"), ("last", "xy"), ("sources", "xy")):
+        for name, seed, digest in zip(("0.png", "2.png"), "79", digests, strict=True):
+            path = record.folder / "samples" / part / name
+            before = read_png_text(record.folder / "samples" / "first" / name)
+            save_png(path, Image.new("RGB", (64, 64)), before | {"seed": seed, PICTURES: digest})
+    again = Record.read(record.folder, record.config, is_running=False)
+    assert [(one.after is None, one.source is None) for one in again.shown] == [(False, False), (True, True)]
 
 
 def test_a_group_is_kept_small_and_read_best_first(write_run, tmp_path: Path):
