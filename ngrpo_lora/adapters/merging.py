@@ -211,9 +211,9 @@ def merge_into_base(merged: Merged, base: str, output: Path) -> None:
     if output.exists():
         raise ConfigError(f"--output must be a new folder with --base, but {str(output)!r} is there")
     _check_base(merged, base, shards)
-    entries = [*(there := merged_before(base)), *merged.entries]
+    entries = [*(known := merged_before(base)), *merged.entries]
     taken = strengths(entries)
-    _warn_of_again(merged, base, strengths(there), taken)
+    _warn_of_again(merged, base, strengths(known), taken)
     warn_of_use(merged.files, base, (), taken, _with_all(merged, taken, base, output))
     kept = total = 0.0
     try:
