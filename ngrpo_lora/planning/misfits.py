@@ -13,6 +13,8 @@ from ngrpo_lora.prompts.sources import Split, needed_prompts, read_split
 
 __all__ = ["check_prompts", "misfits", "watched"]
 
+KEEPER = "preservation"  # the reward that compares what a mask leaves as it was
+
 Reader = Callable[[str], object]
 
 HELD_OUT = "prompts.held_out"
@@ -40,9 +42,12 @@ def misfits(config: RunConfig, split: Split) -> Iterator[str]:
     from ngrpo_lora.models._index import edits_pictures  # the client of the Hub is slow to import
 
     edits, needed = edits_pictures(config.model), needed_prompts(config, split)
+    trained = any(reward.name == KEEPER for reward in config.rewards.train)
+    evaluated = trained or any(reward.name == KEEPER for reward in watched(config).values())
     for key, prompts in needed.items():
+        keeper = KEEPER if trained or (evaluated and key == "prompts.held_out") else ""
         try:
-            sizes = check_sources(key, prompts, edits, config.model.path)
+            sizes = check_sources(key, prompts, edits, config.model.path, keeper=keeper)
         except ConfigError as error:
             yield from error.problems
             return

@@ -18,11 +18,12 @@ log = logging.getLogger(__name__)
 Size = tuple[int, int]
 
 READERS = 8  # threads; a large picture takes some hundred megabytes while it is read
+WHITE = 250  # of 255, and more: what a JPEG file makes of it
 MIN_KEPT = 0.5  # share of a source that should be left of it
 
 
 def check_sources(
-    key: str, prompts: Iterable[Prompt], edits: bool, model: str, otherwise: str = ""
+    key: str, prompts: Iterable[Prompt], edits: bool, model: str, otherwise: str = "", keeper: str = ""
 ) -> dict[SourcePicture, Size]:
     """Check that each prompt of a model that edits has a picture that can be read, and that no other has one.
 
@@ -31,6 +32,7 @@ def check_sources(
         edits: whether the model edits pictures.
         model: its name, for messages.
         otherwise: how else than in a column a source is given, for messages.
+        keeper: a reward that has no score where a mask lets all of a picture change; empty where there is none.
     Returns:
         The different sources, each with its (width, height) in pixels.
     Raises:
@@ -44,7 +46,7 @@ def check_sources(
     pairs = [*dict.fromkeys((prompt.source, prompt.mask) for prompt in prompts if prompt.source is not None)]
     try:
         with ThreadPoolExecutor(READERS) as readers:
-            sizes = [*readers.map(lambda pair: _check_pair(*pair), pairs)]
+            sizes = [*readers.map(lambda pair: _check_pair(pair[0], pair[1], keeper), pairs)]
     except ConfigError as error:
         raise ConfigError(f"{key} {error}") from None
     return {source: size for (source, _), size in zip(pairs, sizes, strict=True)}
@@ -119,10 +121,18 @@ def _cell(prompt: Prompt, column: str) -> object:
     return None if name is None else prompt.metadata[name]
 
 
-def _check_pair(source: SourcePicture, mask: SourcePicture | None) -> Size:
+def _check_pair(source: SourcePicture, mask: SourcePicture | None, keeper: str) -> Size:
     """The size of a source that can be read, as its mask is, which is of the same size; else raises ConfigError."""
     size = source.load().size
-    if mask is not None and (found := mask.load().size) != size:
+    if mask is None:
+        return size
+    loaded = mask.load()
+    if (found := loaded.size) != size:
         shown = f"is a mask of {found[0]} x {found[1]} px for a source of {size[0]} x {size[1]} px"
         raise mask.refused(f"{shown}; make it as large")
+    if keeper and not any(loaded.convert("L").histogram()[:WHITE]):
+        raise mask.refused(
+            f"is a mask that is white all over, which leaves {keeper} nothing to compare; make it black where the "
+            "source is to stay, or leave it out"
+        )
     return size

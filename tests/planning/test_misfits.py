@@ -209,3 +209,21 @@ def test_rewards_of_the_embedded_world_that_read_prompts_say_so():
 def test_presets_of_the_embedded_models_fit(preset: str):
     config = load_config(preset)
     assert [*misfits(config, read_split(config.prompts))] == []
+
+
+@pytest.mark.parametrize(
+    ("rewards", "refused"),
+    [
+        (["rewards=preservation"], "prompts.train"),
+        (["rewards=jpeg", "evaluation.rewards=[preservation]"], "prompts.held_out"),
+        (["rewards=jpeg"], None),
+    ],
+)
+def test_a_white_mask_is_refused_where_preservation_judges(rewards: list[str], refused: str | None):
+    Image.new("RGB", (48, 48), "red").save("a.png")
+    Image.new("L", (48, 48), 255).save("w.png")
+    Path("edits.csv").write_text("prompt,source,mask\nmake it blue,a.png,w.png\n")
+    settings = [EDITS[0], "prompts.train=edits.csv", "prompts.held_out=edits.csv", "evaluation.strict=null"]
+    config = load_config(None, [*settings, *rewards])
+    found = [*misfits(config, read_split(config.prompts))]
+    assert [problem.partition(" ")[0] for problem in found] == ([refused] if refused else [])

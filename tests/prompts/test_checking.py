@@ -111,6 +111,19 @@ def test_a_mask_is_a_picture_of_the_size_of_its_source():
             check_sources("prompts.train", [prompt], True, "owner/model")
 
 
+def test_a_mask_that_leaves_nothing_is_refused_for_a_reward_that_compares_it():
+    a, white, spot, black = painted("a.png"), painted("w.jpg"), painted("s.png"), painted("b.png")
+    for name, ground, corner in (("w.jpg", 255, 254), ("s.png", 255, 0), ("b.png", 0, 0)):
+        image = Image.new("L", (48, 32), ground)
+        image.putpixel((0, 0), corner)
+        image.save(name)
+    good = [Prompt("a", {}, a, mask) for mask in (spot, black, None)]
+    check_sources("prompts.train", good, True, "owner/model", keeper="preservation")
+    check_sources("prompts.train", [Prompt("a", {}, a, white)], True, "owner/model")
+    with pytest.raises(ConfigError, match=r"'w.jpg' \(line .*\) is a mask that is white all over, which leaves pr"):
+        check_sources("prompts.train", [*good, Prompt("a", {}, a, white)], True, "owner/model", keeper="preservation")
+
+
 def test_a_model_that_does_not_edit_takes_no_source():
     assert problem(["coco", "a.png"], edits=False) == (
         "prompts.train must have no source pictures for 'owner/model', which edits none, but line 2 of 'edits.jsonl' "
