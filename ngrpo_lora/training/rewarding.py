@@ -129,7 +129,7 @@ def too_many_failed(run: Run, scores: dict[str, Tensor]) -> str | None:
             continue
         share = (~raw.isfinite()).double().mean().item()
         if share == 1:
-            return f"reward {label} has no score for any image; the reasons are above; correct it, or what it is given"
+            return f"reward {label} has no score for any image; reasons are above; correct it, or what it is given"
         if share > limit:
             return (
                 f"reward {label} has no score for {share:.0%} of the images, more than rewards.max_failed_share "

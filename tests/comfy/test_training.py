@@ -473,7 +473,7 @@ def test_out_of_memory_leaves_a_message_a_checkpoint_and_a_server_that_works(ser
 def test_a_reward_that_fails_says_why(server: Comfy):
     result = server.run(train("failing", rewards=["reward", 0]) | rewarded_by("failing"))
     assert (result.status, result.error_node) == ("error", "train")
-    assert "reward failing has no score for 100% of the images" in result.error
+    assert "reward failing has no score for any image; see below; correct it" in result.error
     assert "the scale is broken" in result.error
     assert "resume=latest" not in result.error
 

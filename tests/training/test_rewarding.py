@@ -226,7 +226,7 @@ def test_a_reward_that_has_no_score_for_any_image_ends_a_run_whatever_the_limit(
         [math.nan] * len(images) if run.iteration else score(images, prompts, metadata)
     )
     what = (
-        "iteration 2: reward redness has no score for any image; the reasons are above; correct it, or what it is given"
+        "iteration 2: reward redness has no score for any image; reasons are above; correct it, or what it is given"
     )
     with pytest.raises(UserError, match=f"{what}, then go on with resume=latest"):
         complete(run)
