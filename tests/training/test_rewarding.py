@@ -225,9 +225,7 @@ def test_a_reward_that_has_no_score_for_any_image_ends_a_run_whatever_the_limit(
     reward.function = lambda images, prompts, metadata: (
         [math.nan] * len(images) if run.iteration else score(images, prompts, metadata)
     )
-    what = (
-        "iteration 2: reward redness has no score for any image; reasons are above; correct it, or what it is given"
-    )
+    what = "iteration 2: reward redness has no score for any image; reasons are above; correct it, or what it is given"
     with pytest.raises(UserError, match=f"{what}, then go on with resume=latest"):
         complete(run)
     assert len([text for text in caplog.messages if "returned no finite number" in text]) == 1
