@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -166,5 +165,4 @@ def test_memory_that_passes_free_is_kept(tmp_path: Path):
         int(subprocess.run([sys.executable, "-c", code, *word], cwd=tmp_path, capture_output=True, text=True).stderr)
         for word in ([], ["app"])
     )
-    assert given_back > 200 * 2**20 / resource.getpagesize() / 2
-    assert kept < 1000
+    assert kept < given_back / 4  # pages may be of 4 KB or of 2 MB
