@@ -19,7 +19,7 @@ from ngrpo_lora.adapters.contents import (
 from ngrpo_lora.adapters.finding import find_adapter
 from ngrpo_lora.adapters.layers import NAMES
 from ngrpo_lora.adapters.reading import AdapterFile, check_fits, read_adapter_file
-from ngrpo_lora.adapters.report import header_value, mapping
+from ngrpo_lora.adapters.report import header_value
 from ngrpo_lora.config import ModelConfig
 from ngrpo_lora.models._blueprint import bare_transformer
 from ngrpo_lora.models._index import family_of_pipeline, known_pipeline
@@ -44,7 +44,7 @@ def check_adapters(model: ModelConfig, adapters: Iterable[Path]) -> None:
     taken = {name: next(iter(held)) for name, held in inside.items()}
     for file in files:
         check_fits(file, transformer, family)
-        fused = mapping(header_value(file.metadata, "ngrpo", {}), "fused")
+        fused = fused_digests(file.metadata)
         for name in (name for name, sha256 in taken.items() if fused.get(name, sha256) != sha256):
             what = "what follows is drawn with the file as it is now"
             log.warning("model.fuse (%s) has changed since adapter %s was trained: %s", name, file.path, what)

@@ -45,7 +45,7 @@ def misfits(config: RunConfig, split: Split) -> Iterator[str]:
     trained = any(reward.name == KEEPER for reward in config.rewards.train)
     evaluated = trained or any(reward.name == KEEPER for reward in watched(config).values())
     for key, prompts in needed.items():
-        keeper = KEEPER if trained or (evaluated and key == "prompts.held_out") else ""
+        keeper = KEEPER if trained or (evaluated and key == HELD_OUT) else ""
         try:
             sizes = check_sources(key, prompts, edits, config.model.path, keeper=keeper)
         except ConfigError as error:
