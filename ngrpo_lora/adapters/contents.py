@@ -81,15 +81,18 @@ def merged_before(base: str) -> list[Any]:
         return []
 
 
-def taken_in(model: ModelConfig) -> dict[str, float]:
+def taken_in(model: ModelConfig, inside: Mapping[str, Mapping[str, float]] | None = None) -> dict[str, float]:
     """What a base has taken in, merged into its weights or by `model.fuse`, with strengths by digest.
 
+    Args:
+        inside: `contents` of the files of `model.fuse`, by their names there, where they are known.
     Raises:
         ConfigError: a file of `model.fuse` cannot be found.
     """
     found = strengths(merged_before(model.path))
     for name, strength in model.fuse.items():
-        for sha256, own in contents(find_adapter(name, "model.fuse")).items():
+        held = contents(find_adapter(name, "model.fuse")) if inside is None else inside[name]
+        for sha256, own in held.items():
             found[sha256] = found.get(sha256, 0.0) + strength * own
     return found
 

@@ -50,7 +50,7 @@ def check_adapters(model: ModelConfig, adapters: Iterable[Path]) -> None:
             log.warning("model.fuse (%s) has changed since adapter %s was trained: %s", name, file.path, what)
     if not warn_of_bases(files):
         remedy = "draw with the settings of the run that trained it"
-        warn_of_use(files, model.path, model.fuse, taken_in(model), remedy)
+        warn_of_use(files, model.path, model.fuse, taken_in(model, inside), remedy)
     for name, other in counted_twice(inside):
         log.warning("model.fuse (%s) is in model.fuse (%s) too, and counts twice", name, other)
     _warn_of_doubles(model, files, taken)
