@@ -50,6 +50,7 @@ from ngrpo_lora.training.rewarding import too_many_failed
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import iterate
+from ngrpo_lora.world.meanings import meaning_of
 
 __all__ = ["Asked", "GradientStep", "Point", "chosen", "common_share", "gradient_table", "halves", "measure"]
 
@@ -193,7 +194,7 @@ def point(step: float, before: Tensor, after: Tensor, prompts: Sequence[str]) ->
     """Compare held-out rewards (M,) after a step with those before it, NaN where a reward failed."""
     choosing, reporting = halves(prompts)
     gains = after - before
-    gain = mean_interval(gains[reporting].tolist(), [prompts[place] for place in reporting])
+    gain = mean_interval(gains[reporting].tolist(), [meaning_of(prompts[place]) for place in reporting])
     return Point(step, gains[choosing].nanmean().item(), gain)
 
 

@@ -31,6 +31,7 @@ from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.seeds import consecutive_seeds
 from ngrpo_lora.world import HELD_OUT
+from ngrpo_lora.world.meanings import meaning_of
 
 if TYPE_CHECKING:
     from ngrpo_lora.adapters.header import AdapterInfo
@@ -86,11 +87,11 @@ def compare_adapters(
     scores = {
         one.label: judge(scorer, pictures[one.label], cache, f"pictures of {one.label}", num_seeds) for one in everyone
     }
-    texts = [picture.prompt for picture in pictures[baseline.label]]
+    meanings = [meaning_of(picture.prompt or "") for picture in pictures[baseline.label]]
     differences = [
         difference
         for one in candidates
-        for difference in compare_scores(one.label, scores[one.label], baseline.label, scores[baseline.label], texts)
+        for difference in compare_scores(one.label, scores[one.label], baseline.label, scores[baseline.label], meanings)
     ]
     write_results(everyone, pictures, scores, seeds, differences, output)
     return differences

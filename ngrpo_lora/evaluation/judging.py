@@ -31,6 +31,7 @@ from ngrpo_lora.scoring.cache import ScoreCache
 from ngrpo_lora.scoring.combining import combine
 from ngrpo_lora.scoring.scorer import Scorer, load_reward
 from ngrpo_lora.types import Samples
+from ngrpo_lora.world.meanings import meaning_of
 
 __all__ = ["parameters", "parse_rewards", "score_pictures"]
 
@@ -143,7 +144,7 @@ def score_pictures(
         {"picture": picture.name, "prompt": picture.prompt} | {label: raw[row] for label, raw in scores.items()}
         for row, picture in enumerate(pictures)
     ]
-    groups = [row if picture.prompt is None else picture.prompt for row, picture in enumerate(pictures)]
+    groups = [row if picture.prompt is None else meaning_of(picture.prompt) for row, picture in enumerate(pictures)]
     means = {label: mean_interval(raw, groups) for label, raw in scores.items()}
     failed = {label: sum(map(math.isnan, raw)) for label, raw in scores.items()}
     summary = [{"reward": label} | asdict(means[label]) | {"failed": failed[label]} for label in scores]

@@ -12,6 +12,7 @@ from ngrpo_lora.evaluation.judging import write_csv, write_json
 from ngrpo_lora.evaluation.statistics import Difference, Scores, compare_scores
 from ngrpo_lora.records.metrics import has_same_prompts, labels_of, measures, read_evaluations, read_metrics
 from ngrpo_lora.reports.tables import change, markdown_table
+from ngrpo_lora.world.meanings import meaning_of
 
 __all__ = ["Pairs", "compare_evaluations", "measures_table", "read_pairs"]
 
@@ -32,7 +33,8 @@ class Pairs:
 
     def differences(self, name: str) -> list[Difference]:
         """The last evaluation of the run `name` against the first, one difference a reward."""
-        return compare_scores(f"{name} @ {self.last}", self.after, f"@ {self.first}", self.before, self.prompts)
+        meanings = [*map(meaning_of, self.prompts)]
+        return compare_scores(f"{name} @ {self.last}", self.after, f"@ {self.first}", self.before, meanings)
 
 
 def read_pairs(run: Path) -> Pairs:

@@ -1,7 +1,9 @@
 """Means, shares and differences with confidence intervals, all of 95%.
 
-Pictures of one prompt are alike, so a prompt counts as one draw: standard errors are cluster-robust over prompts. Where
-all pictures are of one prompt, intervals are about this prompt and every picture is a draw.
+Pictures of one prompt are alike, and so are those of prompts that mean the same, which therefore count as one draw:
+standard errors are cluster-robust over them, and corrected for groups of unequal sizes, of which the large ones would
+make intervals too narrow. Where all pictures are of one group, intervals are about this one, and every picture is a
+draw.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Estimate:
 
 
 def mean_interval(values: Sequence[float], groups: Sequence[Hashable]) -> Estimate:
-    """The mean and its t interval, with one degree of freedom less than there are groups.
+    """The mean and its t interval, with as many degrees of freedom as `_standard_error` has.
 
     Args:
         values: (N,); NaN is left out.
@@ -48,16 +50,18 @@ def mean_interval(values: Sequence[float], groups: Sequence[Hashable]) -> Estima
     kept, numbers = _finite(values, groups)
     if not len(kept):
         return Estimate(math.nan, math.nan, math.nan)
-    mean, degrees = float(kept.mean()), int(numbers.max())
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * _standard_error(kept, numbers) if degrees else math.nan
+    mean, half = float(kept.mean()), math.nan
+    if numbers.max() > 0:
+        error, degrees = _standard_error(kept, numbers)
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
     return Estimate(mean, mean - half, mean + half)
 
 
 def share_interval(wins: Sequence[float], groups: Sequence[Hashable]) -> Estimate:
     """The mean of wins (1), ties (0.5) and losses (0), and Wilson's interval for it.
 
-    Wilson's n is the effective number of draws, p (1 - p) / se^2 (Kish 1965): at least the number of groups, at most
-    the number of draws, which it is when every group has one and there is no tie.
+    Wilson's n is the effective number of draws, p (1 - p) / se^2 (Kish 1965): at least the effective number of groups,
+    1 / sum_g (N_g / N)^2, at most the number of draws, which it is when every group has one and there is no tie.
 
     Args:
         wins: (N,) in [0, 1]; NaN is left out.
@@ -66,8 +70,8 @@ def share_interval(wins: Sequence[float], groups: Sequence[Hashable]) -> Estimat
     kept, numbers = _finite(wins, groups)
     if not len(kept):
         return Estimate(math.nan, math.nan, math.nan)
-    share, count = float(kept.mean()), int(numbers.max()) + 1
-    variance, error = share * (1 - share), _standard_error(kept, numbers) if count > 1 else math.inf
+    share, count = float(kept.mean()), 1 / float(np.square(_sizes(numbers)).sum())
+    variance, error = share * (1 - share), _standard_error(kept, numbers)[0] if numbers.max() > 0 else math.inf
     effective = min(max(variance / error**2, count), len(kept)) if error else len(kept) if variance else count
     z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
     center = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
@@ -83,15 +87,27 @@ def _finite(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[np.nda
     return np.array([value for value, _ in kept]), np.array(rows, dtype=int)
 
 
-def _standard_error(values: np.ndarray, groups: np.ndarray) -> float:
-    """Standard error of the mean, cluster-robust over groups (Liang and Zeger 1986).
+def _standard_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """Standard error of the mean, cluster-robust over two or more groups, and its degrees of freedom.
 
-    se^2 = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / N^2.
+    With shares w_g = N_g / N of the values, and T = sum w^2 - 2 sum w^3 + (sum w^2)^2:
 
-    With groups of one size it is the standard error of the mean of their means.
+        se^2 = sum w^2 / T * sum_g (sum_{i in g} (x_i - mean))^2 / N^2     degrees = (1 - sum w^2)^2 / T
+
+    The sum is Liang and Zeger's (1986). Before it is what makes it right on average where the values of a group are all
+    the same; the degrees of freedom are Satterthwaite's for independent values (Bell and McCaffrey 2002). With G groups
+    of one size these are G / (G - 1) and G - 1, and it is the standard error of the mean of their means.
     """
-    sums = np.bincount(groups, values - values.mean())
-    return math.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / len(values)
+    shares, sums = _sizes(groups), np.bincount(groups, values - values.mean())
+    square = np.square(shares).sum()
+    spread = square - 2 * np.power(shares, 3).sum() + square**2
+    error = math.sqrt(square / spread * np.square(sums).sum()) / len(values)
+    return error, float((1 - square) ** 2 / spread)
+
+
+def _sizes(groups: np.ndarray) -> np.ndarray:
+    """Each group's share of all values."""
+    return np.bincount(groups) / len(groups)
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,7 @@ def compare_scores(
     """Compare scores in pairs, one difference per reward that both have; row i of both is the same prompt and seed.
 
     Args:
-        groups: (N,) prompts; those that are equal count as one draw.
+        groups: (N,) what the prompts mean (`world.meanings`); those that are equal count as one draw.
     """
     found = []
     for reward in (name for name in scores if name in reference_scores):

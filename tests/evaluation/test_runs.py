@@ -32,6 +32,20 @@ def test_a_runs_evaluations_are_paired_by_prompt_and_seed(tmp_path: Path):
     assert (tmp_path / "run.csv").read_text().splitlines()[-1] == "run,c,5,r,0.5,"
 
 
+def test_wordings_of_one_scene_are_one_draw(tmp_path: Path):
+    """Counted by their wording, intervals over the embedded world's held-out captions are too narrow."""
+    prompts = ["a red star", "a photo of a red star", "a blue heart", "a photo of a blue heart"]
+    (tmp_path / "run" / "evaluations").mkdir(parents=True)
+    for step, scores in ((0, [0.0] * 4), (8, [0.5, 0.6, 0.1, 0.2])):
+        rows = [
+            {"prompt": text, "seed": i, "r": score} for i, (text, score) in enumerate(zip(prompts, scores, strict=True))
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "run" / "evaluations" / f"{step:06d}.jsonl").write_text(lines)
+    (found,) = runs.compare_evaluations(tmp_path / "run", tmp_path)
+    assert found.difference == mean_interval([0.5, 0.6, 0.1, 0.2], "aabb")
+
+
 def test_measures_of_runs_are_told_before_and_after_beside_their_scores(tmp_path: Path):
     for name, values in (("one", [2.5, 2.0, 1.5]), ("none", [])):
         (tmp_path / name / "evaluations").mkdir(parents=True)

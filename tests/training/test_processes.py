@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
+from flows import run_config
 from runs import SEVERAL, TROUBLE, adapter_weights, assert_nearly_same_run, read_rows
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from ngrpo_lora import registry
 from ngrpo_lora.config import RunConfig
 from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.training.processes import Processes
@@ -84,6 +86,26 @@ def test_results_do_not_depend_on_the_number_of_processes(
     assert [error for error, _ in results] == [None] * count
     assert len({value for _, value in results}) == 1
     assert_nearly_same_run(alone, tmp_path)
+
+
+OTHERS = {
+    "mix": ["algorithm.window_size=2"],
+    "mix_flash": ["algorithm.window_size=2"],
+    "branch": ["algorithm.split_every=1"],
+}
+
+
+@pytest.mark.parametrize("algorithm", [name for name in registry.names(registry.ALGORITHMS) if name != "neighbor"])
+def test_every_algorithm_sees_the_same_iteration_whoever_drew_its_groups(
+    algorithm: str, context: Any, make_config: MakeConfig, tmp_path: Path
+):
+    """Advantages of all groups, of which some algorithms take a common deviation, and updates that divide samples."""
+    settings = ["rollout.num_steps=4", "rollout.prompts_per_iteration=3", "evaluation.num_prompts=3"]
+    settings += ["algorithm.updates_per_rollout=2", "optimizer.learning_rate=1e-3", *OTHERS.get(algorithm, [])]
+    for count in (1, 2):
+        results = run(context, count, train, run_config(make_config, tmp_path / str(count), algorithm, *settings))
+        assert [error for error, _ in results] == [None] * count
+    assert_nearly_same_run(tmp_path / "1", tmp_path / "2")
 
 
 WHERE = """

@@ -65,7 +65,11 @@ PAIRS = (
          "dance", trained=False),
     Pair("better than DanceGRPO (16 steps, as in its code), all tasks", NOT_THERE, BASELINE, "dance-16"),
     Pair("better than MixGRPO on tasks left out", "UnifiedReward 3.334, 3.257", BASELINE, "mix", trained=False),
-    Pair("better than Flow-GRPO (10 steps), all tasks", NOT_THERE, BASELINE, "flow-grpo"),
+    *(
+        Pair(f"better than {name}, all tasks", NOT_THERE, BASELINE, other)
+        for other, name in (("dance", "DanceGRPO (25 steps)"), ("flow-grpo", "Flow-GRPO (10 steps)"),
+                            ("flow-cps", "Flow-CPS"), ("mix-flash", "MixGRPO-Flash"), ("branch", "BranchGRPO"))
+    ),
     Pair("better than DiffusionNFT, all tasks", NOT_THERE, BASELINE, "nft"),
     Pair("better than fine-tuning on the best of N, all tasks", NOT_THERE, BASELINE, "best-of-n"),
     Pair("a radius of 0.5 is better than 1.0", "HPSv2.1 0.379, 0.364", "ablation-centre", "radius-1.0"),

@@ -3,6 +3,8 @@
 A method is what it sets in a configuration; all else is common to all (`plan.COMMON`). Settings are the ones that its
 own paper or code gives (`config/algorithms/`), but for these:
 
+- Neighbor GRPO has our temperature and old anchor (`temperature: auto`, `old_anchor: one_step`), which no search chose;
+  the paper's, 1 and Algorithm 1 to the letter, are a row of Table 7;
 - all have 48 pictures an iteration, and policy gradients four optimizer updates of them (published are 2 to 4);
 - Flow-GRPO and its kin add no noise in their last step, which ends at sigma 0.25 here and would stay in the picture;
 - DiffusionNFT has no pull to the base, of weight 1e-4, which would cost a sixth of its budget;

@@ -19,6 +19,7 @@ from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.statistics import Estimate, mean_interval
 from ngrpo_lora.records.metrics import measured, read_metrics, read_scores
 from ngrpo_lora.training.metering import STAGES, iteration_seconds
+from ngrpo_lora.world.meanings import meaning_of
 from ngrpo_lora.world.scenes import parse
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "is_trained",
     "paired",
     "read",
-    "scene_of",
 ]
 
 
@@ -212,15 +212,7 @@ def intervals(differences: np.ndarray, prompts: Sequence[str]) -> tuple[Estimate
     """
     known = np.ma.masked_invalid(differences)
     pictures, seeds = (known.mean(axis).filled(math.nan).tolist() for axis in (0, 1))
-    return mean_interval(pictures, [*map(scene_of, prompts)]), mean_interval(seeds, [*range(len(seeds))])
-
-
-def scene_of(prompt: str) -> str:
-    """What a prompt means, whatever its wording; a prompt that is none of the world's means itself."""
-    try:
-        return parse(prompt).meaning
-    except ValueError:
-        return prompt
+    return mean_interval(pictures, [*map(meaning_of, prompts)]), mean_interval(seeds, [*range(len(seeds))])
 
 
 def is_trained(prompt: str) -> bool:

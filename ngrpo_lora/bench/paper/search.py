@@ -15,12 +15,13 @@ from typing import Any
 
 from ngrpo_lora.bench.paper.given import RATE, is_entry, point_of
 from ngrpo_lora.bench.paper.methods import LEARNING_RATES, Method
-from ngrpo_lora.bench.paper.outcomes import read, scene_of
+from ngrpo_lora.bench.paper.outcomes import read
 from ngrpo_lora.bench.paper.plan import Job, Length, Plan, Tuned, points, search_job
 from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.evaluation.statistics import Estimate, mean_interval
 from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import finite
+from ngrpo_lora.world.meanings import meaning_of
 
 __all__ = ["FILE", "choose", "finals", "jobs", "kept", "trials", "tuned", "write"]
 
@@ -103,7 +104,7 @@ def validated(jobs: Iterable[Job]) -> dict[str, dict[Point, Estimate]]:
     """The validation reward of every complete run of one length, by method and point; NaN where no picture has one."""
     found: dict[str, dict[Point, Estimate]] = {}
     for outcome in read(jobs):
-        rewards, scenes = outcome.rewards(outcome.last).tolist(), [*map(scene_of, outcome.prompts)]
+        rewards, scenes = outcome.rewards(outcome.last).tolist(), [*map(meaning_of, outcome.prompts)]
         found.setdefault(outcome.job.method, {})[outcome.job.point] = mean_interval(rewards, scenes)
     return found
 

@@ -11,12 +11,13 @@ import numpy as np
 from ngrpo_lora.bench.paper import methods, published, reached
 from ngrpo_lora.bench.paper.given import KNOBS, RATE
 from ngrpo_lora.bench.paper.methods import BASELINE, LEARNING_RATES, Method
-from ngrpo_lora.bench.paper.outcomes import Outcome, by_method, change, is_trained, paired, scene_of
+from ngrpo_lora.bench.paper.outcomes import Outcome, by_method, change, is_trained, paired
 from ngrpo_lora.bench.paper.plan import Plan
 from ngrpo_lora.config import RolloutConfig
-from ngrpo_lora.evaluation.statistics import compare_scores
+from ngrpo_lora.evaluation.statistics import compare_scores, mean_interval
 from ngrpo_lora.reports.tables import markdown_table
 from ngrpo_lora.training.metering import STAGES
+from ngrpo_lora.world.meanings import meaning_of
 
 __all__ = ["Column", "Table", "make_tables", "search_table"]
 
@@ -210,17 +211,30 @@ def against_baseline(rows: Sequence[Method], found: dict[str, list[Outcome]], bu
         if method.name == BASELINE or not pairs:
             continue
         ours, theirs = (_joined([pair[side] for pair in pairs], budget) for side in (0, 1))
-        prompts = [scene_of(prompt) for outcome, _ in pairs for prompt in outcome.prompts]
+        prompts = [meaning_of(prompt) for outcome, _ in pairs for prompt in outcome.prompts]
         for difference in compare_scores(method.label, ours, "", theirs, prompts):
-            shares = (difference.difference.show("+.3f"), difference.win_rate.show(".0%"), str(difference.pairs))
-            lines.append((method.label, difference.reward, *shares))
+            seeds = over_seeds(ours[difference.reward], theirs[difference.reward], len(pairs))
+            shown = difference.difference.show("+.3f") + seeds
+            lines.append(
+                (method.label, difference.reward, shown, difference.win_rate.show(".0%"), str(difference.pairs))
+            )
     label = next(method.label for method in methods.METHODS if method.name == BASELINE)
     head = ("method", "score", "difference (95% CI)", "win rate (95% CI)", "pairs")
     about = (
-        "Pictures of the same prompts, noises and training seeds at equal compute; intervals are over scenes and not "
-        "over seeds, whose spread is in the table before."
+        "Pictures of the same prompts, noises and training seeds at equal compute; intervals are over scenes, and of "
+        "differences over seeds as well."
     )
     return [Table(f"Table 1, every method against {label}", about, head, tuple(lines))] if lines else []
+
+
+def over_seeds(ours: Sequence[float], theirs: Sequence[float], seeds: int) -> str:
+    """The interval of a difference over training seeds, as text, of scores that stand seed after seed."""
+    if seeds == 1:
+        return ""
+    differences = np.subtract(ours, theirs).reshape(seeds, -1)
+    means = np.ma.masked_invalid(differences).mean(1).filled(np.nan)
+    interval = mean_interval(means.tolist(), range(seeds))
+    return f", seeds [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def _joined(outcomes: Sequence[Outcome], budget: float) -> dict[str, list[float]]:

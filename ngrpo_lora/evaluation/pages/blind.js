@@ -3,19 +3,24 @@
 const Z = 1.959963984540054; // of a two-sided interval of 95%
 const WORTH = { label: 1, tie: 0.5, reference: 0 };
 
-/** The mean of wins, and Wilson's interval for it, as `comparison.share_interval` has it. */
+/** The mean of wins, and Wilson's interval for it, as `statistics.share_interval` has it. */
 function shareInterval(wins, groups) {
   const size = wins.length;
   const value = wins.reduce((sum, win) => sum + win, 0) / size;
   const alone = new Set(groups).size < 2; // of a single group every vote is a draw
   const sums = new Map();
+  const sizes = new Map();
   wins.forEach((win, row) => {
     const group = alone ? row : groups[row];
     sums.set(group, (sums.get(group) ?? 0) + win - value);
+    sizes.set(group, (sizes.get(group) ?? 0) + 1);
   });
-  const count = sums.size;
-  const square = [...sums.values()].reduce((sum, x) => sum + x * x, 0);
-  const error2 = count > 1 ? (count / (count - 1)) * square / size ** 2 : Infinity;
+  const total = (values, power) => [...values].reduce((sum, x) => sum + x ** power, 0);
+  const squares = total(sizes.values(), 2) / size ** 2;
+  const cubes = total(sizes.values(), 3) / size ** 3;
+  const count = 1 / squares;
+  const correction = squares / (squares - 2 * cubes + squares ** 2);
+  const error2 = sums.size > 1 ? (correction * total(sums.values(), 2)) / size ** 2 : Infinity;
   const variance = value * (1 - value);
   const draws = error2 > 0 ? Math.min(Math.max(variance / error2, count), size) : variance > 0 ? size : count;
   const center = (value + Z ** 2 / (2 * draws)) / (1 + Z ** 2 / draws);

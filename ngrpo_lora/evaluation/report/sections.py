@@ -103,7 +103,7 @@ def held_out_scores(record: Record) -> Html:
     head = ("reward", "before", "after", "difference", "pictures won", "pictures")
     about = (
         f"Held-out prompts after iteration {record.pairs.last} against iteration {record.pairs.first}, the same "
-        "prompts and seeds; in brackets 95% intervals."
+        "prompts and seeds; in brackets 95% intervals over captions."
     )
     return section("Held-out scores", paragraph(about), table(head, rows))
 
@@ -191,7 +191,7 @@ def accuracy_by_task(record: Record) -> Html:
         difference = gained.show("+.0%") if gained.low < gained.high else f"{gained.value:+.0%}"  # all gain the same
         rows.append((kind, len(chosen), *shares, difference))
     head = ("task", "pictures", f"iteration {pairs.first}", f"iteration {pairs.last}", "difference")
-    about = f"The share of held-out pictures that pass {label}; in brackets 95% intervals."
+    about = f"The share of held-out pictures that pass {label}; in brackets 95% intervals over captions."
     return section("Accuracy by task", paragraph(about), table(head, rows))
 
 

@@ -10,7 +10,7 @@ from paper_runs import jobs_of, leave, small_plan
 
 from ngrpo_lora.bench.paper.outcomes import read
 from ngrpo_lora.bench.paper.reached import crossing
-from ngrpo_lora.bench.paper.tables import Table, make_tables
+from ngrpo_lora.bench.paper.tables import Table, make_tables, over_seeds
 
 
 def tables(tmp_path: Path, *names: str, **asked: object) -> list[Table]:
@@ -66,9 +66,18 @@ def test_table_1_is_at_equal_compute_and_once_more_at_equal_iterations(tmp_path:
 
 
 def test_seeds_have_intervals_of_their_own(tmp_path: Path):
-    first = tables(tmp_path, seeds=2)[0]
+    first, _, _, pairs, _ = tables(tmp_path, seeds=2)
+    assert "seeds [-0.210, -0.210]" in next(row for row in pairs.rows if row[1] == "world")[2]
     assert "seeds [+0.160, +0.160]" in cell(first, "Neighbor GRPO, DPM++ 8", "reward, trained tasks")
     assert "over seeds" in first.about
+
+
+def test_differences_between_methods_have_an_interval_over_seeds():
+    """Scores stand seed after seed: of two pictures, seeds whose differences are 0.1, 0.2 and 0.3 in the mean."""
+    ours, theirs = [0.2, 0.0, 0.3, 0.1, math.nan, 0.3], [0.0] * 6
+    half = 4.302652729749464 * 0.1 / math.sqrt(3)
+    assert over_seeds(ours, theirs, 3) == f", seeds [{0.2 - half:+.3f}, {0.2 + half:+.3f}]"
+    assert over_seeds(ours, theirs, 1) == ""
 
 
 def test_an_ablation_has_the_papers_rows(tmp_path: Path):
