@@ -23,7 +23,7 @@ from ngrpo_lora.evaluation.contest import Contest, check_prompt, check_source
 from ngrpo_lora.evaluation.ranking import Ranking, check_samples, rank
 from ngrpo_lora.sampling.strengths import parse_schedule
 
-from ._api import check_given, checked, schema, to_images, to_pictures
+from ._api import Node, check_given, checked, schema, to_images, to_pictures
 from .adapters import adapter_path, check_readable, fingerprint, lora_input
 from .fitting import read_fitting
 from .rewards import Entries, Rewards
@@ -68,7 +68,7 @@ def parse_strengths(text: str) -> list[float]:
     return strengths
 
 
-class AdapterList(io.ComfyNode):
+class AdapterList(Node):
     """Node that lists adapters, each at one or several strengths, for Compare."""
 
     @classmethod
@@ -183,7 +183,7 @@ def judge(
     return rank(scorer, scores_of(scorer, samples), "standardized")
 
 
-class Compare(io.ComfyNode):
+class Compare(Node):
     """Node that draws the same seeds with base and adapters, as a captioned grid."""
 
     @classmethod

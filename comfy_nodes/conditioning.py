@@ -15,7 +15,7 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.sampling.conditioning import Conditioning, load_conditioning, save_conditioning
 from ngrpo_lora.sampling.sampler import Sampler
 
-from ._api import checked, listed, make_room, register_folder, schema
+from ._api import Node, checked, listed, make_room, register_folder, schema
 from .pipelines import Pipeline
 
 EMBEDDINGS = "ngrpo_embeddings"
@@ -31,7 +31,7 @@ STATES = ("flux", "sd3", "qwen_image", "z_image", "wan")
 register_folder(EMBEDDINGS, SUFFIX)
 
 
-class SavePromptEmbeddings(io.ComfyNode):
+class SavePromptEmbeddings(Node):
     """Node that saves CONDITIONING in a file."""
 
     @classmethod
@@ -98,7 +98,7 @@ def described(conditioning: Conditioning) -> str:
     return "\n".join(lines)
 
 
-class LoadPromptEmbeddings(io.ComfyNode):
+class LoadPromptEmbeddings(Node):
     """Node that loads CONDITIONING from a file."""
 
     @classmethod
@@ -145,7 +145,7 @@ def stored(name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise(EMBEDDINGS, listed("name", name, there or [NO_FILE])))
 
 
-class EncodePrompt(io.ComfyNode):
+class EncodePrompt(Node):
     """Node that makes CONDITIONING of a prompt by a pipeline's text encoders."""
 
     @classmethod

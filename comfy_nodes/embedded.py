@@ -27,7 +27,7 @@ from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.world import MODELS
 
-from ._api import checked, listed, schema, to_images
+from ._api import Node, checked, listed, schema, to_images
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DRAWS = "embedded"
@@ -138,7 +138,7 @@ class EmbeddedVAE(comfy.sd.VAE):
         )
 
 
-class LoadEmbedded(io.ComfyNode):
+class LoadEmbedded(Node):
     """Node that loads an embedded model as MODEL, CLIP and VAE."""
 
     @classmethod

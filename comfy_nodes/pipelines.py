@@ -25,7 +25,7 @@ from ngrpo_lora.sampling.sampler import Sampler, solve
 from ngrpo_lora.sampling.settings import own_settings, with_settings
 from ngrpo_lora.world import MODELS
 
-from ._api import checked, listed, make_room, schema, to_images
+from ._api import Node, checked, listed, make_room, schema, to_images
 from .adapters import adapter_path, fingerprint
 from .sources import check_edits, with_sources
 
@@ -46,7 +46,7 @@ def local_models() -> dict[str, Path]:
     return {f"{LOCAL}{folder.relative_to(root).as_posix()}": folder for root, folder in sorted(found)}
 
 
-class LoadPipeline(io.ComfyNode):
+class LoadPipeline(Node):
     """Node that loads a diffusers pipeline."""
 
     @classmethod
@@ -140,7 +140,7 @@ class LoadPipeline(io.ComfyNode):
             return io.NodeOutput(Sampler(AdapterInfo(config, own.rollout)))
 
 
-class PipelineSample(io.ComfyNode):
+class PipelineSample(Node):
     """Node that draws pictures with a diffusers pipeline."""
 
     @classmethod

@@ -18,14 +18,14 @@ from PIL import Image
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.config import RewardConfig, RunConfig, preset_names
 from ngrpo_lora.devices import is_out_of_memory
-from ngrpo_lora.errors import ConfigError, OutOfMemory, UserError, first_line
+from ngrpo_lora.errors import OutOfMemory, UserError, first_line
 from ngrpo_lora.planning.preflight import check_settings
 from ngrpo_lora.records.checkpoints import checkpoints
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.reports.curves import shown_pictures
 from ngrpo_lora.reports.tables import figures, figures_table
 
-from ._api import check_given, schema, show_progress, to_images
+from ._api import Node, check_given, checked, listed, schema, show_progress, to_images
 from .rewards import Chosen, Entries, Rewards
 from .runs import (
     ANEW,
@@ -130,7 +130,7 @@ def state_in_words(config: RunConfig) -> str:
     return said
 
 
-class Train(io.ComfyNode):
+class Train(Node):
     """Node that trains a LoRA with Neighbor GRPO."""
 
     @classmethod
@@ -217,8 +217,7 @@ class Train(io.ComfyNode):
         prompts: str | None = "",
     ) -> bool:
         """Refuse to queue what cannot run, by an error: ComfyUI shows a returned message once for every input."""
-        if earlier_run not in (None, GO_ON, ANEW):
-            raise ConfigError(f"earlier_run must be {GO_ON!r} or {ANEW!r}, got {earlier_run!r}")
+        checked(listed, "earlier_run", earlier_run, [GO_ON, ANEW])
         if prompts:
             prompt_lines(prompts)
         if preset is None or name is None or overrides is None:  # what comes from other nodes is not known yet
@@ -253,6 +252,7 @@ class Train(io.ComfyNode):
         own = cls.hidden.prompt.get(cls.hidden.unique_id, {"inputs": {}})  # a node that a loop made is not in it
         if isinstance(own["inputs"].get("prompts"), list):
             prompt_lines(prompts)  # of another node, an empty text is no wish for the preset's
+        listed("earlier_run", earlier_run, [GO_ON, ANEW])
         check_given("rewards", rewards, RewardConfig, "a reward node")
         check_name(name)
         name = free_name(name) if earlier_run == ANEW else name
