@@ -43,7 +43,7 @@ class Column(NamedTuple):
 
     def caption(self, label: str) -> str:
         """What is said below its pictures, where `label` stands for the file."""
-        named = label if self.strength == 1 else f"{label} x {self.strength:g}"
+        named = label if self.strength == 1 else f"{label} x {self.strength:.12g}"
         return f"{named}, {self.schedule}" if self.schedule else named
 
 
@@ -60,7 +60,7 @@ def parse_strengths(text: str) -> list[float]:
         ConfigError: there is none, or one that is no finite number.
     """
     try:
-        strengths = [float(part) for part in text.split(",")]
+        strengths = [float(part) + 0.0 for part in text.split(",")]  # -0 is 0
     except ValueError:
         strengths = [math.nan]
     if not all(map(math.isfinite, strengths)):
@@ -117,12 +117,22 @@ class AdapterList(Node):
 
 
 def columns_of(adapters: Choice, base_too: bool) -> dict[str, Column]:
-    """Columns by the caption of their pictures."""
+    """Columns by the caption of their pictures, each once; where captions would be alike, later ones have a number.
+
+    No adapter has the caption of the base, which a file of that name would have.
+    """
     labels = {column.file: adapter_label(adapter_path(column.file)) for column in adapters}
     if len({*labels.values()}) < len(labels):  # of one name in several folders
         labels = {name: name.rpartition(".")[0] for name in labels}
-    base = {"base": Column()} if base_too else {}
-    return base | {column.caption(labels[column.file]): column for column in adapters}
+    found: dict[str, Column] = {"base": Column()}
+    for column in dict.fromkeys(adapters):
+        label, number = labels[column.file], 2
+        while (caption := column.caption(label)) in found:
+            label, number = f"{labels[column.file]}-{number}", number + 1
+        found[caption] = column
+    if not base_too:
+        del found["base"]
+    return found
 
 
 class Drawer:
