@@ -146,7 +146,7 @@ class LoadEmbedded(Node):
         return schema(
             "LoadEmbedded",
             display_name="Load Embedded Model",
-            description="The small FLUX that ships with ngrpo-lora: 5 million parameters, 64 x 64 pixels, coloured "
+            description="The small FLUX that ships with ngrpo-lora: 2.3 million parameters, 64 x 64 pixels, coloured "
             "shapes, any CPU. For trying everything out before a download. Its like that edits is a small "
             "FLUX.1-Kontext.",
             search_aliases=["checkpoint", "demo model", "example model", "tiny flux"],
