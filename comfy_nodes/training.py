@@ -24,13 +24,15 @@ from ngrpo_lora.records.checkpoints import checkpoints
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.reports.curves import shown_pictures
 from ngrpo_lora.reports.tables import figures, figures_table
+from ngrpo_lora.training.inputs import changed_inputs, input_files
 
 from ._api import Node, check_given, checked, listed, schema, show_progress, to_images
 from .rewards import Chosen, Entries, Rewards
 from .runs import (
     ANEW,
     GO_ON,
-    MADE,
+    INPUTS,
+    LEFT,
     check_earlier,
     check_name,
     check_writable,
@@ -55,9 +57,17 @@ OUT_OF_MEMORY = (
 )
 
 
-def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
+NOT_AS_IT_IS = (
+    "{key} has changed since this run: the adapter is of the file as it was; start anew beside it, or choose another "
+    "name, to train with the file as it is now"
+)
+
+
+def run(config: RunConfig, node: type[io.ComfyNode]) -> list[str]:
     """Train with ComfyUI's models unloaded; whatever ends it, nothing of the run stays in memory.
 
+    Returns:
+        What the run has warned of, each once.
     Raises:
         InterruptProcessingException: the user has cancelled.
         UserError: the run cannot go on.
@@ -97,8 +107,9 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
         state = state_in_words(config)
         show_progress(state, node)
         if isinstance(failure, UserError):
-            failure = UserError("\n".join([worded(str(failure)), *(f"- {text}" for text in warnings.last), state]))
+            failure = UserError("\n".join([worded(str(failure)), *(f"- {text}" for text in warnings.said[-3:]), state]))
         raise failure
+    return [*dict.fromkeys(warnings.said)]
 
 
 def free_memory() -> None:
@@ -235,7 +246,7 @@ class Train(Node):
         if earlier_run == ANEW or name is None:
             return time.time()
         times = file_times(name)
-        return 0 if times == MADE.get(name, (0, 0)) else times
+        return 0 if times == LEFT.get(name, (0, 0)) else times
 
     @classmethod
     def execute(
@@ -259,14 +270,17 @@ class Train(Node):
         config = configure(preset, name, overrides, iterations, run_seed, prompts, rewards)
         folder = Path(config.output_dir)
         check_earlier(config)
-        if not finished(config):
+        if finished(config):
+            notes = [NOT_AS_IT_IS.format(key=key) for key in changed_inputs(config, folder)]
+        else:
             check_writable(lora_path(folder.name).parent)
             check_writable(folder)
             if isinstance(rewards, Chosen):
                 rewards.unload()  # the run loads its own
-            run(prepared(config, prompts), cls)
+            notes = run(prepared(config, prompts), cls)
         lora = put_adapter(folder / "adapter" / FILE_NAME, folder.name)
-        MADE[folder.name] = file_times(folder.name)
+        INPUTS[folder.name] = tuple(input_files(config).values())
+        LEFT[folder.name] = file_times(folder.name)
         done = f"{lora}: {read_metrics(folder / 'metrics.jsonl')[-1]['step']} iterations"
         with Image.open(folder / "summary.png") as picture:
             summary = picture.convert("RGB")
@@ -276,7 +290,8 @@ class Train(Node):
         bar.update_absolute(total, preview=("JPEG", summary, None))
         before, after = shown_pictures(folder).values()
         text = "\n".join([done, *figures(folder)])
-        shown = {"text": (f"{done}\n\n{figures_table(folder)}",)}
+        said = "\n".join([figures_table(folder), *(f"\n- {note}" for note in notes)])
+        shown = {"text": (f"{done}\n\n{said}",)}
         return io.NodeOutput(lora, to_images([summary]), to_images(before), to_images(after), text, ui=shown)
 
 
