@@ -114,6 +114,13 @@ class LoadPipeline(Node):
         return None in options.values() or checked(cls.loading, model, dtype, options)
 
     @classmethod
+    def fingerprint_inputs(cls, model: str | None, **others: Any) -> tuple[tuple[int, int], ...]:
+        folder = local_models().get(model or "")
+        files = () if folder is None else sorted(folder.rglob("*"))
+        states = [file.stat() for file in files if file.is_file()]
+        return tuple((state.st_mtime_ns, state.st_size) for state in states)
+
+    @classmethod
     def loading(cls, model: str, dtype: str, options: dict[str, Any]) -> ModelConfig:
         """Configuration of the model that the widgets describe.
 
