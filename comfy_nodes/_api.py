@@ -22,6 +22,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.records.pictures import as_seen
 from ngrpo_lora.registry import nearest
 from ngrpo_lora.scoring.scorer import in_thread
 from ngrpo_lora.seeds import SEEDS
@@ -105,9 +106,13 @@ def to_images(pictures: Sequence[Image.Image]) -> Tensor:
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """IMAGE (B, H, W, C) in [0, 1] -> B RGB pictures, the inverse of `to_images`."""
-    pixels = (images[..., :3].float().clamp(0, 1) * 255).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels.astype(np.uint8)]
+    """IMAGE (B, H, W, C) in [0, 1] -> B RGB pictures, the inverse of `to_images`.
+
+    As the commands read files: one channel is grey, and what is transparent, by 2 channels or 4, is on white.
+    """
+    channels = images[..., :3] if images.shape[-1] > 4 else images
+    pixels = (channels.float().clamp(0, 1) * 255).cpu().numpy().astype(np.uint8)
+    return [as_seen(Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one)) for one in pixels]
 
 
 def listed(what: str, value: str, options: Sequence[str]) -> str:

@@ -137,7 +137,10 @@ def mapping_of(line: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is no mapping, or holds a word such as `yes`, which may be a truth value or text.
     """
-    found = parse_settings(line)
+    try:
+        found = parse_settings(line)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("settings must be lines", "metadata must be lines", 1)) from None
     try:
         return settled(found)
     except ValueError as error:

@@ -187,15 +187,17 @@ def test_an_edit_is_that_of_the_command_and_a_reward_of_edits_sees_its_source(co
             "source must be left unconnected for embedded, which draws from words alone; disconnect it",
         ),
         ({"sample": "prompt"}, "source must be one picture, or one for each of the 3 prompts, got 2"),
+        ({"load": "small"}, "source must have readable source pictures, but 'source' (the input source) is 1 x 1 px"),
     ],
 )
-def test_a_source_too_many_or_too_few_is_refused(comfy: Comfy, change: dict[str, str], reason: str):
-    graph = editing(comfy, Image.new("RGB", (64, 64), "white"))
+def test_a_source_that_does_not_fit_is_refused(comfy: Comfy, change: dict[str, str], reason: str):
+    side = 1 if change == {"load": "small"} else 64
+    graph = editing(comfy, Image.new("RGB", (side, side), "white"))
     if change == {"sample": "source"}:
         del graph["sample"]["inputs"]["source"]
     elif change == {"pipeline": "model"}:
         graph["pipeline"] = pipeline()
-    else:
+    elif change == {"sample": "prompt"}:
         graph["twice"] = node("RepeatImageBatch", image=["load", 0], amount=2)
         graph["sample"]["inputs"] |= {"source": ["twice", 0], "prompt": "add a star\nadd a heart\nadd a cross"}
     result = comfy.run(graph)
