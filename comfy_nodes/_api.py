@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import fields
-from functools import partial
+from functools import partial, wraps
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,11 +22,64 @@ from server import PromptServer
 from torch import Tensor
 
 from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.records.pictures import as_seen
 from ngrpo_lora.registry import nearest
 from ngrpo_lora.scoring.scorer import in_thread
+from ngrpo_lora.seeds import SEEDS
 
 T = TypeVar("T")
 CATEGORY = "Neighbor GRPO"
+
+
+class Node(io.ComfyNode):
+    """What all nodes of this package are: their widgets' values are checked before they execute.
+
+    ComfyUI checks only values that stand in the graph, and of these only what `validate_inputs` does not take: never
+    what other nodes give.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own = vars(cls).get("execute")
+        if own is not None and not hasattr(own.__func__, "__wrapped__"):  # ComfyUI executes copies of the class
+            cls.execute = classmethod(after_checks(own.__func__))
+
+
+def after_checks(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    """Make an `execute` that raises ConfigError where the value of a widget is none that the widget could have."""
+
+    @wraps(execute)
+    def checked_execute(cls: type[io.ComfyNode], **given: Any) -> io.NodeOutput:
+        for one in (cls.SCHEMA or cls.define_schema()).inputs:
+            if one.id in given:
+                check_widget(one, given[one.id])
+        return execute(cls, **given)
+
+    return checked_execute
+
+
+def check_widget(widget: io.Input, value: Any) -> None:
+    """Check the value of a number, a text or a switch; choices are checked by their nodes, since lists of files change.
+
+    Raises:
+        ConfigError: it is of another kind, or out of range.
+    """
+    low, high, rule, right = -math.inf, math.inf, "", True
+    if isinstance(widget, io.Int.Input | io.Float.Input):
+        whole = isinstance(widget, io.Int.Input)
+        low = low if widget.min is None else widget.min
+        high = high if widget.max is None else widget.max
+        if getattr(widget, "control_after_generate", None):
+            high = SEEDS - 1  # as those of ComfyUI's own nodes
+        right = isinstance(value, Integral if whole else Real) and low <= value <= high
+        low_to_high = f"{low} to {high}" if whole else f"{low:g} to {high:g}"
+        rule = f"a {'whole ' if whole else ''}number from {low_to_high}"
+    elif isinstance(widget, io.String.Input):
+        right, rule = isinstance(value, str), "text"
+    elif isinstance(widget, io.Boolean.Input):
+        right, rule = isinstance(value, Integral), "true or false"
+    if not right:
+        raise ConfigError(f"{widget.id} must be {rule}, got {value!r}; change it here, or in the node connected to it")
 
 
 def schema(node_id: str, *, advanced: Collection[str] = (), **settings: Any) -> io.Schema:
@@ -51,9 +106,13 @@ def to_images(pictures: Sequence[Image.Image]) -> Tensor:
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """IMAGE (B, H, W, C) in [0, 1] -> B RGB pictures, the inverse of `to_images`."""
-    pixels = (images[..., :3].float().clamp(0, 1) * 255).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels.astype(np.uint8)]
+    """IMAGE (B, H, W, C) in [0, 1] -> B RGB pictures, the inverse of `to_images`.
+
+    As the commands read files: one channel is grey, and what is transparent, by 2 channels or 4, is on white.
+    """
+    channels = images[..., :3] if images.shape[-1] > 4 else images
+    pixels = (channels.float().clamp(0, 1) * 255).cpu().numpy().astype(np.uint8)
+    return [as_seen(Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one)) for one in pixels]
 
 
 def listed(what: str, value: str, options: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.sampling.recommended import Recommendation, recommend
 from ngrpo_lora.sampling.strengths import parse_schedule
 
-from ._api import checked, schema
+from ._api import Node, checked, listed, schema
 from .fitting import ALPHA, family_of, read_fitting
 from .sampling import sample_flow, weightless
 from .schedules import apply
@@ -89,7 +89,7 @@ def built_in_guidance(model: ModelPatcher, recommendation: Recommendation) -> st
     )
 
 
-class LoadAdapter(io.ComfyNode):
+class LoadAdapter(Node):
     """Node that puts a LoRA on a MODEL, with the sampler and noise levels of its training."""
 
     @classmethod
@@ -135,9 +135,16 @@ class LoadAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name: str | None, strength: float | None = 1.0, schedule: str | None = "") -> bool:
+    def validate_inputs(
+        cls,
+        lora_name: str | None,
+        strength: float | None = 1.0,
+        schedule: str | None = "",
+        alpha: str | None = ALPHA[0],
+    ) -> bool:
         return (
             checked(check_readable, lora_name)
+            and checked(listed, "alpha", alpha, ALPHA)
             and checked(check_strength, strength)
             and checked(parse_schedule, schedule)
         )
@@ -150,6 +157,7 @@ class LoadAdapter(io.ComfyNode):
     def execute(cls, model: ModelPatcher, lora_name: str, strength: float, schedule: str, alpha: str) -> io.NodeOutput:
         path = adapter_path(lora_name)
         check_strength(strength)
+        listed("alpha", alpha, ALPHA)
         adapter = read_fitting(model, path, alpha)
         recommendation = recommend(path, adapter.family)
         info = recommendation.info

@@ -23,7 +23,7 @@ from ngrpo_lora.evaluation.contest import Contest, check_prompt, check_source
 from ngrpo_lora.evaluation.ranking import Ranking, check_samples, rank
 from ngrpo_lora.sampling.strengths import parse_schedule
 
-from ._api import check_given, checked, schema, to_images, to_pictures
+from ._api import Node, check_given, checked, schema, to_images, to_pictures
 from .adapters import adapter_path, check_readable, fingerprint, lora_input
 from .fitting import read_fitting
 from .rewards import Entries, Rewards
@@ -43,7 +43,7 @@ class Column(NamedTuple):
 
     def caption(self, label: str) -> str:
         """What is said below its pictures, where `label` stands for the file."""
-        named = label if self.strength == 1 else f"{label} x {self.strength:g}"
+        named = label if self.strength == 1 else f"{label} x {self.strength:.12g}"
         return f"{named}, {self.schedule}" if self.schedule else named
 
 
@@ -60,7 +60,7 @@ def parse_strengths(text: str) -> list[float]:
         ConfigError: there is none, or one that is no finite number.
     """
     try:
-        strengths = [float(part) for part in text.split(",")]
+        strengths = [float(part) + 0.0 for part in text.split(",")]  # -0 is 0
     except ValueError:
         strengths = [math.nan]
     if not all(map(math.isfinite, strengths)):
@@ -68,7 +68,7 @@ def parse_strengths(text: str) -> list[float]:
     return strengths
 
 
-class AdapterList(io.ComfyNode):
+class AdapterList(Node):
     """Node that lists adapters, each at one or several strengths, for Compare."""
 
     @classmethod
@@ -117,12 +117,22 @@ class AdapterList(io.ComfyNode):
 
 
 def columns_of(adapters: Choice, base_too: bool) -> dict[str, Column]:
-    """Columns by the caption of their pictures."""
+    """Columns by the caption of their pictures, each once; where captions would be alike, later ones have a number.
+
+    No adapter has the caption of the base, which a file of that name would have.
+    """
     labels = {column.file: adapter_label(adapter_path(column.file)) for column in adapters}
     if len({*labels.values()}) < len(labels):  # of one name in several folders
         labels = {name: name.rpartition(".")[0] for name in labels}
-    base = {"base": Column()} if base_too else {}
-    return base | {column.caption(labels[column.file]): column for column in adapters}
+    found: dict[str, Column] = {"base": Column()}
+    for column in dict.fromkeys(adapters):
+        label, number = labels[column.file], 2
+        while (caption := column.caption(label)) in found:
+            label, number = f"{labels[column.file]}-{number}", number + 1
+        found[caption] = column
+    if not base_too:
+        del found["base"]
+    return found
 
 
 class Drawer:
@@ -183,7 +193,7 @@ def judge(
     return rank(scorer, scores_of(scorer, samples), "standardized")
 
 
-class Compare(io.ComfyNode):
+class Compare(Node):
     """Node that draws the same seeds with base and adapters, as a captioned grid."""
 
     @classmethod

@@ -15,7 +15,7 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.sampling.conditioning import Conditioning, load_conditioning, save_conditioning
 from ngrpo_lora.sampling.sampler import Sampler
 
-from ._api import checked, listed, make_room, register_folder, schema
+from ._api import Node, checked, listed, make_room, register_folder, schema
 from .pipelines import Pipeline
 
 EMBEDDINGS = "ngrpo_embeddings"
@@ -27,11 +27,13 @@ POOLED = ("flux", "sd3")
 STATES = ("flux", "sd3", "qwen_image", "z_image", "wan")
 """Families whose encoders give what ComfyUI's own give; flux and sd3 with a pooled state."""
 
+LEFT: dict[Path, tuple[int, ...]] = {}
+"""`state_of` files as their nodes have left them."""
 
 register_folder(EMBEDDINGS, SUFFIX)
 
 
-class SavePromptEmbeddings(io.ComfyNode):
+class SavePromptEmbeddings(Node):
     """Node that saves CONDITIONING in a file."""
 
     @classmethod
@@ -58,12 +60,27 @@ class SavePromptEmbeddings(io.ComfyNode):
         return checked(file_of, name)
 
     @classmethod
+    def fingerprint_inputs(cls, name: str | None, **others: Any) -> Any:
+        """Fingerprint: another one where the file is not as the node has left it, so that it is written again."""
+        if name is None:
+            return 0
+        path = file_of(name)
+        return 0 if state_of(path) == LEFT.get(path, ()) else state_of(path)
+
+    @classmethod
     def execute(cls, conditioning: Conditioning, name: str, overwrite: bool) -> io.NodeOutput:
         path = file_of(name)
         if path.exists() and not overwrite and not same(load_conditioning(path), conditioning):
             raise UserError(f"{path.name!r} is there already, with other contents; give another name, or overwrite it")
         save_conditioning(path, conditioning)
+        LEFT[path] = state_of(path)
         return io.NodeOutput(conditioning, ui={"text": (f"{path.name}\n{described(conditioning)}",)})
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """Time and size of a file, by which a change shows; empty where there is none."""
+    state = path.stat() if path.is_file() else None
+    return () if state is None else (state.st_mtime_ns, state.st_size)
 
 
 def file_of(name: str) -> Path:
@@ -98,7 +115,7 @@ def described(conditioning: Conditioning) -> str:
     return "\n".join(lines)
 
 
-class LoadPromptEmbeddings(io.ComfyNode):
+class LoadPromptEmbeddings(Node):
     """Node that loads CONDITIONING from a file."""
 
     @classmethod
@@ -145,7 +162,7 @@ def stored(name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise(EMBEDDINGS, listed("name", name, there or [NO_FILE])))
 
 
-class EncodePrompt(io.ComfyNode):
+class EncodePrompt(Node):
     """Node that makes CONDITIONING of a prompt by a pipeline's text encoders."""
 
     @classmethod

@@ -27,7 +27,7 @@ from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._loading import load_family
 from ngrpo_lora.world import MODELS
 
-from ._api import checked, listed, schema, to_images
+from ._api import Node, checked, listed, schema, to_images
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DRAWS = "embedded"
@@ -138,7 +138,7 @@ class EmbeddedVAE(comfy.sd.VAE):
         )
 
 
-class LoadEmbedded(io.ComfyNode):
+class LoadEmbedded(Node):
     """Node that loads an embedded model as MODEL, CLIP and VAE."""
 
     @classmethod
@@ -146,7 +146,7 @@ class LoadEmbedded(io.ComfyNode):
         return schema(
             "LoadEmbedded",
             display_name="Load Embedded Model",
-            description="The small FLUX that ships with ngrpo-lora: 5 million parameters, 64 x 64 pixels, coloured "
+            description="The small FLUX that ships with ngrpo-lora: 2.3 million parameters, 64 x 64 pixels, coloured "
             "shapes, any CPU. For trying everything out before a download. Its like that edits is a small "
             "FLUX.1-Kontext.",
             search_aliases=["checkpoint", "demo model", "example model", "tiny flux"],

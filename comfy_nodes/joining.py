@@ -14,7 +14,7 @@ from comfy_api.latest import io
 from ngrpo_lora.config import RewardConfig, parse_reward_entries
 from ngrpo_lora.errors import ConfigError
 
-from ._api import check_given, schema
+from ._api import Node, check_given, schema
 from .comparing import Adapters, Choice, Column
 from .rewards import Chosen, Entries, Rewards
 
@@ -67,7 +67,7 @@ def each_once(lists: Mapping[str, Choice]) -> Choice:
     return tuple(places)
 
 
-class JoinAdapters(io.ComfyNode):
+class JoinAdapters(Node):
     """Node that joins lists of adapters."""
 
     @classmethod
@@ -94,7 +94,7 @@ class JoinAdapters(io.ComfyNode):
         return io.NodeOutput(each_once(lists))
 
 
-class JoinRewards(io.ComfyNode):
+class JoinRewards(Node):
     """Node that joins rewards."""
 
     @classmethod

@@ -25,7 +25,7 @@ from ngrpo_lora.sampling.sampler import Sampler, solve
 from ngrpo_lora.sampling.settings import own_settings, with_settings
 from ngrpo_lora.world import MODELS
 
-from ._api import checked, listed, make_room, schema, to_images
+from ._api import Node, checked, listed, make_room, schema, to_images
 from .adapters import adapter_path, fingerprint
 from .sources import check_edits, with_sources
 
@@ -46,7 +46,7 @@ def local_models() -> dict[str, Path]:
     return {f"{LOCAL}{folder.relative_to(root).as_posix()}": folder for root, folder in sorted(found)}
 
 
-class LoadPipeline(io.ComfyNode):
+class LoadPipeline(Node):
     """Node that loads a diffusers pipeline."""
 
     @classmethod
@@ -114,6 +114,13 @@ class LoadPipeline(io.ComfyNode):
         return None in options.values() or checked(cls.loading, model, dtype, options)
 
     @classmethod
+    def fingerprint_inputs(cls, model: str | None, **others: Any) -> tuple[tuple[int, int], ...]:
+        folder = local_models().get(model or "")
+        files = () if folder is None else sorted(folder.rglob("*"))
+        states = [file.stat() for file in files if file.is_file()]
+        return tuple((state.st_mtime_ns, state.st_size) for state in states)
+
+    @classmethod
     def loading(cls, model: str, dtype: str, options: dict[str, Any]) -> ModelConfig:
         """Configuration of the model that the widgets describe.
 
@@ -140,7 +147,7 @@ class LoadPipeline(io.ComfyNode):
             return io.NodeOutput(Sampler(AdapterInfo(config, own.rollout)))
 
 
-class PipelineSample(io.ComfyNode):
+class PipelineSample(Node):
     """Node that draws pictures with a diffusers pipeline."""
 
     @classmethod

@@ -27,7 +27,7 @@ from ngrpo_lora.errors import ConfigError, first_line
 from ngrpo_lora.rewards.judge import TEMPLATE
 from ngrpo_lora.scoring.scorer import Scorer
 
-from ._api import check_given, check_path, checked, listed, register_folder, schema
+from ._api import Node, check_given, check_path, checked, listed, register_folder, schema
 
 FUNCTIONS = "ngrpo_rewards"
 """Folder of models/ whose Python files hold the user's own rewards."""
@@ -196,7 +196,7 @@ def chain_input() -> io.Input:
     return Rewards.Input("rewards", optional=True, tooltip="Further rewards; this one is added to them.")
 
 
-class Reward(io.ComfyNode):
+class Reward(Node):
     """Node that chooses a reward of `ngrpo_lora/rewards` by its name."""
 
     @classmethod
@@ -228,7 +228,7 @@ class Reward(io.ComfyNode):
         return io.NodeOutput(joined(rewards, entry(name, weight, settings)))
 
 
-class RewardFunction(io.ComfyNode):
+class RewardFunction(Node):
     """Node that makes a reward of a Python function of the user's."""
 
     @classmethod
@@ -283,7 +283,7 @@ def reference(function: str) -> str:
     return f"{folder_paths.get_full_path_or_raise(FUNCTIONS, name)}:{own}"
 
 
-class VLMJudge(io.ComfyNode):
+class VLMJudge(Node):
     """Node that makes a reward of a vision-language model, which is asked about every picture."""
 
     @classmethod

@@ -65,17 +65,17 @@ def lora_path(name: str) -> Path:
     return Path(folder_paths.get_folder_paths("loras")[0]) / lora_name(name)
 
 
-MADE: dict[str, tuple[int, int]] = {}
+INPUTS: dict[str, tuple[Path, ...]] = {}
+"""Files that runs were made from, by name: of runs since ComfyUI was started."""
+
+LEFT: dict[str, tuple[int, ...]] = {}
 """`file_times` of runs by name, as their nodes left them: while they hold, later nodes need not compute again."""
 
 
-def file_times(name: str) -> tuple[int, int]:
-    """Times in ns at which a run's adapter and its copy among the LoRAs were written, 0 for none."""
-    adapter, copy = run_dir(name) / "adapter" / FILE_NAME, lora_path(name)
-    return (
-        adapter.stat().st_mtime_ns if adapter.exists() else 0,
-        copy.stat().st_mtime_ns if copy.exists() else 0,
-    )
+def file_times(name: str) -> tuple[int, ...]:
+    """Times in ns at which a run's adapter, its copy among the LoRAs and its inputs were written, 0 for none."""
+    files = (run_dir(name) / "adapter" / FILE_NAME, lora_path(name), *INPUTS.get(name, ()))
+    return tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
 
 
 def free_name(name: str) -> str:

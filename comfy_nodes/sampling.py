@@ -11,16 +11,17 @@ from comfy.samplers import KSAMPLER
 from comfy_api.latest import io
 from torch import Tensor
 
-from ngrpo_lora.config import ModelConfig
+from ngrpo_lora.config import parse_config
 from ngrpo_lora.equations.noise import gaussian_noise, neighbor_noise
 from ngrpo_lora.equations.solvers import SOLVERS, dpmpp_2m_step, pairs
+from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import make_family, read_blueprint
 from ngrpo_lora.models._index import architectures
 from ngrpo_lora.seeds import derive_seed
 from ngrpo_lora.world import MODELS
 
-from ._api import checked, listed, schema
+from ._api import Node, checked, listed, schema
 
 AROUND = ["this seed's picture", "a trainer's group"]
 
@@ -42,10 +43,14 @@ def sample_flow(
     Returns:
         (B, ...) at `sigmas[K]`.
     Raises:
-        ValueError: sigmas that no flow model has.
+        ConfigError: sigmas that no flow model has.
     """
+    try:
+        steps = pairs(sigmas)
+    except ValueError as error:
+        raise ConfigError(f"{error}; Flow Sigmas and Load Adapter give such") from None
     history = None
-    for step, (sigma, sigma_next) in enumerate(pairs(sigmas)):
+    for step, (sigma, sigma_next) in enumerate(steps):
         levels = torch.full((len(latents),), sigma, dtype=latents.dtype, device=latents.device)
         clean = denoise(latents, levels, **(extra_args or {}))
         if callback is not None:
@@ -55,7 +60,7 @@ def sample_flow(
     return latents
 
 
-class FlowSampler(io.ComfyNode):
+class FlowSampler(Node):
     """Node that gives the trainer's solver as a SAMPLER."""
 
     @classmethod
@@ -88,12 +93,19 @@ class FlowSampler(io.ComfyNode):
 
 @lru_cache(16)
 def weightless(path: str, height_px: int, width_px: int) -> BaseFamily:
-    """Make a known model at this size without its weights, for its schedule."""
-    config = ModelConfig(path=path, height_px=height_px, width_px=width_px)
+    """Make a known model at this size without its weights, for its schedule.
+
+    Raises:
+        ConfigError: pictures of no model have this size.
+    """
+    try:
+        config = parse_config({"model": {"path": path, "height_px": height_px, "width_px": width_px}}).model
+    except ConfigError as error:
+        raise ConfigError(line.replace("model.", "").replace("_px", "") for line in error.problems) from None
     return make_family(read_blueprint(config), config)
 
 
-class FlowSigmas(io.ComfyNode):
+class FlowSigmas(Node):
     """Node that gives the trainer's noise levels as SIGMAS."""
 
     @classmethod
@@ -168,7 +180,7 @@ class Neighborhood:
         return neighbor_noise(base, delta[None], self.radius)[0]
 
 
-class NeighborNoise(io.ComfyNode):
+class NeighborNoise(Node):
     """Node that gives a seed's neighbourhood as NOISE."""
 
     @classmethod

@@ -21,14 +21,14 @@ from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.types import Samples
 
-from ._api import cancellable, check_given, checked, listed, make_room, schema, to_images, to_pictures
+from ._api import Node, cancellable, check_given, checked, listed, make_room, schema, to_images, to_pictures
 from .rewards import Chosen, Entries, Rewards
 from .sources import with_sources
 
 COMBINED = ["standardized", "raw"]
 
 
-class Score(io.ComfyNode):
+class Score(Node):
     """Node that scores pictures and sorts them, best first."""
 
     @classmethod
@@ -137,7 +137,10 @@ def mapping_of(line: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is no mapping, or holds a word such as `yes`, which may be a truth value or text.
     """
-    found = parse_settings(line)
+    try:
+        found = parse_settings(line)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("settings must be lines", "metadata must be lines", 1)) from None
     try:
         return settled(found)
     except ValueError as error:

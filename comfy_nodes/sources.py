@@ -34,12 +34,20 @@ def with_sources(prompts: list[Prompt], source: Tensor | None) -> list[Prompt]:
 
 
 def source_pictures(source: Tensor) -> list[SourcePicture]:
-    """The pictures of an IMAGE (B, H, W, C) as sources."""
+    """The pictures of an IMAGE (B, H, W, C) as sources.
+
+    Raises:
+        ConfigError: they are too small or too large for sources.
+    """
     pictures = []
     for image in to_pictures(source):
         png = bytes_io.BytesIO()
         image.save(png, "PNG")
         pictures.append(SourcePicture(png.getvalue(), "source", "the input source"))
+    try:
+        pictures[0].load()  # all are of one size
+    except ConfigError as error:
+        raise ConfigError(f"source {error}") from None
     return pictures
 
 
@@ -57,7 +65,6 @@ def only_source(source: Tensor | None) -> SourcePicture | None:
             f"source must be one picture, as all that is compared has one prompt, got {len(pictures)}; take one of "
             "them with ImageFromBatch"
         )
-    pictures[0].load()
     return pictures[0]
 
 

@@ -18,19 +18,21 @@ from PIL import Image
 from ngrpo_lora.adapters.finding import FILE_NAME
 from ngrpo_lora.config import RewardConfig, RunConfig, preset_names
 from ngrpo_lora.devices import is_out_of_memory
-from ngrpo_lora.errors import ConfigError, OutOfMemory, UserError, first_line
+from ngrpo_lora.errors import OutOfMemory, UserError, first_line
 from ngrpo_lora.planning.preflight import check_settings
 from ngrpo_lora.records.checkpoints import checkpoints
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.reports.curves import shown_pictures
 from ngrpo_lora.reports.tables import figures, figures_table
+from ngrpo_lora.training.inputs import changed_inputs, input_files
 
-from ._api import check_given, schema, show_progress, to_images
+from ._api import Node, check_given, checked, listed, schema, show_progress, to_images
 from .rewards import Chosen, Entries, Rewards
 from .runs import (
     ANEW,
     GO_ON,
-    MADE,
+    INPUTS,
+    LEFT,
     check_earlier,
     check_name,
     check_writable,
@@ -55,9 +57,17 @@ OUT_OF_MEMORY = (
 )
 
 
-def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
+NOT_AS_IT_IS = (
+    "{key} has changed since this run: the adapter is of the file as it was; start anew beside it, or choose another "
+    "name, to train with the file as it is now"
+)
+
+
+def run(config: RunConfig, node: type[io.ComfyNode]) -> list[str]:
     """Train with ComfyUI's models unloaded; whatever ends it, nothing of the run stays in memory.
 
+    Returns:
+        What the run has warned of, each once.
     Raises:
         InterruptProcessingException: the user has cancelled.
         UserError: the run cannot go on.
@@ -97,8 +107,9 @@ def run(config: RunConfig, node: type[io.ComfyNode]) -> None:
         state = state_in_words(config)
         show_progress(state, node)
         if isinstance(failure, UserError):
-            failure = UserError("\n".join([worded(str(failure)), *(f"- {text}" for text in warnings.last), state]))
+            failure = UserError("\n".join([worded(str(failure)), *(f"- {text}" for text in warnings.said[-3:]), state]))
         raise failure
+    return [*dict.fromkeys(warnings.said)]
 
 
 def free_memory() -> None:
@@ -130,7 +141,7 @@ def state_in_words(config: RunConfig) -> str:
     return said
 
 
-class Train(io.ComfyNode):
+class Train(Node):
     """Node that trains a LoRA with Neighbor GRPO."""
 
     @classmethod
@@ -217,8 +228,7 @@ class Train(io.ComfyNode):
         prompts: str | None = "",
     ) -> bool:
         """Refuse to queue what cannot run, by an error: ComfyUI shows a returned message once for every input."""
-        if earlier_run not in (None, GO_ON, ANEW):
-            raise ConfigError(f"earlier_run must be {GO_ON!r} or {ANEW!r}, got {earlier_run!r}")
+        checked(listed, "earlier_run", earlier_run, [GO_ON, ANEW])
         if prompts:
             prompt_lines(prompts)
         if preset is None or name is None or overrides is None:  # what comes from other nodes is not known yet
@@ -236,7 +246,7 @@ class Train(io.ComfyNode):
         if earlier_run == ANEW or name is None:
             return time.time()
         times = file_times(name)
-        return 0 if times == MADE.get(name, (0, 0)) else times
+        return 0 if times == LEFT.get(name, (0, 0)) else times
 
     @classmethod
     def execute(
@@ -253,20 +263,24 @@ class Train(io.ComfyNode):
         own = cls.hidden.prompt.get(cls.hidden.unique_id, {"inputs": {}})  # a node that a loop made is not in it
         if isinstance(own["inputs"].get("prompts"), list):
             prompt_lines(prompts)  # of another node, an empty text is no wish for the preset's
+        listed("earlier_run", earlier_run, [GO_ON, ANEW])
         check_given("rewards", rewards, RewardConfig, "a reward node")
         check_name(name)
         name = free_name(name) if earlier_run == ANEW else name
         config = configure(preset, name, overrides, iterations, run_seed, prompts, rewards)
         folder = Path(config.output_dir)
         check_earlier(config)
-        if not finished(config):
+        if finished(config):
+            notes = [NOT_AS_IT_IS.format(key=key) for key in changed_inputs(config, folder)]
+        else:
             check_writable(lora_path(folder.name).parent)
             check_writable(folder)
             if isinstance(rewards, Chosen):
                 rewards.unload()  # the run loads its own
-            run(prepared(config, prompts), cls)
+            notes = run(prepared(config, prompts), cls)
         lora = put_adapter(folder / "adapter" / FILE_NAME, folder.name)
-        MADE[folder.name] = file_times(folder.name)
+        INPUTS[folder.name] = tuple(input_files(config).values())
+        LEFT[folder.name] = file_times(folder.name)
         done = f"{lora}: {read_metrics(folder / 'metrics.jsonl')[-1]['step']} iterations"
         with Image.open(folder / "summary.png") as picture:
             summary = picture.convert("RGB")
@@ -276,7 +290,8 @@ class Train(io.ComfyNode):
         bar.update_absolute(total, preview=("JPEG", summary, None))
         before, after = shown_pictures(folder).values()
         text = "\n".join([done, *figures(folder)])
-        shown = {"text": (f"{done}\n\n{figures_table(folder)}",)}
+        said = "\n".join([figures_table(folder), *(f"\n- {note}" for note in notes)])
+        shown = {"text": (f"{done}\n\n{said}",)}
         return io.NodeOutput(lora, to_images([summary]), to_images(before), to_images(after), text, ui=shown)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,11 +79,11 @@ class View(Watcher):
 
 
 class Warnings(logging.Handler):
-    """Keeps the last warnings of a run: a trainer's error says that the reasons are above."""
+    """Keeps the warnings of a run, which are for who started it: a trainer's error says that the reasons are above."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.last: deque[str] = deque(maxlen=3)
+        self.said: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.last.append(record.getMessage())
+        self.said.append(record.getMessage())

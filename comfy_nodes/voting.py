@@ -20,7 +20,7 @@ from server import PromptServer
 from ngrpo_lora.config import RewardConfig
 from ngrpo_lora.errors import ConfigError
 
-from ._api import checked, listed, schema, show_progress
+from ._api import Node, checked, listed, schema, show_progress
 from .rewards import Entries, Rewards, chain_input, entry, joined, settings_input, weight_input
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ IDLE_MIN = 10
 """After how many minutes without a vote the node says how long it has been."""
 
 
-class VoteReward(io.ComfyNode):
+class VoteReward(Node):
     """Node that has a run ask a person."""
 
     @classmethod

@@ -16,7 +16,7 @@ from ngrpo_lora.prompts.sources import needed_prompts, read_split
 from ngrpo_lora.prompts.tables import path_and_column
 from ngrpo_lora.records.files import digest, written
 
-__all__ = ["input_files", "warn_of_changes"]
+__all__ = ["changed_inputs", "input_files", "warn_of_changes"]
 
 log = logging.getLogger(__name__)
 
@@ -79,17 +79,32 @@ def input_pictures(config: RunConfig) -> dict[str, dict[str, str]]:
     return found
 
 
+def _known(output_dir: Path) -> dict[str, Any]:
+    """Digests that a run wrote down, by key; empty where it has none that can be read."""
+    try:
+        return json.loads((output_dir / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _others(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys of the files whose digests are others than before."""
+    return [key for key in now if before.get(key, now[key]) != now[key]]
+
+
+def changed_inputs(config: RunConfig, output_dir: Path) -> list[str]:
+    """Keys of the input files that are others by now than when a run last began or went on; pictures are not read."""
+    return _others(_known(output_dir), {key: digest(file) for key, file in input_files(config).items()})
+
+
 def warn_of_changes(config: RunConfig, output_dir: Path, resumed: bool) -> None:
     """Write down what the input files hold, and say which of them have changed since a resumed run was started."""
     path = output_dir / FILE
     now: dict[str, Any] = {key: digest(file) for key, file in input_files(config).items()}
     pictures = input_pictures(config)
     if resumed and path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            before = {}
-        for key in (key for key in now if before.get(key, now[key]) != now[key]):
+        before = _known(output_dir)
+        for key in _others(before, now):
             log.warning("%s has changed since this run began: what follows is made with the file as it is now", key)
         for key, files in pictures.items():
             known = before.get(key, {})  # a run that goes on for longer may need others too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,44 @@ def test_a_schedule_is_that_of_load_adapter(comfy: Comfy, loras: Path):
     (expected,) = map(np.asarray, shown(comfy, comfy.run(alone)))
     assert np.array_equal(early, expected)
     assert not np.array_equal(early, whole)
+
+
+@pytest.mark.parametrize(
+    ("lists", "captions"),
+    [
+        pytest.param([("base", "1")], "base, base-2", id="a file that is called base"),
+        pytest.param([("mild", "0.1234567, 0.1234568")], "base, mild x 0.1234567, mild x 0.1234568", id="close"),
+        pytest.param([("mild", "0, -0, 0")], "base, mild x 0", id="one column is drawn once"),
+        pytest.param([("a b", "1"), ("a-b", "1")], "base, a b, a-b", id="named alike in captions"),
+        pytest.param([("mild", "2"), ("mild x 2", "1")], "base, mild x 2, mild-x-2", id="named as a strength is"),
+        pytest.param(
+            [("two/a b", "1"), ("two-a b", "1"), ("two/a-b", "1")], "base, two/a b, two-a b, two/a-b", id="sub"
+        ),
+        pytest.param([("twin", "1"), ("twin.sft", "1")], "base, twin, twin-2", id="of two suffixes"),
+    ],
+)
+def test_no_column_takes_the_place_of_another(comfy: Comfy, loras: Path, lists: list[tuple[str, str]], captions: str):
+    graph, last = comparison(num_seeds=1), None
+    for number, (file, strengths) in enumerate(lists):
+        name = file if file.endswith(".sft") else f"{file}.safetensors"
+        (loras / name).parent.mkdir(exist_ok=True)
+        if file != "mild":
+            shutil.copy(loras / "sub" / "mild.safetensors", loras / name)
+        last, earlier = f"list_{number}", last
+        further = {"adapters": [earlier, 0]} if earlier else {}
+        graph[last] = node(
+            "NGRPO_AdapterList", lora_name=name if file != "mild" else f"sub/{name}", strengths=strengths
+        )
+        graph[last]["inputs"] |= further
+    graph["compare"]["inputs"]["adapters"] = [last, 0]
+    del graph["compare"]["inputs"]["rewards"]
+    result = comfy.run(graph)
+    columns = captions.split(", ")
+    base, *others = map(np.asarray, shown(comfy, result))
+    assert result.outputs["compare"]["text"] == [f"not judged; seeds 7; {captions}"]
+    assert len(others) == len(columns) - 1
+    (alone,) = map(np.asarray, shown(comfy, comfy.run(drawing(seed=7))))
+    assert np.array_equal(base, alone)
 
 
 def test_the_grid_says_what_is_what(comfy: Comfy, result: Result):

@@ -99,6 +99,22 @@ def test_a_file_is_only_replaced_where_asked(comfy: Comfy):
     assert not torch.equal(load_file(folder(comfy) / "kept.safetensors")["0"], kept)
 
 
+@pytest.mark.parametrize("what", ["deleted", "replaced"])
+def test_a_file_that_is_gone_is_written_again_and_one_that_is_there_is_not(comfy: Comfy, what: str):
+    graph = {name: one for name, one in drawing().items() if name in ("model", "text")}
+    graph["store"] = save(["text", 0], what, overwrite=True)
+    assert comfy.run(graph).status == "success"
+    file = folder(comfy) / f"{what}.safetensors"
+    content, written = file.read_bytes(), file.stat().st_mtime_ns
+    assert comfy.run(graph).status == "success"
+    assert file.stat().st_mtime_ns == written
+    file.unlink()
+    if what == "replaced":
+        save_file({"0": torch.zeros(1)}, file)
+    assert comfy.run(graph).status == "success"
+    assert file.read_bytes() == content
+
+
 def test_a_file_of_ones_own_script_is_taken(comfy: Comfy):
     comfy.run(drawing() | {"store": save(["text", 0], "plain")})
     stored = load_file(folder(comfy) / "plain.safetensors")

@@ -17,9 +17,12 @@ import pytest
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from comfy_client import REPOSITORY, Comfy, Refused
 from PIL import Image
+from safetensors.torch import load_file
 from sheet import choices_of, default_of, options_of, type_of
 from voters import attended
 from wires import contains, curve, nodes_before, overlap
+
+from ngrpo_lora.world import MODELS
 
 WORKFLOWS = REPOSITORY / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
@@ -109,6 +112,26 @@ def test_every_text_of_every_node_is_translated(comfy: Comfy, ours: dict[str, An
         assert [*texts["outputs"]] == [str(slot) for slot in range(len(schema["output"]))], name
         told = [slot for slot, tooltip in enumerate(schema["output_tooltips"] or []) if tooltip]
         assert all(texts["outputs"][str(slot)]["tooltip"] for slot in told), name
+
+
+def test_a_translation_names_all_choices_that_the_original_names(comfy: Comfy, ours: dict[str, Any]):
+    translated, found = comfy.get("/i18n")["zh"]["nodeDefs"], 0
+    for name, schema in ours.items():
+        for widget, (kind, settings) in inputs_of(schema).items():
+            own = settings.get("tooltip", "")
+            named = [one for one in settings.get("options", []) if kind == "COMBO" and f"{one}: " in own]
+            chinese = translated[name]["inputs"][widget]["tooltip"]
+            words = {*re.findall(r"\w+(?: \w+)*", chinese, re.ASCII)}
+            known = translated[name]["inputs"][widget].get("options", {})
+            assert not [one for one in named if one not in words and known.get(one, one) not in chinese], (name, widget)
+            found += len(named)
+    assert found > 20
+
+
+def test_the_embedded_model_is_as_large_as_its_node_says(ours: dict[str, Any]):
+    weights = [load_file(file) for file in MODELS["embedded"].rglob("*.safetensors")]
+    millions = sum(one.numel() for tensors in weights for one in tensors.values()) / 1e6
+    assert f"{millions:.1f} million parameters" in ours["NGRPO_LoadEmbedded"]["description"]
 
 
 # Graphs

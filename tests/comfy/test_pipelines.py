@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from comfy_client import Comfy, Graph, Refused, Result
 from graphs import PROMPT, drawing, latents_of, node, tiny_model
 from PIL import Image
 from rounding import relative_error
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ngrpo_lora.adapters.header import AdapterInfo
@@ -29,6 +31,7 @@ from ngrpo_lora.sampling.sampler import Sampler, solve
 from ngrpo_lora.sampling.settings import editing as editing_where
 from ngrpo_lora.sampling.settings import own_settings, with_settings
 from ngrpo_lora.seeds import derive_seed
+from ngrpo_lora.world import MODELS
 
 OTHER = "a red circle"
 
@@ -184,15 +187,17 @@ def test_an_edit_is_that_of_the_command_and_a_reward_of_edits_sees_its_source(co
             "source must be left unconnected for embedded, which draws from words alone; disconnect it",
         ),
         ({"sample": "prompt"}, "source must be one picture, or one for each of the 3 prompts, got 2"),
+        ({"load": "small"}, "source must have readable source pictures, but 'source' (the input source) is 1 x 1 px"),
     ],
 )
-def test_a_source_too_many_or_too_few_is_refused(comfy: Comfy, change: dict[str, str], reason: str):
-    graph = editing(comfy, Image.new("RGB", (64, 64), "white"))
+def test_a_source_that_does_not_fit_is_refused(comfy: Comfy, change: dict[str, str], reason: str):
+    side = 1 if change == {"load": "small"} else 64
+    graph = editing(comfy, Image.new("RGB", (side, side), "white"))
     if change == {"sample": "source"}:
         del graph["sample"]["inputs"]["source"]
     elif change == {"pipeline": "model"}:
         graph["pipeline"] = pipeline()
-    else:
+    elif change == {"sample": "prompt"}:
         graph["twice"] = node("RepeatImageBatch", image=["load", 0], amount=2)
         graph["sample"]["inputs"] |= {"source": ["twice", 0], "prompt": "add a star\nadd a heart\nadd a cross"}
     result = comfy.run(graph)
@@ -226,6 +231,19 @@ def test_a_folder_below_models_diffusers_is_in_the_list_and_a_video_gives_all_fr
     result = comfy.run(graph)
     assert len(shown(comfy, result)) == 33
     assert latents_of(comfy, result).ndim == 5
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_folder_whose_files_were_replaced_is_loaded_again_and_only_then(comfy: Comfy, part: str):
+    folder = comfy.base / "models" / "diffusers" / f"replaced-{part}"
+    shutil.copytree(MODELS["embedded"], folder)
+    graph = sampling() | {"pipeline": pipeline(f"diffusers/{folder.name}", dtype="float32")}
+    before = shown(comfy, comfy.run(graph))
+    assert shown(comfy, again := comfy.run(graph)) == before
+    assert not again.progress  # of ComfyUI's cache
+    (file,) = (folder / part).glob("*.safetensors")
+    save_file({name: 0.9 * weight for name, weight in load_file(file).items()}, file)
+    assert shown(comfy, comfy.run(graph)) != before
 
 
 def sampler_here(comfy: Comfy, name: str, prompt: Prompt, **changes: int) -> Sampler:

@@ -18,6 +18,7 @@ from graphs import PROMPT, drawing, node
 from PIL import Image, ImageDraw, ImageFont
 from scripted_server import CHAT, MODELS, ONE_MODEL, Answer, ScriptedServer, says
 
+from ngrpo_lora.records.pictures import as_seen, opened
 from ngrpo_lora.rewards import jpeg, ocr, world
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -185,7 +186,8 @@ def test_a_bad_reward_is_refused_before_anything_runs(comfy: Comfy, given: dict[
     [
         ({"prompt": "a\nb\nc"}, "prompt must have one line for all images or one line for each of the 2, got 3"),
         ({"prompt": " \n"}, "reward world needs the prompt of every image, got none"),
-        ({"metadata": "text"}, "settings must be lines of key=value"),
+        ({"metadata": "text"}, "metadata must be lines of key=value, or YAML"),
+        ({"metadata": "{"}, "metadata must be lines of key=value, or YAML"),
         ({"metadata": "tag: no"}, "metadata must say true or false, or put text in quotes, got no"),
         ({"metadata": "a: 1\nb: 2\nc: 3"}, "metadata must have one line"),
         ({"prompt": "no such scene"}, "reward world has no score for 2 of 2 images"),
@@ -195,6 +197,22 @@ def test_what_does_not_fit_the_pictures_is_said(comfy: Comfy, given: dict[str, A
     result = comfy.run(batch(comfy, noisy=NOISY, flat=FLAT) | {"reward": reward("world")} | score(**given))
     assert (result.status, result.error_node) == ("error", "score")
     assert reason in result.error
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
+def test_pictures_of_any_channels_are_those_that_the_command_reads(mode: str, tmp_path: Path):
+    from comfy_nodes._api import to_pictures
+
+    with Image.open(Path(__file__).parents[2] / ".github" / "images" / "demo.png") as whole:
+        picture = whole.convert("RGB").resize((64, 48)).convert(mode)
+    if mode.endswith("A"):
+        picture.putalpha(Image.linear_gradient("L").resize((64, 48)))
+    picture.save(tmp_path / "picture.png")
+    pixels = np.asarray(picture).reshape(1, 48, 64, -1)
+    (ours,) = to_pictures(torch.from_numpy((pixels + 0.125) / 255))
+    with opened(tmp_path / "picture.png", "picture") as file:
+        assert np.array_equal(np.asarray(ours), np.asarray(as_seen(file)))
 
 
 def test_a_reward_twice_in_a_chain_needs_a_label(comfy: Comfy):

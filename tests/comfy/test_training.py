@@ -365,6 +365,42 @@ def test_prompts_and_rewards_of_the_graph(server: Comfy, base: Path):
     assert "has other settings" in result.error
 
 
+@pytest.mark.parametrize("kind", ["prompts", "reward"])
+def test_a_file_that_was_changed_since_is_told_and_a_new_run_takes_it(server: Comfy, base: Path, kind: str):
+    """Neither ComfyUI's cache nor a finished run passes for one that was made with the file as it is now."""
+    overrides, further = SMALL.replace("num_prompts=2", "num_prompts=1"), {}
+    if kind == "prompts":
+        file = base / "input" / "mine.txt"
+        file.parent.mkdir(exist_ok=True)
+        overrides, before, after = overrides.replace("world:train", "mine.txt"), "a red star\n", "a blue star\n"
+        what = f"prompts.train ({file})"
+    else:
+        file = base / "models" / "ngrpo_rewards" / "changed.py"
+        before = "def score(images):\n    return [sum(image.getpixel((9, 9))) / 765 for image in images]\n"
+        after = before.replace("9", "8")
+        reward = node("NGRPO_RewardFunction", function="changed.py:score", weight=1.0, settings="")
+        further, what = {"reward": reward}, f"rewards.train.0 ({file}:score)"
+    rewards = {"rewards": ["reward", 0]} if further else {}
+
+    def trained(**widgets: Any) -> str:
+        result = succeeded(server.run(train(f"of-{kind}", overrides, **rewards, **widgets) | further))
+        return result.outputs["train"]["text"][0]
+
+    file.write_text(before)
+    assert "has changed" not in trained(iterations=1)
+    rows = len(rows_of(base, f"of-{kind}"))
+    file.write_text(after)
+    for _ in range(2):
+        assert f"- {what} has changed since this run: the adapter is of the file as it was; start" in trained(
+            iterations=1
+        )
+    assert len(rows_of(base, f"of-{kind}")) == rows
+    assert f"- {what} has changed since this run began: what follows is made with the file" in trained(iterations=2)
+    assert "has changed" not in trained(iterations=1, earlier_run="start anew beside it")
+    file.write_text(before)
+    assert f"- {what} has changed" in trained(iterations=2)
+
+
 def test_a_killed_server_goes_on_bit_for_bit(whole: Result, servers: list[Comfy], base: Path):
     graph = train("killed", LONG + "trainer.save_every=1\n")
     server = servers[-1]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ngrpo_lora.config import load_config
-from ngrpo_lora.training.inputs import input_files, warn_of_changes
+from ngrpo_lora.training.inputs import changed_inputs, input_files, warn_of_changes
 
 
 def test_a_file_that_changed_is_named_when_the_run_goes_on(
@@ -50,10 +50,13 @@ def test_a_file_that_changed_is_named_when_the_run_goes_on(
         warn_of_changes(config, run, resumed=False)
         assert caplog.text == ""
         Path("b.csv").write_text("prompt\nz\n")
+        assert changed_inputs(config, run) == ["prompts.train (b.csv#prompt)"]
         warn_of_changes(config, run, resumed=True)
+    assert changed_inputs(config, run) == []
     assert [record.args for record in caplog.records] == [("prompts.train (b.csv#prompt)",)]
     assert "prompts.train (b.csv#prompt) has changed since this run began" in caplog.text
     (run / "inputs.json").write_text("{")
+    assert changed_inputs(config, run) == changed_inputs(config, tmp_path / "no run") == []
     warn_of_changes(config, run, resumed=True)
     assert len(caplog.records) == 1
 
