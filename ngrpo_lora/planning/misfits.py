@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ngrpo_lora import registry
@@ -14,7 +13,6 @@ from ngrpo_lora.prompts.sources import Split, needed_prompts, read_split
 
 __all__ = ["check_prompts", "misfits", "watched"]
 
-PACKAGE = "ngrpo_lora."  # whose modules are imported here; others, which are the user's, by the trainer
 KEEPER = "preservation"  # the reward that compares what a mask leaves as it was
 
 Reader = Callable[[str], object]
@@ -55,7 +53,6 @@ def misfits(config: RunConfig, split: Split) -> Iterator[str]:
             return
         warn_of_cropping(key, sizes, (config.model.width_px, config.model.height_px))
     yield from _unread(config, needed, edits)
-    yield from _unmeasured(config, needed)
     yield from _unasked(config, edits)
 
 
@@ -90,37 +87,13 @@ def _unread(config: RunConfig, needed: Mapping[str, Sequence[Prompt]], edits: bo
         reads = _reader(reward.name)
         yield from _lacking(where, reward, {key: needed[key] for key in needed if where in trained or key == HELD_OUT})
         for key in needed if where in trained else [HELD_OUT]:
-            if reads is not None and (told := _told(reads, key, needed[key])):
+            if reads is not None and (refused := _refused(reads, needed[key])):
                 others = [name for name, other in _readers(edits).items() if not _refused(other, needed[key])]
+                count = f"{len(refused):,} of {len(needed[key]):,} in {key} {'is' if len(refused) == 1 else 'are'} not"
+                (prompt, rule), *_ = refused
                 remedy = " or ".join(others) or "another reward, or other prompts"
-                yield f"{where}: {told}; give {remedy}"
+                yield f"{where}: {rule}, but {count}, first {prompt.told}; give {remedy}"
                 break
-
-
-def _unmeasured(config: RunConfig, needed: Mapping[str, Sequence[Prompt]]) -> Iterator[str]:
-    """The measures of the package that cannot be taken, as they read certain prompts alone: `reads` in their module."""
-    prompts, measures = needed.get(HELD_OUT, []), config.evaluation.measures
-    told = [(reads := _measure_reader(reference)) and _told(reads, HELD_OUT, prompts) for reference in measures]
-    left = ", ".join(reference for reference, problem in zip(measures, told, strict=True) if not problem)
-    for index, problem in enumerate(told):
-        if problem:
-            where = f"evaluation.measures.{index} ({measures[index]})"
-            yield f"{where}: {problem}; give evaluation.measures=[{left}], or other prompts"
-
-
-def _measure_reader(reference: str) -> Reader | None:
-    """What a measure of the package reads prompts with; None for one that takes any, and for the user's own."""
-    module = registry.split_reference(reference)[0]
-    return getattr(importlib.import_module(module), "reads", None) if module.startswith(PACKAGE) else None
-
-
-def _told(reads: Reader, key: str, prompts: Sequence[Prompt]) -> str | None:
-    """What prompts must be to be read, how many are not, and the first of these; None where all are."""
-    if not (refused := _refused(reads, prompts)):
-        return None
-    (prompt, rule), *_ = refused
-    count = f"{len(refused):,} of {len(prompts):,} in {key} {'is' if len(refused) == 1 else 'are'} not"
-    return f"{rule}, but {count}, first {prompt.told}"
 
 
 def _lacking(where: str, reward: RewardConfig, needed: Mapping[str, Sequence[Prompt]]) -> Iterator[str]:

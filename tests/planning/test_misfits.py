@@ -114,7 +114,6 @@ def test_prompts_of_the_package_are_all_alike(make_config: MakeConfig):
 
 
 CAPTION = "a prompt must be a caption of the world, such as 'a photo of a red star'"
-UNMEASURED = "evaluation.measures=[]"
 OTHERS = "another reward, or other prompts"
 INSTRUCTION = "a prompt must be an instruction of the world, such as 'make the star blue'"
 
@@ -126,15 +125,10 @@ INSTRUCTION = "a prompt must be an instruction of the world, such as 'make the s
         ("demo-edit", ["rewards=world_strict"], f"rewards (world_strict): {CAPTION}, but 960 of 960", "rewards"),
         ("demo-edit", ["evaluation.strict=world_strict"], f"evaluation.strict: {CAPTION}", "evaluation.strict"),
         ("demo-edit", ["evaluation.rewards=world"], f"evaluation.rewards (world): {CAPTION}", "evaluation.rewards"),
+        (None, ["rewards=jpeg", "prompts.held_out=mine.txt"], f"evaluation.strict: {CAPTION}, but 1 of 2", None),
         (
             None,
-            ["rewards=jpeg", "prompts.held_out=mine.txt", UNMEASURED],
-            f"evaluation.strict: {CAPTION}, but 1 of 2",
-            None,
-        ),
-        (
-            None,
-            ["prompts.held_out=mine.txt", "evaluation.strict=null", UNMEASURED],
+            ["prompts.held_out=mine.txt", "evaluation.strict=null"],
             f"rewards (world): {CAPTION}, but 1 of 2 in prompts.held_out is not",
             None,
         ),
@@ -157,27 +151,6 @@ def test_a_reward_that_does_not_read_the_prompts_is_told_before_a_model_loads(
     assert message.endswith("; give " + (OTHERS if advised is None else "world_edit or world_edit_strict"))
     if advised:
         check_run(load_config(preset, [f"{advised}=world_edit_strict", "output_dir=run"]))
-
-
-SHARPNESS = "evaluation.measures=[ngrpo_lora.world.sharpness:sharpness]"  # which reads none
-
-
-@pytest.mark.parametrize(
-    ("preset", "settings", "count"),
-    [
-        ("demo-edit", [], "240 of 240 in prompts.held_out are not, first 'make"),
-        ("demo", ["rewards=jpeg", "evaluation.strict=null", "evaluation.rewards=[]"], "1 of 2 in prompts.held_out is"),
-    ],
-)
-def test_a_measure_that_does_not_read_the_held_out_prompts_is_told_as_a_reward_is(
-    preset: str, settings: list[str], count: str
-):
-    Path("mine.txt").write_text("a red star\na cat\n")
-    own = [] if preset == "demo-edit" else ["prompts.held_out=mine.txt"]
-    (message,) = problems(preset, *settings, *own, SHARPNESS.replace("[", "[ngrpo_lora.world.freedom:freedom, "))
-    assert message.startswith(f"evaluation.measures.0 (ngrpo_lora.world.freedom:freedom): {CAPTION}, but {count}")
-    assert message.endswith(f"; give {SHARPNESS}, or other prompts")
-    check_run(load_config(preset, [*settings, *own, SHARPNESS, "output_dir=run"]))
 
 
 def test_where_another_reward_reads_the_prompts_as_the_model_draws_it_is_named():
@@ -219,7 +192,7 @@ def test_metadata_that_a_reward_needs_is_asked_for_before_anything_loads():
     expected += r"target_caption .*, got no (source|target)_caption; add what is missing"
     assert re.fullmatch(expected, message)
     Path("a.txt").write_text("a bench\na red apple\n")
-    own = ["prompts.train=a.txt", "evaluation.strict=null", UNMEASURED]
+    own = ["prompts.train=a.txt", "evaluation.strict=null"]
     (message,) = problems(None, *own, "rewards=jpeg", "evaluation.rewards=geneval", "prompts.held_out=0.5")
     start = "evaluation.rewards (geneval): 1 of 1 in prompts.held_out does not fit, first 'a "
     assert message.startswith(start)
@@ -251,6 +224,6 @@ def test_a_white_mask_is_refused_where_preservation_judges(rewards: list[str], r
     Image.new("L", (48, 48), 255).save("w.png")
     Path("edits.csv").write_text("prompt,source,mask\nmake it blue,a.png,w.png\n")
     settings = [EDITS[0], "prompts.train=edits.csv", "prompts.held_out=edits.csv", "evaluation.strict=null"]
-    config = load_config(None, [*settings, *rewards, UNMEASURED])
+    config = load_config(None, [*settings, *rewards])
     found = [*misfits(config, read_split(config.prompts))]
     assert [problem.partition(" ")[0] for problem in found] == ([refused] if refused else [])
