@@ -25,13 +25,14 @@ def check_reward_name(name: str) -> str:
     Raises:
         ValueError: it is none of these, or as `expanded`.
     """
-    if ":" in name:
-        name = expanded(name)
-        target, function = registry.split_reference(name)
-        if not target or not function.isidentifier():
-            raise ValueError(f"must be a reward's name, package.module:function or file.py:function, got {name!r}")
-    else:
+    if ":" not in name and "." not in name:
         registry.check_name(registry.REWARDS, name)
+        return name
+    name = expanded(name)
+    target, function = registry.split_reference(name)
+    if not target or not function.isidentifier():
+        remedy = "" if ":" in name else f"; give {name}:score, or what its function is called"
+        raise ValueError(f"must be a reward's name, package.module:function or file.py:function, got {name!r}{remedy}")
     return name
 
 

@@ -1,4 +1,4 @@
-"""Whether the prompts of a run go with its model and its rewards, before any of these is loaded."""
+"""Whether the prompts of a run go with its model, its rewards and measures, before any of these is loaded."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ KEEPER = "preservation"  # the reward that compares what a mask leaves as it was
 Reader = Callable[[str], object]
 
 HELD_OUT = "prompts.held_out"
+OWN = "ngrpo_lora."
 
 
 def check_prompts(config: RunConfig) -> None:
@@ -32,7 +33,7 @@ def check_prompts(config: RunConfig) -> None:
 
 
 def misfits(config: RunConfig, split: Split) -> Iterator[str]:
-    """What does not go together: source pictures and the model, or prompts and a reward.
+    """What does not go together: source pictures and the model, or prompts or a size and a reward or measure.
 
     Args:
         split: the tables of the run's prompts.
@@ -53,6 +54,7 @@ def misfits(config: RunConfig, split: Split) -> Iterator[str]:
             return
         warn_of_cropping(key, sizes, (config.model.width_px, config.model.height_px))
     yield from _unread(config, needed, edits)
+    yield from _oblong(config)
     yield from _unasked(config, edits)
 
 
@@ -81,19 +83,51 @@ def _unasked(config: RunConfig, edits: bool) -> Iterator[str]:
 
 
 def _unread(config: RunConfig, needed: Mapping[str, Sequence[Prompt]], edits: bool) -> Iterator[str]:
-    """The rewards of the package that have no score for a prompt, as they read certain ones alone."""
+    """The rewards and measures of the package that have no figure for a prompt, as they read certain ones alone."""
     trained = _trained(config)
     for where, reward in (trained | watched(config)).items():
-        reads = _reader(reward.name)
         yield from _lacking(where, reward, {key: needed[key] for key in needed if where in trained or key == HELD_OUT})
+    for where, name in _judges(config).items():
+        reads = _reader(name)
         for key in needed if where in trained else [HELD_OUT]:
             if reads is not None and (refused := _refused(reads, needed[key])):
                 others = [name for name, other in _readers(edits).items() if not _refused(other, needed[key])]
                 count = f"{len(refused):,} of {len(needed[key]):,} in {key} {'is' if len(refused) == 1 else 'are'} not"
                 (prompt, rule), *_ = refused
-                remedy = " or ".join(others) or "another reward, or other prompts"
-                yield f"{where}: {rule}, but {count}, first {prompt.told}; give {remedy}"
+                remedy = f"give {' or '.join(others) or 'another reward, or other prompts'}"
+                remedy = remedy if where not in _measures(config) else "leave it out, or give other prompts"
+                yield f"{where}: {rule}, but {count}, first {prompt.told}; {remedy}"
                 break
+
+
+def _oblong(config: RunConfig) -> Iterator[str]:
+    """The rewards and measures of the package that have no figure for a picture that is no square."""
+    width_px, height_px = config.model.width_px, config.model.height_px
+    for where, name in _judges(config).items() if width_px != height_px else ():
+        if (module := _module(name)) is not None and registry.defines(*module, "SQUARE"):
+            yield (
+                f"{where} must have square pictures, got model.width_px={width_px} and model.height_px={height_px}; "
+                "give both the same, or leave it out"
+            )
+
+
+def _judges(config: RunConfig) -> dict[str, str]:
+    """What judges pictures, rewards and measures, by where it is set: the name of each."""
+    rewards = _trained(config) | watched(config)
+    return {where: reward.name for where, reward in rewards.items()} | _measures(config)
+
+
+def _measures(config: RunConfig) -> dict[str, str]:
+    """The functions of `evaluation.measures` by where they are set."""
+    return {f"evaluation.measures ({name})": name for name in config.evaluation.measures}
+
+
+def _module(name: str) -> tuple[str, str] | None:
+    """The package and the file of a reward, or of a function of this package; None of files and packages of others."""
+    if ":" not in name:
+        return registry.REWARDS, name
+    package, _, file = registry.split_reference(name)[0].rpartition(".")
+    return (package, file) if f"{package}.".startswith(OWN) else None
 
 
 def _lacking(where: str, reward: RewardConfig, needed: Mapping[str, Sequence[Prompt]]) -> Iterator[str]:
@@ -120,10 +154,10 @@ def _error(check: Callable[[Mapping[str, object]], None], metadata: Mapping[str,
 
 
 def _reader(name: str) -> Reader | None:
-    """What a reward of the package reads prompts with; None for one that takes any."""
-    if ":" in name or not registry.defines(registry.REWARDS, name, "reads"):
+    """What a reward or measure of the package reads prompts with; None for one that takes any."""
+    if (module := _module(name)) is None or not registry.defines(*module, "reads"):
         return None
-    return registry.load(registry.REWARDS, name).reads
+    return registry.load(*module).reads
 
 
 def _readers(edits: bool) -> dict[str, Reader]:

@@ -20,6 +20,9 @@ NEEDS_SOURCE = True
 reads = parse_edit
 """What reads a prompt: it raises ValueError for one that is no instruction of the world."""
 
+SQUARE = True
+"""Pictures must be as high as wide."""
+
 
 def score(images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
     """Graded verdict of every image for its prompt and source, in [0, 1]: `Verdict.graded`."""

@@ -13,6 +13,9 @@ from PIL import Image
 
 from ngrpo_lora.world.manifold import distance
 
+SQUARE = True
+"""Pictures must be as high as wide."""
+
 
 def score(images: Sequence[Image.Image]) -> list[float]:
     """Scores of B images: each one's distance from what the renderer can draw, with a minus sign."""

@@ -14,6 +14,9 @@ from ngrpo_lora.world.verifier import verify
 reads = parse
 """What reads a prompt: it raises ValueError for one that is no caption of the world."""
 
+SQUARE = True
+"""Pictures must be as high as wide."""
+
 
 def score(images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
     """Strict verdict of every image for its prompt, 0 or 1: `Verdict.strict`."""

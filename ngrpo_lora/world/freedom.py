@@ -19,6 +19,12 @@ from ngrpo_lora.world.verifier import Floats, find_blobs, match, read_background
 
 CELLS = 4  # of the board that `scenes.place` sets objects on
 
+reads = parse
+"""What reads a prompt: it raises ValueError for one that is no caption of the world."""
+
+SQUARE = True
+"""Pictures must be as high as wide."""
+
 
 def freedom(images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, float]:
     """Measure how varied pictures are in what their captions leave open.

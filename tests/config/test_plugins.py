@@ -10,6 +10,7 @@ from ngrpo_lora.config import (
     describe,
     load_config,
 )
+from ngrpo_lora.errors import ConfigError
 
 
 def test_an_algorithm_brings_its_own_keys():
@@ -39,3 +40,16 @@ def test_reward_shorthands_mean_the_same():
 )
 def test_a_reward_is_called_by_a_short_name(settings: dict[str, str], key: str):
     assert RewardConfig(**settings).key == key
+
+
+@pytest.mark.parametrize("key", ["rewards", "evaluation.rewards", "evaluation.strict"])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("my_package.my_reward", "; give my_package.my_reward:score, or what its function is called"), ("a.py:b-c", "")],
+)
+def test_a_reward_elsewhere_is_named_with_its_function(key: str, name: str, remedy: str):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [f"{key}={name}"])
+    (problem,) = error.value.problems
+    rule = "must be a reward's name, package.module:function or file.py:function, got"
+    assert problem.endswith(f"{rule} {name!r}{remedy}")

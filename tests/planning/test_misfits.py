@@ -125,10 +125,15 @@ INSTRUCTION = "a prompt must be an instruction of the world, such as 'make the s
         ("demo-edit", ["rewards=world_strict"], f"rewards (world_strict): {CAPTION}, but 960 of 960", "rewards"),
         ("demo-edit", ["evaluation.strict=world_strict"], f"evaluation.strict: {CAPTION}", "evaluation.strict"),
         ("demo-edit", ["evaluation.rewards=world"], f"evaluation.rewards (world): {CAPTION}", "evaluation.rewards"),
-        (None, ["rewards=jpeg", "prompts.held_out=mine.txt"], f"evaluation.strict: {CAPTION}, but 1 of 2", None),
         (
             None,
-            ["prompts.held_out=mine.txt", "evaluation.strict=null"],
+            ["rewards=jpeg", "prompts.held_out=mine.txt", "evaluation.measures=[]"],
+            f"evaluation.strict: {CAPTION}, but 1 of 2",
+            None,
+        ),
+        (
+            None,
+            ["prompts.held_out=mine.txt", "evaluation.strict=null", "evaluation.measures=[]"],
             f"rewards (world): {CAPTION}, but 1 of 2 in prompts.held_out is not",
             None,
         ),
@@ -151,6 +156,64 @@ def test_a_reward_that_does_not_read_the_prompts_is_told_before_a_model_loads(
     assert message.endswith("; give " + (OTHERS if advised is None else "world_edit or world_edit_strict"))
     if advised:
         check_run(load_config(preset, [f"{advised}=world_edit_strict", "output_dir=run"]))
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "count"),
+    [
+        ("demo-edit", [], "120 of 120"),
+        (None, ["prompts.held_out=mine.txt", "rewards=jpeg", "evaluation.strict=null"], "1 of 2"),
+        ("demo-turbo", ["prompts.held_out=mine.txt", "rewards=jpeg", "evaluation.strict=null"], "1 of 2"),
+    ],
+)
+def test_a_measure_that_does_not_read_the_prompts_is_told_before_a_model_loads(
+    preset: str | None, settings: list[str], count: str
+):
+    Path("mine.txt").write_text("a red star\na cat\n")
+    measures = "evaluation.measures=[ngrpo_lora.world.sharpness:sharpness, ngrpo_lora.world.freedom:freedom]"
+    settings = [*settings, "evaluation.rewards=[]", "evaluation.num_prompts=120"]
+    (message,) = problems(preset, measures, *settings)
+    assert message.startswith(
+        f"evaluation.measures (ngrpo_lora.world.freedom:freedom): {CAPTION}, but {count} in prompts.held_out "
+    )
+    assert message.endswith("; leave it out, or give other prompts")
+    check_run(load_config(preset, ["evaluation.measures=ngrpo_lora.world.sharpness:sharpness", *settings]))
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "where"),
+    [
+        ("demo", ["evaluation.strict=null", "evaluation.rewards=[]", "evaluation.measures=[]"], "rewards (world)"),
+        ("demo", ["rewards=jpeg", "evaluation.rewards=[]", "evaluation.measures=[]"], "evaluation.strict"),
+        (
+            "demo",
+            ["rewards=jpeg", "evaluation.strict=null", "evaluation.rewards=world_manifold", "evaluation.measures=[]"],
+            "evaluation.rewards (world_manifold)",
+        ),
+        (
+            "demo",
+            ["rewards=jpeg", "evaluation.strict=null", "evaluation.rewards=[]"],
+            "evaluation.measures (ngrpo_lora.world.freedom:freedom)",
+        ),
+        (
+            "demo",
+            [
+                "rewards=ngrpo_lora.rewards.world:score",
+                "evaluation.strict=null",
+                "evaluation.rewards=[]",
+                "evaluation.measures=[]",
+            ],
+            "rewards (world)",
+        ),
+    ],
+)
+def test_a_judge_of_squares_is_told_of_other_pictures_before_a_model_loads(
+    preset: str, settings: list[str], where: str
+):
+    (message,) = problems(preset, "model.width_px=128", *settings)
+    rule = "must have square pictures, got model.width_px=128 and model.height_px=64"
+    assert message == f"{where} {rule}; give both the same, or leave it out"
+    check_run(load_config(preset, ["model.width_px=64", *settings]))
 
 
 def test_where_another_reward_reads_the_prompts_as_the_model_draws_it_is_named():
@@ -192,7 +255,7 @@ def test_metadata_that_a_reward_needs_is_asked_for_before_anything_loads():
     expected += r"target_caption .*, got no (source|target)_caption; add what is missing"
     assert re.fullmatch(expected, message)
     Path("a.txt").write_text("a bench\na red apple\n")
-    own = ["prompts.train=a.txt", "evaluation.strict=null"]
+    own = ["prompts.train=a.txt", "evaluation.strict=null", "evaluation.measures=[]"]
     (message,) = problems(None, *own, "rewards=jpeg", "evaluation.rewards=geneval", "prompts.held_out=0.5")
     start = "evaluation.rewards (geneval): 1 of 1 in prompts.held_out does not fit, first 'a "
     assert message.startswith(start)
@@ -203,6 +266,8 @@ def test_rewards_of_the_embedded_world_that_read_prompts_say_so():
     for name in registry.names(registry.REWARDS):
         reads = registry.defines(registry.REWARDS, name, "reads")
         assert reads == (name in ("world", "world_strict", "world_edit", "world_edit_strict"))
+        square = registry.defines(registry.REWARDS, name, "SQUARE")
+        assert square == (reads or name == "world_manifold")
 
 
 @pytest.mark.parametrize("preset", ["demo", "demo-edit", "demo-turbo", "demo-vote"])
@@ -224,6 +289,6 @@ def test_a_white_mask_is_refused_where_preservation_judges(rewards: list[str], r
     Image.new("L", (48, 48), 255).save("w.png")
     Path("edits.csv").write_text("prompt,source,mask\nmake it blue,a.png,w.png\n")
     settings = [EDITS[0], "prompts.train=edits.csv", "prompts.held_out=edits.csv", "evaluation.strict=null"]
-    config = load_config(None, [*settings, *rewards])
+    config = load_config(None, [*settings, *rewards, "evaluation.measures=[]"])
     found = [*misfits(config, read_split(config.prompts))]
     assert [problem.partition(" ")[0] for problem in found] == ([refused] if refused else [])
