@@ -181,12 +181,13 @@ class Point:
 
 
 def halves(prompts: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Places of the prompts that choose a step and of those that report it; equal prompts are on one side."""
-    texts = sorted(set(prompts), key=lambda text: derive_seed("half", text))
-    choosing = set(texts[: len(texts) // 2])
+    """Places of the prompts that choose a step and of those that report it; prompts of one meaning are on one side."""
+    meanings = [*map(meaning_of, prompts)]
+    ordered = sorted(set(meanings), key=lambda meaning: derive_seed("half", meaning))
+    choosing = set(ordered[: len(ordered) // 2])
     places: tuple[list[int], list[int]] = ([], [])
-    for place, text in enumerate(prompts):
-        places[text not in choosing].append(place)
+    for place, meaning in enumerate(meanings):
+        places[meaning not in choosing].append(place)
     return places
 
 

@@ -23,6 +23,7 @@ from ngrpo_lora.evaluation.statistics import Estimate
 from ngrpo_lora.training.run import Run
 from ngrpo_lora.training.setup import prepare
 from ngrpo_lora.training.trainer import iterate
+from ngrpo_lora.world.scenes import SHAPES
 
 SMALL = Asked(gradients=3, prompts=8, steps=(1.0,))
 
@@ -56,11 +57,16 @@ def test_products_are_all_inner_products_whatever_the_pieces():
     torch.testing.assert_close(torch.tensor(products(gradients)), gradients.double() @ gradients.double().T)
 
 
-def test_halves_divide_different_prompts_and_keep_equal_ones_together():
-    prompts = [f"prompt {i % 9}" for i in range(25)]
+@pytest.mark.parametrize("wordings", [["{}"], ["{}", "a photo of {}", "a drawing of {}"]])
+def test_halves_divide_what_prompts_mean_and_keep_what_means_the_same_together(wordings: list[str]):
+    meant = [f"a green {shape}" for shape in SHAPES] + [f"prompt {i}" for i in range(9)]
+    prompts = [
+        wordings[i // 9 % len(wordings)].format(meant[i % 9]) if i % 9 < len(SHAPES) else meant[i % 9]
+        for i in range(25)
+    ]
     choosing, reporting = halves(prompts)
     assert sorted([*choosing, *reporting]) == [*range(25)]
-    texts = [{prompts[place] for place in half} for half in (choosing, reporting)]
+    texts = [{meant[place % 9] for place in half} for half in (choosing, reporting)]
     assert [len(half) for half in texts] == [4, 5]
     assert not texts[0] & texts[1]
 

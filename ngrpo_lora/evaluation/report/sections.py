@@ -19,12 +19,14 @@ from ngrpo_lora.records.files import digest
 from ngrpo_lora.records.metrics import measured, series
 from ngrpo_lora.reports.curves import running_mean
 from ngrpo_lora.training.metering import STAGES
+from ngrpo_lora.world.meanings import meaning_of
 from ngrpo_lora.world.scenes import TASKS, parse
 
 __all__ = ["in_minutes", "sections", "slider"]
 
 SHOWN_PX, GROUP_PX, SOURCE_PX = 768, 320, 256  # pictures in the page have at most this size
 ALL, OTHER = "all", "other prompts"
+INTERVALS = "in brackets 95% intervals, for which prompts that mean the same count as one"
 
 
 def sections(record: Record) -> list[Html]:
@@ -103,7 +105,7 @@ def held_out_scores(record: Record) -> Html:
     head = ("reward", "before", "after", "difference", "pictures won", "pictures")
     about = (
         f"Held-out prompts after iteration {record.pairs.last} against iteration {record.pairs.first}, the same "
-        "prompts and seeds; in brackets 95% intervals over captions."
+        f"prompts and seeds; {INTERVALS}."
     )
     return section("Held-out scores", paragraph(about), table(head, rows))
 
@@ -184,14 +186,14 @@ def accuracy_by_task(record: Record) -> Html:
     rows = []
     for kind in [*(kinds if kinds != [OTHER] else []), ALL]:
         chosen = [i for i, task in enumerate(tasks) if kind in (task, ALL)]
-        prompts = [pairs.prompts[i] for i in chosen]
+        meanings = [meaning_of(pairs.prompts[i]) for i in chosen]
         before, after = ([side[label][i] for i in chosen] for side in (pairs.before, pairs.after))
-        gained = mean_interval([new - old for old, new in zip(before, after, strict=True)], prompts)
-        shares = (share_interval(values, prompts).show(".0%") for values in (before, after))
+        gained = mean_interval([new - old for old, new in zip(before, after, strict=True)], meanings)
+        shares = (share_interval(values, meanings).show(".0%") for values in (before, after))
         difference = gained.show("+.0%") if gained.low < gained.high else f"{gained.value:+.0%}"  # all gain the same
         rows.append((kind, len(chosen), *shares, difference))
     head = ("task", "pictures", f"iteration {pairs.first}", f"iteration {pairs.last}", "difference")
-    about = f"The share of held-out pictures that pass {label}; in brackets 95% intervals over captions."
+    about = f"The share of held-out pictures that pass {label}; {INTERVALS}."
     return section("Accuracy by task", paragraph(about), table(head, rows))
 
 
