@@ -18,26 +18,31 @@ from ngrpo_lora.models._base import BaseFamily
 EXPERTS: dict[str, Expert] = {"high": "high_noise", "low": "low_noise"}
 
 
-def read_fitting(family: BaseFamily, path: str | Path) -> AdapterFile:
+def read_fitting(family: BaseFamily, path: str | Path, tell: bool = True) -> AdapterFile:
     """Read a LoRA file of any trainer whose layers this model has.
 
+    Args:
+        tell: whether to log what the file does not say, and what of it is left out.
     Raises:
         UserError: the file holds no LoRA, or one of another model.
     """
     name = type(family).__module__.rpartition(".")[2]
     file = read_adapter_file(path, name)
     check_fits(file, family.transformer, name)
-    log_warnings(file)
+    if tell:
+        log_warnings(file)
     return file
 
 
-def read_initial(family: BaseFamily, path: str | Path) -> AdapterFile:
+def read_initial(family: BaseFamily, path: str | Path, tell: bool = True) -> AdapterFile:
     """Read a LoRA file to start from (`lora.init_from`).
 
+    Args:
+        tell: as in `read_fitting`.
     Raises:
         UserError: as `read_fitting`, or it is for the transformer of a pair that is not trained.
     """
-    file = read_fitting(family, path)
+    file = read_fitting(family, path, tell)
     said = said_expert(file.path.name, file.metadata)
     if family.expert is not None and said not in (None, family.expert):
         raise ConfigError(

@@ -15,9 +15,11 @@ import psutil
 
 from ngrpo_lora.errors import UserError
 
-__all__ = ["launch", "process_count"]
+__all__ = ["has_checked", "launch", "process_count"]
 
 LOCAL = "127.0.0.1"
+CHECKED = "NGRPO_LORA_CHECKED"
+"""Environment variable of the processes that are started here, once the run is checked and the user is told."""
 
 
 def process_count(device: str, asked: int | None, on_cpu: int = 1) -> int:
@@ -41,6 +43,11 @@ def process_count(device: str, asked: int | None, on_cpu: int = 1) -> int:
     if not gpus and device in ("auto", "cpu") and resolve_device(device) == "cpu":
         return asked or min(on_cpu, os.cpu_count() or 1)
     return asked or gpus or 1
+
+
+def has_checked() -> bool:
+    """Whether this process is one of those that `launch` has started, whose run was checked before."""
+    return CHECKED in os.environ
 
 
 def hand_on_requests_to_save(command: Sequence[str]) -> None:
@@ -71,6 +78,7 @@ def launch(count: int, command: Sequence[str], patience_s: float) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    os.environ[CHECKED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(patience_s))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # messages here say the same

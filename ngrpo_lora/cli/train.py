@@ -6,7 +6,8 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -73,6 +74,7 @@ def train(
 
 def _train_as_one_of_several(arguments: list[str] | None) -> None:
     """Check on every process, agree, and train; a problem that all have is shown once."""
+    from ngrpo_lora.cli.launching import has_checked
     from ngrpo_lora.config import load_config
     from ngrpo_lora.devices import resolve_device
     from ngrpo_lora.planning.preflight import check_run
@@ -89,7 +91,8 @@ def _train_as_one_of_several(arguments: list[str] | None) -> None:
         if not processes.is_main:  # what there is to say of files is said once
             logging.getLogger("ngrpo_lora.adapters").setLevel(logging.ERROR)
         elif config is not None:
-            problem = _problem(check_run, config)
+            with unsaid() if has_checked() else nullcontext():
+                problem = _problem(check_run, config)
         if problem := processes.agree(problem):
             raise SharedError(problem)
         assert config is not None  # else there is a problem
@@ -103,6 +106,18 @@ def _train_as_one_of_several(arguments: list[str] | None) -> None:
         if shared:
             processes.wait()
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Keep warnings of this package to itself within the block, where they were said before."""
+    ours = logging.getLogger("ngrpo_lora")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
 
 
 def _advise(config: RunConfig, gpus: int) -> None:

@@ -11,11 +11,12 @@ from ngrpo_lora import registry
 from ngrpo_lora.config import RewardConfig, RunConfig, changed_keys, load_config, named_functions
 from ngrpo_lora.config.presets import check_model
 from ngrpo_lora.errors import ConfigError, UserError
+from ngrpo_lora.planning.fitting import unfitting
 from ngrpo_lora.planning.loras import fused, initial, known_pipeline_of, with_files_of
 from ngrpo_lora.planning.misfits import misfits, watched
 from ngrpo_lora.prompts.sources import Split, read_split
 from ngrpo_lora.records.checkpoints import checkpoints, find, iteration_of, number, resolve
-from ngrpo_lora.records.ownership import owner
+from ngrpo_lora.records.ownership import making, owner
 
 __all__ = ["check_functions", "check_resumable", "check_run", "check_settings"]
 
@@ -32,7 +33,7 @@ REMOTE = ("hf:", "hpdv2:")  # prompts that a network may be asked for
 
 
 def check_run(config: RunConfig) -> None:
-    """Check that a run can start here; makes the output folder when all else is well.
+    """Check that a run can start here; the output folder is tried and left as it was.
 
     Raises:
         ConfigError: one line per problem.
@@ -41,6 +42,7 @@ def check_run(config: RunConfig) -> None:
     problems += [*_settings(config), *_output_dir(config)]
     problems = problems or [*_family(config)]
     problems = problems or [*misfits(config, split)]
+    problems = problems or [*unfitting(config)]
     problems = problems or [*_not_writable(Path(config.output_dir))]
     problems = problems or [*_hub(config)]  # last, as it may make the repository
     if problems:
@@ -316,9 +318,9 @@ def _called_as(old: RewardConfig, new: RewardConfig | None) -> RewardConfig:
 
 
 def _not_writable(output_dir: Path) -> Iterator[str]:
+    """Whether the folder can be made and written to; what was made to try it is gone again."""
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
+        with making(output_dir), tempfile.TemporaryFile(dir=output_dir):
             pass
     except OSError as error:
         yield f"output_dir must be a writable folder, but {str(output_dir)!r} is not: {error.strerror}; choose another"

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from ngrpo_lora.errors import UserError
 
-__all__ = ["owned", "owner"]
+__all__ = ["making", "owned", "owner"]
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +23,32 @@ LOCK_FILE, OWNER_FILE = ".lock", ".owner.json"
 
 
 @contextlib.contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder for the block, with those above it; of what was made, what is empty at its end goes again."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # something is in it, or it is gone
+            for one in made:
+                one.rmdir()
+
+
+@contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Own a run's folder within the block; makes the folder.
+    """Own a run's folder within the block; makes the folder, which goes again where nothing came into it.
 
     Raises:
         UserError: another process has it; says which.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with making(folder), _locked(folder):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock within the block; its file goes again where the block has left nothing beside it."""
     lock = FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
@@ -45,7 +64,10 @@ def owned(folder: Path) -> Iterator[None]:
             (folder / OWNER_FILE).write_text(json.dumps(mine), encoding="utf-8")
         yield
     finally:
-        (folder / OWNER_FILE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (folder / OWNER_FILE).unlink(missing_ok=True)
+            if [path.name for path in folder.iterdir()] == [LOCK_FILE]:
+                (folder / LOCK_FILE).unlink()
         lock.release()
 
 

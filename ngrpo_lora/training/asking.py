@@ -14,11 +14,32 @@ import psutil
 from ngrpo_lora.console import console
 from ngrpo_lora.ranks import launched
 
-__all__ = ["MAX_HOURS", "Asked", "listening"]
+__all__ = ["MAX_HOURS", "Asked", "ending_in_order", "listening"]
 
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # not Windows
 MAX_HOURS = "trainer.max_hours"
 SAVING = getattr(signal, "SIGUSR1", None)
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP within the block into SystemExit, so that what is left half made can be put away.
+
+    They would end the process where it stands. Whoever handles them within the block (`listening`) has them first.
+    """
+
+    def end(signum: int, frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {one: signal.signal(one, end) for one in STOPPING if one != signal.SIGINT}  # Python's own raises
+    try:
+        yield
+    finally:
+        for one, handler in previous.items():
+            if signal.getsignal(one) is end:
+                signal.signal(one, handler)
 
 
 class Asked:

@@ -59,7 +59,8 @@ def prepare(config: RunConfig, *watchers: Watcher, family: BaseFamily | None = N
     if config.trainer.num_threads is not None:  # accelerate has a number of its own
         torch.set_num_threads(config.trainer.num_threads)
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
-    folder.mkdir(parents=True, exist_ok=True)
+    if processes.is_main:  # before the others go on
+        folder.mkdir(parents=True, exist_ok=True)
     if problem := processes.agree(misfit(config, processes.count)):
         raise SharedError(problem)
     own: list[Watcher] = [recorder := Recorder(), Tracking(recorder), Screen()] if processes.is_main else [Screen()]

@@ -12,7 +12,7 @@ from ngrpo_lora.config import RunConfig
 from ngrpo_lora.devices import without_cudnn_attention
 from ngrpo_lora.ranks import is_first
 from ngrpo_lora.records.ownership import owned
-from ngrpo_lora.training.asking import listening
+from ngrpo_lora.training.asking import ending_in_order, listening
 from ngrpo_lora.training.evaluation import evaluate
 from ngrpo_lora.training.export import export
 from ngrpo_lora.training.metering import Stages
@@ -33,7 +33,7 @@ def train(config: RunConfig, *watchers: Watcher) -> Metrics:
         UserError: the model cannot be loaded, or the run cannot go on; all that was made is on disk.
     """
     folder = owned(Path(config.output_dir)) if is_first() else nullcontext()
-    with folder:
+    with ending_in_order(), folder:
         run = prepare(config, *watchers)  # processes, model, LoRA, prompts, rewards, algorithm, optimizer
         with closing(run.scorer), run.processes.contact():
             evaluation = complete(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ngrpo_lora.errors import UserError
-from ngrpo_lora.records.ownership import owned, owner
+from ngrpo_lora.records.ownership import making, owned, owner
 
 HOLDER = """
 import sys, time
@@ -68,3 +69,33 @@ def test_a_file_system_without_locks_is_said_and_used(
     with owned(tmp_path):
         assert "cannot be locked (FileSystem does not appear" in caplog.text
     assert owner(tmp_path) is None
+
+
+@pytest.mark.parametrize("ending", [None, UserError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("existed", [0, 1, 2])
+@pytest.mark.parametrize("left", [None, "config.yaml"])
+def test_an_owned_folder_goes_again_where_nothing_came_into_it(
+    ending: type[BaseException] | None, existed: int, left: str | None, tmp_path: Path
+):
+    folder = tmp_path / "runs" / "one"
+    folders = [folder.parent, folder]
+    for one in folders[:existed]:
+        one.mkdir()
+    with contextlib.suppress(*([ending] if ending else [])), owned(folder):
+        if left:
+            (folder / left).touch()
+        if ending:
+            raise ending
+    assert [one.exists() for one in folders] == [left is not None or existed > at for at in range(2)]
+    if folder.exists():
+        assert sorted(path.name for path in folder.iterdir()) == ([".lock", left] if left else [])
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_folder_that_is_made_to_try_it_goes_again(existed: bool, tmp_path: Path):
+    folder = tmp_path / "a" / "b"
+    if existed:
+        folder.mkdir(parents=True)
+    with making(folder):
+        assert folder.is_dir()
+    assert folder.exists() == folder.parent.exists() == existed

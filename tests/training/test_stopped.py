@@ -20,6 +20,35 @@ MOMENTS = [
     *(moment for stage, (count, _) in STAGES.items() for moment in moments(stage, int(stage == "update"), count)),
 ]
 
+# The command, which is sent a signal while its model loads.
+ENDED_WHILE_LOADING = """
+import os, sys, time
+from ngrpo_lora.models._base import BaseFamily
+
+asked = int(sys.argv.pop(1))
+
+def load(self, parts):
+    os.kill(os.getpid(), asked)
+    time.sleep(60)
+
+BaseFamily.load = load
+from ngrpo_lora.cli import app
+app()
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_run_that_is_ended_while_its_model_loads_leaves_nothing(
+    signum: int, existed: bool, short_run: Path, tmp_path: Path
+):
+    folder = tmp_path / "runs" / "one"
+    if existed:
+        folder.mkdir(parents=True)
+    words = [short_run, f"output_dir={folder}"]
+    assert ended(start_training(words, "-c", ENDED_WHILE_LOADING, str(int(signum)))) in (130, 128 + signum)
+    assert [*tmp_path.rglob("*")] == ([folder.parent, folder] if existed else [])
+
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("moment", MOMENTS)
