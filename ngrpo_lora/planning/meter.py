@@ -196,7 +196,8 @@ def thin(model: nn.Module) -> dict[nn.Module, int]:
 class FullMasks(TorchFunctionMode):
     """Takes masks on the meta device, where they have no contents, for true everywhere, and their opposites for empty.
 
-    HunyuanVideo 1.5's transformer sorts tokens by masks, and asks whether there is a picture.
+    HunyuanVideo 1.5's transformer sorts tokens by masks, and asks whether there is a picture. Numbers are not written
+    into tensors there: its VAE does so for every row of its masks, which takes minutes for a long video.
     """
 
     def __torch_function__(
@@ -207,6 +208,8 @@ class FullMasks(TorchFunctionMode):
                 return torch.tensor(True)
             if func is Tensor.__invert__:
                 return args[0][:0]
+        if func is Tensor.__setitem__ and args[0].is_meta and not isinstance(args[2], Tensor):
+            return None  # there is nothing to write to, but some of diffusers' masks are written row by row
         if func is Tensor.__getitem__ and is_mask(args[1]) and args[0].is_meta:
             return args[0][: len(args[1])].clone()
         return func(*args, **(kwargs or {}))
