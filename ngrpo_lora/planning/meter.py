@@ -46,6 +46,15 @@ class Call:
     flops: int = 0
 
 
+@dataclass
+class Part:
+    """What a part of a forward pass has cost: bytes beyond those alive before it, at most and after it, and FLOPs."""
+
+    peak: int = 0
+    left: int = 0
+    flops: int = 0
+
+
 class Meter(TorchDispatchMode):
     """Live bytes of the tensors made while it is entered, their peak, and FLOPs (two a multiply-add).
 
@@ -99,6 +108,22 @@ class Meter(TorchDispatchMode):
     def flops(self) -> int:
         """Floating-point operations of matrix products, convolutions and attention, in the model with all blocks."""
         return sum(call.count * call.flops for call in self.calls)
+
+    @contextmanager
+    def part(self) -> Iterator[Part]:
+        """Measure what the block costs, within one call and without gradient; it counts here as well."""
+        part, call, start = Part(), self.calls[self.call], self.live
+        before, flops, call.forward = call.forward, call.flops, start
+        try:
+            yield part
+        finally:
+            part.peak, part.left, part.flops = call.forward - start, self.live - start, call.flops - flops
+            call.forward = max(before, call.forward)
+
+    def add(self, peak: int, flops: int) -> None:
+        """Count a part that is not walked: `peak` bytes beyond those alive now, which are gone after it, and FLOPs."""
+        call = self.calls[self.call]
+        call.forward, call.flops = max(call.forward, self.live + peak), call.flops + flops
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -171,7 +196,8 @@ def thin(model: nn.Module) -> dict[nn.Module, int]:
 class FullMasks(TorchFunctionMode):
     """Takes masks on the meta device, where they have no contents, for true everywhere, and their opposites for empty.
 
-    HunyuanVideo 1.5's transformer sorts tokens by masks, and asks whether there is a picture.
+    HunyuanVideo 1.5's transformer sorts tokens by masks, and asks whether there is a picture. Numbers are not written
+    into tensors there: its VAE does so for every row of its masks, which takes minutes for a long video.
     """
 
     def __torch_function__(
@@ -182,6 +208,8 @@ class FullMasks(TorchFunctionMode):
                 return torch.tensor(True)
             if func is Tensor.__invert__:
                 return args[0][:0]
+        if func is Tensor.__setitem__ and args[0].is_meta and not isinstance(args[2], Tensor):
+            return None  # there is nothing to write to, but some of diffusers' masks are written row by row
         if func is Tensor.__getitem__ and is_mask(args[1]) and args[0].is_meta:
             return args[0][: len(args[1])].clone()
         return func(*args, **(kwargs or {}))

@@ -18,6 +18,7 @@ from ngrpo_lora.models._base import BaseFamily
 from ngrpo_lora.models._blueprint import TRANSFORMERS, Blueprint, blank_text, make_family, read_blueprint
 from ngrpo_lora.models._offload import blocks_of
 from ngrpo_lora.planning.meter import Meter, attention_on_meta, thin
+from ngrpo_lora.planning.repeats import counting_repeats
 
 __all__ = ["Cost", "Sketch", "packed_size", "sketch"]
 
@@ -88,7 +89,8 @@ class Sketch:
             vae = self.family.vae
             (vae.enable_tiling if tiling else vae.disable_tiling)()
             latents = self.blank_latents(batch)
-            with attention_on_meta(), Meter() as meter:
+            decoder = getattr(vae, "decoder", None)
+            with attention_on_meta(), Meter() as meter, counting_repeats(decoder, meter):
                 self.family.decode(latents)
             self.decodings[key] = Cost(meter.peak, meter.flops)
         return self.decodings[key]

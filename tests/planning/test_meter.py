@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,3 +133,26 @@ def test_masks_without_contents_are_true_everywhere_and_only_within_the_context(
             assert meter.live >= chosen.nbytes
     with pytest.raises((NotImplementedError, RuntimeError)):
         tokens[mask]
+
+
+@pytest.mark.parametrize(
+    ("device", "value", "walked"),
+    [("meta", 0, False), ("meta", 0.5, False), ("meta", torch.ones(()), True), ("cpu", 0, True)],
+)
+def test_numbers_are_not_written_into_tensors_without_contents(device: str, value: object, walked: bool):
+    class Counting(Meter):
+        operators = 0
+
+        def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
+            self.operators += 1
+            return super().__torch_dispatch__(*args, **kwargs)
+
+    with attention_on_meta(), Counting() as meter:
+        mask = torch.full((8, 8), -1.0, device=device)
+        made = meter.operators
+        for row in range(8):
+            mask[row, : row + 1] = value
+    assert (meter.operators > made) == walked
+    assert meter.peak >= 8 * 8 * 4
+    if device == "cpu":
+        assert torch.equal(mask, torch.full((8, 8), -1.0).triu(1))
