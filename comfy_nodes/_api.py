@@ -22,6 +22,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ngrpo_lora.errors import ConfigError
+from ngrpo_lora.prompts.tables import lines_of
 from ngrpo_lora.records.pictures import as_seen
 from ngrpo_lora.registry import nearest
 from ngrpo_lora.scoring.scorer import in_thread
@@ -113,6 +114,11 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     channels = images[..., :3] if images.shape[-1] > 4 else images
     pixels = (channels.float().clamp(0, 1) * 255).cpu().numpy().astype(np.uint8)
     return [as_seen(Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one)) for one in pixels]
+
+
+def filled_lines(text: str) -> list[str]:
+    """The lines of a text as the commands read files, without spaces around them and without empty ones."""
+    return [line.strip() for line in lines_of(text) if line.strip()]
 
 
 def listed(what: str, value: str, options: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from ngrpo_lora.sampling.sampler import Sampler, solve
 from ngrpo_lora.sampling.settings import own_settings, with_settings
 from ngrpo_lora.world import MODELS
 
-from ._api import Node, checked, listed, make_room, schema, to_images
+from ._api import Node, checked, filled_lines, listed, make_room, schema, to_images
 from .adapters import adapter_path, fingerprint
 from .sources import check_edits, with_sources
 
@@ -284,7 +284,7 @@ class PipelineSample(Node):
         **numbers: float,
     ) -> io.NodeOutput:
         cls.check(prompt, solver, lora)
-        lines = [line.strip() for line in prompt.splitlines() if line.strip()]
+        lines = filled_lines(prompt)
         prompts = with_sources([*map(Prompt, lines)], source)
         pipeline = pipeline.editing(prompts)
         check_edits(pipeline.family.edits, source, Path(pipeline.info.model.path).name)

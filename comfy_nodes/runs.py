@@ -31,7 +31,7 @@ from ngrpo_lora.records.files import written
 from ngrpo_lora.records.metrics import read_metrics
 from ngrpo_lora.training.best import ended_early
 
-from ._api import check_path, own_folders
+from ._api import check_path, filled_lines, own_folders
 from .rewards import Entries, admitted
 
 FOLDER = "ngrpo"
@@ -91,8 +91,8 @@ def check_name(name: str) -> None:
     """Raise ConfigError where `name` cannot be that of a run."""
     if not re.fullmatch(r"\w([\w .-]{0,98}\w)?", name, re.ASCII):
         raise ConfigError(
-            f"name must be letters, digits, spaces, ., - and _, beginning and ending with a letter or digit, got "
-            f"{name!r}; it is a file's name, without a folder"
+            "name must be letters from a to z, digits, spaces, ., - and _, beginning and ending with a letter or digit,"
+            f" got {name!r}; it is a file's name, without a folder"
         )
 
 
@@ -107,8 +107,8 @@ def configure(
     check_name(name)
     if preset not in preset_names():  # `load_config` reads files too
         raise ConfigError(f"preset must be one of {', '.join(preset_names())}, got {preset!r}")
-    lines = [line.strip() for line in overrides.splitlines()]
-    given = ["=".join(part.strip() for part in line.split("=", 1)) for line in lines if line and line[0] != "#"]
+    lines = [line for line in filled_lines(overrides) if line[0] != "#"]
+    given = ["=".join(part.strip() for part in line.split("=", 1)) for line in lines]
     for line in given:
         key = line.partition("=")[0].partition(".")[0]
         if key in TAKEN:
@@ -223,7 +223,7 @@ def prompt_lines(prompts: str) -> list[str]:
     Raises:
         ConfigError: there is no prompt.
     """
-    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    lines = filled_lines(prompts)
     if not lines:
         raise ConfigError(f"prompts must have at least one line of text, got {prompts!r}; one line is one prompt")
     return lines

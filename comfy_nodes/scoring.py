@@ -21,7 +21,18 @@ from ngrpo_lora.prompts.files import Prompt
 from ngrpo_lora.scoring.scorer import Scorer
 from ngrpo_lora.types import Samples
 
-from ._api import Node, cancellable, check_given, checked, listed, make_room, schema, to_images, to_pictures
+from ._api import (
+    Node,
+    cancellable,
+    check_given,
+    checked,
+    filled_lines,
+    listed,
+    make_room,
+    schema,
+    to_images,
+    to_pictures,
+)
 from .rewards import Chosen, Entries, Rewards
 from .sources import with_sources
 
@@ -121,9 +132,9 @@ def samples_of(pictures: Sequence[Image.Image], prompt: str, metadata: str, sour
     Raises:
         ConfigError: there is neither one line or source nor one for each picture, or metadata is no mapping.
     """
-    lines = [line.strip() for line in prompt.splitlines() if line.strip()] or [""]
+    lines = filled_lines(prompt) or [""]
     prompts = each_its_own(lines, len(pictures), "prompt")
-    mappings = [mapping_of(line) for line in metadata.splitlines() if line.strip()] or [{}]
+    mappings = [*map(mapping_of, filled_lines(metadata))] or [{}]
     rows = each_its_own(mappings, len(pictures), "metadata")
     edited = with_sources([*map(Prompt, prompts, rows)], source)
     group_size = len(pictures) if len({prompt.condition for prompt in edited}) == 1 else 1

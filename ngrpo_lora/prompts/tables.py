@@ -18,7 +18,7 @@ from ngrpo_lora.records.texts import decoded, parse_json, separator
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["TABLES", "Rows", "file_rows", "needs", "numbered", "path_and_column", "plain_columns", "reason"]
+__all__ = ["TABLES", "Rows", "file_rows", "lines_of", "needs", "numbered", "path_and_column", "plain_columns", "reason"]
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # which have columns; all else is text, a prompt a line
 
@@ -56,9 +56,13 @@ def file_rows(data: bytes, path: str) -> Rows:
     return _lines(text)
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text; `str.splitlines` also breaks at characters that JSON and prompts may hold."""
+    return re.split(r"\r\n?|\n", text.removesuffix("\n").removesuffix("\r"))
+
+
 def _lines(text: str) -> Iterator[tuple[str, str]]:
-    # Not str.splitlines, which also breaks at characters that JSON and prompts may hold.
-    for number, line in enumerate(re.split(r"\r\n?|\n", text.removesuffix("\n").removesuffix("\r")), 1):
+    for number, line in enumerate(lines_of(text), 1):
         yield f"line {number}", line
 
 
