@@ -22,7 +22,7 @@ MOMENTS = [
 
 # The command, which is sent a signal while its model loads.
 ENDED_WHILE_LOADING = """
-import os, sys, time
+import os, signal, sys, time
 from ngrpo_lora.models._base import BaseFamily
 
 asked = int(sys.argv.pop(1))
@@ -32,6 +32,7 @@ def load(self, parts):
     time.sleep(60)
 
 BaseFamily.load = load
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may be run in the background, where shells ignore it
 from ngrpo_lora.cli import app
 app()
 """
