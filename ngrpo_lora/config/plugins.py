@@ -25,7 +25,7 @@ def check_reward_name(name: str) -> str:
     Raises:
         ValueError: it is none of these, or as `expanded`.
     """
-    if ":" not in name and "." not in name:
+    if ":" not in name and not ("." in name and registry.allow_modules):
         registry.check_name(registry.REWARDS, name)
         return name
     name = expanded(name)
