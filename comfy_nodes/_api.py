@@ -116,6 +116,12 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [as_seen(Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one)) for one in pixels]
 
 
+def state_of(path: Path) -> tuple[int, ...]:
+    """Time and size of a file, by which a change shows; empty where there is none."""
+    state = path.stat() if path.is_file() else None
+    return () if state is None else (state.st_mtime_ns, state.st_size)
+
+
 def filled_lines(text: str) -> list[str]:
     """The lines of a text as the commands read files, without spaces around them and without empty ones."""
     return [line.strip() for line in lines_of(text) if line.strip()]

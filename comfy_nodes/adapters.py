@@ -17,7 +17,7 @@ from ngrpo_lora.errors import ConfigError
 from ngrpo_lora.sampling.recommended import Recommendation, recommend
 from ngrpo_lora.sampling.strengths import parse_schedule
 
-from ._api import Node, checked, listed, schema
+from ._api import Node, checked, listed, schema, state_of
 from .fitting import ALPHA, family_of, read_fitting
 from .sampling import sample_flow, weightless
 from .schedules import apply
@@ -50,10 +50,7 @@ def check_readable(name: str) -> None:
 
 def fingerprint(name: str | None) -> tuple[int, ...]:
     """Time and size of a LoRA file, by which a change shows; empty for None, a name that another node gives later."""
-    if name is None:
-        return ()
-    state = adapter_path(name).stat()
-    return state.st_mtime_ns, state.st_size
+    return () if name is None else state_of(adapter_path(name))
 
 
 def check_strength(strength: float) -> None:

@@ -15,7 +15,7 @@ from ngrpo_lora.errors import ConfigError, UserError
 from ngrpo_lora.sampling.conditioning import Conditioning, load_conditioning, save_conditioning
 from ngrpo_lora.sampling.sampler import Sampler
 
-from ._api import Node, checked, listed, make_room, register_folder, schema
+from ._api import Node, checked, listed, make_room, register_folder, schema, state_of
 from .pipelines import Pipeline
 
 EMBEDDINGS = "ngrpo_embeddings"
@@ -75,12 +75,6 @@ class SavePromptEmbeddings(Node):
         save_conditioning(path, conditioning)
         LEFT[path] = state_of(path)
         return io.NodeOutput(conditioning, ui={"text": (f"{path.name}\n{described(conditioning)}",)})
-
-
-def state_of(path: Path) -> tuple[int, ...]:
-    """Time and size of a file, by which a change shows; empty where there is none."""
-    state = path.stat() if path.is_file() else None
-    return () if state is None else (state.st_mtime_ns, state.st_size)
 
 
 def file_of(name: str) -> Path:

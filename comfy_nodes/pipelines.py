@@ -25,7 +25,7 @@ from ngrpo_lora.sampling.sampler import Sampler, solve
 from ngrpo_lora.sampling.settings import own_settings, with_settings
 from ngrpo_lora.world import MODELS
 
-from ._api import Node, checked, filled_lines, listed, make_room, schema, to_images
+from ._api import Node, checked, filled_lines, listed, make_room, schema, state_of, to_images
 from .adapters import adapter_path, fingerprint
 from .sources import check_edits, with_sources
 
@@ -114,11 +114,10 @@ class LoadPipeline(Node):
         return None in options.values() or checked(cls.loading, model, dtype, options)
 
     @classmethod
-    def fingerprint_inputs(cls, model: str | None, **others: Any) -> tuple[tuple[int, int], ...]:
+    def fingerprint_inputs(cls, model: str | None, **others: Any) -> tuple[tuple[int, ...], ...]:
         folder = local_models().get(model or "")
         files = () if folder is None else sorted(folder.rglob("*"))
-        states = [file.stat() for file in files if file.is_file()]
-        return tuple((state.st_mtime_ns, state.st_size) for state in states)
+        return tuple(state for file in files if (state := state_of(file)))
 
     @classmethod
     def loading(cls, model: str, dtype: str, options: dict[str, Any]) -> ModelConfig:

@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +34,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**29
 LARGEST_KEPT_BYTES = 2**25  # the most that glibc takes
 
-made: list[Path] = []  # folders that the command made, outer ones first: what stays empty goes again
+made = ExitStack()  # folders that the command made: what stays empty goes again
 
 
 HOME_OR_VARIABLE = re.compile(r"(--[a-z-]+=)?((?:~[\w.-]*|\$[A-Za-z_]\w*|\$\{\w+\})(?:[/\\].*)?)", re.ASCII | re.DOTALL)
@@ -71,9 +71,7 @@ class _Group(TyperGroup):
             typer.echo(f"ngrpo: {system_error(error)}", err=True)
             raise typer.Exit(2) from None
         finally:
-            while made:
-                with suppress(OSError):  # something is in it
-                    made.pop().rmdir()
+            made.close()
 
 
 def option_problem(error: typer.BadParameter) -> str:
@@ -215,10 +213,10 @@ Device = Annotated[str, typer.Option(help="auto (prefers a GPU), cpu, cuda, cuda
 
 def make_folder(output: Path, option: str = "--output") -> None:
     """Make the folder that an option names, and make sure that it can be written to; left empty, it goes again."""
-    missing = [folder for folder in (*reversed(output.parents), output) if not folder.exists()]
+    from ngrpo_lora.records.ownership import making
+
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        made.extend(missing)
+        made.enter_context(making(output))
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:

@@ -120,10 +120,10 @@ class Meter(TorchDispatchMode):
             part.peak, part.left, part.flops = call.forward - start, self.live - start, call.flops - flops
             call.forward = max(before, call.forward)
 
-    def add(self, peak: int, flops: int) -> None:
-        """Count a part that is not walked: `peak` bytes beyond those alive now, which are gone after it, and FLOPs."""
+    def add(self, part: Part) -> None:
+        """Count a part that is not walked again; what it leaves is not counted, and is made by the caller."""
         call = self.calls[self.call]
-        call.forward, call.flops = max(call.forward, self.live + peak), call.flops + flops
+        call.forward, call.flops = max(call.forward, self.live + part.peak), call.flops + part.flops
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

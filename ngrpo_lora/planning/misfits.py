@@ -84,18 +84,20 @@ def _unasked(config: RunConfig, edits: bool) -> Iterator[str]:
 
 def _unread(config: RunConfig, needed: Mapping[str, Sequence[Prompt]], edits: bool) -> Iterator[str]:
     """The rewards and measures of the package that have no figure for a prompt, as they read certain ones alone."""
-    trained = _trained(config)
+    trained, measures = _trained(config), _measures(config)
     for where, reward in (trained | watched(config)).items():
         yield from _lacking(where, reward, {key: needed[key] for key in needed if where in trained or key == HELD_OUT})
     for where, name in _judges(config).items():
         reads = _reader(name)
         for key in needed if where in trained else [HELD_OUT]:
             if reads is not None and (refused := _refused(reads, needed[key])):
-                others = [name for name, other in _readers(edits).items() if not _refused(other, needed[key])]
                 count = f"{len(refused):,} of {len(needed[key]):,} in {key} {'is' if len(refused) == 1 else 'are'} not"
                 (prompt, rule), *_ = refused
-                remedy = f"give {' or '.join(others) or 'another reward, or other prompts'}"
-                remedy = remedy if where not in _measures(config) else "leave it out, or give other prompts"
+                if where in measures:
+                    remedy = "leave it out, or give other prompts"
+                else:
+                    others = [name for name, other in _readers(edits).items() if not _refused(other, needed[key])]
+                    remedy = f"give {' or '.join(others) or 'another reward, or other prompts'}"
                 yield f"{where}: {rule}, but {count}, first {prompt.told}; {remedy}"
                 break
 

@@ -16,21 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ngrpo_lora.planning.meter import Meter
+from ngrpo_lora.planning.meter import Meter, Part
 
 __all__ = ["counting_repeats"]
 
 
 @dataclass(frozen=True)
 class Walked:
-    """What a call has cost: bytes that it held beyond those before it, and left behind, FLOPs, and its output.
+    """What a call has cost, and its output.
 
     steady: whether its arguments, with caches in them, have the same shapes after it as before.
     """
 
-    peak: int
-    left: int
-    flops: int
+    part: Part
     shape: torch.Size
     dtype: torch.dtype
     steady: bool
@@ -38,7 +36,7 @@ class Walked:
     @property
     def can_stand_for_others(self) -> bool:
         """Whether nothing but the output is there after the call that was not there before."""
-        return self.steady and self.left == self.shape.numel() * self.dtype.itemsize
+        return self.steady and self.part.left == self.shape.numel() * self.dtype.itemsize
 
 
 @contextmanager
@@ -59,13 +57,13 @@ def counting_repeats(network: nn.Module | None, meter: Meter) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         key = signature((args, kwargs))
         if (same := known.get(key)) is not None:
-            meter.add(same.peak, same.flops)
+            meter.add(same.part)
             return torch.empty(same.shape, dtype=same.dtype, device="meta")
         with meter.part() as part:
             result = walk(*args, **kwargs)
         if isinstance(result, Tensor) and result.is_meta and not result.requires_grad:
             steady = signature((args, kwargs)) == key
-            found = Walked(part.peak, part.left, part.flops, result.shape, result.dtype, steady)
+            found = Walked(part, result.shape, result.dtype, steady)
             if found.can_stand_for_others and last.get(key) == found:
                 known[key] = found
             last[key] = found
